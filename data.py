@@ -1,0 +1,154 @@
+"""data.py - training samples from shapes: prepared once, memory-mapped, drawn in batches.
+
+A prepared set is a folder of flat arrays (one row a shape) and one JSON file a chunk of shapes with
+their captions. A chunk's JSON is written last: whatever has one is done, so a killed run goes on
+where it was, and any number of processes can share the work.
+
+    python data.py                       # prepares the built-in shapes; a contact sheet to look at
+    python data.py --shapes 5000 --out cache --workers 2
+"""
+import argparse
+import hashlib
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import shapes
+from layers import command, written
+
+POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
+CHUNK = 130                   # shapes prepared between two marks of progress
+TEST = 10_000_000             # test shapes are numbered from here on: they never meet the training shapes
+TRAIN_SHAPES = 10_400         # 800 of each class
+TEST_SHAPES = 520             # 40 of each class
+ARRAYS = {                    # 116 kB a shape
+    "points": (np.float16, (POINTS, 3)), "normals": (np.int8, (POINTS, 3)), "colours": (np.uint8, (POINTS, 3)),
+    "queries": (np.float16, (QUERIES, 3)), "distance": (np.float16, (QUERIES,)),
+}
+
+
+def sample(shape, rng):
+    """One shape -> a row of every array. Queries: 2/6 within .015 of the surface, 3/6 within .06, 1/6 anywhere."""
+    points, normals, colours = shape.surface(POINTS, rng)
+    k = QUERIES // 6
+    near = points[rng.permutation(POINTS)[:2 * k]] + rng.normal(0, .015, (2 * k, 3))
+    wide = points[rng.permutation(POINTS)[:3 * k]] + rng.normal(0, .06, (3 * k, 3))
+    queries = np.concatenate([near, wide, rng.uniform(-1, 1, (k, 3))]).clip(-1, 1).astype(np.float16)
+    return {"points": points, "normals": np.round(normals * 127), "colours": np.round(colours * 255),
+            "queries": queries, "distance": shape.distance(queries.astype(np.float32))}
+
+
+def prepare_chunk(folder, seed, first, chunk, count):
+    """Rows chunk * CHUNK ... of the arrays, then the chunk's captions: the mark that it is done."""
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ARRAYS}
+    texts = []
+    for row in range(chunk * CHUNK, min((chunk + 1) * CHUNK, count)):
+        shape = shapes.make(seed, first + row)
+        for name, values in sample(shape, np.random.default_rng((seed, first + row, 1))).items():
+            arrays[name][row] = values
+        texts.append({"index": first + row, "class": shape.name, "attributes": shape.attributes, "captions": shape.captions})
+    with written(folder / f"captions-{chunk:05d}.json") as part:
+        part.write_text(json.dumps(texts))
+    return len(texts)
+
+
+def fingerprint(seed, first, count):
+    """Names a prepared set by what is in it: one shape of every class. Other shapes or settings, other folder."""
+    digest = hashlib.sha256(json.dumps([seed, first, count, CHUNK]).encode())
+    for index in range(first, first + len(shapes.CLASSES)):
+        shape = shapes.make(seed, index)
+        for values in sample(shape, np.random.default_rng(0)).values():
+            digest.update(np.float16(values).tobytes())
+        digest.update(json.dumps(shape.captions).encode())
+    return digest.hexdigest()[:12]
+
+
+def prepare(split="train", count=None, seed=0, out="cache", workers=2):
+    """Prepare what is missing of a set of built-in shapes; -> Prepared."""
+    first = TEST if split == "test" else 0
+    count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES)
+    folder = Path(out) / f"shapes-{split}-{count}-{fingerprint(seed, first, count)}"
+    chunks = range(-(-count // CHUNK))
+    todo = [i for i in chunks if not (folder / f"captions-{i:05d}.json").is_file()]
+    if todo:
+        for name, (dtype, shape) in ARRAYS.items():
+            if not (folder / f"{name}.npy").is_file():
+                with written(folder / f"{name}.npy") as part:
+                    np.lib.format.open_memmap(part, "w+", dtype, (count, *shape)).flush()
+        bar = tqdm(total=count, initial=(len(chunks) - len(todo)) * CHUNK, unit="shape", desc=f"preparing {split} shapes")
+        with ProcessPoolExecutor(workers) as pool:
+            jobs = [pool.submit(prepare_chunk, folder, seed, first, i, count) for i in todo]
+            try:
+                for job in as_completed(jobs):
+                    bar.update(job.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        bar.close()
+    return Prepared(folder, seed)
+
+
+class Prepared:
+    """A prepared set, read from disk as needed."""
+
+    def __init__(self, folder, seed):
+        self.folder, self.seed = Path(folder), seed
+        self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        self.text = [row for path in sorted(self.folder.glob("captions-*.json")) for row in json.loads(path.read_text())]
+        self.classes = [row["class"] for row in self.text]
+        self.captions = [row["captions"] for row in self.text]
+
+    def __len__(self):
+        return len(self.text)
+
+    def shape(self, row):
+        """The shape itself, for what needs more than samples: exact distances at any point."""
+        return shapes.make(self.seed, self.text[row]["index"])
+
+    def cloud(self, rows, k, rng):
+        """k oriented coloured surface points of each row: points, normals, colours, b k 3 each."""
+        some = rng.permutation(POINTS)[:k]
+        points, normals, colours = (torch.from_numpy(self.arrays[name][rows][:, some].astype(np.float32))
+                                    for name in ("points", "normals", "colours"))
+        return points, normals / 127, colours / 255
+
+    def batch(self, rows, rng, points=1024, queries=640, surface=128):
+        """What a tokenizer step needs: a cloud for the encoder, queries and other surface points for the head."""
+        some = rng.permutation(QUERIES)[:queries]
+        cloud = self.cloud(rows, points + surface, rng)
+        read = {name: torch.from_numpy(self.arrays[name][rows][:, some].astype(np.float32)) for name in ("queries", "distance")}
+        return [x[:, :points] for x in cloud], read | {"surface": cloud[0][:, points:], "surface_colour": cloud[2][:, points:]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--shapes", type=int, default=TRAIN_SHAPES, help="how many training shapes to prepare")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other shapes")
+    parser.add_argument("--out", default="cache", help="folder of the prepared sets")
+    parser.add_argument("--workers", type=int, default=2, help="processes to use")
+    parser.add_argument("--picture", default="out/shapes.png", help="contact sheet to write")
+    args = parser.parse_args()
+    if args.shapes < 1 or args.workers < 1:
+        parser.error("--shapes and --workers must be at least 1")
+    start = time.time()
+    train = prepare("train", args.shapes, args.seed, args.out, args.workers)
+    prepare("test", None, args.seed, args.out, args.workers)
+    print(f"{train.folder}: {len(train)} shapes, {time.time() - start:.1f} s")
+
+    from render import contact_sheet, render_sdf, save_png  # only the picture needs it
+    pictures, labels = [], []
+    for i in tqdm(range(6 * len(shapes.CLASSES)), desc="drawing", unit="shape"):
+        shape = shapes.make(args.seed, i // 6 + i % 6 * len(shapes.CLASSES))
+        pictures.append(render_sdf(shape.distance, colour_fn=lambda x: shape.field(x)[1], size=160))
+        labels.append(shape.captions[-1])
+    save_png(args.picture, contact_sheet(pictures, 6))
+    print(args.picture)
+
+
+if __name__ == "__main__":
+    command(main)

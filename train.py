@@ -1,0 +1,337 @@
+"""train.py - every stage of LTM3D, chained: encoders -> tokenizer -> backbone (+ prefix) -> reconstruct.
+
+    python train.py --rep sdf                          # everything, built-in shapes, about an hour on two cores
+    python train.py --rep sdf --stage backbone         # one stage alone
+    python train.py --rep sdf --size base --device cuda
+
+A stage that is done is skipped; one that was stopped goes on exactly where it was, because every
+step draws its randomness from (seed, stage, step) alone. runs/<name>/ holds what sample.py reads
+(safetensors, config.json) and what a person reads: <stage>.csv, losses.png, <stage>-<step>.png.
+"""
+import argparse
+import csv
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import backbone as backbone_
+import encoders as encoders_
+import reconstruct as reconstruct_
+import tokenizer as tokenizer_
+from data import prepare
+from layers import EMA, UserError, command, digest, pick_device, read_config, read_weights, save_weights, write_config, written
+
+from metrics import grid_iou
+from render import contact_sheet, render_mesh, save_png
+from shapes import CLASSES
+
+STAGES = ("encoders", "tokenizer", "backbone", "reconstruct")
+DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
+    "encoders": (1000, 128, 1e-3), "tokenizer": (3000, 32, 2e-3), "backbone": (2500, 64, 2e-3), "reconstruct": (800, 64, 2e-3),
+}
+PROMPTS = [f"a {name}" for name in CLASSES] + ["a round table"]  # drawn while training
+SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
+
+
+# ---------------------------------------------------------------------------- one loop for every stage
+
+def optimizers(model, lr):
+    """Muon for the weight matrices inside the network, AdamW for all else; measured in the README."""
+    matrices = {p for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64 for p in [m.weight]}
+    rest = [p for p in model.parameters() if p not in matrices]
+    matrices = [p for p in model.parameters() if p in matrices]
+    return [torch.optim.Muon(matrices, lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr, betas=(.9, .99), weight_decay=.01, fused=True)]
+
+
+def learning_rate(step, steps, peak):
+    """Warm up over 100 steps, hold, fall linearly to 0 over the second half."""
+    return peak * min(1, (step + 1) / min(100, steps / 10), 2 * (steps - step) / steps)
+
+
+def save_state(path, step, model, ema, opts, sums):
+    """Everything a run needs to go on, as plain tensors."""
+    state = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
+    state |= {f"opt.{i}.{j}.{k}": v for i, opt in enumerate(opts) for j, s in opt.state_dict()["state"].items() for k, v in s.items()}
+    state |= {f"sums.{k}": torch.as_tensor(v) for k, v in sums.items()} | {"step": torch.tensor(step)}
+    save_weights(path, {k: v.clone() for k, v in state.items()})
+
+
+def load_state(path, model, ema, opts):
+    """-> the step to go on from and the sums since the last log line; 0 and none at the very start."""
+    if not path.is_file():
+        return 0, {}
+    state = read_weights(path)
+    try:
+        model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+        ema.model.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
+    except RuntimeError:
+        raise UserError(f"{path} is of a model of another size; use another --out, or delete it to start again") from None
+    for i, opt in enumerate(opts):
+        slots = {}
+        for key in (k for k in state if k.startswith(f"opt.{i}.")):
+            j, name = key.split(".")[2:]
+            slots.setdefault(int(j), {})[name] = state[key]
+        opt.load_state_dict({"state": slots, "param_groups": opt.state_dict()["param_groups"]})
+    return int(state["step"]), {k[5:]: v for k, v in state.items() if k.startswith("sums.")}
+
+
+def fit(run, stage, model, loss_of, show=None):
+    """Train `model` on loss_of(model, split, rng) -> loss, logs; -> its moving average, frozen."""
+    steps, batch, lr = run.settings[stage]
+    state_path, csv_path = run.folder / f"{stage}.state.safetensors", run.folder / f"{stage}.csv"
+    model, opts = model.to(run.device).train(), optimizers(model, lr)
+    ema = EMA(model)
+    first, sums = load_state(state_path, model, ema, opts)
+    rows = [r for r in csv.DictReader(csv_path.open()) if int(r["step"]) <= first] if first and csv_path.is_file() else []
+    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
+          + (f", going on from step {first}" if first else ""))
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.)
+    start = time.time() - (float(rows[-1]["seconds"]) if rows else 0)
+    stop = []  # Ctrl-C and kill are obeyed when a step is complete
+    before = {name: signal.signal(name, lambda *_: stop.append(True)) for name in (signal.SIGINT, signal.SIGTERM)}
+    for step in bar:
+        # --- the step's randomness is a function of (seed, stage, step): resumed = uninterrupted
+        rng = np.random.default_rng((run.seed, STAGES.index(stage), step))
+        torch.manual_seed(int(rng.integers(2 ** 62)))
+        # --- forward, backward, update
+        for opt in opts:
+            opt.param_groups[0]["lr"] = learning_rate(step, steps, lr)
+        with run.autocast():
+            loss, logs = loss_of(model, run.train, rng)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        ema.update(model, step)
+        for key, value in ({"loss": loss.detach()} | logs).items():
+            sums[key] = sums.get(key, torch.zeros((), device=value.device)).to(value.device) + value
+        # --- log, look at held-out shapes, save, draw
+        done, last = step + 1, step + 1 == steps
+        if done % CHECK == 0 or last:
+            count = (done - 1) % CHECK + 1
+            row = {"step": done} | {k: f"{float(v) / count:.5f}" for k, v in sums.items()}
+            torch.manual_seed(0)
+            with torch.no_grad(), run.autocast():
+                held = loss_of(ema.model, run.test, np.random.default_rng(0))[0].item()
+            row |= {"held_out": f"{held:.5f}", "lr": f"{opts[0].param_groups[0]['lr']:.2e}", "seconds": f"{time.time() - start:.1f}"}
+            rows, sums = rows + [row], {}
+            with written(csv_path) as part, part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+            bar.set_postfix({k: row[k] for k in ("loss", "held_out", "lr")})
+        if done % SAVE == 0 or last or stop:
+            save_state(state_path, done, model, ema, opts, sums)
+        if show and (done % SHOW == 0 or last):
+            with torch.no_grad():
+                save_png(run.folder / f"{stage}-{done:06d}.png", show(ema.model))
+        if stop:
+            bar.close()
+            print(f"{stage} is saved at step {done} of {steps}; the same command goes on from there")
+            raise KeyboardInterrupt
+    for name, handler in before.items():
+        signal.signal(name, handler)
+    return ema.model, time.time() - start
+
+
+# ---------------------------------------------------------------------------- the stages
+
+class Run:
+    """What every stage is given: the settings, the data, the place to write, and the stages before it."""
+
+    def __init__(self, args):
+        self.size, self.rep, self.seed, self.folder = args.size, args.rep, args.seed, Path(args.out or f"runs/{args.size}")
+        self.device, self.autocast, reason = pick_device(args.device)
+        print(f"running on {reason}")
+        self.settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
+        self.train = prepare("train", args.shapes, args.seed, args.cache, args.workers)
+        self.test = prepare("test", None, args.seed, args.cache, args.workers)
+
+    def finish(self, stage, seconds, files, **entries):
+        """Weights in half precision, then the entry of config.json that says the stage is done."""
+        for name, module in files.items():
+            save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True)
+        steps, batch, lr = self.settings[stage]
+        made = {name: digest(self.folder / f"{name}.safetensors") for name in STAGES[:2] if stage in STAGES[2:]}
+        revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed, seconds=round(seconds),
+                     data=self.train.folder.name, made_with=made, revision=revision, **entries)
+        (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
+        plot_losses(self.folder)
+        print(f"{stage}: done in {seconds / 60:.1f} minutes  {entries.get('metrics', '')}")
+
+    def to(self, *arrays):
+        return [a.to(self.device, non_blocking=True) for a in arrays]
+
+
+def train_encoders(run):
+    settings, words = encoders_.SIZES[run.size], encoders_.vocabulary(c for captions in run.train.captions for c in captions)
+    model = encoders_.Encoders(words, **settings)
+
+    def loss_of(model, split, rng):
+        ids, mask, cloud, true = encoders_.training_batch(split, model, rng, run.settings["encoders"][1])
+        ids, mask, true = run.to(ids, mask, true)
+        return model.loss(ids, mask, run.to(*cloud), true)
+
+    model, seconds = fit(run, "encoders", model, loss_of)
+    with run.autocast():
+        metrics = encoders_.retrieval(model, run.test)
+    run.finish("encoders", seconds, {"encoders": model}, settings=settings, vocabulary=words, metrics=metrics)
+
+
+def train_tokenizer(run):
+    settings = tokenizer_.SIZES[run.size]
+    model = nn.ModuleList([tokenizer_.Tokenizer(**settings), tokenizer_.HEADS[run.rep](**settings)])
+
+    def loss_of(model, split, rng):
+        rows = rng.integers(len(split), size=run.settings["tokenizer"][1])
+        cloud, batch = split.batch(rows, rng)
+        return model[1].loss(model[0](*run.to(*cloud)), {k: v.to(run.device) for k, v in batch.items()})
+
+    def show(model):
+        return contact_sheet([picture(run, model[1], t) for t in tokenise(run, model[0], run.test, limit=14)], 7)
+
+    model, seconds = fit(run, "tokenizer", model, loss_of, show)
+    tokenizer, head = model
+    # tokens of the training set: zero mean, unit variance per channel from here on
+    tokenizer_.standardise(tokenizer, head, tokenise(run, tokenizer, run.train, limit=2000).to(run.device))
+    rows = range(0, 4 * len(CLASSES))
+    iou = np.mean([grid_iou(head, t.to(run.device), run.test.shape(row), run.autocast) for row, t in zip(rows, tokenise(run, tokenizer, run.test, len(rows)))])
+    run.finish("tokenizer", seconds, {"tokenizer": tokenizer, f"head-{run.rep}": head}, settings=settings,
+               metrics={"iou of 52 held-out shapes": round(float(iou), 4)})
+
+
+def train_backbone(run):
+    encoders, tokenizer, head = (m.to(run.device) for m in (encoders_.load(run.folder), *tokenizer_.load(run.folder, run.rep)))
+    tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
+    settings = backbone_.SIZES[run.size] | {"tokens": len(tokenizer.anchors), "channels": len(tokenizer.mean),
+                                            "condition_dim": encoders.word.embedding_dim, "denoiser": run.denoiser}
+    model = backbone_.Backbone(**settings)
+
+    def loss_of(model, split, rng):
+        x, condition, mask = paired(run, encoders, split, tokens[split], rng, run.settings["backbone"][1])
+        return model.loss(x, condition, mask), {}
+
+    def show(model):
+        with run.autocast():
+            x = model.generate(*encoders.encode(PROMPTS), seeds=[(0, i) for i in range(len(PROMPTS))])
+        return contact_sheet([picture(run, head, t) for t in x], 7, PROMPTS)
+
+    model, seconds = fit(run, "backbone", model, loss_of, show)
+    run.finish("backbone", seconds, {"backbone": model}, settings=settings)
+
+
+def train_reconstruct(run):
+    encoders, tokenizer, head = (m.to(run.device) for m in (encoders_.load(run.folder), *tokenizer_.load(run.folder, run.rep)))
+    tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
+    settings = reconstruct_.SIZES[run.size] | {"tokens": len(tokenizer.anchors), "channels": len(tokenizer.mean), "condition_dim": encoders.word.embedding_dim}
+    model = reconstruct_.Reconstructor(**settings)
+
+    def loss_of(model, split, rng):
+        x, condition, mask = paired(run, encoders, split, tokens[split], rng, run.settings["reconstruct"][1])
+        return model.loss(x, condition, mask), {}
+
+    def show(model):
+        with run.autocast():
+            x = model(*encoders.encode(PROMPTS))
+        return contact_sheet([picture(run, head, t) for t in x], 7, PROMPTS)
+
+    model, seconds = fit(run, "reconstruct", model, loss_of, show)
+    run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings)
+
+
+# ---------------------------------------------------------------------------- what the stages share
+
+@torch.no_grad()
+def tokenise(run, tokenizer, split, limit=None):
+    """Tokens n n c of a prepared set, kept beside the weights: the tokenizer is frozen, so once is enough."""
+    weights = run.folder / "tokenizer.safetensors"
+    path = run.folder / f"tokens-{digest(weights)}-{split.folder.name}.npy" if weights.is_file() and limit is None else None
+    if path and path.is_file():
+        return torch.from_numpy(np.load(path)).float()
+    out, count = [], min(limit or len(split), len(split))
+    for rows in tqdm(np.array_split(np.arange(count), -(-count // 64)), desc="tokens", unit="batch", leave=False):
+        with run.autocast():
+            out.append(tokenizer(*run.to(*split.cloud(rows, 2048, np.random.default_rng(rows[0])))).float().cpu())
+    tokens = torch.cat(out)
+    if path:
+        with written(path) as part:
+            np.save(part, tokens.half().numpy())
+    return tokens
+
+
+def paired(run, encoders, split, tokens, rng, batch):
+    """A batch of shape tokens, each with the condition tokens of one of its captions."""
+    rows = rng.integers(len(split), size=batch)
+    captions = [split.captions[row][rng.integers(len(split.captions[row]))] for row in rows]
+    return tokens[rows].to(run.device), *encoders.encode(captions)
+
+
+def picture(run, head, tokens):
+    return render_mesh(*tokenizer_.extract(head, tokens.to(run.device), 64, run.autocast), size=160)
+
+
+def plot_losses(folder):
+    """Every stage's training and held-out loss in one picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    paths = [folder / f"{stage}.csv" for stage in STAGES if (folder / f"{stage}.csv").is_file()]
+    figure, axes = plt.subplots(1, len(paths), figsize=(4 * len(paths), 3), squeeze=False, layout="constrained")
+    for axis, path in zip(axes[0], paths):
+        rows = list(csv.DictReader(path.open()))
+        for key in ("loss", "held_out"):
+            axis.plot([int(r["step"]) for r in rows], [float(r[key]) for r in rows], label=key.replace("_", "-"))
+        axis.set(title=path.stem, xlabel="step", yscale="log")
+        axis.legend()
+    with written(folder / "losses.png") as part:
+        figure.savefig(part, dpi=100)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--rep", choices=["sdf"], default="sdf", help="the representation to train")
+    parser.add_argument("--stage", choices=STAGES, help="train this stage alone (default: all that are not done)")
+    parser.add_argument("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
+    parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
+    parser.add_argument("--steps", type=positive(int), help="training steps of a stage (default: " + ", ".join(f"{k} {v[0]}" for k, v in DEFAULTS.items()) + ")")
+    parser.add_argument("--batch", type=positive(int), help="batch size (default: " + ", ".join(f"{k} {v[1]}" for k, v in DEFAULTS.items()) + ")")
+    parser.add_argument("--lr", type=positive(float), help="peak learning rate (default: " + ", ".join(f"{k} {v[2]:g}" for k, v in DEFAULTS.items()) + ")")
+    parser.add_argument("--shapes", type=positive(int), help="number of training shapes (default: 10400)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--seed", type=int, default=0, help="of shapes, weights and noise")
+    parser.add_argument("--out", help="run folder (default: runs/<size>)")
+    parser.add_argument("--cache", default="cache", help="folder of the prepared data")
+    parser.add_argument("--workers", type=positive(int), default=2, help="processes that prepare data")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)  # initial weights
+    run = Run(args)
+    run.denoiser = args.denoiser
+    for stage in [args.stage] if args.stage else STAGES:
+        if stage in read_config(run.folder):
+            print(f"{stage}: already done in {run.folder}")
+        else:
+            globals()[f"train_{stage}"](run)
+
+
+def positive(kind):
+    def parse(text):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
+
+
+if __name__ == "__main__":
+    command(main)
