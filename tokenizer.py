@@ -21,6 +21,7 @@ from skimage.measure import marching_cubes
 from torch import nn
 
 from layers import Block, fourier, grid_points, load_weights, read_stage
+from solids import TRUNCATION
 
 SIZES = {  # n = side^3 tokens of c channels
     "tiny": dict(side=4, channels=16, dim=128, heads=4),
@@ -28,7 +29,6 @@ SIZES = {  # n = side^3 tokens of c channels
     "base": dict(side=8, channels=32, dim=512, heads=8),
     "large": dict(side=10, channels=32, dim=768, heads=12),
 }
-TRUNCATION = .1  # distances are learnt within a shell of this thickness and clipped beyond it
 NOISE = .05      # on the tokens while training: a smooth latent space without a KL weight to tune
 BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
 
