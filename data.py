@@ -10,6 +10,8 @@ where it was, and any number of processes can share the work.
 import argparse
 import hashlib
 import json
+import os
+import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -79,9 +81,13 @@ def prepare(split="train", count=None, seed=0, out="cache", workers=2):
         for name, (dtype, shape) in ARRAYS.items():
             if not (folder / f"{name}.npy").is_file():
                 with written(folder / f"{name}.npy") as part:
-                    np.lib.format.open_memmap(part, "w+", dtype, (count, *shape)).flush()
+                    array = np.lib.format.open_memmap(part, "w+", dtype, (count, *shape))
+                    if hasattr(os, "posix_fallocate"):  # a full disk shows up now, as an error, not later as a crash
+                        with open(part, "r+b") as file:
+                            os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         bar = tqdm(total=count, initial=(len(chunks) - len(todo)) * CHUNK, unit="shape", desc=f"preparing {split} shapes")
-        with ProcessPoolExecutor(workers) as pool:
+        # Ctrl-C is for this process alone to handle
+        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
             jobs = [pool.submit(prepare_chunk, folder, seed, first, i, count) for i in todo]
             try:
                 for job in as_completed(jobs):

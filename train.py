@@ -33,7 +33,7 @@ from shapes import CLASSES
 
 STAGES = ("encoders", "tokenizer", "backbone", "reconstruct")
 DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
-    "encoders": (1000, 128, 1e-3), "tokenizer": (3000, 32, 2e-3), "backbone": (2500, 64, 2e-3), "reconstruct": (800, 64, 2e-3),
+    "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (2000, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
 }
 PROMPTS = [f"a {name}" for name in CLASSES] + ["a round table"]  # drawn while training
 SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
@@ -161,7 +161,7 @@ class Run:
             save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True)
         steps, batch, lr = self.settings[stage]
         made = {name: digest(self.folder / f"{name}.safetensors") for name in STAGES[:2] if stage in STAGES[2:]}
-        revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        revision = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True).stdout.strip()
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed, seconds=round(seconds),
                      data=self.train.folder.name, made_with=made, revision=revision, **entries)
         (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
