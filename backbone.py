@@ -71,6 +71,10 @@ class Flow:
     steps = 16
 
     @staticmethod
+    def draws(steps):                                         # of noise a token
+        return 1
+
+    @staticmethod
     def loss(net, x, c):                                      # k c, k d -> mean squared error
         t = torch.randn(len(x), device=x.device).sigmoid()    # logit-normal: most effort in the middle
         noise = torch.randn_like(x)
@@ -79,8 +83,8 @@ class Flow:
 
     @staticmethod
     def sample(net, c, noise, steps, guidance=None, temperature=1.):
-        """Euler steps from t = 0 to 1; temperature scales the noise that everything starts from."""
-        x = temperature * noise
+        """Euler steps from t = 0 to 1; temperature scales the noise (k 1 c) that everything starts from."""
+        x = temperature * noise[:, 0]
         for i in range(steps):
             t = torch.full((len(x),), i / steps, device=x.device)
             x = x + guided(net, x, t, c, guidance) / steps
@@ -94,6 +98,10 @@ class DDPM:
     alphas = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + .008) / 1.008 * math.pi / 2) ** 2
     alphas = (alphas / alphas[0]).clamp_min(1e-5).float()     # a_0 = 1 ... a_T ~ 0
 
+    @staticmethod
+    def draws(steps):                                         # the start, then one a step but the last
+        return steps
+
     @classmethod
     def loss(cls, net, x, c):
         i = torch.randint(1, cls.T + 1, (len(x),), device=x.device)
@@ -102,17 +110,18 @@ class DDPM:
 
     @classmethod
     def sample(cls, net, c, noise, steps, guidance=None, temperature=1.):
-        """Ancestral sampling over `steps` of the 1000 levels; temperature scales the noise injected on the way."""
+        """Ancestral sampling over `steps` of the 1000 levels; temperature scales the noise (k steps c) injected on the way."""
         levels = torch.linspace(cls.T, 0, steps + 1).round().long()
-        x = noise
-        for i, j in zip(levels[:-1], levels[1:]):
+        x = noise[:, 0]
+        for step, (i, j) in enumerate(zip(levels[:-1], levels[1:])):
             a, b = cls.alphas[i].to(x.device), cls.alphas[j].to(x.device)
             t = torch.full((len(x),), i / cls.T, device=x.device)
             eps = guided(net, x, t, c, guidance)
             clean = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-5, 5)          # tokens have unit variance
             ratio = a / b                                     # posterior q(x_j | x_i, clean)
             mean = (b.sqrt() * (1 - ratio) * clean + ratio.sqrt() * (1 - b) * x) / (1 - a)
-            x = mean + temperature * ((1 - ratio) * (1 - b) / (1 - a)).sqrt() * torch.randn_like(x)
+            fresh = noise[:, (step + 1) % steps]              # the last step adds none: there 1 - b is 0
+            x = mean + temperature * ((1 - ratio) * (1 - b) / (1 - a)).sqrt() * fresh
         return x
 
 
@@ -177,8 +186,9 @@ class Backbone(nn.Module):
         # a sample's randomness is its own, so that it does not depend on who else is in the batch
         draws = [np.random.default_rng(seed) for seed in seeds]
         order = torch.from_numpy(np.stack([rng.permutation(n) for rng in draws])).to(device)             # b n
-        noise = np.stack([rng.standard_normal((n, self.channels), np.float32) for rng in draws])
-        noise = torch.from_numpy(noise).to(device)                                # b n c
+        denoise_steps = denoise_steps or self.denoiser.steps
+        each = n, self.denoiser.draws(denoise_steps), self.channels
+        noise = torch.from_numpy(np.stack([rng.standard_normal(each, np.float32) for rng in draws])).to(device)   # b n r c
         prefix = self.prefix(condition, mask)
         if cfg != 1:
             prefix = torch.cat([prefix, self.prefix(condition, mask, torch.ones(b, dtype=torch.bool, device=device))])
@@ -194,9 +204,9 @@ class Backbone(nn.Module):
             c = c.gather(1, repeat(both[:, known:then], "b m -> b m d", d=c.shape[-1]))
             place = repeat(order[:, known:then], "b m -> b m c", c=self.channels)
             guidance = None if cfg == 1 else 1 + (cfg - 1) * then / n             # grows with the share known
-            new = self.denoiser.sample(self.net, rearrange(c, "b m d -> (b m) d"),
-                                       rearrange(noise.gather(1, place), "b m c -> (b m) c"),
-                                       denoise_steps or self.denoiser.steps, guidance, temperature)
+            fresh = noise.gather(1, repeat(place, "b m c -> b m r c", r=noise.shape[2]))
+            new = self.denoiser.sample(self.net, rearrange(c, "b m d -> (b m) d"), rearrange(fresh, "b m r c -> (b m) r c"),
+                                       denoise_steps, guidance, temperature)
             x = x.scatter(1, place, rearrange(new, "(b m) c -> b m c", b=b).to(x.dtype))
         return x
 

@@ -14,7 +14,7 @@ import numpy as np
 import trimesh
 from trimesh.exchange.gltf import export_glb, load_glb
 
-from layers import written
+from layers import UserError, written
 
 
 def to_linear(srgb):
@@ -28,7 +28,7 @@ def to_srgb(linear):
 def write_glb(path, vertices, faces, colours):
     """vertices (v 3), faces (f 3), sRGB colours (v 3) in 0..1; the same mesh gives the same bytes."""
     if len(faces) == 0:
-        raise ValueError(f"{path}: the mesh is empty, there is nothing to write")
+        raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
     mesh = trimesh.Trimesh(vertices, faces, process=False)          # process would merge and reorder vertices
     mesh.vertex_attributes["_linear"] = to_linear(np.asarray(colours, np.float64)).astype(np.float32)
 

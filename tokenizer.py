@@ -171,7 +171,7 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
     grid = sdf_grid(lambda x: ask(x)[:, 0], resolution, hierarchical)
     if grid.min() >= 0:
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64), np.zeros((0, 3), np.float32)
-    vertices, faces, _, _ = marching_cubes(grid, 0., gradient_direction="ascent")
+    vertices, faces, _, _ = marching_cubes(grid, 0., gradient_direction="descent")
     vertices = np.ascontiguousarray(vertices * 2 / resolution - 1, dtype=np.float32)
     colours = ask(torch.from_numpy(vertices))[:, 1:].clamp(0, 1).numpy()
     return vertices, np.ascontiguousarray(faces, dtype=np.int64), colours

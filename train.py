@@ -136,9 +136,11 @@ def fit(run, stage, model, loss_of, show=None):
         if stop:
             bar.close()
             print(f"{stage} is saved at step {done} of {steps}; the same command goes on from there")
-            raise KeyboardInterrupt
+            break
     for name, handler in before.items():
         signal.signal(name, handler)
+    if stop:
+        raise KeyboardInterrupt
     return ema.model, time.time() - start
 
 
@@ -313,13 +315,13 @@ def main():
     parser.add_argument("--cache", default="cache", help="folder of the prepared data")
     parser.add_argument("--workers", type=positive(int), default=2, help="processes that prepare data")
     args = parser.parse_args()
-    torch.manual_seed(args.seed)  # initial weights
     run = Run(args)
     run.denoiser = args.denoiser
     for stage in [args.stage] if args.stage else STAGES:
         if stage in read_config(run.folder):
             print(f"{stage}: already done in {run.folder}")
         else:
+            torch.manual_seed(args.seed)  # initial weights, the same whichever stages came before
             globals()[f"train_{stage}"](run)
 
 

@@ -1,0 +1,241 @@
+"""evaluate.py - how good a checkpoint is, in tables: reconstruction, generation, obedience, RGS.
+
+LTM3D section 4 reports such tables on ShapeNet; here held-out built-in shapes play its part, which
+also have their true solids, so that an attribute can be measured instead of guessed by a classifier.
+metrics.py says what each number means.
+
+    python evaluate.py tokenizer --rep sdf       # stage 1 alone: encode and decode held-out shapes
+    python evaluate.py generate --rep sdf        # n samples of each bare class name
+    python evaluate.py attributes --rep sdf      # "a table with one leg": has it one?
+    python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its weight varied
+
+Each prints a Markdown table and writes it, a CSV beside it, to --out.
+"""
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import tokenizer
+from data import prepare
+from layers import UserError, command, pick_device, read_config, written
+from metrics import (ATTRIBUTES, chamfer_matrix, components, decoded_field, diversity, fscore, grid_iou, holds, look, others,
+                     sample_surface, true_field, watertight)
+from render import contact_sheet, save_png
+from sample import LTM3D, RESOLUTIONS, alpha
+from shapes import CLASSES
+
+POINTS = 1024       # of a cloud under Chamfer distance
+BATCH = 64          # prompts sampled at once
+
+
+def report(args, name, rows, mean=True):
+    """rows: dicts with the same keys, the first a label. Adds their mean, prints, writes .md and .csv."""
+    keys = list(rows[0])
+    if mean:
+        last = {key: "" if isinstance(rows[0][key], str) else np.mean([row[key] for row in rows]) for key in keys}
+        rows = rows + [last | {keys[0]: "mean"}]
+    lines = [keys, ["---"] + ["--:"] * (len(keys) - 1)]
+    lines += [[value if isinstance(value, str) else f"{value:.3f}" for value in row.values()] for row in rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    print(table)
+    with written(f"{args.out}/{name}.md") as part:
+        part.write_text(table + "\n")
+    with written(f"{args.out}/{name}.csv") as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{args.out}/{name}.md", f"{args.out}/{name}.csv", sep="\n")
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+@torch.no_grad()
+def evaluate_tokenizer(args):
+    """Held-out shapes, encoded from 2048 points and decoded, against the true ones."""
+    device, autocast, reason = pick_device(args.device)
+    print(f"running on {reason}")
+    encoder, head = (model.to(device) for model in tokenizer.load(args.checkpoint, args.rep))
+    test = prepare("test", out=args.cache)
+    results = {name: [] for name in CLASSES}
+    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
+        shape, rng = test.shape(row), np.random.default_rng((args.seed, row))
+        with autocast():
+            tokens = encoder(*(x.to(device) for x in test.cloud([row], 2048, rng)))[0].float()   # n c
+        vertices, faces, _ = tokenizer.extract(head, tokens, args.resolution, autocast)
+        surface = sample_surface(vertices, faces, args.points, rng)
+        queries, distance = (torch.tensor(test.arrays[name][row], dtype=torch.float) for name in ("queries", "distance"))
+        error = decoded_field(head, tokens, autocast)(queries)[:, 0] - (distance / tokenizer.TRUNCATION).clamp(-1, 1)
+        results[test.classes[row]].append({"IoU": grid_iou(head, tokens, shape, autocast), "L1": error.abs().mean().item(),
+                                           "F-score": fscore(surface, shape.surface(args.points, rng)[0], .02)})
+    print(f"IoU on a 64^3 grid; L1 of the distance, in truncations, at queries drawn as in training; F-score at .02, "
+          f"{args.points} points a side")
+    report(args, args.command, [{"class": name, "shapes": str(len(each))} | {key: np.mean([one[key] for one in each]) for key in each[0]}
+                                for name, each in results.items() if each])
+
+
+# ---------------------------------------------------------------------------- generation
+
+def sample_tokens(model, prompts, n, seed, **options):
+    """n samples of every prompt -> tokens (prompts n) n c. Sample i of each is the one that
+    `sample.py --text prompt --n n --seed seed` calls i."""
+    jobs = [(prompt, (seed, i)) for prompt in prompts for i in range(n)]
+    batches = [jobs[i:i + BATCH] for i in range(0, len(jobs), BATCH)]
+    return torch.cat([model.tokens(*zip(*batch), **options) for batch in tqdm(batches, desc="tokens", unit="batch")])
+
+
+def decode(model, tokens, args):
+    """-> the meshes, and POINTS points on each: n k 3."""
+    meshes = [model.decode(t, args.resolution) for t in tqdm(tokens, desc="surfaces", unit="shape")]
+    clouds = [sample_surface(mesh.vertices, mesh.faces, POINTS, np.random.default_rng((args.seed, i))) for i, mesh in enumerate(meshes)]
+    return meshes, torch.from_numpy(np.stack(clouds))
+
+
+def held_out(args):
+    """The clouds of all held-out shapes, r k 3, and their classes."""
+    test = prepare("test", out=args.cache)
+    return test.cloud(range(len(test)), POINTS, np.random.default_rng(args.seed))[0], np.array(test.classes)
+
+
+def evaluate_generate(args):
+    """n samples of every class name: the right class, whole, closed, near to real shapes, diverse?"""
+    model, (references, classes) = LTM3D(args.checkpoint, args.device, args.rep), held_out(args)
+    print(f"running on {model.reason}")
+    meshes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed), args)
+    distance = torch.cat([chamfer_matrix(part, references) for part in tqdm(clouds.split(8), desc="Chamfer", unit="batch")])
+    rows = []
+    for i, name in enumerate(args.prompts):
+        own, same = slice(i * args.n, (i + 1) * args.n), classes == name
+        whole = np.array([components(mesh.vertices, mesh.faces) for mesh in meshes[own]])
+        ours, real = diversity(clouds[own]), others(references[same])
+        rows.append({"class": name,
+                     "right class": np.mean(classes[distance[own].argmin(1)] == name),
+                     "one piece": np.mean(whole >= .99),
+                     "watertight": np.mean([watertight(mesh.faces) for mesh in meshes[own]]),
+                     "Chamfer to nearest": distance[own][:, same].amin(1).mean().item(),
+                     "of held-out": real.amin(1).mean().item(),
+                     "diversity": ours,
+                     "diversity of held-out": real.mean().item(),
+                     "ratio": ours / real.mean().item()})
+    print(f"{args.n} samples a class. right class: share whose nearest held-out shape is of it. one piece: share with at least 99 % of\n"
+          "the surface in one component. Chamfer to the nearest held-out shape of the class; of held-out: from each of those to\n"
+          "its nearest other. diversity: mean Chamfer of pairs")
+    report(args, args.command, rows)
+    each = min(4, args.n)
+    shown = [i * args.n + j for i in range(len(args.prompts)) for j in range(each)]
+    pictures = [meshes[i].picture(160) for i in tqdm(shown, desc="pictures", unit="picture")]
+    save_png(f"{args.out}/generate.png", contact_sheet(pictures, 2 * each, [name for name in args.prompts for _ in range(each)]))
+    print(f"{args.out}/generate.png")
+
+
+def evaluate_ablate_rgs(args):
+    """x~ = a x + (1 - a) x_recon in the first quarter of the steps (section 3.3): what does a trade?"""
+    model, (references, classes) = LTM3D(args.checkpoint, args.device, args.rep), held_out(args)
+    print(f"running on {model.reason}")
+    mean = lambda pairs: dict(zip(("Chamfer to nearest", "diversity"), np.mean(pairs, 0)))      # over the prompts
+    rows = []
+    for a in args.alphas:
+        _, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=a), args)
+        rows.append({"a": "sampling only" if a is None else f"{a:g}"} | mean(
+            [(chamfer_matrix(own, references[classes == name]).amin(1).mean().item(), diversity(own))
+             for name, own in zip(args.prompts, clouds.split(args.n))]))
+    real = [others(references[classes == name]) for name in args.prompts]      # what real shapes score
+    rows.append({"a": "held-out shapes"} | mean([(x.amin(1).mean().item(), x.mean().item()) for x in real]))
+    print(f"{args.n} samples of each of {len(args.prompts)} class names; Chamfer to the nearest held-out shape of the class; "
+          "mean Chamfer of pairs of one prompt")
+    report(args, args.command, rows, mean=False)
+
+
+# ---------------------------------------------------------------------------- attributes
+
+def check(args):
+    """Every checker on the held-out shapes themselves: (class, attribute) -> for each shape, was it right?"""
+    test = prepare("test", out=args.cache)
+    seen = [look(true_field(test.shape(row))) for row in tqdm(range(len(test)), desc="checking the checkers", unit="shape")]
+    right = {}
+    for name, attribute, checker, prompts in ATTRIBUTES:
+        for row in range(len(test)):
+            value = test.text[row]["attributes"].get(attribute)
+            if test.classes[row] == name and (value in prompts or attribute == "colour"):    # all colours, though few are asked for
+                right.setdefault((name, attribute), []).append(holds(seen[row], attribute, checker, value))
+    return right
+
+
+def evaluate_attributes(args):
+    """Prompts that name a visible attribute, and whether the solid that comes out has it."""
+    right = check(args)
+    if args.check:
+        return report(args, "attributes-check", [{"checker": f"{name}: {attribute}", "shapes": str(len(each)), "right": np.mean(each)}
+                                                 for (name, attribute), each in right.items()])
+    model = LTM3D(args.checkpoint, args.device, args.rep)
+    print(f"running on {model.reason}")
+    asked = [(prompt, value, *entry) for *entry, prompts in ATTRIBUTES for value, prompt in prompts.items()]
+    tokens = sample_tokens(model, [prompt for prompt, *_ in asked], args.n, args.seed)
+    seen = [look(decoded_field(model.head, t, model.autocast)) for t in tqdm(tokens, desc="looking", unit="shape")]
+    print(f"{args.n} samples a prompt. obeyed: the share that has it; checker: how often the checker is right about held-out shapes")
+    rows = []
+    for (prompt, value, name, attribute, checker), i in zip(asked, range(0, len(seen), args.n)):
+        obeyed = [holds(each, attribute, checker, value) for each in seen[i:i + args.n]]
+        rows.append({"prompt": prompt, "obeyed": np.mean(obeyed), "checker": np.mean(right[name, attribute])})
+    report(args, args.command, rows)
+
+
+# ---------------------------------------------------------------------------- the commands
+
+def between(low, high):
+    def parse(text):
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
+        return value
+    parse.__name__ = "int"
+    return parse
+
+
+def main():
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--rep", choices=list(tokenizer.HEADS), default="sdf", help="the representation to judge")
+    common.add_argument("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
+    common.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    common.add_argument("--seed", type=between(0, 2 ** 63 - 1), default=0, help="of the samples and of the points drawn")
+    common.add_argument("--cache", default="cache", help="folder of the prepared data")
+    common.add_argument("--out", default="out/evaluate", help="folder for the results")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = {name: commands.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__, formatter_class=formatter,
+                                     allow_abbrev=False) for name, run in COMMANDS.items()}
+    flag = sub["tokenizer"].add_argument
+    flag("--shapes", type=between(1, 520), default=260, help="how many held-out shapes, all classes alike")
+    flag("--points", type=between(100, 10 ** 7), default=100_000, help="surface points a side of the F-score")
+    flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="of the mesh behind the F-score")
+    for name, n in (("generate", 16), ("ablate-rgs", 8)):
+        flag = sub[name].add_argument
+        flag("--n", type=between(2, 1000), default=n, help="samples of every prompt")
+        flag("--prompts", nargs="+", choices=CLASSES, default=list(CLASSES), metavar="CLASS", help="class names to ask for")
+        flag("--resolution", type=int, choices=RESOLUTIONS, default=64, help="of the meshes")
+    flag("--alphas", nargs="+", type=alpha, default=[None, .1, .3], help="weights of the sampled tokens; 'none' is sampling only")
+    flag = sub["attributes"].add_argument
+    flag("--n", type=between(1, 1000), default=8, help="samples of every prompt")
+    flag("--check", action="store_true", help="only try the checkers, on the held-out shapes themselves")
+    args = parser.parse_args()
+    start = time.time()
+    try:                                                         # rather now than after minutes of work
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    for stage, entry in read_config(args.checkpoint).items():
+        print(f"{args.checkpoint}: {stage}, {entry.get('steps', '?')} steps, git revision {entry.get('revision', '?')}")
+    COMMANDS[args.command](args)
+    print(f"{time.time() - start:.0f} seconds")
+
+
+COMMANDS = {"tokenizer": evaluate_tokenizer, "generate": evaluate_generate, "attributes": evaluate_attributes,
+            "ablate-rgs": evaluate_ablate_rgs}
+
+if __name__ == "__main__":
+    command(main)

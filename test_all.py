@@ -1,0 +1,789 @@
+"""test_all.py - the tests: every one proves that two ways of computing agree, or that an outcome is right.
+
+In the order data flows: shapes, data, layers, encoders, tokenizer, prefix, backbone, train, sample, pictures
+and files, README. The models are tiny and trained here, in a temporary folder; nothing is downloaded.
+
+    python -m pytest -q test_all.py              # all of them, about a minute and a half on two cores
+    python -m pytest -q test_all.py -k prefix    # some of them
+"""
+import copy
+import csv
+import functools
+import os
+import pickle
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from einops import rearrange
+from PIL import Image
+from scipy import ndimage
+from scipy.spatial import cKDTree
+from torch import nn
+
+import backbone
+import data
+import encoders
+import export
+import layers
+import reconstruct
+import render
+import sample
+import shapes
+import tokenizer
+import train
+from layers import UserError, command
+from metrics import grid_iou
+from prefix import Prefix
+
+HERE = Path(__file__).parent
+SMALL = {  # one size below tiny, for every stage
+    encoders: dict(dim=64, depth=1, heads=4), tokenizer: dict(side=4, channels=8, dim=64, heads=4),
+    backbone: dict(dim=64, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2),
+    reconstruct: dict(dim=64, depth=1, heads=4),
+}
+
+
+# ---------------------------------------------------------------------------- what the tests share
+
+@pytest.fixture(scope="session", autouse=True)
+def one_precision():
+    """pick_device decides by a timing; two runs that are compared byte by byte must not decide differently."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, sample):
+            patch.setattr(module, "pick_device", functools.cache(layers.pick_device))
+        yield
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """Two shapes of every class to train on, and two to test on."""
+    return [data.prepare(split, 26, 0, tmp_path_factory.getbasetemp() / "cache") for split in ("train", "test")]
+
+
+def run(main, *args):
+    """What the command line would do with these arguments -> exit status. Any other exception is a failure."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py", *map(str, args)])
+        try:
+            command(main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def train_small(patch, folder, count, *args):
+    """train.py at the size SMALL on `count` shapes, which are also those it is tested on -> exit status."""
+    for module, size in SMALL.items():
+        patch.setitem(module.SIZES, "small", size)
+    patch.setattr(train, "prepare", lambda split, _, *rest: data.prepare("train", count, *rest))
+    patch.setattr(train, "PROMPTS", ["a table", "a chair"])
+    return run(train.main, "--size", "small", "--shapes", count, "--out", folder, "--cache", folder.parent / "cache", *args)
+
+
+@pytest.fixture(scope="session")
+def overfitted(tmp_path_factory):
+    """A checkpoint that train.py made of just two shapes, a table and a chair, every stage in some seconds."""
+    folder = tmp_path_factory.getbasetemp() / "overfitted"
+    with pytest.MonkeyPatch.context() as patch:
+        for stage, steps, batch, lr in (("encoders", 30, 2, 1e-3), ("tokenizer", 280, 2, 6e-3),
+                                        ("backbone", 180, 8, 4e-3), ("reconstruct", 60, 16, 4e-3)):
+            assert train_small(patch, folder, 2, "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr) == 0
+    return folder
+
+
+def same_files(one, two, pattern="*"):
+    """Both folders hold the same files, byte by byte, and at least one."""
+    names = sorted(path.name for path in one.glob(pattern))
+    assert names and names == sorted(path.name for path in two.glob(pattern))
+    return all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
+# ---------------------------------------------------------------------------- shapes
+
+@pytest.mark.parametrize("index", range(len(shapes.CLASSES)), ids=shapes.CLASSES)
+def test_distance_is_that_to_the_surface(index):
+    """The field = a search among 200,000 samples of the visible surface (.006 apart), in size and in sign."""
+    shape, rng = shapes.make(3, index), np.random.default_rng(0)
+    points, normals, _ = shape.surface(200_000, rng)
+    x = (points[:3000] + rng.normal(0, .06, (3000, 3))).astype(np.float32)
+    field, (distance, nearest) = shape.distance(x), cKDTree(points).query(x)
+    deep = field < 1e-4 - tokenizer.TRUNCATION                          # here the field is only a bound
+    error = abs(abs(field) - distance)[~deep]
+    assert error.mean() < .002 and np.quantile(error, .99) < .006 and error.max() < .025
+    assert (distance[deep] > tokenizer.TRUNCATION - .02).all() and (field[~deep] < 0).sum() > 500
+    side = ((x - points[nearest]) * normals[nearest]).sum(1)            # which side of the nearest sample
+    clear = abs(side) > .7 * distance
+    assert clear.mean() > .9 and ((side > 0) == (field > 0))[clear].mean() > .999
+
+
+@pytest.mark.parametrize("index", range(len(shapes.CLASSES)), ids=shapes.CLASSES)
+def test_surface_points_lie_on_the_surface(index):
+    """distance = 0 at surface points, and their normals = its gradient, but for creases; their colours are parts'."""
+    shape = shapes.make(4, index)
+    points, normals, colours = shape.surface(2000, np.random.default_rng(0))
+    assert abs(shape.distance(points)).max() < 1e-4 and len(points) == 2000
+    step = .002
+    rise = np.stack([shape.distance(points + d) - shape.distance(points - d) for d in step * np.eye(3, dtype=np.float32)], 1)
+    assert ((rise / (2 * step) * normals).sum(1) > .98).mean() > .9
+    assert {tuple(c) for c in colours} <= {tuple(np.float32(c)) for c in shape.palette}
+
+
+def test_shapes_are_functions_of_seed_and_index():
+    """The same (seed, index) is the same shape to the bit; another seed or index is another."""
+    x = np.random.default_rng(0).uniform(-1, 1, (500, 3))
+    one, again, *others = [shapes.make(*key) for key in ((0, 5), (0, 5), (1, 5), (0, 18))]
+    assert one.captions == again.captions and (one.distance(x) == again.distance(x)).all()
+    assert all((one.distance(x) != other.distance(x)).mean() > .5 for other in others)
+
+
+def test_train_and_test_never_meet(prepared):
+    """Every class is in both sets, and no shape is."""
+    training, test = prepared
+    assert set(training.classes) == set(test.classes) == set(shapes.CLASSES)
+    assert max(data.TRAIN_SHAPES, 10 ** 7) <= data.TEST == min(row["index"] for row in test.text)
+    looks = [{training_or_test.arrays["points"][i].tobytes() for i in range(26)} for training_or_test in prepared]
+    assert len(looks[0]) == len(looks[1]) == 26 and not looks[0] & looks[1]
+
+
+def test_shapes_fill_their_box():
+    """The longest side is 1.8, centred, so nothing comes near the faces of [-1, 1]^3."""
+    for index in range(26):
+        points, _, _ = shapes.make(2, index).surface(20_000, np.random.default_rng(0))
+        low, high = points.min(0), points.max(0)
+        assert abs((high - low).max() - 1.8) < .02 and abs(low + high).max() < .04
+
+
+def test_captions_say_what_was_built():
+    """All lowercase, class name first; arms, engines and the like are named exactly where the shape has them."""
+    for index in range(520):
+        shape = shapes.make(1, index)
+        has = shape.attributes
+        assert shape.captions[0] == shape.name and len(set(shape.captions)) == len(shape.captions) >= 5
+        for caption in shape.captions:
+            assert caption == caption.lower()
+            for thing in ("arms", "handle", "label", "stripe", "footboard", "engines"):
+                if re.search(rf"\b{thing}\b", caption):
+                    without = bool(re.search(rf"without[\w ]* {thing}|without {thing}", caption))
+                    assert bool(has[thing]) != without, (caption, has)
+            counts = {"boards", "cushions", "legs", "engines", "layers"} & has.keys()
+            for number, thing in re.findall(r"\b(one|two|three|four|five|[1-5]) (?:\w+ )?(\w+?)\b", caption):
+                plural = next((c for c in counts if thing.rstrip("s") == c.rstrip("s")), None)
+                assert plural is None or int(shapes.NUMBERS.get(number, number)) == has[plural], (caption, has)
+
+
+def test_counts_hold_on_the_geometry():
+    """Legs of tables and boards of shelves, counted on slices of the field = what the captions say."""
+    s = np.linspace(-.95, .95, 400)
+    for number in range(12):
+        table = shapes.make(5, 13 * number)
+        low, high = table.surface(9000, np.random.default_rng(0))[0][:, 1][[0, 0]] * 0 + np.float32([-1, 1])
+        column = np.stack([0 * s, s, 0 * s], 1)
+        points = table.surface(9000, np.random.default_rng(0))[0][:, 1]
+        height = points.min() + .5 * np.ptp(points)
+        plane = np.stack(np.meshgrid(s, [height], s, indexing="ij"), -1).reshape(-1, 3)
+        assert ndimage.label(table.distance(plane).reshape(400, 400) < 0)[1] == table.attributes["legs"]
+        shelf = shapes.make(5, 13 * number + 5)
+        column[:, 2] = .05                                              # clear of the back
+        assert ndimage.label(shelf.distance(column) < 0)[1] == shelf.attributes["boards"]
+
+
+# ---------------------------------------------------------------------------- data
+
+def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
+    """Killed in the middle of a chunk and started again = never interrupted, byte by byte."""
+    monkeypatch.setattr(data, "CHUNK", 3)
+    monkeypatch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)   # so that the workers see both patches
+    whole = data.prepare("train", 8, 0, tmp_path / "whole", workers=1)
+    make, calls = data.sample, []
+
+    def stop_at_fifth(shape, rng):
+        calls.append(shape)
+        if rng.bit_generator.seed_seq.entropy == (0, 4, 1):
+            raise InterruptedError
+        return make(shape, rng)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(data, "sample", stop_at_fifth)
+        data.prepare("train", 8, 0, tmp_path / "cut", workers=1)
+    cut = tmp_path / "cut" / whole.folder.name
+    assert not same_done(cut, whole.folder) and (cut / "captions-00000.json").is_file()
+    assert len(data.prepare("train", 8, 0, tmp_path / "cut", workers=1)) == 8 and same_files(whole.folder, cut)
+
+
+def same_done(one, two):
+    return {path.name for path in one.glob("*.json")} == {path.name for path in two.glob("*.json")}
+
+
+def test_batches_are_functions_of_their_generator(prepared):
+    """The same generator gives the same batch; the distances in it are those of the shapes in its rows."""
+    rows = np.array([3, 20])
+    (cloud, one), (_, again), (_, other) = [prepared[0].batch(rows, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert all(torch.equal(one[k], again[k]) for k in one) and not torch.equal(one["queries"], other["queries"])
+    for i, row in enumerate(rows):
+        true = prepared[0].shape(row).distance(one["queries"][i].numpy())
+        assert abs(true - one["distance"][i].numpy()).max() < 1e-3
+        assert abs(prepared[0].shape(row).distance(cloud[0][i].numpy())).max() < 2e-3       # half precision
+    assert (cloud[1].norm(dim=-1) - 1).abs().max() < .02 and 0 <= cloud[2].min() <= cloud[2].max() <= 1
+
+
+# ---------------------------------------------------------------------------- layers
+
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-5), (True, .03)], ids=["fp32", "bf16"])
+def test_distance_bias_is_a_mask(bf16, tolerance):
+    """Bias folded into 13 more dimensions = softmax(q k / sqrt(e) - gamma_h |x - a|^2), with a padding mask too."""
+    torch.manual_seed(0)
+    layer = layers.Attention(64, 8)
+    nn.init.normal_(layer.to_v.weight, std=.3)
+    x, context, at = torch.randn(2, 50, 64), torch.randn(2, 27, 64), (torch.rand(2, 50, 3) * 2 - 1, layers.grid_points(3)[None].repeat(2, 1, 1))
+    mask = torch.rand(2, 27) < .8
+    q, k, v = (rearrange(f(y), "b k (h e) -> b h k e", h=8) for f, y in ((layer.to_q, x), (layer.to_k, context), (layer.to_v, context)))
+    gamma = rearrange(torch.tensor(2 * layers.GAMMAS), "h -> 1 h 1 1")
+    scores = q @ k.mT / 8 ** .5 - gamma * rearrange(torch.cdist(*at) ** 2, "b q k -> b 1 q k")
+    true = scores.masked_fill(~rearrange(mask, "b k -> b 1 1 k"), -torch.inf).softmax(-1) @ v
+    true = layer.to_out(rearrange(true, "b h k e -> b k (h e)"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = layer(x, context, mask, at)
+        assert (out - true).abs().mean() < tolerance * true.abs().mean()
+        assert (layer(x, context, mask) - true).abs().mean() > .3 * true.abs().mean()         # the bias matters
+
+
+@pytest.mark.parametrize("first, decay", [(10_000, .9), (0, .999)], ids=["constant", "warm-up"])
+def test_ema_is_its_closed_form(first, decay):
+    """After k updates: sum over the weights w_i seen of (1 - d_i) prod_{j > i} d_j w_i."""
+    model = nn.Linear(3, 2)
+    ema, seen = layers.EMA(model, decay), [model.weight.detach().clone()]
+    for step in range(first, first + 6):
+        nn.init.normal_(model.weight)
+        ema.update(model, step)
+        seen.append(model.weight.detach().clone())
+    d = np.array([min(decay, (1 + step) / (10 + step)) for step in range(first, first + 6)])
+    share = [np.prod(d)] + [(1 - d[i]) * np.prod(d[i + 1:]) for i in range(6)]
+    assert abs(sum(share) - 1) < 1e-9
+    assert torch.allclose(ema.model.weight, sum(float(s) * w for s, w in zip(share, seen)), atol=1e-6)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    """Weights saved and loaded are the same bits; half precision is the same to 1e-3."""
+    model, other = layers.Block(64, 4), layers.Block(64, 4)
+    layers.save_weights(tmp_path / "a.safetensors", model.state_dict())
+    layers.load_weights(other, tmp_path / "a.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+    layers.save_weights(tmp_path / "a.safetensors", model.state_dict(), half=True)
+    layers.load_weights(other, tmp_path / "a.safetensors")
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+def test_wrong_weights_are_named(tmp_path):
+    """Truncated, pickled, missing, renamed and mis-shaped weights: one line that says what differs."""
+    path, model = tmp_path / "a.safetensors", nn.Sequential(nn.Linear(3, 2))
+    layers.save_weights(path, model.state_dict())
+    whole = path.read_bytes()
+    for bad in (whole[:-5], whole[:20], b"", pickle.dumps(model.state_dict())):
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match="truncated or no safetensors"):
+            layers.load_weights(model, path)
+    with pytest.raises(UserError, match="no file"):
+        layers.load_weights(model, tmp_path / "b.safetensors")
+    path.write_bytes(whole)
+    with pytest.raises(UserError, match=r"0\.weight is \(2, 3\), not \(2, 4\)"):
+        layers.load_weights(nn.Sequential(nn.Linear(4, 2)), path)
+    with pytest.raises(UserError, match=r"missing weight; unknown 0\.bias; unknown 0\.weight"):
+        layers.load_weights(nn.Linear(3, 2, bias=False), path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_written_keeps_the_old_file(tmp_path, error):
+    """Whatever stops a write half way, the old file stays as it was and nothing lies beside it."""
+    path = tmp_path / "new" / "file.txt"
+    with layers.written(path) as part:
+        part.write_text("old")
+    with pytest.raises(error), layers.written(path) as part:
+        part.write_text("ne")
+        raise error
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_full_disk_keeps_the_old_file(tmp_path):
+    """Saving more than fits is one clear error, for weights and for pictures, and the old file stays."""
+    paths = tmp_path / "a.safetensors", tmp_path / "a.png"
+    for path in paths:
+        path.write_bytes(b"old")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))     # no file may grow longer than this
+    try:
+        with pytest.raises(UserError, match="cannot write .*a.safetensors"):
+            layers.save_weights(paths[0], {"x": torch.randn(10 ** 6)})
+        with pytest.raises(UserError, match="cannot write .*a.png"):
+            render.save_png(paths[1], np.random.default_rng(0).integers(0, 255, (800, 800, 3), dtype=np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert all(path.read_bytes() == b"old" for path in paths) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_stage_of_other_weights_is_refused(tmp_path):
+    """A backbone trained on another tokenizer than the one beside it is an error that says so."""
+    layers.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.zeros(1)})
+    layers.write_config(tmp_path, "backbone", made_with={"tokenizer": layers.digest(tmp_path / "tokenizer.safetensors")})
+    layers.read_stage(tmp_path, "backbone")
+    layers.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.ones(1)})
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        layers.read_stage(tmp_path, "backbone")
+
+
+# ---------------------------------------------------------------------------- encoders
+
+def text_tower():
+    torch.manual_seed(0)
+    return encoders.Encoders(["chair", "red", "round", "table", "with"], **SMALL[encoders]).eval()
+
+
+def test_text_padding_has_no_influence():
+    """A prompt alone = the same prompt padded in a batch with a longer one."""
+    tower = text_tower()
+    (alone, _), (both, mask) = tower.encode(["Table"]), tower.encode(["a red round table", "the table"])
+    assert mask.tolist() == [[True] * 3, [True, False, False]]
+    assert torch.allclose(alone[0, 0], both[1, 0], atol=1e-5) and not torch.allclose(alone[0, 0], both[0, 0], atol=.1)
+
+
+def test_unknown_words_are_named(capsys):
+    """A misspelt word is left out, with a warning that names it and its neighbours; nothing left is an error."""
+    tower = text_tower()
+    assert torch.equal(tower.encode(["red tabel chair"])[0], tower.encode(["red chair"])[0])
+    assert re.search("'tabel'.*nearest: table", capsys.readouterr().err)
+    for prompt, complaint in (("tabel", "names nothing"), ("with", "names nothing"), ("  ", "is empty"), ("!?", "is empty")):
+        with pytest.raises(UserError, match=complaint):
+            tower.encode([prompt])
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+def test_standardise_changes_tokens_not_shapes(prepared):
+    """Afterwards tokens have mean 0 and deviation 1 per channel and decode to the same field; twice is as good."""
+    torch.manual_seed(0)
+    encoder, head = tokenizer.Tokenizer(**SMALL[tokenizer]).eval(), tokenizer.SdfHead(**SMALL[tokenizer]).eval()
+    cloud, x = prepared[0].cloud(np.arange(12), 500, np.random.default_rng(0)), torch.rand(12, 100, 3) * 2 - 1
+    with torch.no_grad():
+        before = head.ask(head.read(encoder(*cloud)), x)
+        tokenizer.standardise(encoder, head, encoder(*cloud)[:5])
+        tokenizer.standardise(encoder, head, encoder(*cloud))
+        tokens = encoder(*cloud)
+        assert tokens.mean((0, 1)).abs().max() < 1e-4 and (tokens.std((0, 1)) - 1).abs().max() < 1e-4
+        after = head.ask(head.read(tokens), x)
+    assert before.std() > .1 and torch.allclose(before, after, atol=1e-4)
+
+
+class TrueHead:
+    """Stands in for a trained head: answers with the exact field of a built-in shape."""
+
+    def __init__(self, shape):
+        self.shape = shape
+
+    def read(self, tokens):
+        return tokens
+
+    def ask(self, memory, x):
+        field, colour = self.shape.field(x[0].numpy())
+        return torch.from_numpy(np.c_[field / tokenizer.TRUNCATION, colour])[None].float().clamp(-1, 1)
+
+
+@pytest.mark.parametrize("index, resolution", [(1, 64), (8, 64), (5, 64), (3, 128)], ids=["chair-64", "mug-64", "shelf-64", "lamp-128"])
+def test_hierarchical_is_dense(index, resolution):
+    """A grid refined near the surface gives the same mesh as every point asked; closed, outward, of the right volume."""
+    shape = shapes.make(6, index)
+    fine, dense = (tokenizer.extract(TrueHead(shape), torch.zeros(1, 1), resolution, hierarchical=h) for h in (True, False))
+    assert len(fine[1]) > 1000 and all(np.array_equal(a, b) for a, b in zip(fine, dense))
+    vertices, faces, colours = fine
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    inside = (shape.distance(layers.grid_points(64).numpy()) < 0).mean() * 8
+    assert mesh.is_watertight and mesh.is_winding_consistent and abs(mesh.volume / inside - 1) < .05
+    assert abs(shape.distance(vertices)).max() < .03 and 0 <= colours.min() <= colours.max() <= 1
+
+
+def test_nothing_leaves_the_cube():
+    """A field that is inside everywhere still gives a closed mesh, and one that is outside everywhere an empty one."""
+    for sign, faces in ((-1, True), (1, False)):
+        head = TrueHead(None)
+        head.ask = lambda memory, x: torch.full((1, x.shape[1], 4), float(sign))
+        mesh = tokenizer.extract(head, torch.zeros(1, 1), 64)
+        assert bool(len(mesh[1])) == faces and (not faces or trimesh.Trimesh(*mesh[:2], process=False).is_watertight)
+
+
+def test_iou_of_the_true_field_is_one():
+    """grid_iou is 1 for a shape and itself, and between 0 and 1 for two tables."""
+    one, other = shapes.make(0, 0), shapes.make(0, 13)
+    head = TrueHead(one)
+    assert grid_iou(head, torch.zeros(1, 1), one, torch.no_grad, 32) == 1
+    assert 0 < grid_iou(head, torch.zeros(1, 1), other, torch.no_grad, 32) < .9
+
+
+# ---------------------------------------------------------------------------- prefix
+
+def test_prefix_padding_has_no_influence():
+    """Condition tokens behind the mask may hold anything."""
+    torch.manual_seed(0)
+    prefix, condition = Prefix(4, 64, 4, 32), torch.randn(2, 5, 32)
+    padded = torch.cat([condition, 100 * torch.randn(2, 4, 32)], 1)
+    mask = torch.arange(9) < 5
+    out = prefix(condition, torch.ones(2, 5, dtype=torch.bool))
+    assert torch.allclose(out, prefix(padded, mask.expand(2, 9)), atol=1e-5) and not torch.allclose(out[0], out[1], atol=1e-2)
+
+
+def test_dropped_prompts_are_all_alike():
+    """A dropped condition ignores the prompt, its length and its padding; the others in the batch keep theirs."""
+    torch.manual_seed(0)
+    prefix, condition = Prefix(4, 64, 4, 32), torch.randn(3, 5, 32)
+    mask = torch.arange(5) < torch.tensor([[2], [5], [4]])
+    out = prefix(condition, mask, torch.tensor([True, True, False]))
+    short = prefix(torch.randn(1, 1, 32), torch.ones(1, 1, dtype=torch.bool), torch.tensor([True]))
+    assert torch.allclose(out[0], out[1], atol=1e-5) and torch.allclose(out[0], short[0], atol=1e-5)
+    assert torch.allclose(out[2], prefix(condition, mask)[2], atol=1e-5) and not torch.allclose(out[0], out[2], atol=1e-2)
+
+
+# ---------------------------------------------------------------------------- backbone
+
+def small_backbone(denoiser="flow"):
+    """Random weights everywhere, also where training starts with zeros."""
+    torch.manual_seed(0)
+    model = backbone.Backbone(27, 8, 32, **SMALL[backbone], denoiser=denoiser).eval()
+    for p in model.net.parameters():
+        nn.init.normal_(p, std=.15)
+    return model, torch.randn(3, 5, 32), torch.arange(5) < torch.tensor([[5], [3], [1]])
+
+
+def test_schedules_place_every_token_once():
+    """Steps follow on one another from none to all, each places at least one; impossible numbers are errors."""
+    for n in (1, 2, 7, 64, 216, 512):
+        for steps in {1, 2, 3, 16, n // 2, n - 1, n} & set(range(1, n + 1)):
+            pairs = backbone.schedule(n, steps)
+            assert len(pairs) == steps and pairs[0][0] == 0 and pairs[-1][1] == n
+            assert all(a < b for a, b in pairs) and all(one[1] == two[0] for one, two in zip(pairs, pairs[1:]))
+        for steps in (0, -1, n + 1):
+            with pytest.raises(ValueError, match=str(n)):
+                backbone.schedule(n, steps)
+    sizes = [b - a for a, b in backbone.schedule(512, 8)]
+    assert sizes == sorted(sizes) and sizes[-1] > 5 * sizes[0]         # a cosine: few at first
+
+
+def test_contexts_ignore_unknown_tokens():
+    """Whatever stands in places that are not known, every context vector stays; known places matter."""
+    model, condition, mask = small_backbone()
+    prefix, x = model.prefix(condition, mask), torch.randn(3, 27, 8)
+    order, known = torch.rand(3, 27).argsort(1), 10
+    unknown = order[:, known:, None].expand(-1, -1, 8)
+    c = model.contexts(prefix, x, order, known)
+    assert torch.equal(c, model.contexts(prefix, x.scatter(1, unknown, torch.randn(3, 17, 8)), order, known))
+    assert not torch.allclose(c, model.contexts(prefix, x.scatter(1, order[:, :1, None].expand(-1, -1, 8), torch.randn(3, 1, 8)), order, known))
+    again = order.clone()
+    again[:, :known] = order[:, :known].flip(1)                        # known tokens are a set, not a sequence
+    assert torch.allclose(c, model.contexts(prefix, x, again, known), atol=1e-5)
+
+
+@pytest.mark.parametrize("denoiser", backbone.DENOISERS)
+def test_guidance_one_is_conditional_only(denoiser):
+    """With cfg = 1 the unconditional branch has no influence; with cfg = 2 it has."""
+    model, condition, mask = small_backbone(denoiser)
+    other = copy.deepcopy(model)
+    nn.init.normal_(other.prefix.nothing, std=3.)
+    for cfg, same in ((1., True), (2., False)):
+        a, b = (m.generate(condition, mask, [0, 1, 2], steps=5, denoise_steps=4, cfg=cfg) for m in (model, other))
+        assert torch.equal(a, b) == same
+    near = model.generate(condition, mask, [0, 1, 2], steps=5, denoise_steps=4, cfg=1 + 1e-7)
+    alone = model.generate(condition, mask, [0, 1, 2], steps=5, denoise_steps=4, cfg=1.)
+    assert torch.allclose(near, alone, atol=1e-3)                      # the guided path, at guidance 1
+
+
+def test_guidance_shares_its_noise():
+    """Both halves of a guided step see the same x and t, and are combined as no + g (yes - no)."""
+    seen = []
+    net = lambda x, t, c: (seen.append((x, t)), c * x)[1]
+    x, t, c = torch.randn(6, 8), torch.rand(6), torch.randn(12, 8)
+    out = backbone.guided(net, x, t, c, 3.)
+    assert all(torch.equal(*both.chunk(2)) for both in seen[0])
+    assert torch.allclose(out, c[6:] * x + 3 * (c[:6] - c[6:]) * x, atol=1e-5)
+
+
+@pytest.mark.parametrize("denoiser", backbone.DENOISERS)
+def test_a_sample_does_not_depend_on_its_batch(denoiser):
+    """Three samples together = each alone, whatever was drawn before; another seed is another sample."""
+    model, condition, mask = small_backbone(denoiser)
+    options = dict(steps=5, denoise_steps=4)
+    together = model.generate(condition, mask, [7, 8, 9], **options)
+    for i in range(3):
+        alone = model.generate(condition[i:i + 1], mask[i:i + 1], [7 + i], **options)
+        assert torch.allclose(together[i], alone[0], atol=.01)       # random weights magnify rounding
+    assert torch.equal(together, model.generate(condition, mask, [7, 8, 9], **options))
+    assert not torch.allclose(together[0], model.generate(condition[:1], mask[:1], [8], **options)[0], atol=.1)
+
+
+def exact_net(denoiser, mean, std):
+    """What a perfect DenoiseNet answers when the data are N(mean, std^2)."""
+    def flow(x, t, c):                                                 # x_t = (1 - t) noise + t x
+        t = t[:, None]
+        share = (x - t * mean) / ((1 - t) ** 2 + (t * std) ** 2)
+        return mean + t * std ** 2 * share - (1 - t) * share           # E[x | x_t] - E[noise | x_t]
+
+    def ddpm(x, t, c):                                                 # x_t = sqrt(a) x + sqrt(1 - a) noise
+        a = backbone.DDPM.alphas[(t * backbone.DDPM.T).round().long()][:, None]
+        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std ** 2 + 1 - a)
+
+    return {"flow": flow, "ddpm": ddpm}[denoiser]
+
+
+@pytest.mark.parametrize("denoiser, steps", [("flow", 100), ("ddpm", 250)])
+def test_denoisers_recover_a_known_distribution(denoiser, steps):
+    """With the exact network: samples have the data's mean and deviation, and no other network has less loss."""
+    torch.manual_seed(0)
+    kind, net, draws = backbone.DENOISERS[denoiser], exact_net(denoiser, 1., .5), 1 if denoiser == "flow" else steps
+    x = kind.sample(net, torch.zeros(8000, 1), torch.randn(8000, draws, 2), steps)
+    assert (x.mean(0) - 1).abs().max() < .03 and (x.std(0) - .5).abs().max() < .03
+
+    def loss(net):
+        torch.manual_seed(0)
+        return kind.loss(net, 1 + .5 * torch.randn(40_000, 2), torch.zeros(40_000, 1))
+
+    others = [lambda x, t, c, s=s, o=o: s * net(x, t, c) + o for s, o in ((1.1, 0), (.9, 0), (1, .1), (1, -.1))]
+    assert all(loss(net) < loss(other) for other in others)
+
+
+def test_temperature_zero_is_one_answer():
+    """Without noise the flow has one answer; more temperature, more spread."""
+    net, noise = exact_net("flow", 1., .5), torch.randn(4000, 1, 1)
+    cold, cool, warm = (backbone.Flow.sample(net, torch.zeros(4000, 1), noise, 30, temperature=t).std() for t in (0., .5, 1.))
+    assert cold < 1e-6 < cool < .7 * warm
+
+
+def test_blending_conventions_are_mirror_images():
+    """figure with alpha = text with 1 - alpha; at the ends one of the two is seen alone."""
+    a, b = torch.randn(2, 27, 8), torch.randn(2, 27, 8)
+    assert all(torch.allclose(reconstruct.blend(a, b, w, "figure"), reconstruct.blend(a, b, 1 - w, "text")) for w in (0., .1, .7, 1.))
+    assert torch.equal(reconstruct.blend(a, b, 1., "figure"), a) and torch.equal(reconstruct.blend(a, b, 0., "figure"), b)
+
+
+def test_reconstruction_guides_the_first_steps():
+    """alpha = 1 is no RGS; a window of 2 steps = a quarter of 8; it does change the samples, and only while it lasts."""
+    model, condition, mask = small_backbone()
+    recon = 3 * torch.randn(3, 27, 8)
+    make = functools.partial(model.generate, condition, mask, [0, 1, 2], steps=8, denoise_steps=4)
+    plain = make()
+    assert torch.equal(plain, make(recon=recon, alpha=1.)) and torch.equal(plain, make(recon=recon, alpha=0., convention="text"))
+    assert torch.equal(make(recon=recon, window=2), make(recon=recon, window=.25))
+    assert torch.equal(plain, make(recon=recon, window=1))             # nothing is known yet in the first step
+    changed = (make(recon=recon, window=2) != plain).any(-1).sum(1)
+    placed = backbone.schedule(27, 8)[0][1]
+    assert (changed == 27 - placed).all()
+
+
+# ---------------------------------------------------------------------------- train
+
+def test_two_shapes_overfitted_through_all_stages(overfitted, tmp_path_factory):
+    """train.py, then a prompt -> tokens -> field: the named one of two shapes comes back with IoU >= .9."""
+    model, split = sample.load(overfitted), data.prepare("train", 2, 0, tmp_path_factory.getbasetemp() / "cache")
+    tokens = model.tokens(["a table", "a chair"], [0, 1])
+    for i in range(2):
+        assert grid_iou(model.head, tokens[i], split.shape(i), model.autocast) >= .9
+        assert grid_iou(model.head, tokens[i], split.shape(1 - i), model.autocast) < .5
+
+
+def test_run_folder_holds_curves_and_pictures(overfitted):
+    """Every stage leaves a CSV; the tokenizer and backbone pictures; the config its settings; no state, no leftovers."""
+    names = {path.name for path in overfitted.iterdir()}
+    assert {f"{stage}.csv" for stage in train.STAGES} | {"losses.png", "tokenizer-000280.png", "backbone-000180.png"} <= names
+    assert not any("state" in name or "part" in name for name in names)
+    config = layers.read_config(overfitted)
+    assert list(config) == list(train.STAGES) and config["backbone"]["steps"] == 180 and config["tokenizer"]["metrics"]
+    for stage, key in (("tokenizer", "loss"), ("backbone", "loss"), ("reconstruct", "held_out")):
+        rows = list(csv.DictReader((overfitted / f"{stage}.csv").open()))
+        assert float(rows[-1][key]) < float(rows[0][key]) or len(rows) == 1
+
+
+def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
+    """Started again, a finished run trains nothing."""
+    monkeypatch.setattr(train, "fit", None)
+    assert train_small(monkeypatch, overfitted, 2) == 0
+    assert capsys.readouterr().out.count("already done") == 4
+
+
+def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
+    """Every stage killed once (SIGTERM) between two log lines and started again = never killed: losses and weights."""
+    monkeypatch.setattr(train, "CHECK", 4)
+    monkeypatch.setattr(train, "grid_iou", lambda *_: 0.)              # these two are slow and change nothing
+    monkeypatch.setattr(train, "picture", lambda *_: np.zeros((160, 160, 3), np.uint8))
+    whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
+    assert train_small(monkeypatch, whole, 26, *flags) == 0
+    rate, handler = train.learning_rate, signal.getsignal(signal.SIGTERM)
+
+    def kill_in_third_step(step, steps, peak):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return rate(step, steps, peak)
+
+    monkeypatch.setattr(train, "learning_rate", kill_in_third_step)
+    for stage in train.STAGES:                                         # and each stage in a process of its own
+        assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 130
+        assert (cut / f"{stage}.state.safetensors").is_file() and signal.getsignal(signal.SIGTERM) == handler
+        assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 0
+    assert same_files(whole, cut, "*.safetensors") and len(list(cut.glob("*.safetensors"))) == 5
+    for stage in train.STAGES:
+        one, two = ([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / f"{stage}.csv").open())]
+                    for folder in (whole, cut))
+        assert one == two and [row["step"] for row in one] == ["4", "6"]
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--stage", "dinner"], "choose from"), (["--steps", "0"], "more than 0"), (["--lr", "nan"], "more than 0"), (["--shapes", "x"], "invalid"),
+    (["--bacth", "3"], "unrecognized arguments: --bacth"), (["--device", "toaster"], "--device toaster cannot be used here"),
+    (["--stage", "backbone"], "holds no trained encoders")])
+def test_train_bad_input_is_one_line(flags, complaint, tmp_path, monkeypatch, capsys):
+    """A mistake is one line that names it, with exit status 2, and nothing is written."""
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+    assert not (tmp_path / "run").exists()
+
+
+def assert_one_line(err, complaint):
+    """One line of complaint; argparse's usage and progress bars do not count."""
+    lines = [line for line in re.split("[\r\n]", err) if line.strip() and not line.startswith(("usage", " ", "preparing"))]
+    assert len(lines) == 1 and complaint in lines[0], err
+
+
+# ---------------------------------------------------------------------------- sample
+
+def test_same_seed_same_bytes(overfitted, tmp_path):
+    """The command twice = the same meshes and pictures; the Python API = the command; another seed is another mesh."""
+    flags = ("--text", "a table", "--checkpoint", overfitted, "--resolution", 64, "--n", 2)
+    for out, seed in (("one", 5), ("two", 5), ("other", 6)):
+        assert run(sample.main, *flags, "--seed", seed, "--out", tmp_path / out) == 0
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {"a-table-0.glb", "a-table-0.png", "a-table-1.glb", "a-table-1.png", "a-table.png"}
+    for i, mesh in enumerate(sample.load(overfitted).generate("a table", rep="sdf", n=2, seed=5, resolution=64)):
+        mesh.save(tmp_path / "api.glb")
+        assert (tmp_path / "api.glb").read_bytes() == (tmp_path / "one" / f"a-table-{i}.glb").read_bytes()
+        assert trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).is_watertight
+        assert (tmp_path / "api.glb").read_bytes() != (tmp_path / "other" / f"a-table-{i}.glb").read_bytes()
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--colour", "red"], "unrecognized arguments: --colour"), (["--step", "3"], "unrecognized arguments: --step"),
+    (["--steps", "0"], "--steps must be between"), (["--steps", "65"], "more than the 64 shape tokens"),
+    (["--cfg", "-1"], "--cfg must be"), (["--cfg", "nan"], "--cfg must be"), (["--n", "0"], "--n must be"), (["--seed", "-1"], "--seed must be"),
+    (["--resolution", "100000"], "choose from 32, 64"), (["--alpha", "2"], "--alpha"), (["--rep", "voxels"], "choose from"),
+    (["--text", ""], "is empty"), (["--text", "with the"], "names nothing"), (["--device", "toaster"], "--device toaster"),
+    (["--checkpoint", "nowhere"], "there is no folder nowhere"), (["--out", "{file}/below"], "cannot write")])
+def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, capsys):
+    """A mistake is one line that names it, with exit status 2, and nothing is written."""
+    (tmp_path / "file").write_text("")
+    flags = [flag.format(file=tmp_path / "file") for flag in flags]
+    base = ["--text", "a table", "--checkpoint", overfitted, "--resolution", 32, "--out", tmp_path / "out"]
+    assert run(sample.main, *base, *flags) == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name, damage, complaint", [
+    ("backbone.safetensors", lambda b: b[:len(b) // 2], "truncated"), ("head-sdf.safetensors", lambda b: pickle.dumps([1]), "no safetensors"),
+    ("config.json", lambda b: b[:100], "not readable JSON"), ("config.json", lambda b: b"{}", "holds no trained encoders"),
+    ("reconstruct.safetensors", None, "no file"), ("tokenizer.safetensors", lambda b: b + b"0", "trained with another tokenizer"),
+    ("config.json", lambda b: b.replace(b'"dim": 64', b'"dim": 128'), "does not fit this model")])
+def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp_path, capsys):
+    """Truncated, foreign, missing, exchanged and other-sized files of a checkpoint are named."""
+    folder = shutil.copytree(overfitted, tmp_path / "checkpoint")
+    (folder / name).write_bytes(damage((folder / name).read_bytes())) if damage else (folder / name).unlink()
+    assert run(sample.main, "--text", "a table", "--checkpoint", folder, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
+    """A sample without a surface is reported, not a traceback."""
+    monkeypatch.setattr(sample.LTM3D, "decode", lambda *_: sample.Mesh(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3))))
+    assert run(sample.main, "--text", "a table", "--checkpoint", overfitted, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err, "empty")
+
+
+def test_control_c_is_one_word(capsys):
+    """Ctrl-C ends a script with status 130 and no traceback."""
+    def interrupted():
+        raise KeyboardInterrupt
+    assert run(interrupted) == 130 and capsys.readouterr().err == "stopped\n"
+
+
+# ---------------------------------------------------------------------------- pictures and files
+
+def ball(radius=.7):
+    return tokenizer.extract(TrueHead(shapes.Shape("ball", [shapes.ball((0, 0, 0), radius, "red")], {}, [])), torch.zeros(1, 1), 32)
+
+
+def test_glb_round_trip(tmp_path):
+    """Vertices and faces come back exactly, colours to five decimals; other readers open it; same mesh, same bytes."""
+    vertices, faces, _ = ball()
+    colours = np.random.default_rng(0).random(vertices.shape, np.float32)
+    for name in "ab":
+        export.write_glb(tmp_path / f"{name}.glb", vertices, faces, colours)
+    assert (tmp_path / "a.glb").read_bytes() == (tmp_path / "b.glb").read_bytes()
+    again = export.read_glb(tmp_path / "a.glb")
+    assert np.array_equal(again[0], vertices) and np.array_equal(again[1], faces) and abs(again[2] - colours).max() < 1e-5
+    assert trimesh.load(tmp_path / "a.glb", force="mesh").is_watertight
+
+
+def test_mesh_and_field_render_alike():
+    """A ball as triangles and the same ball as a distance field are the same picture, in every mode."""
+    mesh, part = ball(), shapes.ball((0, 0, 0), .7, "red")
+    for mode in render.MODES:
+        one = render.render_mesh(*mesh, size=64, mode=mode).astype(float)
+        two = render.render_sdf(lambda x: part.distance(x.numpy()), lambda x: np.tile(shapes.COLOURS["red"], (len(x), 1)), size=64, mode=mode)
+        empty = render.render_mesh(np.zeros((0, 3)), np.zeros((0, 3), int), size=64, mode=mode).astype(float)
+        assert abs(one - two).mean() < 4 and abs(one - empty).mean() > 20 and (empty == empty[0, 0]).all()
+
+
+def test_contact_sheet_holds_every_picture(tmp_path):
+    """Five pictures in three columns: the size is as computed, each picture is found in its place, also in the file."""
+    pictures = [np.full((32, 32, 3), 40 * i, np.uint8) for i in range(5)]
+    sheet = render.contact_sheet(pictures, 3)
+    assert sheet.shape == (2 * 36 + 4, 3 * 36 + 4, 3)
+    for i, picture in enumerate(pictures):
+        y, x = 4 + i // 3 * 36, 4 + i % 3 * 36
+        assert (sheet[y:y + 32, x:x + 32] == picture).all()
+    render.save_png(tmp_path / "sheet.png", sheet)
+    assert (np.asarray(Image.open(tmp_path / "sheet.png")) == sheet).all()
+    assert render.contact_sheet(pictures, 3, labels=list("abcde")).shape[0] > sheet.shape[0]
+
+
+# ---------------------------------------------------------------------------- README
+
+def readme():
+    text = (HERE / "README.md").read_text() if (HERE / "README.md").is_file() else "FILEMAP"
+    return pytest.skip("the README is not finished: no file map yet") if "FILEMAP" in text else text
+
+
+def test_readme_counts_lines_right():
+    """The file map names every script with its true number of lines."""
+    rows = dict(re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", readme(), re.M))
+    assert rows == {path.name: str(len(path.read_text().splitlines())) for path in HERE.glob("*.py")}
+
+
+def test_readme_commands_run_as_written(tmp_path):
+    """The first two commands, without their pip part, in a fresh copy: files are made, the tests are found."""
+    make, test = re.findall(r"^pip install -r requirements.txt && (python .+)$", readme(), re.M)[:2]
+    if not (HERE / "checkpoints/tiny").is_dir():
+        pytest.skip("checkpoints/tiny is not there yet")
+    for path in (*HERE.glob("*.py"), *HERE.glob("*.ini")):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "checkpoints").symlink_to(HERE / "checkpoints")
+    here = dict(cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    done = subprocess.run(shlex.split(make, comments=True), **here)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/table-0.glb").is_file() and all((tmp_path / line).is_file() for line in done.stdout.splitlines() if line.startswith("out"))
+    found = subprocess.run(shlex.split(test, comments=True) + ["--collect-only"], **here)
+    assert found.returncode == 0 and "test_readme_commands_run_as_written" in found.stdout
