@@ -3,7 +3,7 @@
 In the order data flows: shapes, data, layers, encoders, tokenizer, prefix, backbone, train, sample, pictures
 and files, README. The models are tiny and trained here, in a temporary folder; nothing is downloaded.
 
-    python -m pytest -q test_all.py              # all of them, about a minute and a half on two cores
+    python -m pytest -q test_all.py              # all of them, in about a minute on two free cores
     python -m pytest -q test_all.py -k prefix    # some of them
 """
 import copy
@@ -88,6 +88,7 @@ def train_small(patch, folder, count, *args):
         patch.setitem(module.SIZES, "small", size)
     patch.setattr(train, "prepare", lambda split, _, *rest: data.prepare("train", count, *rest))
     patch.setattr(train, "PROMPTS", ["a table", "a chair"])
+    patch.setattr(train, "CLASSES", ("table", "chair"))
     return run(train.main, "--size", "small", "--shapes", count, "--out", folder, "--cache", folder.parent / "cache", *args)
 
 
@@ -120,7 +121,7 @@ def test_distance_is_that_to_the_surface(index):
     field, (distance, nearest) = shape.distance(x), cKDTree(points).query(x)
     deep = field < 1e-4 - tokenizer.TRUNCATION                          # here the field is only a bound
     error = abs(abs(field) - distance)[~deep]
-    assert error.mean() < .002 and np.quantile(error, .99) < .006 and error.max() < .025
+    assert error.mean() < .002 and np.quantile(error, .99) < .008 and error.max() < .04
     assert (distance[deep] > tokenizer.TRUNCATION - .02).all() and (field[~deep] < 0).sum() > 500
     side = ((x - points[nearest]) * normals[nearest]).sum(1)            # which side of the nearest sample
     clear = abs(side) > .7 * distance
@@ -152,7 +153,7 @@ def test_train_and_test_never_meet(prepared):
     training, test = prepared
     assert set(training.classes) == set(test.classes) == set(shapes.CLASSES)
     assert max(data.TRAIN_SHAPES, 10 ** 7) <= data.TEST == min(row["index"] for row in test.text)
-    looks = [{training_or_test.arrays["points"][i].tobytes() for i in range(26)} for training_or_test in prepared]
+    looks = [{split.arrays["points"][i].tobytes() for i in range(26)} for split in prepared]
     assert len(looks[0]) == len(looks[1]) == 26 and not looks[0] & looks[1]
 
 
@@ -185,17 +186,12 @@ def test_captions_say_what_was_built():
 def test_counts_hold_on_the_geometry():
     """Legs of tables and boards of shelves, counted on slices of the field = what the captions say."""
     s = np.linspace(-.95, .95, 400)
-    for number in range(12):
-        table = shapes.make(5, 13 * number)
-        low, high = table.surface(9000, np.random.default_rng(0))[0][:, 1][[0, 0]] * 0 + np.float32([-1, 1])
-        column = np.stack([0 * s, s, 0 * s], 1)
-        points = table.surface(9000, np.random.default_rng(0))[0][:, 1]
-        height = points.min() + .5 * np.ptp(points)
-        plane = np.stack(np.meshgrid(s, [height], s, indexing="ij"), -1).reshape(-1, 3)
+    plane, column = np.stack(np.meshgrid(s, [0], s, indexing="ij"), -1).reshape(-1, 3), np.stack([0 * s, s, 0 * s + .05], 1)
+    for number in range(0, 12 * 13, 13):
+        table, shelf = shapes.make(5, number + shapes.CLASSES.index("table")), shapes.make(5, number + shapes.CLASSES.index("shelf"))
+        plane[:, 1] = 0                                                 # half way up
         assert ndimage.label(table.distance(plane).reshape(400, 400) < 0)[1] == table.attributes["legs"]
-        shelf = shapes.make(5, 13 * number + 5)
-        column[:, 2] = .05                                              # clear of the back
-        assert ndimage.label(shelf.distance(column) < 0)[1] == shelf.attributes["boards"]
+        assert ndimage.label(shelf.distance(column) < 0)[1] == shelf.attributes["boards"]    # clear of the back
 
 
 # ---------------------------------------------------------------------------- data
@@ -203,12 +199,12 @@ def test_counts_hold_on_the_geometry():
 def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
     """Killed in the middle of a chunk and started again = never interrupted, byte by byte."""
     monkeypatch.setattr(data, "CHUNK", 3)
-    monkeypatch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)   # so that the workers see both patches
+    monkeypatch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)   # so that the workers see all patches
+    monkeypatch.setattr(signal, "signal", lambda *_: None)                 # which only main threads may call
     whole = data.prepare("train", 8, 0, tmp_path / "whole", workers=1)
-    make, calls = data.sample, []
+    make = data.sample
 
     def stop_at_fifth(shape, rng):
-        calls.append(shape)
         if rng.bit_generator.seed_seq.entropy == (0, 4, 1):
             raise InterruptedError
         return make(shape, rng)
@@ -217,12 +213,8 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
         patch.setattr(data, "sample", stop_at_fifth)
         data.prepare("train", 8, 0, tmp_path / "cut", workers=1)
     cut = tmp_path / "cut" / whole.folder.name
-    assert not same_done(cut, whole.folder) and (cut / "captions-00000.json").is_file()
+    assert (cut / "captions-00000.json").is_file() and not (cut / "captions-00001.json").is_file()
     assert len(data.prepare("train", 8, 0, tmp_path / "cut", workers=1)) == 8 and same_files(whole.folder, cut)
-
-
-def same_done(one, two):
-    return {path.name for path in one.glob("*.json")} == {path.name for path in two.glob("*.json")}
 
 
 def test_batches_are_functions_of_their_generator(prepared):
@@ -503,6 +495,16 @@ def test_guidance_one_is_conditional_only(denoiser):
     assert torch.allclose(near, alone, atol=1e-3)                      # the guided path, at guidance 1
 
 
+def test_guidance_grows_with_the_share_known(monkeypatch):
+    """From nearly 1 in the first step to cfg in the last, linear in the tokens that will be known."""
+    model, condition, mask = small_backbone()
+    seen = []
+    monkeypatch.setattr(backbone.Flow, "sample", lambda net, c, noise, steps, guidance, *_: (seen.append(guidance), noise[:, 0])[1])
+    model.generate(condition, mask, [0, 1, 2], steps=9, cfg=4.)
+    assert seen == sorted(seen) and seen[0] < 1.2 and seen[-1] == 4
+    assert np.allclose(seen, [1 + 3 * then / 27 for _, then in backbone.schedule(27, 9)])
+
+
 def test_guidance_shares_its_noise():
     """Both halves of a guided step see the same x and t, and are combined as no + g (yes - no)."""
     seen = []
@@ -601,7 +603,7 @@ def test_run_folder_holds_curves_and_pictures(overfitted):
     assert {f"{stage}.csv" for stage in train.STAGES} | {"losses.png", "tokenizer-000280.png", "backbone-000180.png"} <= names
     assert not any("state" in name or "part" in name for name in names)
     config = layers.read_config(overfitted)
-    assert list(config) == list(train.STAGES) and config["backbone"]["steps"] == 180 and config["tokenizer"]["metrics"]
+    assert list(config) == list(train.STAGES) and config["backbone"]["steps"] == 180 and 1. in config["backbone"]["metrics"].values()
     for stage, key in (("tokenizer", "loss"), ("backbone", "loss"), ("reconstruct", "held_out")):
         rows = list(csv.DictReader((overfitted / f"{stage}.csv").open()))
         assert float(rows[-1][key]) < float(rows[0][key]) or len(rows) == 1
@@ -617,7 +619,8 @@ def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
 def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     """Every stage killed once (SIGTERM) between two log lines and started again = never killed: losses and weights."""
     monkeypatch.setattr(train, "CHECK", 4)
-    monkeypatch.setattr(train, "grid_iou", lambda *_: 0.)              # these two are slow and change nothing
+    for slow in ("grid_iou", "class_accuracy"):                        # these only look on
+        monkeypatch.setattr(train, slow, lambda *_, **__: 0.)
     monkeypatch.setattr(train, "picture", lambda *_: np.zeros((160, 160, 3), np.uint8))
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     assert train_small(monkeypatch, whole, 26, *flags) == 0

@@ -28,13 +28,13 @@ from data import prepare
 from layers import EMA, UserError, command, digest, pick_device, read_config, read_weights, save_weights, write_config, written
 from metrics import chamfer_matrix, grid_iou, sample_surface
 from render import contact_sheet, render_mesh, save_png
-from shapes import CLASSES
+from shapes import CLASSES, article
 
 STAGES = ("encoders", "tokenizer", "backbone", "reconstruct")
 DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
     "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (2000, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
 }
-PROMPTS = [f"a {name}" for name in CLASSES] + ["a round table"]  # drawn while training
+PROMPTS = [article(name) for name in CLASSES] + ["a round table"]  # drawn while training
 SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
 
 
@@ -265,9 +265,10 @@ def tokenise(run, tokenizer, split, limit=None):
             out.append(tokenizer(*run.to(*split.cloud(rows, 2048, np.random.default_rng(rows[0])))).float().cpu())
     tokens = torch.cat(out)
     if path:
+        tokens = tokens.half()  # also now, so that a resumed run sees the same numbers
         with written(path) as part:
-            np.save(part, tokens.half().numpy())
-    return tokens
+            np.save(part, tokens.numpy())
+    return tokens.float()
 
 
 def paired(run, encoders, split, tokens, rng, batch):
