@@ -148,11 +148,11 @@ def main():
 
     from render import contact_sheet, render_sdf, save_png  # only the picture needs it
     pictures, labels = [], []
-    for i in tqdm(range(6 * len(shapes.CLASSES)), desc="drawing", unit="shape"):
-        shape = shapes.make(args.seed, i // 6 + i % 6 * len(shapes.CLASSES))
+    for i in tqdm(range(4 * len(shapes.CLASSES)), desc="drawing", unit="shape"):
+        shape = shapes.make(args.seed, i // 4 + i % 4 * len(shapes.CLASSES))
         pictures.append(render_sdf(shape.distance, colour_fn=lambda x: shape.field(x)[1], size=160))
-        labels.append(shape.captions[-1])
-    save_png(args.picture, contact_sheet(pictures, 6))
+        labels.append(shape.captions[3])
+    save_png(args.picture, contact_sheet(pictures, 8, labels))
     print(args.picture)
 
 

@@ -105,7 +105,7 @@ def evaluate_generate(args):
     """n samples of every class name: the right class, whole, closed, near to real shapes, diverse?"""
     model, (references, classes) = LTM3D(args.checkpoint, args.device, args.rep), held_out(args)
     print(f"running on {model.reason}")
-    meshes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed), args)
+    meshes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=args.alpha), args)
     distance = torch.cat([chamfer_matrix(part, references) for part in tqdm(clouds.split(8), desc="Chamfer", unit="batch")])
     rows = []
     for i, name in enumerate(args.prompts):
@@ -174,7 +174,7 @@ def evaluate_attributes(args):
     model = LTM3D(args.checkpoint, args.device, args.rep)
     print(f"running on {model.reason}")
     asked = [(prompt, value, *entry) for *entry, prompts in ATTRIBUTES for value, prompt in prompts.items()]
-    tokens = sample_tokens(model, [prompt for prompt, *_ in asked], args.n, args.seed)
+    tokens = sample_tokens(model, [prompt for prompt, *_ in asked], args.n, args.seed, alpha=args.alpha)
     seen = [look(decoded_field(model.head, t, model.autocast)) for t in tqdm(tokens, desc="looking", unit="shape")]
     print(f"{args.n} samples a prompt. obeyed: the share that has it; checker: how often the checker is right about held-out shapes")
     rows = []
@@ -222,6 +222,8 @@ def main():
     flag = sub["attributes"].add_argument
     flag("--n", type=between(1, 1000), default=8, help="samples of every prompt")
     flag("--check", action="store_true", help="only try the checkers, on the held-out shapes themselves")
+    for name in ("generate", "attributes"):
+        sub[name].add_argument("--alpha", type=alpha, help="RGS weight of the sampled tokens, e.g. .1; 'none' is sampling only")
     args = parser.parse_args()
     start = time.time()
     try:                                                         # rather now than after minutes of work

@@ -52,7 +52,7 @@ class LTM3D:
         self.encoders, self.backbone, self.reconstruct, self.head = (stage.to(self.device) for stage in stages)
 
     @torch.no_grad()
-    def tokens(self, prompts, seeds, alpha=.1, **options):
+    def tokens(self, prompts, seeds, alpha=None, **options):
         """prompts, one seed each -> shape tokens b n c. alpha None: sampling only, no RGS."""
         with self.autocast():
             condition, mask = self.encoders.encode(prompts)
@@ -85,7 +85,7 @@ def arguments():
     parser.add_argument("--denoise-steps", type=int, help="denoising steps of a token (default: 16 flow, 100 ddpm)")
     parser.add_argument("--cfg", type=float, default=2., help="classifier-free guidance; 1 is none")
     parser.add_argument("--temperature", type=float, default=1., help="of the noise; lower is tamer")
-    parser.add_argument("--alpha", type=alpha, default=.1, help="RGS weight of the sampled tokens in the first steps; 'none' is sampling only")
+    parser.add_argument("--alpha", type=alpha, help="RGS: weight of the sampled tokens in the first steps, the paper's is .1; 'none' is sampling only")
     parser.add_argument("--window", type=float, default=.25, help="how long RGS lasts: a share of the steps below 1, else a number of steps")
     parser.add_argument("--convention", choices=["figure", "text"], default="figure", help="alpha weighs the sampled tokens (figure) or the reconstruction (text)")
     parser.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side when the surface is extracted")
