@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import shapes
-from layers import command, written
+from layers import Help, command, written
 
 POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
 CHUNK = 130                   # shapes prepared between two marks of progress
@@ -132,7 +132,7 @@ class Prepared:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("--shapes", type=int, default=TRAIN_SHAPES, help="how many training shapes to prepare")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other shapes")
     parser.add_argument("--out", default="cache", help="folder of the prepared sets")

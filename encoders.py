@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from layers import Block, UserError, command, fourier, load_weights, read_stage
+from layers import Block, Help, UserError, command, fourier, load_weights, read_stage
 
 SIZES = {  # dim is also e, the width of a condition token
     "tiny": dict(dim=128, depth=2, heads=4),
@@ -179,7 +179,7 @@ def load(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("prompt", help="what to look up")
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
     args = parser.parse_args()

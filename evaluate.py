@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import tokenizer
 from data import prepare
-from layers import UserError, command, pick_device, read_config, written
+from layers import Help, UserError, command, pick_device, read_config, written
 from metrics import (ATTRIBUTES, chamfer_matrix, components, decoded_field, diversity, fscore, grid_iou, holds, look, others,
                      sample_surface, true_field, watertight)
 from render import contact_sheet, save_png
@@ -197,7 +197,6 @@ def between(low, high):
 
 
 def main():
-    formatter = argparse.ArgumentDefaultsHelpFormatter
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--rep", choices=list(tokenizer.HEADS), default="sdf", help="the representation to judge")
     common.add_argument("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
@@ -207,7 +206,7 @@ def main():
     common.add_argument("--out", default="out/evaluate", help="folder for the results")
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = {name: commands.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__, formatter_class=formatter,
+    sub = {name: commands.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__, formatter_class=Help,
                                      allow_abbrev=False) for name, run in COMMANDS.items()}
     flag = sub["tokenizer"].add_argument
     flag("--shapes", type=between(1, 520), default=260, help="how many held-out shapes, all classes alike")

@@ -6,6 +6,7 @@ d model width, h heads, k points or queries.
 
     python layers.py        # which device and precision this machine would use, and why
 """
+import argparse
 import contextlib
 import copy
 import hashlib
@@ -167,6 +168,13 @@ class EMA:
 
 class UserError(Exception):
     """What a user can mend: says what was wrong, with what, and what to do."""
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows every default, where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def command(main):

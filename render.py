@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from PIL import Image, ImageDraw, ImageFont
 
-from layers import written
+from layers import Help, written
 
 MODES = ("colour", "normal", "depth")
 PAPER = (.985, .98, .972)          # the background, sRGB: white with a drop of warmth
@@ -342,7 +342,7 @@ def save_gif(path, frames, fps=15):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Help)
     parser.add_argument("file", type=Path, help="a mesh that sample.py wrote, .glb")
     parser.add_argument("--out", type=Path, help="picture to write; None: beside the file, .png or .gif")
     parser.add_argument("--mode", default="colour", choices=MODES, help="what the picture shows")

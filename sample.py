@@ -21,7 +21,7 @@ import encoders
 import reconstruct
 import tokenizer
 from export import write_glb
-from layers import UserError, command, pick_device
+from layers import Help, UserError, command, pick_device
 from render import contact_sheet, render_mesh, save_gif, save_png, turntable
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
@@ -76,7 +76,7 @@ def load(folder="checkpoints/tiny", device=None):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
     parser.add_argument("--text", required=True, help="what to make, e.g. \"a round table\"")
     parser.add_argument("--rep", choices=["sdf"], default="sdf", help="the representation to make")
     parser.add_argument("--n", type=int, default=1, help="how many")
@@ -85,9 +85,11 @@ def arguments():
     parser.add_argument("--denoise-steps", type=int, help="denoising steps of a token (default: 16 flow, 100 ddpm)")
     parser.add_argument("--cfg", type=float, default=2., help="classifier-free guidance; 1 is none")
     parser.add_argument("--temperature", type=float, default=1., help="of the noise; lower is tamer")
-    parser.add_argument("--alpha", type=alpha, help="RGS: weight of the sampled tokens in the first steps, the paper's is .1; 'none' is sampling only")
+    parser.add_argument("--alpha", type=alpha, help="RGS: weight of the sampled tokens in the first steps, the paper's is .1; "
+                                                      "'none' is sampling only")
     parser.add_argument("--window", type=float, default=.25, help="how long RGS lasts: a share of the steps below 1, else a number of steps")
-    parser.add_argument("--convention", choices=["figure", "text"], default="figure", help="alpha weighs the sampled tokens (figure) or the reconstruction (text)")
+    parser.add_argument("--convention", choices=["figure", "text"], default="figure",
+                        help="alpha weighs the sampled tokens (figure) or the reconstruction (text)")
     parser.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side when the surface is extracted")
     parser.add_argument("--turntable", action="store_true", help="also a GIF of each shape turning")
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
@@ -123,7 +125,8 @@ def main():
     out, name = Path(args.out), re.sub(r"[^a-z0-9]+", "-", args.text.lower()).strip("-")[:60] or "shape"
     model = load(args.checkpoint, args.device)
     if args.steps > model.backbone.tokens:
-        raise UserError(f"--steps {args.steps} is more than the {model.backbone.tokens} shape tokens of {args.checkpoint}; every step places at least one")
+        raise UserError(f"--steps {args.steps} is more than the {model.backbone.tokens} shape tokens of {args.checkpoint}; "
+                        "every step places at least one")
     print(f"running on {model.reason}")
     lap("load")
     tokens = model.tokens([args.text] * args.n, [(args.seed, i) for i in range(args.n)], alpha=args.alpha, steps=args.steps,

@@ -25,14 +25,14 @@ import encoders as encoders_
 import reconstruct as reconstruct_
 import tokenizer as tokenizer_
 from data import prepare
-from layers import EMA, UserError, command, digest, pick_device, read_config, read_weights, save_weights, write_config, written
+from layers import EMA, Help, UserError, command, digest, pick_device, read_config, read_weights, save_weights, write_config, written
 from metrics import chamfer_matrix, grid_iou, sample_surface
 from render import contact_sheet, render_mesh, save_png
 from shapes import CLASSES, article
 
 STAGES = ("encoders", "tokenizer", "backbone", "reconstruct")
 DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
-    "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (2000, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
+    "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
 }
 PROMPTS = [article(name) for name in CLASSES] + ["a round table"]  # drawn while training
 SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
@@ -204,22 +204,19 @@ def train_tokenizer(run):
     tokenizer, head = model
     # tokens of the training set: zero mean, unit variance per channel from here on
     tokenizer_.standardise(tokenizer, head, tokenise(run, tokenizer, run.train, limit=2000).to(run.device))
-    rows = range(0, 4 * len(CLASSES))
-    iou = np.mean([grid_iou(head, t.to(run.device), run.test.shape(row), run.autocast) for row, t in zip(rows, tokenise(run, tokenizer, run.test, len(rows)))])
+    some = tokenise(run, tokenizer, run.test, limit=4 * len(CLASSES))
+    iou = np.mean([grid_iou(head, t.to(run.device), run.test.shape(row), run.autocast) for row, t in enumerate(some)])
     run.finish("tokenizer", seconds, {"tokenizer": tokenizer, f"head-{run.rep}": head}, settings=settings,
                metrics={"iou of 52 held-out shapes": round(float(iou), 4)})
 
 
 def train_backbone(run):
-    encoders, tokenizer, head = (m.to(run.device) for m in (encoders_.load(run.folder), *tokenizer_.load(run.folder, run.rep)))
-    tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
-    settings = backbone_.SIZES[run.size] | {"tokens": len(tokenizer.anchors), "channels": len(tokenizer.mean),
-                                            "condition_dim": encoders.word.embedding_dim, "denoiser": run.denoiser}
+    encoders, head, tokens, common = conditioned(run)
+    settings = backbone_.SIZES[run.size] | common | {"denoiser": run.denoiser}
     model = backbone_.Backbone(**settings)
 
     def loss_of(model, split, rng):
-        x, condition, mask = paired(run, encoders, split, tokens[split], rng, run.settings["backbone"][1])
-        return model.loss(x, condition, mask), {}
+        return model.loss(*paired(run, encoders, split, tokens[split], rng, run.settings["backbone"][1])), {}
 
     def show(model):
         with run.autocast():
@@ -232,14 +229,12 @@ def train_backbone(run):
 
 
 def train_reconstruct(run):
-    encoders, tokenizer, head = (m.to(run.device) for m in (encoders_.load(run.folder), *tokenizer_.load(run.folder, run.rep)))
-    tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
-    settings = reconstruct_.SIZES[run.size] | {"tokens": len(tokenizer.anchors), "channels": len(tokenizer.mean), "condition_dim": encoders.word.embedding_dim}
+    encoders, head, tokens, common = conditioned(run)
+    settings = reconstruct_.SIZES[run.size] | common
     model = reconstruct_.Reconstructor(**settings)
 
     def loss_of(model, split, rng):
-        x, condition, mask = paired(run, encoders, split, tokens[split], rng, run.settings["reconstruct"][1])
-        return model.loss(x, condition, mask), {}
+        return model.loss(*paired(run, encoders, split, tokens[split], rng, run.settings["reconstruct"][1])), {}
 
     def show(model):
         with run.autocast():
@@ -269,6 +264,14 @@ def tokenise(run, tokenizer, split, limit=None):
         with written(path) as part:
             np.save(part, tokens.numpy())
     return tokens.float()
+
+
+def conditioned(run):
+    """What backbone and reconstructor both stand on: frozen encoders and head, the tokens of both sets, their sizes."""
+    encoders, tokenizer, head = (m.to(run.device) for m in (encoders_.load(run.folder), *tokenizer_.load(run.folder, run.rep)))
+    tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
+    _, n, channels = tokens[run.test].shape
+    return encoders, head, tokens, {"tokens": n, "channels": channels, "condition_dim": encoders.word.embedding_dim}
 
 
 def paired(run, encoders, split, tokens, rng, batch):
@@ -314,14 +317,15 @@ def plot_losses(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
     parser.add_argument("--rep", choices=["sdf"], default="sdf", help="the representation to train")
     parser.add_argument("--stage", choices=STAGES, help="train this stage alone (default: all that are not done)")
     parser.add_argument("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
-    parser.add_argument("--steps", type=positive(int), help="training steps of a stage (default: " + ", ".join(f"{k} {v[0]}" for k, v in DEFAULTS.items()) + ")")
-    parser.add_argument("--batch", type=positive(int), help="batch size (default: " + ", ".join(f"{k} {v[1]}" for k, v in DEFAULTS.items()) + ")")
-    parser.add_argument("--lr", type=positive(float), help="peak learning rate (default: " + ", ".join(f"{k} {v[2]:g}" for k, v in DEFAULTS.items()) + ")")
+    for i, (name, kind, what) in enumerate((("steps", int, "training steps of a stage"), ("batch", int, "batch size"),
+                                            ("lr", float, "peak learning rate"))):
+        defaults = ", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items())
+        parser.add_argument(f"--{name}", type=positive(kind), help=f"{what} (default: {defaults})")
     parser.add_argument("--shapes", type=positive(int), help="number of training shapes (default: 10400)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--seed", type=int, default=0, help="of shapes, weights and noise")
