@@ -139,21 +139,18 @@ COARSE = 32  # the first grid; a resolution is 32 times a power of two
 def sdf_grid(ask, resolution, hierarchical=True):
     """Distances (units of the truncation) on a (resolution + 1)^3 grid over [-1, 1]^3: numpy r r r.
 
-    `ask` maps points k 3 to distances k. Coarse to fine: only cells that the surface can pass through are
-    asked again at the double resolution; elsewhere the coarse values are interpolated, whose sign is all
-    that marching cubes needs there.
+    `ask` maps points k 3 to distances k. Coarse to fine: distances are interpolated to the double resolution and
+    asked again where the surface may be near; elsewhere their sign is all that marching cubes needs.
     """
     side = COARSE if hierarchical else resolution
     index = torch.stack(torch.meshgrid(*[torch.arange(side + 1)] * 3, indexing="ij"), -1)
     grid = ask(index.reshape(-1, 3) * 2 / side - 1).reshape(index.shape[:3])
     while side < resolution:
-        # the distance at a cell's centre, about the mean of its corners, is at most half its diagonal where the
-        # surface passes through; a fifth more for the error of that mean and of the network
-        near = F.avg_pool3d(grid[None, None], 2, stride=1).abs() < 1.2 * 3 ** .5 / side / TRUNCATION      # cells
         side *= 2
-        near = F.interpolate(near.float(), scale_factor=2)                   # the eight cells each of them becomes
-        near = F.max_pool3d(near, 2, stride=1, padding=1)[0, 0] > 0          # and their corners
         grid = F.interpolate(grid[None, None], size=(side + 1,) * 3, mode="trilinear", align_corners=True)[0, 0]
+        # an edge that the surface cuts has its ends within its length, 2 / side, of it; the interpolated
+        # distance is off by less than a coarse cell's curvature: together less than a fine cell's diagonal
+        near = grid.abs() < 2 * 3 ** .5 / side / TRUNCATION
         grid[near] = ask(near.nonzero() * 2 / side - 1)
     for face in (grid, grid.transpose(0, 1), grid.transpose(0, 2)):
         face[0] = face[-1] = 1.  # nothing leaves the cube: every mesh is closed
