@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from layers import Block, load_weights, read_stage, time_embedding
+from layers import Block, load_model, read_stage, time_embedding
 from prefix import Prefix
 from reconstruct import blend
 
@@ -226,5 +226,4 @@ def schedule(n, steps):
 
 def load(folder):
     """The backbone of a checkpoint folder, frozen."""
-    model = Backbone(**read_stage(folder, "backbone")["settings"])
-    return load_weights(model, f"{folder}/backbone.safetensors").eval().requires_grad_(False)
+    return load_model(Backbone, f"{folder}/backbone.safetensors", **read_stage(folder, "backbone")["settings"])

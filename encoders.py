@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from layers import Block, Help, UserError, command, fourier, load_weights, read_stage
+from layers import Block, Help, UserError, command, fourier, load_model, read_stage
 
 SIZES = {  # dim is also e, the width of a condition token
     "tiny": dict(dim=128, depth=2, heads=4),
@@ -174,8 +174,7 @@ def retrieval(encoders, prepared, count=200):
 def load(folder):
     """The encoders of a checkpoint folder, frozen."""
     entry = read_stage(folder, "encoders")
-    encoders = Encoders(entry["vocabulary"], **entry["settings"])
-    return load_weights(encoders, f"{folder}/encoders.safetensors").eval().requires_grad_(False)
+    return load_model(Encoders, f"{folder}/encoders.safetensors", vocabulary=entry["vocabulary"], **entry["settings"])
 
 
 def main():

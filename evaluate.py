@@ -14,7 +14,6 @@ Each prints a Markdown table and writes it, a CSV beside it, to --out.
 import argparse
 import csv
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 import tokenizer
 from data import prepare
-from layers import Help, UserError, command, pick_device, read_config, written
+from layers import Help, claim, command, pick_device, read_config, written
 from metrics import (ATTRIBUTES, chamfer_matrix, components, decoded_field, diversity, fscore, grid_iou, holds, look, others,
                      sample_surface, true_field, watertight)
 from render import contact_sheet, save_png
@@ -225,10 +224,7 @@ def main():
         sub[name].add_argument("--alpha", type=alpha, help="RGS weight of the sampled tokens, e.g. .1; 'none' is sampling only")
     args = parser.parse_args()
     start = time.time()
-    try:                                                         # rather now than after minutes of work
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out}: {error.strerror}") from None
+    claim(args.out)
     for stage, entry in read_config(args.checkpoint).items():
         print(f"{args.checkpoint}: {stage}, {entry.get('steps', '?')} steps, git revision {entry.get('revision', '?')}")
     COMMANDS[args.command](args)

@@ -189,6 +189,15 @@ def command(main):
         raise SystemExit(130) from None
 
 
+def claim(folder):
+    """Make the folder that results will go to; rather an error now than after minutes of work."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to --out {folder}: {error.strerror}; name a folder that can be made") from None
+    return Path(folder)
+
+
 @contextlib.contextmanager
 def written(path):
     """Yields a temporary name beside `path`; renamed onto it on success, removed on any failure."""
@@ -210,6 +219,7 @@ def save_weights(path, state, half=False):
     with written(path) as part:
         try:
             save_file(state, part)
+            part.chmod(0o644)             # safetensors makes files that only their owner can read
         except SafetensorError as error:  # how a full disk shows up here
             raise OSError(str(error)) from None
 
@@ -237,13 +247,24 @@ def load_weights(model, path):
     return model
 
 
+def load_model(kind, path, **settings):
+    """Build `kind` from the settings of its config.json, fill it from `path` and freeze it."""
+    try:
+        model = kind(**settings)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"the settings beside {path} make no {kind.__name__} ({str(error).splitlines()[0]}); "
+                        "was config.json edited? restore it or train again") from None
+    return load_weights(model, path).eval().requires_grad_(False)
+
+
 def read_config(folder):
     """The config.json of a checkpoint folder: {stage: {settings, metrics ...}}; {} if there is none."""
     path = Path(folder) / "config.json"
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable JSON ({error})") from None
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        return {stage: dict(entry) for stage, entry in config.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not readable JSON of the form {{stage: {{...}}}} ({error})") from None
 
 
 def write_config(folder, stage, **entries):

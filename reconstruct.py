@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import nn
 
-from layers import Block, load_weights, read_stage
+from layers import Block, load_model, read_stage
 
 SIZES = {
     "tiny": dict(dim=192, depth=4, heads=6), "small": dict(dim=384, depth=6, heads=6),
@@ -52,5 +52,4 @@ def blend(sampled, recon, alpha, convention="figure"):
 
 def load(folder):
     """The reconstructor of a checkpoint folder, frozen."""
-    model = Reconstructor(**read_stage(folder, "reconstruct")["settings"])
-    return load_weights(model, f"{folder}/reconstruct.safetensors").eval().requires_grad_(False)
+    return load_model(Reconstructor, f"{folder}/reconstruct.safetensors", **read_stage(folder, "reconstruct")["settings"])

@@ -21,7 +21,7 @@ import encoders
 import reconstruct
 import tokenizer
 from export import write_glb
-from layers import Help, UserError, command, pick_device
+from layers import Help, UserError, claim, command, pick_device
 from render import contact_sheet, render_mesh, save_gif, save_png, turntable
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
@@ -45,6 +45,8 @@ class LTM3D:
     """Every trained stage of a checkpoint folder."""
 
     def __init__(self, folder="checkpoints/tiny", device=None, rep="sdf"):
+        if not Path(folder).is_dir() and (Path(__file__).parent / folder).is_dir():
+            folder = Path(__file__).parent / folder    # called from elsewhere: the weights lie beside this file
         if not Path(folder).is_dir():
             raise UserError(f"there is no folder {folder}; --checkpoint takes checkpoints/tiny or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device)
@@ -96,7 +98,7 @@ def arguments():
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--out", default="out", help="folder to write to")
     args = parser.parse_args()
-    for name, low, high in (("n", 1, 10_000), ("seed", 0, 2 ** 63), ("steps", 1, 10_000), ("denoise_steps", 1, 1000),
+    for name, low, high in (("n", 1, 10_000), ("seed", 0, 2 ** 63 - 1), ("steps", 1, 10_000), ("denoise_steps", 1, 1000),
                             ("cfg", 0, 100), ("temperature", 0, 10), ("window", 0, 10_000)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -122,7 +124,7 @@ def main():
         clock, before = time.perf_counter(), clock
         phases[phase] = phases.get(phase, 0) + clock - before
 
-    out, name = Path(args.out), re.sub(r"[^a-z0-9]+", "-", args.text.lower()).strip("-")[:60] or "shape"
+    name = re.sub(r"[^a-z0-9]+", "-", args.text.lower()).strip("-")[:60].strip("-") or "shape"
     model = load(args.checkpoint, args.device)
     if args.steps > model.backbone.tokens:
         raise UserError(f"--steps {args.steps} is more than the {model.backbone.tokens} shape tokens of {args.checkpoint}; "
@@ -133,6 +135,7 @@ def main():
                           denoise_steps=args.denoise_steps, cfg=args.cfg, temperature=args.temperature,
                           window=args.window, convention=args.convention)
     lap("tokens")
+    out = claim(args.out)
     pictures = []
     for i, t in enumerate(tokens):
         mesh = model.decode(t, args.resolution)

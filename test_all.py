@@ -747,7 +747,7 @@ def test_mesh_and_field_render_alike():
         one = render.render_mesh(*mesh, size=64, mode=mode).astype(float)
         two = render.render_sdf(lambda x: part.distance(x.numpy()), lambda x: np.tile(shapes.COLOURS["red"], (len(x), 1)), size=64, mode=mode)
         empty = render.render_mesh(np.zeros((0, 3)), np.zeros((0, 3), int), size=64, mode=mode).astype(float)
-        assert abs(one - two).mean() < 4 and abs(one - empty).mean() > 20 and (empty == empty[0, 0]).all()
+        assert abs(one - two).mean() < 4 and abs(one - empty).mean() > 12 and (empty == empty[0, 0]).all()
 
 
 def test_contact_sheet_holds_every_picture(tmp_path):

@@ -16,11 +16,11 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from skimage.measure import marching_cubes
 from torch import nn
 
-from layers import Block, fourier, grid_points, load_weights, read_stage
+from layers import Block, fourier, grid_points, load_model, read_stage
 from solids import TRUNCATION
 
 SIZES = {  # n = side^3 tokens of c channels
@@ -113,10 +113,8 @@ HEADS = {"sdf": SdfHead}
 def load(folder, rep="sdf"):
     """The encoder and one head of a checkpoint folder, frozen."""
     settings = read_stage(folder, "tokenizer")["settings"]
-    tokenizer, head = Tokenizer(**settings), HEADS[rep](**settings)
-    load_weights(tokenizer, f"{folder}/tokenizer.safetensors")
-    load_weights(head, f"{folder}/head-{rep}.safetensors")
-    return [model.eval().requires_grad_(False) for model in (tokenizer, head)]
+    return [load_model(Tokenizer, f"{folder}/tokenizer.safetensors", **settings),
+            load_model(HEADS[rep], f"{folder}/head-{rep}.safetensors", **settings)]
 
 
 @torch.no_grad()

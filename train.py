@@ -25,7 +25,7 @@ import encoders as encoders_
 import reconstruct as reconstruct_
 import tokenizer as tokenizer_
 from data import prepare
-from layers import EMA, Help, UserError, command, digest, pick_device, read_config, read_weights, save_weights, write_config, written
+from layers import EMA, Help, UserError, claim, command, digest, pick_device, read_config, read_weights, save_weights, write_config, written
 from metrics import chamfer_matrix, grid_iou, sample_surface
 from render import contact_sheet, render_mesh, save_png
 from shapes import CLASSES, article
@@ -84,7 +84,7 @@ def load_state(path, model, ema, opts):
 def fit(run, stage, model, loss_of, show=None):
     """Train `model` on loss_of(model, split, rng) -> loss, logs; -> its moving average, frozen."""
     steps, batch, lr = run.settings[stage]
-    state_path, csv_path = run.folder / f"{stage}.state.safetensors", run.folder / f"{stage}.csv"
+    state_path, csv_path = claim(run.folder) / f"{stage}.state.safetensors", run.folder / f"{stage}.csv"
     model, opts = model.to(run.device).train(), optimizers(model, lr)
     ema = EMA(model)
     first, sums = load_state(state_path, model, ema, opts)
@@ -94,7 +94,12 @@ def fit(run, stage, model, loss_of, show=None):
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.)
     start = time.time() - (float(rows[-1]["seconds"]) if rows else 0)
     stop = []  # Ctrl-C and kill are obeyed when a step is complete
-    before = {name: signal.signal(name, lambda *_: stop.append(True)) for name in (signal.SIGINT, signal.SIGTERM)}
+
+    def obey(*_):
+        bar.write(f"stopping {stage} after this step")
+        stop.append(True)
+
+    before = {name: signal.signal(name, obey) for name in (signal.SIGINT, signal.SIGTERM)}
     for step in bar:
         # --- the step's randomness is a function of (seed, stage, step): resumed = uninterrupted
         rng = np.random.default_rng((run.seed, STAGES.index(stage), step))
@@ -129,7 +134,7 @@ def fit(run, stage, model, loss_of, show=None):
             bar.set_postfix({k: row[k] for k in ("loss", "held_out", "lr")})
         if done % SAVE == 0 or last or stop:
             save_state(state_path, done, model, ema, opts, sums)
-        if show and (done % SHOW == 0 or last):
+        if show and not stop and (done % SHOW == 0 or last):
             with torch.no_grad():
                 save_png(run.folder / f"{stage}-{done:06d}.png", show(ema.model))
         if stop:
@@ -333,6 +338,8 @@ def main():
     parser.add_argument("--cache", default="cache", help="folder of the prepared data")
     parser.add_argument("--workers", type=positive(int), default=2, help="processes that prepare data")
     args = parser.parse_args()
+    if args.shapes and args.shapes < len(CLASSES):
+        parser.error(f"--shapes must be at least {len(CLASSES)}, one of every class")
     run = Run(args)
     run.denoiser = args.denoiser
     for stage in [args.stage] if args.stage else STAGES:
