@@ -24,7 +24,7 @@ import backbone as backbone_
 import encoders as encoders_
 import reconstruct as reconstruct_
 import tokenizer as tokenizer_
-from data import prepare
+from data import TRAIN_SHAPES, prepare
 from layers import EMA, Help, UserError, claim, command, digest, pick_device, read_config, read_weights, save_weights, write_config, written
 from metrics import chamfer_matrix, grid_iou, sample_surface
 from render import contact_sheet, render_mesh, save_png
@@ -331,7 +331,7 @@ def main():
                                             ("lr", float, "peak learning rate"))):
         defaults = ", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items())
         parser.add_argument(f"--{name}", type=positive(kind), help=f"{what} (default: {defaults})")
-    parser.add_argument("--shapes", type=positive(int), help="number of training shapes (default: 10400)")
+    parser.add_argument("--shapes", type=positive(int), help=f"number of training shapes (default: {TRAIN_SHAPES})")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--seed", type=int, default=0, help="of shapes, weights and noise")
     parser.add_argument("--out", help="run folder (default: runs/<size>)")
