@@ -1,6 +1,10 @@
-"""Meshes out to files and back in.
+"""export.py - what comes out: meshes, point clouds, 3D Gaussians; to files and back in.
 
-Colours: everywhere else in this code they are sRGB, the numbers one reads off a picture. glTF defines
+    Mesh        .glb    vertices, faces, vertex colours
+    Cloud       .ply    points, normals, 8-bit colours
+    Gaussians   .ply    the layout of 3D Gaussian splatting (Kerbl et al. 2023), which its viewers open
+
+Colours of a glb: everywhere else in this code they are sRGB, the numbers one reads off a picture. glTF defines
 vertex colours as linear light, and viewers (three.js, Blender, Babylon) encode them for the screen once
 more, so sRGB numbers stored there come out pale. trimesh stores what it is given, in 8 bits, too few for
 dark linear colours. So colours go out as linear light in 32-bit floats: a viewer shows our sRGB numbers,
@@ -9,13 +13,89 @@ and read_glb returns them to five decimals.
     python export.py out/table-0.glb        # says what is in the file
 """
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import trimesh
 from trimesh.exchange.gltf import export_glb, load_glb
 
 from layers import UserError, written
+from meshes import closed_edges, components, sample_surface, watertight
+from render import render_gaussians, render_mesh, render_points
 
+
+@dataclass
+class Mesh:
+    """A surface."""
+    vertices: np.ndarray  # v 3
+    faces: np.ndarray     # f 3, outward
+    colours: np.ndarray   # v 3, sRGB in [0, 1]
+    smooth: bool = True   # False: low-poly, every face flat
+    suffix = ".glb"
+
+    def save(self, path):
+        write_glb(path, self.vertices, self.faces, self.colours, self.smooth)
+
+    def picture(self, size=320, **view):
+        return render_mesh(self.vertices, self.faces, self.colours, size=size, **view)
+
+    def sample(self, k, rng):
+        """k points, uniform over what is visible of it: low-poly parts end inside each other."""
+        return sample_surface(self.vertices, self.faces, k, rng, hidden=self.smooth)
+
+    def soundness(self):
+        """What can be wrong with a mesh of its kind."""
+        if self.smooth:
+            return {"one piece": components(self.vertices, self.faces) >= .99, "watertight": watertight(self.faces)}
+        return {"closed edges": closed_edges(self.faces)}
+
+
+@dataclass
+class Cloud:
+    """Surface points."""
+    points: np.ndarray    # k 3
+    normals: np.ndarray   # k 3, unit
+    colours: np.ndarray   # k 3, sRGB in [0, 1]
+    suffix = ".ply"
+
+    def save(self, path):
+        write_ply(path, {**columns("xyz", self.points), **columns(["nx", "ny", "nz"], self.normals),
+                         **columns(["red", "green", "blue"], np.round(self.colours * 255).astype(np.uint8))})
+
+    def picture(self, size=320, **view):
+        return render_points(self.points, self.colours, .016 * (2048 / len(self.points)) ** .25, size=size, **view)
+
+    def sample(self, k, rng):
+        return self.points[rng.choice(len(self.points), k, replace=k > len(self.points))]
+
+    def soundness(self):
+        return {}
+
+
+@dataclass
+class Gaussians:
+    """3D Gaussians with colours that do not depend on the view."""
+    means: np.ndarray     # k 3
+    scales: np.ndarray    # k 3, standard deviations
+    rotations: np.ndarray  # k 4, w x y z, unit
+    opacities: np.ndarray  # k, in (0, 1)
+    colours: np.ndarray   # k 3, sRGB in [0, 1], light included
+    suffix = ".ply"
+
+    def save(self, path):
+        write_gaussians(path, self)
+
+    def picture(self, size=320, **view):
+        return render_gaussians(self.means, self.scales, self.rotations, self.opacities, self.colours, size=size, **view)
+
+    def sample(self, k, rng):
+        return self.means[rng.choice(len(self.means), k, replace=k > len(self.means))]
+
+    def soundness(self):
+        return {}
+
+
+# ---------------------------------------------------------------------------- glb
 
 def to_linear(srgb):
     return np.where(srgb <= .04045, srgb / 12.92, ((srgb + .055) / 1.055) ** 2.4)
@@ -25,8 +105,9 @@ def to_srgb(linear):
     return np.where(linear <= .0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - .055)
 
 
-def write_glb(path, vertices, faces, colours):
-    """vertices (v 3), faces (f 3), sRGB colours (v 3) in 0..1; the same mesh gives the same bytes."""
+def write_glb(path, vertices, faces, colours, smooth=True):
+    """vertices (v 3), faces (f 3), sRGB colours (v 3) in 0..1; the same mesh gives the same bytes. Without normals
+    (smooth=False) viewers shade every face flat."""
     if len(faces) == 0:
         raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
     mesh = trimesh.Trimesh(vertices, faces, process=False)          # process would merge and reorder vertices
@@ -40,7 +121,7 @@ def write_glb(path, vertices, faces, colours):
         part["material"] = 0
         tree["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": .8}, "doubleSided": True}]
 
-    data = export_glb(mesh, include_normals=True, tree_postprocessor=finish)
+    data = export_glb(mesh, include_normals=smooth, tree_postprocessor=finish)
     with written(path) as temporary:
         temporary.write_bytes(data)
 
@@ -58,15 +139,106 @@ def read_glb(path):
     return np.array(vertices), np.array(faces, np.int64), to_srgb(linear[:, :3].astype(np.float64)).astype(np.float32)
 
 
+# ---------------------------------------------------------------------------- ply
+
+TYPES = {"float": "<f4", "float32": "<f4", "double": "<f8", "float64": "<f8", "uchar": "u1", "uint8": "u1", "char": "i1", "int8": "i1",
+         "short": "<i2", "int16": "<i2", "ushort": "<u2", "uint16": "<u2", "int": "<i4", "int32": "<i4", "uint": "<u4", "uint32": "<u4"}
+
+
+def columns(names, array):
+    return dict(zip(names, np.asarray(array).T))
+
+
+def write_ply(path, fields):
+    """fields: name -> k numbers, bytes as they are and the rest as floats; one vertex element, binary."""
+    if len(next(iter(fields.values()))) == 0:
+        raise UserError(f"{path}: there are no points to write; try another seed, or train longer")
+    kinds = [(name, "u1" if values.dtype == np.uint8 else "<f4") for name, values in fields.items()]
+    rows = np.empty(len(next(iter(fields.values()))), kinds)
+    for name, values in fields.items():
+        rows[name] = values
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}"]
+    header += [f"property {'uchar' if kind == 'u1' else 'float'} {name}" for name, kind in kinds] + ["end_header\n"]
+    with written(path) as temporary:
+        temporary.write_bytes("\n".join(header).encode() + rows.tobytes())
+
+
+def read_ply(path, needed):
+    """-> name -> k numbers of the vertex element of a binary PLY that has at least the fields `needed`, all of them finite."""
+    with open(path, "rb") as file:
+        data = file.read()
+    head, end, body = data.partition(b"end_header\n")
+    lines = head.decode("latin-1").split("\n")
+    if lines[0].strip() != "ply" or not end:
+        raise ValueError(f"{path}: not a PLY file")
+    words = [line.split() for line in lines if line.strip()]
+    if ["format", "binary_little_endian", "1.0"] not in words:
+        raise ValueError(f"{path}: only binary little-endian PLY files are read; write it again as binary")
+    elements = [i for i, word in enumerate(words) if word[0] == "element"] + [len(words)]
+    if len(elements) < 2 or words[elements[0]][1] != "vertex":
+        raise ValueError(f"{path}: its first element is not 'vertex'")
+    fields = [word for word in words[elements[0] + 1:elements[1]] if word[0] == "property"]
+    missing = [name for name in needed if name not in [word[-1] for word in fields]]
+    if missing:
+        raise ValueError(f"{path}: has no {', '.join(missing)}; is it a file of another kind?")
+    if any(word[1] not in TYPES for word in fields):
+        raise ValueError(f"{path}: its vertices hold lists, which is not read")
+    kind, count = np.dtype([(word[-1], TYPES[word[1]]) for word in fields]), int(words[elements[0]][2])
+    if len(body) < count * kind.itemsize:
+        raise ValueError(f"{path}: truncated, {len(body)} bytes of {count * kind.itemsize}; copy or write it again")
+    rows = np.frombuffer(body, kind, count)
+    bad = [name for name in needed if not np.isfinite(rows[name]).all()]
+    if bad:
+        raise ValueError(f"{path}: holds numbers that are not finite (NaN) in {', '.join(bad)}")
+    return {name: rows[name] for name in kind.names}
+
+
+CLOUD = ["x", "y", "z", "nx", "ny", "nz", "red", "green", "blue"]
+GAUSSIANS = ["x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
+DC = .28209479177387814     # the constant spherical harmonic: colour = .5 + DC f_dc
+
+
+def write_gaussians(path, g):
+    """Opacity as its logit, scales as logarithms, colours as the constant spherical harmonic; normals are part of the layout."""
+    opacity = np.clip(g.opacities.astype(np.float64), 1e-6, 1 - 1e-6)
+    write_ply(path, {**columns("xyz", g.means), **columns(["nx", "ny", "nz"], np.zeros_like(g.means)),
+                     **columns(["f_dc_0", "f_dc_1", "f_dc_2"], (g.colours - .5) / DC),
+                     "opacity": np.log(opacity / (1 - opacity)), **columns(["scale_0", "scale_1", "scale_2"], np.log(g.scales)),
+                     **columns(["rot_0", "rot_1", "rot_2", "rot_3"], g.rotations)})
+
+
+def read_gaussians(path):
+    fields = read_ply(path, GAUSSIANS)
+    pick = lambda *names: np.stack([fields[name] for name in names], -1).astype(np.float32)
+    rotations = pick("rot_0", "rot_1", "rot_2", "rot_3")
+    return Gaussians(pick("x", "y", "z"), np.exp(pick("scale_0", "scale_1", "scale_2")),
+                     rotations / np.linalg.norm(rotations, axis=1, keepdims=True).clip(1e-9),
+                     1 / (1 + np.exp(-fields["opacity"].astype(np.float32))), .5 + DC * pick("f_dc_0", "f_dc_1", "f_dc_2"))
+
+
+def read_cloud(path):
+    fields = read_ply(path, CLOUD)
+    points, normals, colours = (np.stack([fields[name] for name in CLOUD[i:i + 3]], -1).astype(np.float32) for i in (0, 3, 6))
+    return Cloud(points, normals, colours / 255)
+
+
+def read(path):
+    """Any file that sample.py wrote -> Mesh, Cloud or Gaussians."""
+    if str(path).lower().endswith(".ply"):
+        return read_gaussians(path) if "f_dc_0" in read_ply(path, ["x", "y", "z"]) else read_cloud(path)
+    return Mesh(*read_glb(path))
+
+
 def main():
     if len(sys.argv) != 2:
-        sys.exit("usage: python export.py FILE.glb")
+        sys.exit("usage: python export.py FILE.glb | FILE.ply")
     try:
-        vertices, faces, colours = read_glb(sys.argv[1])
+        shape = read(sys.argv[1])
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    print(f"{len(vertices):,} vertices, {len(faces):,} faces, from {vertices.min(0)} to {vertices.max(0)}, "
-          f"mean colour {colours.mean(0)}")
+    x = shape.vertices if isinstance(shape, Mesh) else shape.means if isinstance(shape, Gaussians) else shape.points
+    count = f", {len(shape.faces):,} faces" if isinstance(shape, Mesh) else ""
+    print(f"{type(shape).__name__}: {len(x):,} points{count}, from {x.min(0)} to {x.max(0)}, mean colour {shape.colours.mean(0)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Pictures of meshes, signed distance fields and point clouds, without a window and without a GPU.
 
-Each kind of shape only answers "which surface point does each pixel see?"; `picture` lights all alike. The
-light is a list of lamps: a sun spread over a small disc, a fill from the other side, a sky spread over the
-hemisphere. Every lamp casts a hard shadow, the sum is soft: dark corners under a table top and the blurred
-shadow on the floor come out of one line. Letters: f faces, v vertices, k points, p pixels.
+Each kind of shape only answers "which surface point does each pixel see?"; `picture` lights all alike (light.py).
+3D Gaussians carry their light with them: `splat` blends them, differentiably, for training too.
+Letters: f faces, v vertices, k points or Gaussians, p pixels, n tiles.
 
     python render.py out/table-0.glb                      # -> out/table-0.png
     python render.py out/table-0.glb --turntable          # -> out/table-0.gif
@@ -17,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from PIL import Image, ImageDraw, ImageFont
+from torch.utils.checkpoint import checkpoint
 
 from layers import Help, written
+from light import baked, lamps, light, look, scatter, to_linear, to_srgb
 
 MODES = ("colour", "normal", "depth")
 PAPER = (.985, .98, .972)          # the background, sRGB: white with a drop of warmth
@@ -26,7 +27,6 @@ CLAY = (.83, .78, .72)             # what a shape without colours is made of, sR
 EYE = 6.                           # distance of the eye; far, so that perspective stays slight
 HALF = 1.42                        # half the height of what is seen at the origin; objects are within .9
 SAMPLES = 2                        # samples a pixel, along x and along y
-SHADOW = 96                        # texels along a lamp's shadow map: coarse is soft, and quick
 FLOOR, CELLS = 2.7, 96             # the floor whose shadow is worked out: half its width, cells along it
 
 
@@ -34,20 +34,6 @@ def tensor(array, dtype=torch.float32):
     """From torch on any device or from numpy; copied there, as torch wants no read-only or reversed arrays."""
     array = array.detach().cpu() if torch.is_tensor(array) else torch.from_numpy(np.array(array, order="C"))
     return array.to(dtype)
-
-
-def scatter(count):
-    """Points evenly over the unit cube (k 3), always the same: multiples of the powers of 1/1.2207, modulo 1."""
-    i = torch.arange(1, count + 1, dtype=torch.float64)[:, None]
-    return (i * torch.tensor([.8191725134, .6710436067, .5497004779], dtype=torch.float64) % 1).float()
-
-
-def look(azimuth, elevation):
-    """Rows: right, up, towards the eye, for angles in degrees; (0, 0) looks an object in the face."""
-    a, e = math.radians(azimuth), math.radians(elevation)
-    return torch.tensor([[math.cos(a), 0, -math.sin(a)],
-                         [-math.sin(a) * math.sin(e), math.cos(e), -math.cos(a) * math.sin(e)],
-                         [math.sin(a) * math.cos(e), math.sin(e), math.cos(a) * math.cos(e)]])
 
 
 def project(points, view, width):
@@ -169,57 +155,87 @@ def see_sdf(distance, colour, view, width, steps=128):
     return pixel, position, gradient(distance, position), colour(position)
 
 
-# ---- light
+# ---- 3D Gaussians
 
-def lamps(azimuth):
-    """Directions (l 3) and linear colours (l 3). They turn with the eye: every view is lit from its left."""
-    def cap(count, axis, cosine, colour):                          # evenly over the cap around an axis
-        i = torch.arange(count)
-        z, turn = 1 - (i + .5) / count * (1 - cosine), i * math.pi * (3 - 5 ** .5)             # golden angle
-        r = (1 - z * z).sqrt()
-        return torch.stack([r * turn.cos(), r * turn.sin(), z], -1) @ axis, torch.tensor(colour).expand(count, 3) / count
-
-    sun = cap(12, look(azimuth - 48, 54), .97, (1.02, .96, .87))
-    fill = cap(4, look(azimuth + 55, 20), .95, (.17, .18, .21))
-    sky = cap(24, look(azimuth, 90), .05, (.64, .66, .71))
-    return [torch.cat(part) for part in zip(sun, fill, sky)]
+TILE = 16                          # pixels: each tile blends only the Gaussians that reach it
+BLUR = .3                          # variance in pixels^2 that every Gaussian gains on the screen, as 3DGS viewers have it
 
 
-def light(cloud, azimuth, position, normal):
-    """Light arriving at surface points (k 3): sum over lamps of colour x visible x cosine, plus the floor's glow.
-
-    A lamp sees the shape as a cloud of surface points, drawn into a coarse shadow map. Receivers are lifted
-    off their surface by two texels, so that a surface does not shade itself."""
-    low, high = cloud.amin(0), cloud.amax(0)
-    centre, radius = (low + high) / 2, (high - low).norm() / 2 + 1e-6
-    cloud, lifted = ((cloud - centre) / radius).T, (position - centre) / radius + normal * 4 / SHADOW
-    # Moving receivers about by a texel turns the edges of texels into grain, which anti-aliasing averages away.
-    lifted = (lifted + (scatter(len(lifted)) - .5) * 4 / SHADOW).T.contiguous()
-    glow = torch.tensor([.26, .25, .24])          # what looks down sees the floor, partly in the shape's own shadow
-    total = glow * (.5 - .5 * normal[:, 1:2])
-    for direction, colour in zip(*lamps(azimuth)):
-        side = F.normalize(torch.linalg.cross(direction, torch.tensor([.31, .17, .94])), dim=0)
-        basis = torch.stack([side, torch.linalg.cross(direction, side), -direction])
-
-        def texel(points):                        # a rim of texels stays empty, for all that lies outside
-            u, v, depth = basis @ points
-            u, v = (s.mul_(.48 * SHADOW).add_(SHADOW / 2).long().clamp_(0, SHADOW - 1) for s in (u, v))
-            return v * SHADOW + u, depth
-
-        occluder = torch.full((SHADOW * SHADOW,), 9.).scatter_reduce_(0, *texel(cloud), "amin")
-        index, depth = texel(lifted)
-        visible = ((occluder[index] - depth) * (SHADOW / 4) + 1).clamp_(0, 1)
-        total.addcmul_((visible * (normal @ direction).clamp_(min=0))[:, None], colour)
-    return total
+def turned(rotations):
+    """Quaternions w x y z of any length (k 4) -> rotation matrices (k 3 3)."""
+    w, x, y, z = F.normalize(rotations, dim=-1).unbind(-1)
+    return rearrange(torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+                                  2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+                                  2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1), "k (i j) -> k i j", i=3)
 
 
-def to_linear(colour):
-    return torch.where(colour <= .04045, colour / 12.92, ((colour + .055) / 1.055) ** 2.4)
+def flatten(means, scales, rotations, view, size):
+    """3D Gaussians as the eye sees them: centres (k 2, pixels), covariances (k 2 2), distances (k). With the Jacobian J of
+    the projection, Sigma' = J V R S^2 R^T V^T J^T (Zwicker et al. 2001, EWA splatting)."""
+    xy, distance = project(means, view, size)
+    x, y, _ = (means @ view.T / distance[:, None]).unbind(-1)
+    zero, focal = torch.zeros_like(x), EYE / HALF * size / 2 / distance
+    jacobian = torch.stack([torch.stack([focal, zero, focal * x], -1), torch.stack([zero, -focal, -focal * y], -1)], 1)
+    spread = jacobian @ view @ (turned(rotations) * scales[:, None])                       # k 2 3
+    return xy, spread @ spread.mT + BLUR * torch.eye(2, device=means.device), distance
 
 
-def to_srgb(colour):
-    return torch.where(colour <= .0031308, colour * 12.92, 1.055 * colour.clamp(min=1e-8) ** (1 / 2.4) - .055)
+def splat(means, scales, rotations, opacities, colours, azimuth=35, elevation=25, size=128, background=(1., 1., 1.), tiles=16):
+    """means, scales (k 3), rotations (k 4, w x y z), opacities (k), colours (k 3) -> image (size size 3), all differentiable.
 
+        C = sum_i c_i alpha_i prod_{j < i} (1 - alpha_j),    alpha_i = o_i exp(-d^T Sigma'^-1 d / 2),    nearest first
+
+    (Kerbl et al. 2023). `tiles` are blended at a time and worked out anew for the gradient, which bounds memory."""
+    xy, cov, distance = flatten(means, scales, rotations, look(azimuth, elevation).to(means.device), size)
+    order = distance.detach().argsort()
+    xy, cov, opacities, colours = xy[order], cov[order], opacities[order], colours[order]
+    inverse = torch.linalg.inv(cov)
+    reach = 3 * cov.detach()[:, [0, 1], [0, 1]].sqrt()                                     # to three sigma, along x and y
+    low, high = ((xy.detach() + s * reach).div(TILE).floor() for s in (-1, 1))             # tiles, k 2
+    side = -(-size // TILE)
+    tile = torch.cartesian_prod(*[torch.arange(side, device=xy.device)] * 2)               # n 2: y, x
+    meets = ((low <= tile[:, None].flip(-1)) & (high >= tile[:, None].flip(-1))).all(-1)   # n k
+    count = meets.sum(1)
+    which, item = meets.nonzero(as_tuple=True)                                             # by tile, then by distance
+    rank = torch.arange(len(which), device=xy.device) - (count.cumsum(0) - count)[which]
+    image = [None] * len(tile)
+
+    def blend(index, tile, xy, inverse, opacities, colours):                               # index n m, -1: nothing
+        pixel = tile[:, None] * TILE + torch.arange(TILE, device=xy.device)[:, None] + .5  # n TILE 2
+        dy, dx = (pixel[..., i, None] - xy[index, 1 - i][:, None] for i in (0, 1))         # n TILE m
+        a, b, c = (inverse[index][:, None, :, i, j] for i, j in ((0, 0), (0, 1), (1, 1)))  # n 1 m
+        dx, dy = dx[:, None], dy[:, :, None]
+        power = -.5 * a[:, None] * dx ** 2 - .5 * c[:, None] * dy ** 2 - b[:, None] * dx * dy                 # n y x m
+        alpha = torch.where(index < 0, 0, opacities[index])[:, None, None] * power.exp()
+        alpha = alpha.clamp(max=.99)
+        passed = torch.log1p(-alpha).cumsum(-1)                                            # log of prod (1 - alpha)
+        weight = alpha * F.pad(passed[..., :-1], (1, 0)).exp()
+        return torch.cat([torch.einsum("n y x m, n m c -> n y x c", weight, colours[index]), passed[..., -1:].exp()], -1)
+
+    for part in count.argsort().split(tiles):                                              # like with like: little padding
+        m = int(count[part].max())
+        index = torch.full((len(tile), max(m, 1)), -1, device=xy.device)
+        mine = torch.isin(which, part)
+        index[which[mine], rank[mine]] = item[mine]
+        arguments = index[part], tile[part], xy, inverse, opacities, colours
+        out = checkpoint(blend, *arguments, use_reentrant=False) if torch.is_grad_enabled() else blend(*arguments)
+        for i, pixels in zip(part.tolist(), out):
+            image[i] = pixels
+    image = rearrange(torch.stack(image), "(r q) y x c -> (r y) (q x) c", r=side)[:size, :size]
+    return image[..., :3] + image[..., 3:] * torch.as_tensor(background, dtype=image.dtype, device=image.device)
+
+
+def flat(vertices, faces, colours, azimuth, elevation, size):
+    """What a splatted picture is to look like: colours (v 3) in a light that is part of them, nothing else.
+    -> (size size 4): colour times coverage, coverage."""
+    width = size * SAMPLES
+    pixel, _, normal, colour = see_mesh(tensor(vertices), tensor(faces, torch.int64), tensor(colours), look(azimuth, elevation), width)
+    image = torch.zeros(width * width, 4)
+    image[pixel] = torch.cat([colour * baked(normal), torch.ones_like(normal[:, :1])], -1)
+    return reduce(image, "(h a w b) c -> h w c", "mean", h=size, w=size, a=SAMPLES)
+
+
+# ---- floor and picture
 
 def floor(keep, height, view, width):
     """keep (z x c): the part of its light each floor cell keeps -> the same for every pixel (p 3)."""
@@ -291,6 +307,17 @@ def render_points(points, colours=None, radius=.016, azimuth=35, elevation=25, s
     return picture(see, cloud, azimuth, elevation, size, mode)
 
 
+def render_gaussians(means, scales, rotations, opacities, colours, azimuth=35, elevation=25, size=256, mode="colour"):
+    """3D Gaussians as `splat` takes them, on the same floor, with their shadow."""
+    if mode != "colour":
+        raise ValueError(f"render mode {mode!r}: 3D Gaussians have colours alone")
+    means, scales, rotations, opacities, colours = (tensor(x) for x in (means, scales, rotations, opacities, colours))
+    nothing = torch.zeros(0, dtype=torch.int64), *[torch.zeros(0, 3)] * 3
+    ground = picture(lambda view, width: nothing, means[opacities > .5], azimuth, elevation, size, "colour")
+    image = splat(means, scales, rotations, opacities, colours, azimuth, elevation, size, tensor(ground) / 255)
+    return (image.clamp(0, 1) * 255).round().byte().numpy()
+
+
 def render_sdf(distance_fn, colour_fn=None, azimuth=35, elevation=25, size=256, mode="colour"):
     """distance_fn: points (k 3), a float32 tensor within [-1, 1]^3 -> signed distances (k), which may be
     truncated; colour_fn: points (k 3) -> colours (k 3) in 0..1. Both may answer in numpy."""
@@ -304,9 +331,9 @@ def render_sdf(distance_fn, colour_fn=None, azimuth=35, elevation=25, size=256, 
     return picture(see, cloud, azimuth, elevation, size, mode)
 
 
-def turntable(vertices, faces, colours=None, frames=36, size=256):
-    """Pictures of one full turn."""
-    return [render_mesh(vertices, faces, colours, azimuth=35 + 360 * i / frames, size=size) for i in range(frames)]
+def turntable(shape, frames=36, size=256):
+    """Pictures of one full turn of anything that export.py holds."""
+    return [shape.picture(size, azimuth=35 + 360 * i / frames) for i in range(frames)]
 
 
 def contact_sheet(images, columns, labels=None):
@@ -343,7 +370,7 @@ def save_gif(path, frames, fps=15):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      formatter_class=Help)
-    parser.add_argument("file", type=Path, help="a mesh that sample.py wrote, .glb")
+    parser.add_argument("file", type=Path, help="what sample.py wrote, .glb or .ply")
     parser.add_argument("--out", type=Path, help="picture to write; None: beside the file, .png or .gif")
     parser.add_argument("--mode", default="colour", choices=MODES, help="what the picture shows")
     parser.add_argument("--azimuth", type=float, default=35, help="degrees around the object; 0 sees its face")
@@ -354,13 +381,13 @@ def main():
     if not 16 <= args.size <= 4096:
         parser.error(f"--size {args.size}: choose 16 to 4096 pixels")
     out = args.out or args.file.with_suffix(".gif" if args.turntable else ".png")
-    from export import read_glb                     # trimesh takes a while to import, and only this needs it
+    from export import read                         # trimesh takes a while to import, and only this needs it
     try:
-        mesh = read_glb(args.file)
+        shape = read(args.file)
         if args.turntable:
-            save_gif(out, turntable(*mesh, size=args.size))
+            save_gif(out, turntable(shape, size=args.size))
         else:
-            save_png(out, render_mesh(*mesh, args.azimuth, args.elevation, args.size, args.mode))
+            save_png(out, shape.picture(args.size, azimuth=args.azimuth, elevation=args.elevation, mode=args.mode))
     except (OSError, ValueError) as error:
         parser.exit(2, f"error: {error}\n")
     print(out)

@@ -7,6 +7,7 @@ y is up, x right, z towards the viewer.
 
     python data.py        # draws shapes made of these parts
 """
+from bisect import bisect
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,8 @@ COLOURS = {"red": (.80, .25, .22), "orange": (.92, .54, .22), "yellow": (.94, .7
            "purple": (.52, .38, .68), "pink": (.92, .60, .66), "brown": (.52, .35, .23),
            "white": (.93, .91, .86), "grey": (.56, .58, .60), "black": (.17, .18, .21)}
 TRUNCATION = .1     # distances are learnt this deep, and exact so deep inside; deeper they are a bound
+SIDES = 4, 6, 8, 10, 12, 16             # of the polygons that stand for circles, of radii up to these:
+RADII = 0, .14, .24, .24, .75           # (.24 twice: 8 sides, then 12)
 POOL = 16384        # surface samples behind the depth where parts overlap: some .02 apart
 
 
@@ -106,6 +109,61 @@ class Part:
         if self.rotation is not None:
             x, normal = x @ self.rotation.T, normal @ self.rotation.T
         return x + self.centre, normal                                          # (k, 3), (k, 3)
+
+    def mesh(self, sides, rounded):
+        """Vertices v 3, faces f 3, outward and closed. A circle of radius r gets sides(r) sides; boxes have sharp edges
+        unless `rounded`."""
+        x, faces = self._box_mesh(rounded) if self.kind == "box" else self._turned_mesh(sides)
+        return (x if self.rotation is None else x @ self.rotation.T) + self.centre, faces
+
+    def _box_mesh(self, rounded):
+        """Six grids, whose rims, which lie beyond the core, are pulled onto the rounded edges."""
+        h, r = self.size, self.radius
+        rim = r * np.tan(np.linspace(0, np.pi / 4, 4)) if rounded else np.array([r])
+        line = h[:, None] + rim                                                         # 3 m: where lines cross each axis
+        line = np.concatenate([-line[:, ::-1], line], 1)                                # 3 l
+        l, x, faces = line.shape[1], [], []
+        for axis in range(3):
+            u, v = (axis + 1) % 3, (axis + 2) % 3                                       # u x v = axis
+            i, j = (c.ravel() for c in np.meshgrid(np.arange(l - 1), np.arange(l - 1), indexing="ij"))
+            quads = np.stack([i * l + j, (i + 1) * l + j, (i + 1) * l + j + 1, i * l + j + 1], -1)
+            for sign in (-1, 1):
+                p = np.empty((l, l, 3))
+                p[..., axis], p[..., u], p[..., v] = sign * (h + r)[axis], line[u][:, None], line[v]
+                faces.append(len(x) * l * l + quads[:, [0, 1, 2, 0, 2, 3]].reshape(-1, 3)[:, ::sign])
+                x.append(p.reshape(-1, 3))
+        x, faces = np.concatenate(x), np.concatenate(faces)
+        if rounded:
+            core = x.clip(-h, h)
+            x = core + r * (x - core) / np.linalg.norm(x - core, axis=1, keepdims=True)
+        x, place = np.unique(x.round(12), axis=0, return_inverse=True)                  # the grids share their edges
+        return x, place.reshape(-1)[faces]
+
+    def _turned_mesh(self, sides):
+        """Rings of vertices, one for each corner of the rounded profile, more where a wide corner has room for them."""
+        chain, closed = self.size, self.size[0, 0] > 0
+        step = np.diff(chain, axis=0)
+        angle = np.unwrap(np.arctan2(-step[:, 0], step[:, 1]))                          # of the normals of the straight edges
+        before = np.append(angle[-1] - 2 * np.pi if closed else -np.pi / 2, angle)
+        after = np.append(angle, np.pi / 2)
+        rings = []
+        for p, a, b in list(zip(chain, before, after))[:len(chain) - closed]:
+            k = max(1, round(.8 * sides(self.radius) * (b - a) / (2 * np.pi))) if b > a + 1e-6 else 0
+            turn = a + (b - a) * (np.arange(k) + .5) / max(k, 1)                        # tangents meet half way between them
+            reach = self.radius / np.cos((b - a) / max(2 * k, 1))
+            rings += [p + reach * np.array([np.cos(t), np.sin(t)]) for t in turn]
+        rings = np.array(rings)                                                         # m 2: radius, height
+        n = sides(rings[:, 0].max())
+        turn = (np.arange(n) + .5) * 2 * np.pi / n
+        polygon = np.stack([np.sin(turn), 0 * turn, np.cos(turn)], 1) * 2 / (1 + np.cos(np.pi / n))    # as far outside as inside
+        x = (rings[:, :1, None] * polygon + rings[:, 1:, None] * np.array([0, 1, 0])).reshape(-1, 3)
+        i, j = np.meshgrid(np.arange(len(rings) - (not closed)), np.arange(n), indexing="ij")
+        a, b, k = i * n, (i + 1) % len(rings) * n, (j + 1) % n                          # the ring below and the one above
+        faces = [np.stack([a + j, a + k, b + k], -1), np.stack([a + j, b + k, b + j], -1)]
+        if not closed:                                                                  # a flat cap at each end
+            fan = np.stack([np.zeros(n - 2, int), np.arange(1, n - 1), np.arange(2, n)], -1)
+            faces += [fan[:, ::-1], fan + (len(rings) - 1) * n]
+        return x, np.concatenate([f.reshape(-1, 3) for f in faces])
 
     def bounds(self):
         """Exact bounding box (2, 3): how far the core reaches along each world axis, plus the radius."""
@@ -230,6 +288,26 @@ class Shape:
         crease = np.where(abs(self._each(p).min(0)) < 3e-4, np.linalg.norm(p - x, axis=1), np.inf)
         depth[k] = np.minimum(depth[k], crease)
         return depth
+
+    def mesh(self, limit):
+        """Low-poly, at most `limit` faces: vertices v 3, faces f 3, colours f 3. How many sides round parts get depends on
+        what can be seen at a glance, so that a picture of the shape tells: SIDES by radius, the same number of steps fewer
+        for all where that makes too many faces."""
+        for fewer in range(len(SIDES)):
+            sides = lambda r: SIDES[max(0, bisect(RADII, r) - fewer)]
+            meshes = [part.mesh(sides, rounded=False) for part in self.parts]
+            if sum(len(faces) for _, faces in meshes) <= limit:
+                return self._joined(meshes)
+        raise ValueError(f"{len(self.parts)} parts need more than {limit} faces")
+
+    def fine_mesh(self):
+        """As `mesh`, some thousand faces, within .003 of the shape."""
+        return self._joined([part.mesh(lambda r: 48 if r > .2 else 24, rounded=True) for part in self.parts])
+
+    def _joined(self, meshes):
+        first = np.cumsum([0] + [len(x) for x, _ in meshes])
+        return (np.concatenate([x for x, _ in meshes]), np.concatenate([faces + i for (_, faces), i in zip(meshes, first)]),
+                np.repeat(self.palette, [len(faces) for _, faces in meshes], 0))
 
     def field(self, x):
         """Signed distance of the union (k,), negative inside, and the nearest part's colour (k, 3)."""

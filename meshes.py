@@ -1,0 +1,190 @@
+"""meshes.py - low-poly meshes as sequences of faces: canonical order, few enough faces, welding.
+
+A face of the sequence is 9 whole numbers: three corners of three coordinates, each one of BINS cells of [-1, 1].
+LTM3D section 4 generates meshes as such sequences. Canonical order (y is up; a vertex counts as y, then z, then x):
+
+    1. a face starts at its lowest corner; the other two follow counter-clockwise seen from outside
+    2. components (faces joined by shared vertices) by their vertices, lowest first
+    3. in a component, faces by their corners
+
+so that neither the order of the faces of a file nor the corner at which each starts matters.
+
+    python meshes.py out/table-0.glb --faces 256        # as many faces as fit, in canonical order, as a picture
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial.distance import cdist
+
+from layers import Help, UserError, command
+
+BINS = 128          # cells along a side of [-1, 1]^3: .016 each
+
+
+def quantise(x):
+    return np.clip((np.asarray(x) + 1) / 2 * BINS, 0, BINS - 1).astype(np.int64)
+
+
+def centres(bins):
+    return (bins + .5) / BINS * 2 - 1
+
+
+def check(vertices, faces):
+    """What no later step could make sense of, in one line."""
+    if len(faces) == 0:
+        raise UserError("the mesh has no faces; export it as a surface")
+    if not np.isfinite(vertices).all():
+        raise UserError("the mesh has vertices that are not finite numbers (NaN); mend the file")
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise UserError(f"the mesh has {len(vertices)} vertices, but a face names vertex {faces.max()}; mend the file")
+
+
+def canonical(vertices, faces, colours):
+    """vertices v 3 in [-1, 1], faces f 3, colours f 3 -> corners f' 3 3 (bins, in x y z), colours f' 3, in canonical order.
+    Faces that quantisation makes degenerate, and all but one of equal ones, are left out."""
+    check(vertices, faces)
+    corners = quantise(vertices)[faces]                                                # f 3 3
+    height = corners[..., [1, 2, 0]] @ [BINS ** 2, BINS, 1]                            # f 3: a number that sorts as y, z, x
+    turn = (height.argmin(1)[:, None] + np.arange(3)) % 3
+    corners, height = np.take_along_axis(corners, turn[..., None], 1), np.take_along_axis(height, turn, 1)
+    _, place = np.unique(vertices, axis=0, return_inverse=True)                        # joined where they are equal
+    place = place.reshape(-1)[faces]
+    _, component = joined(place[:, [0, 1]].ravel(), place[:, [1, 2]].ravel(), len(vertices))
+    component = component[place[:, 0]]                                                 # f
+    rank = {i: tuple(np.unique(height[component == i])) for i in np.unique(component)}
+    order = sorted(range(len(faces)), key=lambda i: (rank[component[i]], *height[i], *colours[i]))
+    seen, kept = set(), []
+    for i in order:
+        a, b, c = key = tuple(height[i])
+        if a != b != c != a and key not in seen:
+            kept.append(i)
+            seen.add(key)
+    return corners[kept], colours[kept]
+
+
+def joined(a, b, count):
+    """Connected components of `count` things of which a[i] and b[i] are joined."""
+    return connected_components(coo_array((np.ones(len(a)), (a, b)), (count, count)), directed=False)
+
+
+def weld(corners, tolerance=6 / BINS):
+    """corners f 3 3 of single faces -> vertices v 3, faces f' 3, and which of the f are left.
+
+    In a closed mesh every directed edge meets its opposite. So edges are paired, nearest first, with opposite ones
+    whose ends are both within `tolerance`, and the corners of paired edges become one vertex: parts that merely touch
+    stay apart, as pairing vertices by distance would not."""
+    start, end = corners.reshape(-1, 3), np.roll(corners, -1, 1).reshape(-1, 3)       # of edge e = 3 face + corner
+    e = np.arange(len(start))
+    apart = np.maximum(d := cdist(start, end, "chebyshev"), d.T)                          # of the worse end
+    apart += 1e-12 * (np.minimum.outer(e, e) * len(e) + np.maximum.outer(e, e))        # no two pairs tie
+    apart[e[:, None] // 3 == e // 3] = np.inf                                          # not within a face
+    twin = np.full(len(e), -1)
+    while (free := apart.min(1) <= tolerance).any():
+        best = apart.argmin(1)
+        mutual = free & (best[best] == e)
+        twin[mutual] = best[mutual]
+        apart[mutual], apart[:, mutual] = np.inf, np.inf
+    one = np.flatnonzero(twin >= 0)
+    after = lambda edge: edge // 3 * 3 + (edge + 1) % 3                                # the corner an edge ends at
+    count, vertex = joined(np.append(one, after(one)), np.append(after(twin[one]), twin[one]), len(e))
+    vertices = np.stack([np.bincount(vertex, start[:, i], count) for i in range(3)], 1) / np.bincount(vertex, minlength=count)[:, None]
+    faces = vertex.reshape(-1, 3)
+    whole = (faces != np.roll(faces, 1, 1)).all(1)                                     # welding may fold a face up
+    return vertices.astype(np.float32), faces[whole], whole
+
+
+def fit(vertices, faces, colours, limit, many="simplify"):
+    """At most `limit` faces: simplified by quadric error, or refused."""
+    check(vertices, faces)
+    if len(faces) <= limit:
+        return vertices, faces, colours
+    if many == "refuse":
+        raise UserError(f"the mesh has {len(faces)} faces and at most {limit} fit; simplify it, or allow it with --many simplify")
+    from fast_simplification import simplify             # only meshes of other people need it
+    points, few = simplify(vertices.astype(np.float32), faces.astype(np.int32), target_count=limit)
+    from scipy.spatial import cKDTree
+    nearest = cKDTree(vertices[faces].mean(1)).query(points[few].mean(1))[1]           # the colour of the nearest old face
+    return points, few[:limit].astype(np.int64), colours[nearest][:limit]
+
+
+def face_areas(vertices, faces):
+    a, b, c = (vertices[faces[:, i]].astype(np.float64) for i in range(3))
+    return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
+
+
+def winding(points, vertices, faces):
+    """Generalised winding number (k): how many closed parts a point is in (Jacobson et al. 2013, Van Oosterom's solid angle)."""
+    total = np.zeros(len(points))
+    for a, b, c in vertices[faces].astype(np.float64):
+        a, b, c = a - points, b - points, c - points
+        la, lb, lc = (np.linalg.norm(x, axis=1) for x in (a, b, c))
+        up = (a * np.cross(b, c)).sum(1)
+        total += np.arctan2(up, la * lb * lc + (a * b).sum(1) * lc + (b * c).sum(1) * la + (c * a).sum(1) * lb)
+    return total / (2 * np.pi)
+
+
+def sample_surface(vertices, faces, k, rng, hidden=True):
+    """k points uniform by area on a mesh: k 3; without those inside another part, unless `hidden`. Of an empty mesh, k times a
+    corner, far from any shape."""
+    area = face_areas(vertices, faces)
+    if area.sum() == 0:
+        return np.ones((k, 3), np.float32)
+    some = rng.choice(len(faces), k if hidden else 3 * k, p=area / area.sum())
+    corners = vertices[faces[some]]                                                    # k 3 3
+    u, v = np.sqrt(rng.random(len(some))), rng.random(len(some))                       # sqrt: uniform in a triangle
+    weights = np.stack([1 - u, u * (1 - v), u * v], 1)
+    x = np.einsum("kc,kci->ki", weights, corners).astype(np.float32)
+    if not hidden:
+        normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+        above = x + 1e-3 * normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-12)
+        seen = x[winding(above, vertices, faces) < .5]
+        x = seen[:k] if len(seen) >= k else x[:k]
+    return x
+
+
+def components(vertices, faces):
+    """Share of the surface area that is in the largest connected component; 0 for an empty mesh."""
+    if len(faces) == 0:
+        return 0.
+    _, group = joined(*np.concatenate([faces[:, :2], faces[:, 1:]]).T, len(vertices))
+    area = np.bincount(group[faces[:, 0]], face_areas(vertices, faces))
+    return area.max() / area.sum()
+
+
+def watertight(faces):
+    """Every edge belongs to exactly two faces, which run along it in opposite directions; an empty mesh is not."""
+    edge = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    there, back = (np.unique(edge @ [2 ** 31, 1]) for edge in (edge, edge[:, ::-1]))
+    return 0 < len(edge) == len(there) and np.array_equal(there, back)
+
+
+def closed_edges(faces):
+    """Share of the edges that exactly two faces share; 0 for an empty mesh."""
+    edge = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), 1)
+    return np.mean(np.unique(edge, axis=0, return_counts=True)[1] == 2) if len(edge) else 0.
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
+    parser.add_argument("file", type=Path, help="a coloured mesh, .glb")
+    parser.add_argument("--faces", type=int, default=256, help="how many fit")
+    parser.add_argument("--many", choices=["simplify", "refuse"], default="simplify", help="what to do with a mesh of more faces")
+    parser.add_argument("--out", type=Path, default=Path("out/faces.png"), help="picture to write")
+    args = parser.parse_args()
+    from export import read_glb
+    from render import render_mesh, save_png
+    try:
+        vertices, faces, colours = read_glb(args.file)
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
+    corners, colours = canonical(*fit(vertices, faces, colours[faces].mean(1), args.faces, args.many))
+    x = centres(corners).reshape(-1, 3).astype(np.float32)
+    save_png(args.out, render_mesh(x, np.arange(len(x)).reshape(-1, 3), np.repeat(colours, 3, 0)))
+    print(f"{len(faces):,} faces -> {len(corners)} in canonical order, the first: {corners[0].tolist()}\n{args.out}")
+
+
+if __name__ == "__main__":
+    command(main)
