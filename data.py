@@ -1,6 +1,6 @@
 """data.py - training samples from shapes: prepared once, memory-mapped, drawn in batches.
 
-A prepared set is a folder of flat arrays (one row a shape) and one JSON file a chunk of shapes with
+A prepared set is a folder of flat arrays (one row a shape) and one JSON file a kind and chunk of shapes with
 their captions. A chunk's JSON is written last: whatever has one is done, so a killed run goes on
 where it was, and any number of processes can share the work.
 
@@ -22,20 +22,26 @@ from tqdm import tqdm
 
 import shapes
 from layers import Help, command, written
+from meshes import canonical
+from render import flat
 
 POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
 CHUNK = 130                   # shapes prepared between two marks of progress
 TEST = 10_000_000             # test shapes are numbered from here on: they never meet the training shapes
 TRAIN_SHAPES = 10_400         # 800 of each class
 TEST_SHAPES = 520             # 40 of each class
-ARRAYS = {                    # 116 kB a shape
-    "points": (np.float16, (POINTS, 3)), "normals": (np.int8, (POINTS, 3)), "colours": (np.uint8, (POINTS, 3)),
-    "queries": (np.float16, (QUERIES, 3)), "distance": (np.float16, (QUERIES,)),
+FACES = 256                   # most faces of a low-poly mesh
+VIEW = 128                    # pixels along a side of a picture
+KINDS = {                     # kind of samples -> its arrays, a row a shape
+    "surface": {"points": (np.float16, (POINTS, 3)), "normals": (np.int8, (POINTS, 3)), "colours": (np.uint8, (POINTS, 3)),
+                "queries": (np.float16, (QUERIES, 3)), "distance": (np.float16, (QUERIES,))},              # 116 kB a shape
+    "faces": {"corners": (np.int16, (FACES, 3, 3)), "face_colours": (np.uint8, (FACES, 3))},               # 5 kB
+    "views": {"views": (np.uint8, (VIEW, VIEW, 4)), "angles": (np.float32, (2,))},                         # 66 kB
 }
 
 
-def sample(shape, rng):
-    """One shape -> a row of every array. Queries: 2/6 within .015 of the surface, 3/6 within .06, 1/6 anywhere."""
+def sample_surface(shape, rng):
+    """Queries: 2/6 within .015 of the surface, 3/6 within .06, 1/6 anywhere."""
     points, normals, colours = shape.surface(POINTS, rng)
     k = QUERIES // 6
     near = points[rng.permutation(POINTS)[:2 * k]] + rng.normal(0, .015, (2 * k, 3))
@@ -45,16 +51,40 @@ def sample(shape, rng):
             "queries": queries, "distance": shape.distance(queries.astype(np.float32))}
 
 
-def prepare_chunk(folder, seed, first, chunk, count):
-    """Rows chunk * CHUNK ... of the arrays, then the chunk's captions: the mark that it is done."""
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ARRAYS}
+def sample_faces(shape, rng):
+    """A low-poly mesh in canonical order; -1 where there is no face."""
+    vertices, faces, colours = shape.mesh(FACES)
+    corners, colours = canonical(vertices, faces, colours)
+    empty = FACES - len(corners)
+    return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
+            "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255)}
+
+
+def sample_views(shape, rng):
+    """One picture from a random side, a little above or below: colour times coverage, coverage."""
+    angles = rng.uniform(0, 360), rng.uniform(-20, 60)
+    return {"views": (view(shape, *angles) * 255).round(), "angles": angles}
+
+
+def view(shape, azimuth, elevation, size=VIEW):
+    vertices, faces, colours = shape.fine_mesh()
+    paint = np.zeros_like(vertices)
+    paint[faces] = colours[:, None]                           # no vertex has faces of two colours
+    return flat(vertices, faces, paint, azimuth, elevation, size).numpy()
+
+
+def prepare_chunk(folder, seed, first, kind, chunk, count):
+    """Rows chunk * CHUNK ... of the arrays of a kind, then what the shapes are called: the mark that it is done."""
+    torch.set_num_threads(1)                                  # the others have a process of their own
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in KINDS[kind]}
     texts = []
     for row in range(chunk * CHUNK, min((chunk + 1) * CHUNK, count)):
         shape = shapes.make(seed, first + row)
-        for name, values in sample(shape, np.random.default_rng((seed, first + row, 1))).items():
+        rng = np.random.default_rng((seed, first + row, 1 + list(KINDS).index(kind)))
+        for name, values in globals()[f"sample_{kind}"](shape, rng).items():
             arrays[name][row] = values
         texts.append({"index": first + row, "class": shape.name, "attributes": shape.attributes, "captions": shape.captions})
-    with written(folder / f"captions-{chunk:05d}.json") as part:
+    with written(folder / f"{kind}-{chunk:05d}.json") as part:
         part.write_text(json.dumps(texts))
     return len(texts)
 
@@ -64,31 +94,33 @@ def fingerprint(seed, first, count):
     digest = hashlib.sha256(json.dumps([seed, first, count, CHUNK]).encode())
     for index in range(first, first + len(shapes.CLASSES)):
         shape = shapes.make(seed, index)
-        for values in sample(shape, np.random.default_rng(0)).values():
+        for values in sample_surface(shape, np.random.default_rng(0)).values():
             digest.update(np.float16(values).tobytes())
         digest.update(json.dumps(shape.captions).encode())
     return digest.hexdigest()[:12]
 
 
-def prepare(split="train", count=None, seed=0, out="cache", workers=2):
+def prepare(split="train", count=None, seed=0, out="cache", workers=2, kinds=("surface",)):
     """Prepare what is missing of a set of built-in shapes; -> Prepared."""
     first = TEST if split == "test" else 0
     count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES)
     folder = Path(out) / f"shapes-{split}-{count}-{fingerprint(seed, first, count)}"
-    chunks = range(-(-count // CHUNK))
-    todo = [i for i in chunks if not (folder / f"captions-{i:05d}.json").is_file()]
-    if todo:
-        for name, (dtype, shape) in ARRAYS.items():
+    chunks, kinds = range(-(-count // CHUNK)), list(kinds)
+    for kind in kinds:
+        todo = [i for i in chunks if not (folder / f"{kind}-{i:05d}.json").is_file()]
+        if not todo:
+            continue
+        for name, (dtype, shape) in KINDS[kind].items():
             if not (folder / f"{name}.npy").is_file():
                 with written(folder / f"{name}.npy") as part:
                     array = np.lib.format.open_memmap(part, "w+", dtype, (count, *shape))
                     if hasattr(os, "posix_fallocate"):  # a full disk shows up now, as an error, not later as a crash
                         with open(part, "r+b") as file:
                             os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-        bar = tqdm(total=count, initial=(len(chunks) - len(todo)) * CHUNK, unit="shape", desc=f"preparing {split} shapes")
+        bar = tqdm(total=count, initial=(len(chunks) - len(todo)) * CHUNK, unit="shape", desc=f"preparing {split} shapes: {kind}")
         # Ctrl-C is for this process alone to handle
         with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-            jobs = [pool.submit(prepare_chunk, folder, seed, first, i, count) for i in todo]
+            jobs = [pool.submit(prepare_chunk, folder, seed, first, kind, i, count) for i in todo]
             try:
                 for job in as_completed(jobs):
                     bar.update(job.result())
@@ -96,16 +128,16 @@ def prepare(split="train", count=None, seed=0, out="cache", workers=2):
                 pool.shutdown(cancel_futures=True)
                 raise
         bar.close()
-    return Prepared(folder, seed)
+    return Prepared(folder, seed, kinds)
 
 
 class Prepared:
     """A prepared set, read from disk as needed."""
 
-    def __init__(self, folder, seed):
+    def __init__(self, folder, seed, kinds):
         self.folder, self.seed = Path(folder), seed
-        self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        self.text = [row for path in sorted(self.folder.glob("captions-*.json")) for row in json.loads(path.read_text())]
+        self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for kind in kinds for name in KINDS[kind]}
+        self.text = [row for path in sorted(self.folder.glob(f"{kinds[0]}-*.json")) for row in json.loads(path.read_text())]
         self.classes = [row["class"] for row in self.text]
         self.captions = [row["captions"] for row in self.text]
 
@@ -123,12 +155,19 @@ class Prepared:
                                     for name in ("points", "normals", "colours"))
         return points, normals / 127, colours / 255
 
-    def batch(self, rows, rng, points=1024, queries=640, surface=128):
-        """What a tokenizer step needs: a cloud for the encoder, queries and other surface points for the head."""
-        some = rng.permutation(QUERIES)[:queries]
-        cloud = self.cloud(rows, points + surface, rng)
-        read = {name: torch.from_numpy(self.arrays[name][rows][:, some].astype(np.float32)) for name in ("queries", "distance")}
-        return [x[:, :points] for x in cloud], read | {"surface": cloud[0][:, points:], "surface_colour": cloud[2][:, points:]}
+    def queries(self, rows, k, rng):
+        """k points of each row and their signed distance: b k 3, b k."""
+        some = rng.permutation(QUERIES)[:k]
+        return {name: torch.from_numpy(self.arrays[name][rows][:, some].astype(np.float32)) for name in ("queries", "distance")}
+
+    def faces(self, rows):
+        """Low-poly meshes: corners b f 3 3 in bins (-1: no face), colours b f 3."""
+        corners, colours = (torch.from_numpy(self.arrays[name][rows]) for name in ("corners", "face_colours"))
+        return {"corners": corners.long(), "face_colours": colours.float() / 255}
+
+    def views(self, rows):
+        """A picture of each: b size size 4, and where it was taken from, b 2 in degrees."""
+        return {"views": torch.from_numpy(self.arrays["views"][rows]).float() / 255, "angles": torch.from_numpy(self.arrays["angles"][rows])}
 
 
 def main():

@@ -1,7 +1,9 @@
-"""train.py - every stage of LTM3D, chained: encoders -> tokenizer -> backbone (+ prefix) -> reconstruct.
+"""train.py - every stage of LTM3D, chained: encoders -> tokenizer -> head -> backbone (+ prefix) -> reconstruct.
 
     python train.py --rep sdf                          # everything, built-in shapes, about an hour on two cores
+    python train.py --rep pc                           # what is missing for point clouds: with the above at hand, a head
     python train.py --rep sdf --stage backbone         # one stage alone
+    python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --size base --device cuda
 
 A stage that is done is skipped; one that was stopped goes on exactly where it was, because every
@@ -22,17 +24,20 @@ from tqdm import tqdm
 
 import backbone as backbone_
 import encoders as encoders_
+import heads as heads_
 import reconstruct as reconstruct_
 import tokenizer as tokenizer_
 from data import TRAIN_SHAPES, prepare
+from heads import HEADS
 from layers import EMA, Help, UserError, claim, command, digest, pick_device, read_config, read_weights, save_weights, write_config, written
-from metrics import chamfer_matrix, grid_iou, sample_surface
-from render import contact_sheet, render_mesh, save_png
+from metrics import JUDGES, chamfer_matrix
+from render import contact_sheet, save_png
 from shapes import CLASSES, article
 
-STAGES = ("encoders", "tokenizer", "backbone", "reconstruct")
+STAGES = ("encoders", "tokenizer", "head", "backbone", "reconstruct")
 DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
     "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
+    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1500, 8, 2e-3), "head-mesh": (2200, 32, 8e-3),
 }
 PROMPTS = [article(name) for name in CLASSES] + ["a round table"]  # drawn while training
 SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
@@ -102,7 +107,7 @@ def fit(run, stage, model, loss_of, show=None):
     before = {name: signal.signal(name, obey) for name in (signal.SIGINT, signal.SIGTERM)}
     for step in bar:
         # --- the step's randomness is a function of (seed, stage, step): resumed = uninterrupted
-        rng = np.random.default_rng((run.seed, STAGES.index(stage), step))
+        rng = np.random.default_rng((run.seed, list(DEFAULTS).index(stage), step))
         torch.manual_seed(int(rng.integers(2 ** 62)))
         # --- forward, backward, update
         for opt in opts:
@@ -153,20 +158,23 @@ def fit(run, stage, model, loss_of, show=None):
 class Run:
     """What every stage is given: the settings, the data, the place to write, and the stages before it."""
 
-    def __init__(self, args):
-        self.size, self.rep, self.seed, self.folder = args.size, args.rep, args.seed, Path(args.out or f"runs/{args.size}")
+    def __init__(self, args, reps, first, folder):
+        self.size, self.seed, self.folder, self.denoiser = args.size, args.seed, Path(folder), args.denoiser
+        self.reps, self.first = reps, first              # to be able to decode; the heads that the encoder is trained with
         self.device, self.autocast, reason = pick_device(args.device)
-        print(f"running on {reason}")
+        print(f"{self.folder}, running on {reason}")
         self.settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
-        self.train = prepare("train", args.shapes, args.seed, args.cache, args.workers)
-        self.test = prepare("test", None, args.seed, args.cache, args.workers)
+        kinds = dict.fromkeys(kind for rep in first + reps for kind in HEADS[rep].kinds)
+        self.train = prepare("train", args.shapes, args.seed, args.cache, args.workers, kinds)
+        self.test = prepare("test", None, args.seed, args.cache, args.workers, kinds)
 
     def finish(self, stage, seconds, files, **entries):
         """Weights in half precision, then the entry of config.json that says the stage is done."""
         for name, module in files.items():
             save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True)
         steps, batch, lr = self.settings[stage]
-        made = {name: digest(self.folder / f"{name}.safetensors") for name in STAGES[:2] if stage in STAGES[2:]}
+        before = {"backbone": STAGES[:2], "reconstruct": STAGES[:2]}.get(stage, STAGES[1:2] if stage.startswith("head-") else ())
+        made = {name: digest(self.folder / f"{name}.safetensors") for name in before}
         revision = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True).stdout.strip()
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed, seconds=round(seconds),
                      data=self.train.folder.name, made_with=made, revision=revision, **entries)
@@ -194,29 +202,43 @@ def train_encoders(run):
 
 
 def train_tokenizer(run):
+    """The encoder, with the heads that it is to serve."""
     settings = tokenizer_.SIZES[run.size]
-    model = nn.ModuleList([tokenizer_.Tokenizer(**settings), tokenizer_.HEADS[run.rep](**settings)])
+    model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)} | {rep: HEADS[rep](**settings) for rep in run.first})
 
     def loss_of(model, split, rng):
         rows = rng.integers(len(split), size=run.settings["tokenizer"][1])
-        cloud, batch = split.batch(rows, rng)
-        return model[1].loss(model[0](*run.to(*cloud)), {k: v.to(run.device) for k, v in batch.items()})
+        tokens = model["tokenizer"](*run.to(*split.cloud(rows, 1024, rng)))
+        return heads_loss(run, model, run.first, tokens, split, rows, rng)
 
-    def show(model):
-        return contact_sheet([picture(run, model[1], t) for t in tokenise(run, model[0], run.test, limit=14)], 7)
-
-    model, seconds = fit(run, "tokenizer", model, loss_of, show)
-    tokenizer, head = model
+    model, seconds = fit(run, "tokenizer", model, loss_of, lambda model: reconstructions(run, model["tokenizer"], model, run.first[-1]))
+    tokenizer, heads = model["tokenizer"], {rep: model[rep] for rep in run.first}
     # tokens of the training set: zero mean, unit variance per channel from here on
-    tokenizer_.standardise(tokenizer, head, tokenise(run, tokenizer, run.train, limit=2000).to(run.device))
-    some = tokenise(run, tokenizer, run.test, limit=4 * len(CLASSES))
-    iou = np.mean([grid_iou(head, t.to(run.device), run.test.shape(row), run.autocast) for row, t in enumerate(some)])
-    run.finish("tokenizer", seconds, {"tokenizer": tokenizer, f"head-{run.rep}": head}, settings=settings,
-               metrics={"iou of 52 held-out shapes": round(float(iou), 4)})
+    tokenizer_.standardise(tokenizer, heads.values(), tokenise(run, tokenizer, run.train, limit=2000).to(run.device))
+    metrics = judged(run, heads, tokenise(run, tokenizer, run.test, limit=4 * len(CLASSES)), run.first[-1])
+    run.finish("tokenizer", seconds, {"tokenizer": tokenizer} | {f"head-{rep}": head for rep, head in heads.items()}, settings=settings,
+               heads=list(run.first), metrics=metrics)
+
+
+def train_head(run, rep):
+    """One head on frozen tokens, with the noise that the tokenizer had in training."""
+    tokenizer = tokenizer_.load(run.folder).to(run.device)
+    heads = heads_.load(run.folder, HEADS[rep].needs, run.device)
+    model = nn.ModuleDict({rep: HEADS[rep](**tokenizer_.SIZES[run.size])})
+    tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
+
+    def loss_of(model, split, rng):
+        rows = rng.integers(len(split), size=run.settings[f"head-{rep}"][1])
+        x = tokens[split][rows].to(run.device)
+        return heads_loss(run, model, [rep], x + tokenizer_.NOISE * torch.randn_like(x), split, rows, rng)
+
+    model, seconds = fit(run, f"head-{rep}", model, loss_of, lambda model: reconstructions(run, tokenizer, heads | dict(model.items()), rep))
+    run.finish(f"head-{rep}", seconds, {f"head-{rep}": model[rep]},
+               metrics=judged(run, heads | dict(model.items()), tokens[run.test][:4 * len(CLASSES)], rep))
 
 
 def train_backbone(run):
-    encoders, head, tokens, common = conditioned(run)
+    encoders, heads, tokens, common = conditioned(run)
     settings = backbone_.SIZES[run.size] | common | {"denoiser": run.denoiser}
     model = backbone_.Backbone(**settings)
 
@@ -226,15 +248,15 @@ def train_backbone(run):
     def show(model):
         with run.autocast():
             x = model.generate(*encoders.encode(PROMPTS), seeds=[(0, i) for i in range(len(PROMPTS))])
-        return contact_sheet([picture(run, head, t) for t in x], 7, PROMPTS)
+        return contact_sheet([picture(run, heads, t) for t in x], 7, PROMPTS)
 
     model, seconds = fit(run, "backbone", model, loss_of, show)
     run.finish("backbone", seconds, {"backbone": model}, settings=settings,
-               metrics={"nearest held-out shape is of the class asked for": class_accuracy(run, encoders, model, head)})
+               metrics={"nearest held-out shape is of the class asked for": class_accuracy(run, encoders, model, heads)})
 
 
 def train_reconstruct(run):
-    encoders, head, tokens, common = conditioned(run)
+    encoders, heads, tokens, common = conditioned(run)
     settings = reconstruct_.SIZES[run.size] | common
     model = reconstruct_.Reconstructor(**settings)
 
@@ -244,13 +266,23 @@ def train_reconstruct(run):
     def show(model):
         with run.autocast():
             x = model(*encoders.encode(PROMPTS))
-        return contact_sheet([picture(run, head, t) for t in x], 7, PROMPTS)
+        return contact_sheet([picture(run, heads, t) for t in x], 7, PROMPTS)
 
     model, seconds = fit(run, "reconstruct", model, loss_of, show)
     run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings)
 
 
 # ---------------------------------------------------------------------------- what the stages share
+
+def heads_loss(run, model, reps, tokens, split, rows, rng):
+    """The sum of the heads' losses on the same tokens, each on samples of its own kind."""
+    losses, logs = [], {}
+    for rep in reps:
+        batch = {k: v.to(run.device) for k, v in HEADS[rep].samples(split, rows, rng).items()}
+        loss, parts = model[rep].loss(tokens, batch)
+        losses, logs = losses + [loss], logs | parts
+    return sum(losses), logs
+
 
 @torch.no_grad()
 def tokenise(run, tokenizer, split, limit=None):
@@ -272,11 +304,12 @@ def tokenise(run, tokenizer, split, limit=None):
 
 
 def conditioned(run):
-    """What backbone and reconstructor both stand on: frozen encoders and head, the tokens of both sets, their sizes."""
-    encoders, tokenizer, head = (m.to(run.device) for m in (encoders_.load(run.folder), *tokenizer_.load(run.folder, run.rep)))
+    """What backbone and reconstructor both stand on: frozen encoders and heads, the tokens of both sets, their sizes."""
+    encoders, tokenizer = encoders_.load(run.folder).to(run.device), tokenizer_.load(run.folder).to(run.device)
     tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
     _, n, channels = tokens[run.test].shape
-    return encoders, head, tokens, {"tokens": n, "channels": channels, "condition_dim": encoders.word.embedding_dim}
+    common = {"tokens": n, "channels": channels, "condition_dim": encoders.word.embedding_dim}
+    return encoders, heads_.load(run.folder, run.first, run.device), tokens, common
 
 
 def paired(run, encoders, split, tokens, rng, batch):
@@ -286,21 +319,38 @@ def paired(run, encoders, split, tokens, rng, batch):
     return tokens[rows].to(run.device), *encoders.encode(captions)
 
 
-def class_accuracy(run, encoders, model, head, n=4, points=1024):
+def class_accuracy(run, encoders, model, heads, n=4, points=1024):
     """n samples of every class name: the share whose nearest held-out shape, under Chamfer distance, is of that class."""
-    names, clouds = [name for name in CLASSES for _ in range(n)], []
+    names, rng = [name for name in CLASSES for _ in range(n)], np.random.default_rng(0)
     with run.autocast():
         tokens = model.generate(*encoders.encode(names), seeds=[(0, i) for i in range(len(names))])
-    for t in tokens:
-        vertices, faces, _ = tokenizer_.extract(head, t, 64, run.autocast)
-        clouds.append(torch.from_numpy(sample_surface(vertices, faces, points, np.random.default_rng(0))))
+    clouds = [torch.from_numpy(decoded(run, heads, t).sample(points, rng)) for t in tokens]
     references = run.test.cloud(range(len(run.test)), points, np.random.default_rng(0))[0]
     nearest = chamfer_matrix(torch.stack(clouds), references).argmin(1)
     return round(float(np.mean([run.test.classes[row] == name for row, name in zip(nearest, names)])), 4)
 
 
-def picture(run, head, tokens):
-    return render_mesh(*tokenizer_.extract(head, tokens.to(run.device), 64, run.autocast), size=160)
+def judged(run, heads, tokens, rep):
+    """The head's own figures on held-out shapes, rows 0 ... of the set."""
+    each = [JUDGES[rep](heads, t.to(run.device), run.test, row, np.random.default_rng(row), run.autocast, points=10_000)
+            for row, t in enumerate(tqdm(tokens, desc="held-out shapes", leave=False))]
+    return {"shapes": len(each)} | {name: round(float(np.mean([one[name] for one in each])), 4) for name in each[0]}
+
+
+def decoded(run, heads, tokens):
+    """Tokens n c -> a shape, by the head that the encoder was trained for, small."""
+    return heads[run.first[-1]].decode(tokens.to(run.device), heads, np.random.default_rng(0), run.autocast, resolution=64, points=2048)
+
+
+def picture(run, heads, tokens):
+    return decoded(run, heads, tokens).picture(160)
+
+
+def reconstructions(run, tokenizer, heads, rep):
+    """Fourteen held-out shapes, encoded and decoded."""
+    shapes = (heads[rep].decode(t.to(run.device), heads, np.random.default_rng(0), run.autocast, resolution=64, points=2048)
+              for t in tokenise(run, tokenizer, run.test, limit=14))
+    return contact_sheet([shape.picture(160) for shape in shapes], 7)
 
 
 def plot_losses(folder):
@@ -308,7 +358,7 @@ def plot_losses(folder):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    paths = [folder / f"{stage}.csv" for stage in STAGES if (folder / f"{stage}.csv").is_file()]
+    paths = [folder / f"{stage}.csv" for stage in DEFAULTS if (folder / f"{stage}.csv").is_file()]
     figure, axes = plt.subplots(1, len(paths), figsize=(4 * len(paths), 3), squeeze=False, layout="constrained")
     for axis, path in zip(axes[0], paths):
         rows = list(csv.DictReader(path.open()))
@@ -323,7 +373,9 @@ def plot_losses(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
-    parser.add_argument("--rep", choices=["sdf"], default="sdf", help="the representation to train")
+    parser.add_argument("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations to train")
+    parser.add_argument("--tokens", choices=["shared", "own"], default="shared",
+                        help="heads on the tokens of one encoder, one backbone; or an encoder and a backbone for each representation alone")
     parser.add_argument("--stage", choices=STAGES, help="train this stage alone (default: all that are not done)")
     parser.add_argument("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
@@ -334,20 +386,32 @@ def main():
     parser.add_argument("--shapes", type=positive(int), help=f"number of training shapes (default: {TRAIN_SHAPES})")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--seed", type=int, default=0, help="of shapes, weights and noise")
-    parser.add_argument("--out", help="run folder (default: runs/<size>)")
+    parser.add_argument("--out", help="run folder (default: runs/<size>, for own tokens runs/<size>-<rep>)")
     parser.add_argument("--cache", default="cache", help="folder of the prepared data")
     parser.add_argument("--workers", type=positive(int), default=2, help="processes that prepare data")
     args = parser.parse_args()
     if args.shapes and args.shapes < len(CLASSES):
         parser.error(f"--shapes must be at least {len(CLASSES)}, one of every class")
-    run = Run(args)
-    run.denoiser = args.denoiser
-    for stage in [args.stage] if args.stage else STAGES:
-        if stage in read_config(run.folder):
-            print(f"{stage}: already done in {run.folder}")
-        else:
-            torch.manual_seed(args.seed)  # initial weights, the same whichever stages came before
-            globals()[f"train_{stage}"](run)
+    reps = heads_.with_needs(args.rep)
+    if args.tokens == "shared":
+        chain(Run(args, reps, ["sdf"], args.out or f"runs/{args.size}"), args.stage)
+    else:
+        for rep in args.rep if "all" not in args.rep else HEADS:
+            own = heads_.with_needs([rep])
+            chain(Run(args, own, own, args.out if args.out and len(args.rep) == 1 else f"{args.out or f'runs/{args.size}'}-{rep}"), args.stage)
+
+
+def chain(run, only):
+    """All stages that are not done, or one."""
+    for stage in [only] if only else STAGES:
+        for name in [f"head-{rep}" for rep in run.reps] if stage == "head" else [stage]:
+            torch.manual_seed(run.seed)  # initial weights, the same whichever stages came before
+            if name in heads_.trained(run.folder):
+                print(f"{name}: already done in {run.folder}")
+            elif stage == "head":
+                train_head(run, name.removeprefix("head-"))
+            else:
+                globals()[f"train_{stage}"](run)
 
 
 def positive(kind):

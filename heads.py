@@ -1,0 +1,325 @@
+"""heads.py - shape tokens -> a representation: signed distance, points, 3D Gaussians, faces.
+
+LTM3D trains a tokenizer per representation. Here one encoder's tokens are read by four heads, and the backbone, which
+makes the tokens, never knows which. A head is a class with
+
+    kinds       which prepared arrays of data.py it learns from
+    needs       other heads that it decodes with
+    COUNT       how many points it makes unless told
+    samples     a training batch:  (split, rows, rng) -> dict of tensors
+    loss        (tokens b n c, batch) -> loss, logs
+    decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (export.py)
+
+    python train.py --rep pc --stage head        # trains one on frozen tokens
+    python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes
+"""
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from skimage.measure import marching_cubes
+from torch import nn
+
+from export import Cloud, Gaussians, Mesh
+from layers import Block, UserError, fourier, grid_points, load_model, read_config, read_stage, time_embedding
+from meshes import BINS, centres, weld
+from render import splat
+from solids import TRUNCATION
+
+BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
+
+
+class QueryDecoder(nn.Module):
+    """What every head is made of: tokens -> memory once, then any number of points ask the memory."""
+
+    def __init__(self, side, channels, dim, heads, outputs):
+        super().__init__()
+        self.register_buffer("anchors", grid_points(side), persistent=False)
+        self.token = nn.Linear(channels, dim)
+        self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(3))
+        self.point = nn.Linear(3 + 6 * BANDS, dim)
+        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(2))
+        self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
+
+    def read(self, tokens):                                   # b n c -> memory b n d
+        x = self.token(tokens) + self.place
+        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
+        for block in self.blocks:
+            x = block(x, at=(anchors, anchors))
+        return x
+
+    def ask(self, memory, x, told=0.):                        # memory b n d, x b k 3, told b k d -> b k outputs
+        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
+        y = self.point(fourier(x, BANDS)) + told
+        for block in self.cross:
+            y = block(y, memory, at=(x, anchors))
+        y = self.norm(y)
+        with torch.autocast(y.device.type, enabled=False):    # a surface is where this crosses zero: fp32
+            return self.out(y.float())
+
+
+# ---------------------------------------------------------------------------- sdf
+
+class SdfHead(QueryDecoder):
+    """Tokens -> truncated signed distance (in units of the truncation) and colour at any point."""
+    kinds, needs, COUNT = ("surface",), (), None
+
+    def __init__(self, **size):
+        super().__init__(**size, outputs=4)
+
+    @staticmethod
+    def samples(split, rows, rng):
+        points, _, colours = split.cloud(rows, 128, rng)
+        return split.queries(rows, 640, rng) | {"surface": points, "surface_colour": colours}
+
+    def loss(self, tokens, batch):
+        """L1 on the clipped distance at queries near and far, and at surface points, where it is 0; L1 on colour."""
+        x = torch.cat([batch["queries"], batch["surface"]], 1)
+        y = self.ask(self.read(tokens), x)                                                # b k 4
+        k = batch["queries"].shape[1]
+        target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (0, x.shape[1] - k))
+        distance = F.l1_loss(y[..., 0], target)
+        colour = F.l1_loss(y[:, k:, 1:], batch["surface_colour"])
+        return distance + .2 * colour, {"distance": distance.detach(), "colour": colour.detach()}
+
+    def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
+        return Mesh(*extract(self, tokens, resolution, autocast))
+
+
+# ---------------------------------------------------------------------------- tokens -> mesh
+
+COARSE = 32  # the first grid; a resolution is 32 times a power of two
+
+
+@torch.no_grad()
+def sdf_grid(ask, resolution, hierarchical=True):
+    """Distances (units of the truncation) on a (resolution + 1)^3 grid over [-1, 1]^3: numpy r r r.
+
+    `ask` maps points k 3 to distances k. Coarse to fine: distances are interpolated to the double resolution and
+    asked again where the surface may be near; elsewhere their sign is all that marching cubes needs.
+    """
+    side = COARSE if hierarchical else resolution
+    index = torch.stack(torch.meshgrid(*[torch.arange(side + 1)] * 3, indexing="ij"), -1)
+    grid = ask(index.reshape(-1, 3) * 2 / side - 1).reshape(index.shape[:3])
+    while side < resolution:
+        side *= 2
+        grid = F.interpolate(grid[None, None], size=(side + 1,) * 3, mode="trilinear", align_corners=True)[0, 0]
+        # an edge that the surface cuts has its ends within its length, 2 / side, of it; the interpolated
+        # distance is off by less than a coarse cell's curvature: together less than a fine cell's diagonal
+        near = grid.abs() < 2 * 3 ** .5 / side / TRUNCATION
+        grid[near] = ask(near.nonzero() * 2 / side - 1)
+    for face in (grid, grid.transpose(0, 1), grid.transpose(0, 2)):
+        face[0] = face[-1] = 1.  # nothing leaves the cube: every mesh is closed
+    return grid.numpy()
+
+
+def chunks(x):
+    """k 3 in parts: what fits a core's cache is a quarter faster."""
+    return x.split(2 ** 17 if x.is_cuda else 2 ** 13)
+
+
+@torch.no_grad()
+def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=True):
+    """tokens n c -> vertices v 3, faces f 3 (outward), colours v 3 in [0, 1]: numpy arrays."""
+    with autocast():
+        memory = head.read(tokens[None])
+
+    def ask(x):                                               # k 3 -> k 4, chunk by chunk
+        with autocast():
+            return torch.cat([head.ask(memory, part[None])[0] for part in chunks(x.to(tokens.device))]).cpu()
+
+    grid = sdf_grid(lambda x: ask(x)[:, 0], resolution, hierarchical)
+    if grid.min() >= 0:
+        return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64), np.zeros((0, 3), np.float32)
+    vertices, faces, _, _ = marching_cubes(grid, 0., gradient_direction="descent")
+    vertices = np.ascontiguousarray(vertices * 2 / resolution - 1, dtype=np.float32)
+    colours = ask(torch.from_numpy(vertices))[:, 1:].clamp(0, 1).numpy()
+    return vertices, np.ascontiguousarray(faces, dtype=np.int64), colours
+
+
+# ---------------------------------------------------------------------------- pc
+
+class PointHead(QueryDecoder):
+    """A flow that carries noise to the surface, one point at a time: any number of points from one set of tokens.
+    x_t = (1 - t) noise + t x; outputs are the velocity x - noise, and at t = 1 normal and colour."""
+    kinds, needs, COUNT = ("surface",), (), 4096
+    STEPS = 32       # the later, the smaller: where a point lands is decided at the end
+
+    def __init__(self, **size):
+        super().__init__(**size, outputs=9)
+        dim = size["dim"]
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    @staticmethod
+    def samples(split, rows, rng):
+        return dict(zip(("points", "normals", "colours"), split.cloud(rows, 768, rng)))
+
+    def loss(self, tokens, batch):
+        x, ends = batch["points"], batch["points"].shape[1] // 4
+        t = torch.rand(*x.shape[:2], 1, device=x.device)                                  # each point has a time of its own
+        t[:, :ends] = 1
+        noise = torch.randn_like(x)
+        y = self.velocity(self.read(tokens), (1 - t) * noise + t * x, t[..., 0])
+        flow = F.mse_loss(y[:, ends:, :3], (x - noise)[:, ends:])
+        normal, colour = (F.l1_loss(y[:, :ends, i:i + 3], batch[name][:, :ends]) for i, name in ((3, "normals"), (6, "colours")))
+        return flow + .2 * normal + .2 * colour, {"flow": flow.detach(), "normal": normal.detach(), "colour": colour.detach()}
+
+    def velocity(self, memory, x, t):                         # b k 3, b k -> b k 9
+        b = len(x)
+        told = self.time(time_embedding(rearrange(t, "b k -> (b k)"), self.time[0].in_features))
+        return self.ask(memory, x, rearrange(told, "(b k) d -> b k d", b=b))
+
+    @torch.no_grad()
+    def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=COUNT):
+        x = torch.from_numpy(rng.standard_normal((points, 3), np.float32)).to(tokens.device)
+        with autocast():
+            memory = self.read(tokens[None])
+
+        def ask(x, t):
+            with autocast():
+                return torch.cat([self.velocity(memory, part[None], t.expand(1, len(part)))[0] for part in chunks(x)])
+
+        times = 1 - torch.linspace(1, 0, self.STEPS + 1, device=x.device) ** 1.5
+        for t, then in zip(times[:-1], times[1:]):
+            x = x + (then - t) * ask(x, t)[:, :3]
+        y = ask(x, times[-1])
+        return Cloud(x.cpu().numpy(), F.normalize(y[:, 3:6], dim=-1).cpu().numpy(), y[:, 6:].clamp(0, 1).cpu().numpy())
+
+
+# ---------------------------------------------------------------------------- gs
+
+class GaussianHead(QueryDecoder):
+    """Tokens and surface points, which the point head makes, -> one Gaussian a point; learnt from pictures."""
+    kinds, needs, COUNT = ("surface", "views"), ("pc",), 4096
+    POINTS = 1536    # of a training picture; with more, each Gaussian is smaller
+    SIZE = .025      # standard deviation that an output of 0 means
+
+    def __init__(self, **size):
+        super().__init__(**size, outputs=14)
+
+    @classmethod
+    def samples(cls, split, rows, rng):
+        return {"points": split.cloud(rows, cls.POINTS, rng)[0]} | split.views(rows)
+
+    def attributes(self, memory, x):                          # b k 3 -> means, scales, rotations, opacities, colours
+        offset, scale, turn, opacity, colour = self.ask(memory, x).split([3, 3, 4, 1, 3], -1)
+        fewer = (self.POINTS / x.shape[1]) ** .5
+        return (x + .05 * offset.tanh(), self.SIZE * fewer * scale.clamp(-3, 2).exp(), turn + torch.tensor([1., 0, 0, 0], device=x.device),
+                (opacity[..., 0] + 3).sigmoid(), colour.sigmoid())
+
+    def loss(self, tokens, batch):
+        """Pictures of the Gaussians before a random plain background against the true ones."""
+        x = batch["points"] + .008 * torch.randn_like(batch["points"])                    # as far as the point head is off
+        error = 0
+        for i, gaussians in enumerate(zip(*self.attributes(self.read(tokens), x))):
+            background = torch.rand(3, device=x.device)
+            true = batch["views"][i, ..., :3] + (1 - batch["views"][i, ..., 3:]) * background
+            with torch.autocast(x.device.type, enabled=False):
+                image = splat(*gaussians, *batch["angles"][i].tolist(), size=len(true), background=background)
+            error = error + (image - true).abs().mean() / len(x)
+        return error, {}
+
+    @torch.no_grad()
+    def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=COUNT):
+        x = torch.from_numpy(heads["pc"].decode(tokens, heads, rng, autocast, points=points).points).to(tokens.device)
+        with autocast():
+            out = self.attributes(self.read(tokens[None]), x[None])
+        means, scales, turns, opacities, colours = (y[0].float().cpu() for y in out)
+        return Gaussians(*(y.numpy() for y in (means, scales, F.normalize(turns, dim=-1), opacities, colours)))
+
+
+# ---------------------------------------------------------------------------- mesh
+
+class MeshHead(nn.Module):
+    """Face queries and tokens attend to each other; a query speaks of FACES faces that are neighbours in canonical order
+    (meshes.py). Every coordinate is a distribution over the bins, whose logits have rank LEVELS: like coordinates are alike."""
+    kinds, needs, COUNT = ("surface", "faces"), (), None
+    FACES, LEVELS = 4, 24
+
+    def __init__(self, side, channels, dim, heads):
+        super().__init__()
+        dim = dim * 3 // 2
+        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)
+        self.query = nn.Parameter(torch.randn(side ** 3, dim) * .5)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(6))
+        self.norm = nn.LayerNorm(dim)
+        self.coordinate = nn.Linear(dim, self.FACES * 9 * self.LEVELS)
+        self.bins = nn.Parameter(torch.randn(self.LEVELS, BINS) * self.LEVELS ** -.5)
+        self.other = nn.Linear(dim, self.FACES * 4)           # is there a face; its colour
+
+    @staticmethod
+    def samples(split, rows, rng):
+        return split.faces(rows)
+
+    def forward(self, tokens):                                # b n c -> logits b s 9 BINS; is there a face b s; colours b s 3
+        x = self.token(tokens) + self.place
+        n = x.shape[1]
+        x = torch.cat([x, repeat(self.query, "q d -> b q d", b=len(x))], 1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.norm(x[:, n:])
+        coordinate = rearrange(self.coordinate(x), "b q (f i l) -> b (q f) i l", f=self.FACES, l=self.LEVELS) @ self.bins
+        other = rearrange(self.other(x).float(), "b q (f i) -> b (q f) i", f=self.FACES)
+        return coordinate.float(), other[..., 0], other[..., 1:]
+
+    def loss(self, tokens, batch):
+        """Cross-entropy on the nine coordinates of every face and on whether there is one; L1 on colour."""
+        coordinate, there, colour = self(tokens)
+        exists = F.pad(batch["corners"][..., 0, 0] >= 0, (0, there.shape[1] - batch["corners"].shape[1]))
+        true = exists[:, :batch["corners"].shape[1]]
+        bins = F.cross_entropy(coordinate[exists].flatten(0, 1), batch["corners"][true].flatten())
+        face = F.binary_cross_entropy_with_logits(there, exists.float())
+        paint = F.l1_loss(colour[exists], batch["face_colours"][true])
+        return bins + face + .2 * paint, {"bins": bins.detach(), "face": face.detach(), "colour": paint.detach()}
+
+    @torch.no_grad()
+    def faces(self, tokens, autocast=nullcontext):
+        """tokens n c -> corners f 3 3 (bins), colours f 3."""
+        with autocast():
+            coordinate, there, colour = self(tokens[None])
+        there = there[0] > 0
+        corners = rearrange(coordinate[0, there].argmax(-1), "f (i j) -> f i j", i=3)
+        return corners.cpu().numpy(), colour[0, there].clamp(0, 1).cpu().numpy()
+
+    def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=None):
+        corners, colours = self.faces(tokens, autocast)
+        vertices, faces, whole = weld(centres(corners))
+        share = np.bincount(faces.ravel(), minlength=len(vertices)).clip(1)[:, None]      # a vertex has its faces' mean colour
+        paint = np.stack([np.bincount(faces.ravel(), c, len(vertices)) for c in np.repeat(colours[whole], 3, 0).T], 1) / share
+        return Mesh(vertices, faces, paint.astype(np.float32), smooth=False)
+
+
+HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}
+
+
+def spelling(name):
+    return {"3dgs": "gs"}.get(name.lower(), name.lower())
+
+
+def with_needs(reps):
+    """Representations as asked for -> those to have, what others need first."""
+    reps = HEADS if "all" in reps else reps
+    return list(dict.fromkeys(name for rep in reps for name in (*HEADS[rep].needs, rep)))
+
+
+def trained(folder):
+    """The stages that a checkpoint folder holds; a head is one, also when it was trained with the encoder."""
+    config = read_config(folder)
+    return [*config, *(f"head-{rep}" for rep in config.get("tokenizer", {}).get("heads", ()))]
+
+
+def load(folder, reps, device="cpu"):
+    """Heads of a checkpoint folder, and those that they need, frozen: {rep: head}."""
+    settings, heads = read_stage(folder, "tokenizer")["settings"], {}
+    there = [name.removeprefix("head-") for name in trained(folder) if name.startswith("head-")]
+    for rep in with_needs(reps):
+        if rep not in there:
+            raise UserError(f"{folder} has no head for {rep}, only for {', '.join(there)}; make it with: "
+                            f"python train.py --rep {rep} --stage head --out {folder}")
+        if f"head-{rep}" in read_config(folder):
+            read_stage(folder, f"head-{rep}")                 # was it trained on these tokens?
+        heads[rep] = load_model(HEADS[rep], f"{folder}/head-{rep}.safetensors", **settings).to(device)
+    return heads
