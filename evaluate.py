@@ -5,6 +5,7 @@ also have their true solids, so that an attribute can be measured instead of gue
 metrics.py says what each number means.
 
     python evaluate.py tokenizer --rep sdf       # stage 1 alone: encode and decode held-out shapes
+    python evaluate.py cross                     # the same tokens through every head
     python evaluate.py generate --rep sdf        # n samples of each bare class name
     python evaluate.py attributes --rep sdf      # "a table with one leg": has it one?
     python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its weight varied
@@ -19,11 +20,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import heads
 import tokenizer
+from attributes import ATTRIBUTES, holds, look
 from data import prepare
+from heads import HEADS
 from layers import Help, claim, command, pick_device, read_config, written
-from metrics import (ATTRIBUTES, chamfer_matrix, components, decoded_field, diversity, fscore, grid_iou, holds, look, others,
-                     sample_surface, true_field, watertight)
+from metrics import JUDGES, chamfer, chamfer_matrix, decoded_field, diversity, others, true_field
 from render import contact_sheet, save_png
 from sample import LTM3D, RESOLUTIONS, alpha
 from shapes import CLASSES
@@ -58,23 +61,38 @@ def evaluate_tokenizer(args):
     """Held-out shapes, encoded from 2048 points and decoded, against the true ones."""
     device, autocast, reason = pick_device(args.device)
     print(f"running on {reason}")
-    encoder, head = (model.to(device) for model in tokenizer.load(args.checkpoint, args.rep))
-    test = prepare("test", out=args.cache)
+    encoder, these = tokenizer.load(args.checkpoint).to(device), heads.load(args.checkpoint, [args.rep], device)
+    test = prepare("test", out=args.cache, kinds=HEADS[args.rep].kinds)
     results = {name: [] for name in CLASSES}
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
-        shape, rng = test.shape(row), np.random.default_rng((args.seed, row))
+        rng = np.random.default_rng((args.seed, row))
         with autocast():
             tokens = encoder(*(x.to(device) for x in test.cloud([row], 2048, rng)))[0].float()   # n c
-        vertices, faces, _ = tokenizer.extract(head, tokens, args.resolution, autocast)
-        surface = sample_surface(vertices, faces, args.points, rng)
-        queries, distance = (torch.tensor(test.arrays[name][row], dtype=torch.float) for name in ("queries", "distance"))
-        error = decoded_field(head, tokens, autocast)(queries)[:, 0] - (distance / tokenizer.TRUNCATION).clamp(-1, 1)
-        results[test.classes[row]].append({"IoU": grid_iou(head, tokens, shape, autocast), "L1": error.abs().mean().item(),
-                                           "F-score": fscore(surface, shape.surface(args.points, rng)[0], .02)})
-    print(f"IoU on a 64^3 grid; L1 of the distance, in truncations, at queries drawn as in training; F-score at .02, "
-          f"{args.points} points a side")
-    report(args, args.command, [{"class": name, "shapes": str(len(each))} | {key: np.mean([one[key] for one in each]) for key in each[0]}
-                                for name, each in results.items() if each])
+        results[test.classes[row]].append(JUDGES[args.rep](these, tokens, test, row, rng, autocast, args.points))
+    print(" ".join(JUDGES[args.rep].__doc__.split()))
+    report(args, f"{args.command}-{args.rep}", [{"class": name, "shapes": str(len(each))} | {key: np.mean([one[key] for one in each])
+                                                for key in each[0]} for name, each in results.items() if each])
+
+
+@torch.no_grad()
+def evaluate_cross(args):
+    """The same tokens of held-out shapes through every head: how far apart are the shapes that come out?"""
+    device, autocast, reason = pick_device(args.device)
+    print(f"running on {reason}")
+    encoder, these = tokenizer.load(args.checkpoint).to(device), heads.load(args.checkpoint, args.reps, device)
+    test, results = prepare("test", out=args.cache), {}
+    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):
+        rng = np.random.default_rng((args.seed, row))
+        with autocast():
+            tokens = encoder(*(x.to(device) for x in test.cloud([row], 2048, rng)))[0].float()
+        two = {rep: [these[rep].decode(tokens, these, rng, autocast, 64, 2048).sample(2048, rng) for _ in range(2)] for rep in args.reps}
+        two["true"] = [test.shape(row).surface(2048, rng)[0] for _ in range(2)]
+        for one in two:
+            for other in two:
+                results.setdefault((one, other), []).append(chamfer(two[one][0], two[other][1]))
+    print("Chamfer distance of 2048 points each, mean over the shapes; a representation against itself: two samplings, the floor")
+    report(args, args.command, [{"": one} | {other: np.mean(results[one, other]) for other in (*args.reps, "true")}
+                                for one in (*args.reps, "true")], mean=False)
 
 
 # ---------------------------------------------------------------------------- generation
@@ -88,10 +106,10 @@ def sample_tokens(model, prompts, n, seed, **options):
 
 
 def decode(model, tokens, args):
-    """-> the meshes, and POINTS points on each: n k 3."""
-    meshes = [model.decode(t, args.resolution) for t in tqdm(tokens, desc="surfaces", unit="shape")]
-    clouds = [sample_surface(mesh.vertices, mesh.faces, POINTS, np.random.default_rng((args.seed, i))) for i, mesh in enumerate(meshes)]
-    return meshes, torch.from_numpy(np.stack(clouds))
+    """-> the shapes, and POINTS points on each: n k 3."""
+    shapes = [model.decode(t, args.rep, (args.seed, i), args.resolution) for i, t in enumerate(tqdm(tokens, desc="decoding", unit="shape"))]
+    clouds = [shape.sample(POINTS, np.random.default_rng((args.seed, i))) for i, shape in enumerate(shapes)]
+    return shapes, torch.from_numpy(np.stack(clouds))
 
 
 def held_out(args):
@@ -102,38 +120,37 @@ def held_out(args):
 
 def evaluate_generate(args):
     """n samples of every class name: the right class, whole, closed, near to real shapes, diverse?"""
-    model, (references, classes) = LTM3D(args.checkpoint, args.device, args.rep), held_out(args)
+    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), held_out(args)
     print(f"running on {model.reason}")
-    meshes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=args.alpha), args)
+    shapes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=args.alpha), args)
     distance = torch.cat([chamfer_matrix(part, references) for part in tqdm(clouds.split(8), desc="Chamfer", unit="batch")])
+    mean = lambda each: {key: np.mean([one[key] for one in each]) for key in each[0]}
     rows = []
     for i, name in enumerate(args.prompts):
         own, same = slice(i * args.n, (i + 1) * args.n), classes == name
-        whole = np.array([components(mesh.vertices, mesh.faces) for mesh in meshes[own]])
         ours, real = diversity(clouds[own]), others(references[same])
         rows.append({"class": name,
                      "right class": np.mean(classes[distance[own].argmin(1)] == name),
-                     "one piece": np.mean(whole >= .99),
-                     "watertight": np.mean([watertight(mesh.faces) for mesh in meshes[own]]),
+                     **mean([shape.soundness() for shape in shapes[own]]),
                      "Chamfer to nearest": distance[own][:, same].amin(1).mean().item(),
                      "of held-out": real.amin(1).mean().item(),
                      "diversity": ours,
                      "diversity of held-out": real.mean().item(),
                      "ratio": ours / real.mean().item()})
     print(f"{args.n} samples a class. right class: share whose nearest held-out shape is of it. one piece: share with at least 99 % of\n"
-          "the surface in one component. Chamfer to the nearest held-out shape of the class; of held-out: from each of those to\n"
+          "the surface in one component. closed edges: share that two faces share. Chamfer to the nearest held-out shape of the class; of held-out: from each of those to\n"
           "its nearest other. diversity: mean Chamfer of pairs")
-    report(args, args.command, rows)
+    report(args, f"{args.command}-{args.rep}", rows)
     each = min(4, args.n)
     shown = [i * args.n + j for i in range(len(args.prompts)) for j in range(each)]
-    pictures = [meshes[i].picture(160) for i in tqdm(shown, desc="pictures", unit="picture")]
-    save_png(f"{args.out}/generate.png", contact_sheet(pictures, 2 * each, [name for name in args.prompts for _ in range(each)]))
-    print(f"{args.out}/generate.png")
+    pictures = [shapes[i].picture(160) for i in tqdm(shown, desc="pictures", unit="picture")]
+    save_png(f"{args.out}/generate-{args.rep}.png", contact_sheet(pictures, 2 * each, [name for name in args.prompts for _ in range(each)]))
+    print(f"{args.out}/generate-{args.rep}.png")
 
 
 def evaluate_ablate_rgs(args):
     """x~ = a x + (1 - a) x_recon in the first quarter of the steps (section 3.3): what does a trade?"""
-    model, (references, classes) = LTM3D(args.checkpoint, args.device, args.rep), held_out(args)
+    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), held_out(args)
     print(f"running on {model.reason}")
     mean = lambda pairs: dict(zip(("Chamfer to nearest", "diversity"), np.mean(pairs, 0)))      # over the prompts
     rows = []
@@ -170,11 +187,11 @@ def evaluate_attributes(args):
     if args.check:
         return report(args, "attributes-check", [{"checker": f"{name}: {attribute}", "shapes": str(len(each)), "right": np.mean(each)}
                                                  for (name, attribute), each in right.items()])
-    model = LTM3D(args.checkpoint, args.device, args.rep)
+    model = LTM3D(args.checkpoint, args.device).ready("sdf")
     print(f"running on {model.reason}")
     asked = [(prompt, value, *entry) for *entry, prompts in ATTRIBUTES for value, prompt in prompts.items()]
     tokens = sample_tokens(model, [prompt for prompt, *_ in asked], args.n, args.seed, alpha=args.alpha)
-    seen = [look(decoded_field(model.head, t, model.autocast)) for t in tqdm(tokens, desc="looking", unit="shape")]
+    seen = [look(decoded_field(model.heads["sdf"], t, model.autocast)) for t in tqdm(tokens, desc="looking", unit="shape")]
     print(f"{args.n} samples a prompt. obeyed: the share that has it; checker: how often the checker is right about held-out shapes")
     rows = []
     for (prompt, value, name, attribute, checker), i in zip(asked, range(0, len(seen), args.n)):
@@ -197,7 +214,7 @@ def between(low, high):
 
 def main():
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--rep", choices=list(tokenizer.HEADS), default="sdf", help="the representation to judge")
+    common.add_argument("--rep", type=heads.spelling, choices=list(HEADS), default="sdf", help="the representation to judge")
     common.add_argument("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
     common.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     common.add_argument("--seed", type=between(0, 2 ** 63 - 1), default=0, help="of the samples and of the points drawn")
@@ -211,6 +228,9 @@ def main():
     flag("--shapes", type=between(1, 520), default=260, help="how many held-out shapes, all classes alike")
     flag("--points", type=between(100, 10 ** 7), default=100_000, help="surface points a side of the F-score")
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="of the mesh behind the F-score")
+    flag = sub["cross"].add_argument
+    flag("--shapes", type=between(1, 520), default=208, help="how many held-out shapes, all classes alike")
+    flag("--reps", nargs="+", choices=list(HEADS), default=list(HEADS), help="representations to compare")
     for name, n in (("generate", 16), ("ablate-rgs", 8)):
         flag = sub[name].add_argument
         flag("--n", type=between(2, 1000), default=n, help="samples of every prompt")
@@ -231,7 +251,7 @@ def main():
     print(f"{time.time() - start:.0f} seconds")
 
 
-COMMANDS = {"tokenizer": evaluate_tokenizer, "generate": evaluate_generate, "attributes": evaluate_attributes,
+COMMANDS = {"tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "generate": evaluate_generate, "attributes": evaluate_attributes,
             "ablate-rgs": evaluate_ablate_rgs}
 
 if __name__ == "__main__":

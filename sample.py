@@ -1,7 +1,8 @@
-"""sample.py - a prompt becomes files: text -> condition -> prefix -> shape tokens -> mesh, pictures.
+"""sample.py - a prompt becomes files: text -> condition -> prefix -> shape tokens -> shapes, pictures.
 
     python sample.py --text "table"
     python sample.py --text "a red chair with arms" --n 4 --turntable --out out
+    python sample.py --text "table" --rep all                # the same table as surface, cloud, mesh and 3D Gaussians
 
     from sample import load                                  # the same as a Python API
     shapes = load().generate("a round table", rep="sdf", n=4, seed=0)
@@ -10,7 +11,6 @@
 import argparse
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,40 +18,32 @@ import torch
 
 import backbone
 import encoders
+import heads
 import reconstruct
-import tokenizer
-from export import write_glb
 from layers import Help, UserError, claim, command, pick_device
-from render import contact_sheet, render_mesh, save_gif, save_png, turntable
+from render import contact_sheet, save_gif, save_png, turntable
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
-
-
-@dataclass
-class Mesh:
-    """One generated surface."""
-    vertices: np.ndarray  # v 3
-    faces: np.ndarray     # f 3, outward
-    colours: np.ndarray   # v 3, in [0, 1]
-
-    def save(self, path):
-        write_glb(path, self.vertices, self.faces, self.colours)
-
-    def picture(self, size=320):
-        return render_mesh(self.vertices, self.faces, self.colours, size=size)
 
 
 class LTM3D:
     """Every trained stage of a checkpoint folder."""
 
-    def __init__(self, folder="checkpoints/tiny", device=None, rep="sdf"):
+    def __init__(self, folder="checkpoints/tiny", device=None):
         if not Path(folder).is_dir() and (Path(__file__).parent / folder).is_dir():
             folder = Path(__file__).parent / folder    # called from elsewhere: the weights lie beside this file
         if not Path(folder).is_dir():
             raise UserError(f"there is no folder {folder}; --checkpoint takes checkpoints/tiny or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device)
-        stages = encoders.load(folder), backbone.load(folder), reconstruct.load(folder), tokenizer.load(folder, rep)[1]
-        self.encoders, self.backbone, self.reconstruct, self.head = (stage.to(self.device) for stage in stages)
+        stages = encoders.load(folder), backbone.load(folder), reconstruct.load(folder)
+        self.encoders, self.backbone, self.reconstruct = (stage.to(self.device) for stage in stages)
+        self.folder, self.heads = folder, {}
+
+    def ready(self, *reps):
+        """Loads the heads that decode these, once; -> self."""
+        if not self.heads.keys() >= set(reps):
+            self.heads |= heads.load(self.folder, reps, self.device)
+        return self
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, alpha=None, **options):
@@ -61,16 +53,17 @@ class LTM3D:
             recon = None if alpha is None else self.reconstruct(condition, mask)
             return self.backbone.generate(condition, mask, seeds, recon=recon, alpha=alpha, **options).float()
 
-    @torch.no_grad()
-    def decode(self, tokens, resolution=128):
-        """Shape tokens n c -> Mesh."""
-        return Mesh(*tokenizer.extract(self.head, tokens, resolution, self.autocast))
+    def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None):
+        """Shape tokens n c -> Mesh, Cloud or Gaussians (export.py), a function of the tokens and the seed."""
+        head, rng = self.ready(rep).heads[rep], np.random.default_rng(seed)
+        return head.decode(tokens, self.heads, rng, self.autocast, resolution, points or head.COUNT)
 
-    def generate(self, prompt, rep="sdf", n=1, seed=0, resolution=128, **options):
+    def generate(self, prompt, rep="sdf", n=1, seed=0, resolution=128, points=None, **options):
         """n shapes of one prompt; options as for `tokens`: steps, denoise_steps, cfg, temperature, alpha, window, convention."""
-        if rep != "sdf":
-            raise ValueError(f"rep must be 'sdf', not '{rep}'")
-        return [self.decode(t, resolution) for t in self.tokens([prompt] * n, [(seed, i) for i in range(n)], **options)]
+        if rep not in heads.HEADS:
+            raise ValueError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
+        seeds = [(seed, i) for i in range(n)]
+        return [self.decode(t, rep, s, resolution, points) for t, s in zip(self.tokens([prompt] * n, seeds, **options), seeds)]
 
 
 def load(folder="checkpoints/tiny", device=None):
@@ -80,7 +73,8 @@ def load(folder="checkpoints/tiny", device=None):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
     parser.add_argument("--text", required=True, help="what to make, e.g. \"a round table\"")
-    parser.add_argument("--rep", choices=["sdf"], default="sdf", help="the representation to make")
+    parser.add_argument("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
+                        help="representations to make, of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
     parser.add_argument("--n", type=int, default=1, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another shape; sample i depends on (seed, i) alone")
     parser.add_argument("--steps", type=int, default=16, help="unmasking steps, at most the number of shape tokens")
@@ -93,12 +87,14 @@ def arguments():
     parser.add_argument("--convention", choices=["figure", "text"], default="figure",
                         help="alpha weighs the sampled tokens (figure) or the reconstruction (text)")
     parser.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side when the surface is extracted")
+    parser.add_argument("--points", type=int, help="of a point cloud or of Gaussians (default: 4096)")
     parser.add_argument("--turntable", action="store_true", help="also a GIF of each shape turning")
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--out", default="out", help="folder to write to")
     args = parser.parse_args()
-    for name, low, high in (("n", 1, 10_000), ("seed", 0, 2 ** 63 - 1), ("steps", 1, 10_000), ("denoise_steps", 1, 1000),
+    args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
+    for name, low, high in (("n", 1, 10_000), ("seed", 0, 2 ** 63 - 1), ("steps", 1, 10_000), ("denoise_steps", 1, 1000), ("points", 1, 1_000_000),
                             ("cfg", 0, 100), ("temperature", 0, 10), ("window", 0, 10_000)):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
@@ -125,7 +121,7 @@ def main():
         phases[phase] = phases.get(phase, 0) + clock - before
 
     name = re.sub(r"[^a-z0-9]+", "-", args.text.lower()).strip("-")[:60].strip("-") or "shape"
-    model = load(args.checkpoint, args.device)
+    model = load(args.checkpoint, args.device).ready(*args.rep)
     if args.steps > model.backbone.tokens:
         raise UserError(f"--steps {args.steps} is more than the {model.backbone.tokens} shape tokens of {args.checkpoint}; "
                         "every step places at least one")
@@ -138,18 +134,21 @@ def main():
     out = claim(args.out)
     pictures = []
     for i, t in enumerate(tokens):
-        mesh = model.decode(t, args.resolution)
-        lap("surface")
-        mesh.save(out / f"{name}-{i}.glb")
-        pictures.append(mesh.picture())
-        save_png(out / f"{name}-{i}.png", pictures[-1])
-        print(out / f"{name}-{i}.glb", out / f"{name}-{i}.png", sep="\n")
-        if args.turntable:
-            save_gif(out / f"{name}-{i}.gif", turntable(mesh.vertices, mesh.faces, mesh.colours))
-            print(out / f"{name}-{i}.gif")
-        lap("files")
-    save_png(out / f"{name}.png", contact_sheet(pictures, min(4, args.n)))
-    print(out / f"{name}.png")
+        for rep in args.rep:
+            shape = model.decode(t, rep, (args.seed, i), args.resolution, args.points)
+            lap(rep)
+            path = out / f"{name}-{i}{f'-{rep}' if len(args.rep) > 1 else ''}{shape.suffix}"
+            shape.save(path)
+            pictures.append(shape.picture())
+            save_png(path.with_suffix(".png"), pictures[-1])
+            print(path, path.with_suffix(".png"), sep="\n")
+            if args.turntable:
+                save_gif(path.with_suffix(".gif"), turntable(shape))
+                print(path.with_suffix(".gif"))
+            lap("files")
+    sheet = out / f"{name}.png"
+    save_png(sheet, contact_sheet(pictures, len(args.rep) if len(args.rep) > 1 else min(4, args.n)))
+    print(sheet)
     lap("files")
     print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in phases.items()))
 
