@@ -24,18 +24,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import trimesh
 from einops import rearrange
 from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 import backbone
 import data
 import encoders
 import export
+import heads
 import layers
+import meshes
+import metrics
 import reconstruct
 import render
 import sample
@@ -68,7 +73,7 @@ def one_precision():
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """Two shapes of every class to train on, and two to test on."""
-    return [data.prepare(split, 26, 0, tmp_path_factory.getbasetemp() / "cache") for split in ("train", "test")]
+    return [data.prepare(split, 26, 0, tmp_path_factory.getbasetemp() / "cache", kinds=data.KINDS) for split in ("train", "test")]
 
 
 def run(main, *args):
@@ -103,6 +108,9 @@ def overfitted(tmp_path_factory):
     return folder
 
 
+CHAIN = ["encoders", "tokenizer", "backbone", "reconstruct"]     # the sdf head is trained with the tokenizer
+
+
 def same_files(one, two, pattern="*"):
     """Both folders hold the same files, byte by byte, and at least one."""
     names = sorted(path.name for path in one.glob(pattern))
@@ -119,10 +127,10 @@ def test_distance_is_that_to_the_surface(index):
     points, normals, _ = shape.surface(200_000, rng)
     x = (points[:3000] + rng.normal(0, .06, (3000, 3))).astype(np.float32)
     field, (distance, nearest) = shape.distance(x), cKDTree(points).query(x)
-    deep = field < 1e-4 - tokenizer.TRUNCATION                          # here the field is only a bound
+    deep = field < 1e-4 - heads.TRUNCATION                          # here the field is only a bound
     error = abs(abs(field) - distance)[~deep]
     assert error.mean() < .002 and np.quantile(error, .99) < .008 and error.max() < .04
-    assert (distance[deep] > tokenizer.TRUNCATION - .02).all() and (field[~deep] < 0).sum() > 500
+    assert (distance[deep] > heads.TRUNCATION - .02).all() and (field[~deep] < 0).sum() > 500
     side = ((x - points[nearest]) * normals[nearest]).sum(1)            # which side of the nearest sample
     clear = abs(side) > .7 * distance
     assert clear.mean() > .9 and ((side > 0) == (field > 0))[clear].mean() > .999
@@ -194,6 +202,61 @@ def test_counts_hold_on_the_geometry():
         assert ndimage.label(shelf.distance(column) < 0)[1] == shelf.attributes["boards"]    # clear of the back
 
 
+# ---------------------------------------------------------------------------- low-poly meshes
+
+@pytest.mark.parametrize("index", range(len(shapes.CLASSES)), ids=shapes.CLASSES)
+def test_low_poly_meshes_are_closed_and_near(index):
+    """At most 256 faces, closed, outward, near the shape; the fine mesh is nearer."""
+    shape = shapes.make(3, index)
+    for (vertices, faces, colours), most, near in ((shape.mesh(256), 256, .11), (shape.fine_mesh(), 10_000, .006)):
+        parts = trimesh.Trimesh(vertices, faces, process=False).split(only_watertight=True)
+        assert len(faces) <= most and len(parts) == len(shape.parts) and all(part.volume > 0 for part in parts)
+        seen = meshes.sample_surface(vertices, faces, 500, np.random.default_rng(0), hidden=False)
+        assert abs(shape.distance(seen)).max() < near and len(colours) == len(faces)
+
+
+def test_canonical_order_knows_no_other():
+    """Faces shuffled, their corners rotated, vertices renumbered: the same sequence; every step of the documented order holds."""
+    vertices, faces, colours = shapes.make(0, 2).mesh(256)
+    one, rng = meshes.canonical(vertices, faces, colours), np.random.default_rng(0)
+    for _ in range(3):
+        some, number = rng.permutation(len(faces)), rng.permutation(len(vertices))
+        turned = np.stack([np.roll(face, rng.integers(3)) for face in faces[some]])
+        other = meshes.canonical(vertices[np.argsort(number)], number[turned], colours[some])
+        assert np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
+    height = one[0][..., [1, 2, 0]] @ [128 ** 2, 128, 1]
+    assert (height.argmin(1) == 0).all() and len(one[0]) == len(faces)
+    assert not np.array_equal(meshes.canonical(vertices, faces[:, ::-1], colours)[0], one[0])      # inside out is another mesh
+
+
+def test_welding_closes_what_was_closed():
+    """Corners off by up to a bin, each on its own: every part comes out closed, and parts that touch stay apart."""
+    rng = np.random.default_rng(0)
+    for index in range(len(shapes.CLASSES)):
+        shape = shapes.make(0, index)
+        corners, _ = meshes.canonical(*shape.mesh(256))
+        off = (rng.random(corners.shape) < .1) * rng.integers(-1, 2, corners.shape)
+        vertices, faces, whole = meshes.weld(meshes.centres(corners + off))
+        assert meshes.watertight(faces) and whole.mean() > .9
+        assert len(trimesh.Trimesh(vertices, faces, process=False).split(only_watertight=True)) == len(shape.parts)
+    assert meshes.closed_edges(meshes.weld(meshes.centres(corners[1:]))[1]) < 1 and meshes.closed_edges(faces[:0]) == 0
+
+
+def test_bad_meshes_are_one_line():
+    """No faces, vertices that are not there or not numbers, too many faces; degenerate and double faces are dropped."""
+    vertices, faces, colours = np.eye(3), np.array([[0, 1, 2]]), np.ones((1, 3))
+    for args, complaint in (((vertices, faces[:0], colours), "no faces"), ((vertices * np.nan, faces, colours), "NaN"),
+                            ((vertices, faces + 1, colours), "names vertex 3")):
+        with pytest.raises(UserError, match=complaint):
+            meshes.canonical(*args)
+    with pytest.raises(UserError, match="2 faces and at most 1"):
+        meshes.fit(vertices, np.repeat(faces, 2, 0), colours, 1, many="refuse")
+    assert len(meshes.canonical(vertices, np.array([[0, 1, 2], [1, 2, 0], [0, 1, 1]]), np.ones((3, 3)))[0]) == 1
+    ball_ = trimesh.creation.icosphere(3, .8)
+    points, few, paint = meshes.fit(np.array(ball_.vertices), np.array(ball_.faces), np.random.default_rng(0).random((len(ball_.faces), 3)), 256)
+    assert 200 < len(few) == len(paint) <= 256 and abs(np.linalg.norm(points, axis=1) - .8).max() < .1
+
+
 # ---------------------------------------------------------------------------- data
 
 def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
@@ -202,7 +265,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)   # so that the workers see all patches
     monkeypatch.setattr(signal, "signal", lambda *_: None)                 # which only main threads may call
     whole = data.prepare("train", 8, 0, tmp_path / "whole", workers=1)
-    make = data.sample
+    make = data.sample_surface
 
     def stop_at_fifth(shape, rng):
         if rng.bit_generator.seed_seq.entropy == (0, 4, 1):
@@ -210,17 +273,18 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
         return make(shape, rng)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(data, "sample", stop_at_fifth)
+        patch.setattr(data, "sample_surface", stop_at_fifth)
         data.prepare("train", 8, 0, tmp_path / "cut", workers=1)
     cut = tmp_path / "cut" / whole.folder.name
-    assert (cut / "captions-00000.json").is_file() and not (cut / "captions-00001.json").is_file()
+    assert (cut / "surface-00000.json").is_file() and not (cut / "surface-00001.json").is_file()
     assert len(data.prepare("train", 8, 0, tmp_path / "cut", workers=1)) == 8 and same_files(whole.folder, cut)
 
 
 def test_batches_are_functions_of_their_generator(prepared):
     """The same generator gives the same batch; the distances in it are those of the shapes in its rows."""
     rows = np.array([3, 20])
-    (cloud, one), (_, again), (_, other) = [prepared[0].batch(rows, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    one, again, other = [prepared[0].queries(rows, 640, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    cloud = prepared[0].cloud(rows, 1024, np.random.default_rng(0))
     assert all(torch.equal(one[k], again[k]) for k in one) and not torch.equal(one["queries"], other["queries"])
     for i, row in enumerate(rows):
         true = prepared[0].shape(row).distance(one["queries"][i].numpy())
@@ -363,12 +427,12 @@ def test_unknown_words_are_named(capsys):
 def test_standardise_changes_tokens_not_shapes(prepared):
     """Afterwards tokens have mean 0 and deviation 1 per channel and decode to the same field; twice is as good."""
     torch.manual_seed(0)
-    encoder, head = tokenizer.Tokenizer(**SMALL[tokenizer]).eval(), tokenizer.SdfHead(**SMALL[tokenizer]).eval()
+    encoder, head = tokenizer.Tokenizer(**SMALL[tokenizer]).eval(), heads.SdfHead(**SMALL[tokenizer]).eval()
     cloud, x = prepared[0].cloud(np.arange(12), 500, np.random.default_rng(0)), torch.rand(12, 100, 3) * 2 - 1
     with torch.no_grad():
         before = head.ask(head.read(encoder(*cloud)), x)
-        tokenizer.standardise(encoder, head, encoder(*cloud)[:5])
-        tokenizer.standardise(encoder, head, encoder(*cloud))
+        tokenizer.standardise(encoder, [head], encoder(*cloud)[:5])
+        tokenizer.standardise(encoder, [head], encoder(*cloud))
         tokens = encoder(*cloud)
         assert tokens.mean((0, 1)).abs().max() < 1e-4 and (tokens.std((0, 1)) - 1).abs().max() < 1e-4
         after = head.ask(head.read(tokens), x)
@@ -386,14 +450,14 @@ class TrueHead:
 
     def ask(self, memory, x):
         field, colour = self.shape.field(x[0].numpy())
-        return torch.from_numpy(np.c_[field / tokenizer.TRUNCATION, colour])[None].float().clamp(-1, 1)
+        return torch.from_numpy(np.c_[field / heads.TRUNCATION, colour])[None].float().clamp(-1, 1)
 
 
 @pytest.mark.parametrize("index, resolution", [(1, 64), (8, 64), (5, 64), (3, 128)], ids=["chair-64", "mug-64", "shelf-64", "lamp-128"])
 def test_hierarchical_is_dense(index, resolution):
     """A grid refined near the surface gives the same mesh as every point asked; closed, outward, of the right volume."""
     shape = shapes.make(6, index)
-    fine, dense = (tokenizer.extract(TrueHead(shape), torch.zeros(1, 1), resolution, hierarchical=h) for h in (True, False))
+    fine, dense = (heads.extract(TrueHead(shape), torch.zeros(1, 1), resolution, hierarchical=h) for h in (True, False))
     assert len(fine[1]) > 1000 and all(np.array_equal(a, b) for a, b in zip(fine, dense))
     vertices, faces, colours = fine
     mesh = trimesh.Trimesh(vertices, faces, process=False)
@@ -407,7 +471,7 @@ def test_nothing_leaves_the_cube():
     for sign, faces in ((-1, True), (1, False)):
         head = TrueHead(None)
         head.ask = lambda memory, x: torch.full((1, x.shape[1], 4), float(sign))
-        mesh = tokenizer.extract(head, torch.zeros(1, 1), 64)
+        mesh = heads.extract(head, torch.zeros(1, 1), 64)
         assert bool(len(mesh[1])) == faces and (not faces or trimesh.Trimesh(*mesh[:2], process=False).is_watertight)
 
 
@@ -417,6 +481,42 @@ def test_iou_of_the_true_field_is_one():
     head = TrueHead(one)
     assert grid_iou(head, torch.zeros(1, 1), one, torch.no_grad, 32) == 1
     assert 0 < grid_iou(head, torch.zeros(1, 1), other, torch.no_grad, 32) < .9
+
+
+# ---------------------------------------------------------------------------- heads
+
+def test_points_arrive_where_the_flow_goes():
+    """With the velocity field that ends in four given points, every sample ends in one of them, as many as are asked for."""
+    head, ends = heads.PointHead(**SMALL[tokenizer]), torch.tensor([[.5, 0, 0], [-.5, 0, 0], [0, .5, 0], [0, 0, -.5]])
+
+    def velocity(memory, x, t):                                    # E[x - noise | x_t] for x one of the four, noise normal
+        t = t[..., None].clamp(max=.999)
+        weight = (-((x[:, :, None] - t[..., None] * ends) ** 2).sum(-1) / (2 * (1 - t) ** 2)).softmax(-1)
+        return F.pad((weight @ ends - x) / (1 - t), (0, 6))
+
+    head.velocity = velocity
+    cloud = head.decode(torch.zeros(64, 8), {}, np.random.default_rng(0), points=3000)
+    apart = np.linalg.norm(cloud.points[:, None] - ends.numpy(), axis=-1)
+    assert len(cloud.points) == 3000 and apart.min(1).max() < .02
+    assert (abs(np.bincount(apart.argmin(1)) / 3000 - .25) < .05).all()
+
+
+@pytest.mark.parametrize("rep", heads.HEADS)
+def test_heads_learn_and_decode(rep, prepared):
+    """Each head's loss falls in a few steps on two shapes, and what it decodes can be saved, drawn and sampled."""
+    torch.manual_seed(0)
+    split, rows, rng = prepared[0], np.array([0, 1]), np.random.default_rng(0)
+    these = nn.ModuleDict({name: heads.HEADS[name](**SMALL[tokenizer]) for name in heads.with_needs([rep])})
+    tokens, optimizer, losses = torch.randn(2, 64, 8), torch.optim.Adam(these.parameters(), 3e-3), []
+    for _ in range(6):
+        loss, _ = these[rep].loss(tokens, heads.HEADS[rep].samples(split, rows, np.random.default_rng(0)))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    shape = these[rep].decode(tokens[0], these, rng, resolution=32, points=200)
+    assert shape.sample(50, rng).shape == (50, 3) and shape.picture(32).shape == (32, 32, 3)
 
 
 # ---------------------------------------------------------------------------- prefix
@@ -590,20 +690,20 @@ def test_reconstruction_guides_the_first_steps():
 
 def test_two_shapes_overfitted_through_all_stages(overfitted, tmp_path_factory):
     """train.py, then a prompt -> tokens -> field: the named one of two shapes comes back with IoU >= .9."""
-    model, split = sample.load(overfitted), data.prepare("train", 2, 0, tmp_path_factory.getbasetemp() / "cache")
+    model, split = sample.load(overfitted).ready("sdf"), data.prepare("train", 2, 0, tmp_path_factory.getbasetemp() / "cache")
     tokens = model.tokens(["a table", "a chair"], [0, 1])
     for i in range(2):
-        assert grid_iou(model.head, tokens[i], split.shape(i), model.autocast) >= .9
-        assert grid_iou(model.head, tokens[i], split.shape(1 - i), model.autocast) < .5
+        assert grid_iou(model.heads["sdf"], tokens[i], split.shape(i), model.autocast) >= .9
+        assert grid_iou(model.heads["sdf"], tokens[i], split.shape(1 - i), model.autocast) < .5
 
 
 def test_run_folder_holds_curves_and_pictures(overfitted):
     """Every stage leaves a CSV; the tokenizer and backbone pictures; the config its settings; no state, no leftovers."""
     names = {path.name for path in overfitted.iterdir()}
-    assert {f"{stage}.csv" for stage in train.STAGES} | {"losses.png", "tokenizer-000280.png", "backbone-000180.png"} <= names
+    assert {f"{stage}.csv" for stage in CHAIN} | {"losses.png", "tokenizer-000280.png", "backbone-000180.png"} <= names
     assert not any("state" in name or "part" in name for name in names)
     config = layers.read_config(overfitted)
-    assert list(config) == list(train.STAGES) and config["backbone"]["steps"] == 180 and 1. in config["backbone"]["metrics"].values()
+    assert list(config) == CHAIN and config["backbone"]["steps"] == 180 and 1. in config["backbone"]["metrics"].values()
     for stage, key in (("tokenizer", "loss"), ("backbone", "loss"), ("reconstruct", "held_out")):
         rows = list(csv.DictReader((overfitted / f"{stage}.csv").open()))
         assert float(rows[-1][key]) < float(rows[0][key]) or len(rows) == 1
@@ -613,15 +713,16 @@ def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
     """Started again, a finished run trains nothing."""
     monkeypatch.setattr(train, "fit", None)
     assert train_small(monkeypatch, overfitted, 2) == 0
-    assert capsys.readouterr().out.count("already done") == 4
+    assert capsys.readouterr().out.count("already done") == 5
 
 
 def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     """Every stage killed once (SIGTERM) between two log lines and started again = never killed: losses and weights."""
     monkeypatch.setattr(train, "CHECK", 4)
-    for slow in ("grid_iou", "class_accuracy"):                        # these only look on
+    for slow in ("judged", "class_accuracy"):                          # these only look on
         monkeypatch.setattr(train, slow, lambda *_, **__: 0.)
-    monkeypatch.setattr(train, "picture", lambda *_: np.zeros((160, 160, 3), np.uint8))
+    for slow in ("picture", "reconstructions"):
+        monkeypatch.setattr(train, slow, lambda *_: np.zeros((160, 160, 3), np.uint8))
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     assert train_small(monkeypatch, whole, 26, *flags) == 0
     rate, handler = train.learning_rate, signal.getsignal(signal.SIGTERM)
@@ -632,15 +733,38 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
         return rate(step, steps, peak)
 
     monkeypatch.setattr(train, "learning_rate", kill_in_third_step)
-    for stage in train.STAGES:                                         # and each stage in a process of its own
+    for stage in CHAIN:                                         # and each stage in a process of its own
         assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 130
         assert (cut / f"{stage}.state.safetensors").is_file() and signal.getsignal(signal.SIGTERM) == handler
         assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 0
     assert same_files(whole, cut, "*.safetensors") and len(list(cut.glob("*.safetensors"))) == 5
-    for stage in train.STAGES:
+    for stage in CHAIN:
         one, two = ([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / f"{stage}.csv").open())]
                     for folder in (whole, cut))
         assert one == two and [row["step"] for row in one] == ["4", "6"]
+
+
+def test_heads_are_added_without_a_new_backbone(overfitted, tmp_path, monkeypatch, capsys):
+    """--rep all on a trained folder trains three heads and nothing else; sample.py then writes one shape four times."""
+    folder = shutil.copytree(overfitted, tmp_path / "run")
+    assert train_small(monkeypatch, folder, 2, "--rep", "all", "--steps", 2, "--batch", 2) == 0
+    out = capsys.readouterr().out
+    assert out.count("already done") == 5 and re.findall("^(.+): done", out, re.M) == ["head-pc", "head-mesh", "head-gs"]
+    flags = ("--text", "a table", "--checkpoint", folder, "--resolution", 32, "--points", 300)
+    assert run(sample.main, *flags, "--rep", "sdf", "pc", "3DGS", "--out", tmp_path / "out") == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"a-table-0-sdf.glb", "a-table-0-pc.ply", "a-table-0-gs.ply", "a-table-0-gs.png", "a-table.png"} <= names
+    assert len(export.read(tmp_path / "out/a-table-0-pc.ply").points) == 300
+    assert isinstance(export.read(tmp_path / "out/a-table-0-gs.ply"), export.Gaussians)
+
+
+def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
+    """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
+    monkeypatch.setattr(train, "class_accuracy", lambda *_: 0.)
+    monkeypatch.setattr(train, "picture", lambda *_: np.zeros((160, 160, 3), np.uint8))
+    assert train_small(monkeypatch, tmp_path / "own", 2, "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2) == 0
+    assert layers.read_config(tmp_path / "own")["tokenizer"]["heads"] == ["pc"]
+    assert {path.stem for path in (tmp_path / "own").glob("*.safetensors")} == {*CHAIN, "head-pc"}
 
 
 @pytest.mark.parametrize("flags, complaint", [
@@ -682,6 +806,7 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--steps", "0"], "--steps must be between"), (["--steps", "65"], "more than the 64 shape tokens"),
     (["--cfg", "-1"], "--cfg must be"), (["--cfg", "nan"], "--cfg must be"), (["--n", "0"], "--n must be"), (["--seed", "-1"], "--seed must be"),
     (["--resolution", "100000"], "choose from 32, 64"), (["--alpha", "2"], "--alpha"), (["--rep", "voxels"], "choose from"),
+    (["--points", "0"], "--points must be"), (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
     (["--text", ""], "is empty"), (["--text", "with the"], "names nothing"), (["--device", "toaster"], "--device toaster"),
     (["--checkpoint", "nowhere"], "there is no folder nowhere"), (["--out", "{file}/below"], "cannot write")])
 def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, capsys):
@@ -710,7 +835,7 @@ def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp
 
 def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
     """A sample without a surface is reported, not a traceback."""
-    monkeypatch.setattr(sample.LTM3D, "decode", lambda *_: sample.Mesh(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3))))
+    monkeypatch.setattr(sample.LTM3D, "decode", lambda *_: export.Mesh(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3))))
     assert run(sample.main, "--text", "a table", "--checkpoint", overfitted, "--out", tmp_path / "out") == 2
     assert_one_line(capsys.readouterr().err, "empty")
 
@@ -722,10 +847,20 @@ def test_control_c_is_one_word(capsys):
     assert run(interrupted) == 130 and capsys.readouterr().err == "stopped\n"
 
 
+def test_metrics_by_hand():
+    """Cases small enough to work out: two points moved by 3 and 4; of three faces one is off by a bin and one by two."""
+    a = np.zeros((2, 3))
+    assert metrics.emd(a, a + [[3, 0, 0], [0, 4, 0]]) == 3.5 and metrics.chamfer(a[:1], a + [[3, 0, 0], [0, 4, 0]]) == 6.5
+    true = np.arange(27).reshape(3, 3, 3) * 4
+    found = true[[2, 0, 1]] + np.array([0, 1, 2])[:, None, None] * np.eye(3, dtype=int)
+    assert [metrics.faces_within(np.roll(found, 1, 1), true, bins) for bins in (0, 1, 2)] == [1 / 3, 2 / 3, 1]
+    assert metrics.faces_within(found[:1], true, 2) == 1 / 3
+
+
 # ---------------------------------------------------------------------------- pictures and files
 
 def ball(radius=.7):
-    return tokenizer.extract(TrueHead(shapes.Shape("ball", [shapes.ball((0, 0, 0), radius, "red")], {}, [])), torch.zeros(1, 1), 32)
+    return heads.extract(TrueHead(shapes.Shape("ball", [shapes.ball((0, 0, 0), radius, "red")], {}, [])), torch.zeros(1, 1), 32)
 
 
 def test_glb_round_trip(tmp_path):
@@ -748,6 +883,94 @@ def test_mesh_and_field_render_alike():
         two = render.render_sdf(lambda x: part.distance(x.numpy()), lambda x: np.tile(shapes.COLOURS["red"], (len(x), 1)), size=64, mode=mode)
         empty = render.render_mesh(np.zeros((0, 3)), np.zeros((0, 3), int), size=64, mode=mode).astype(float)
         assert abs(one - two).mean() < 4 and abs(one - empty).mean() > 12 and (empty == empty[0, 0]).all()
+
+
+def gaussians(count, seed=0):
+    """Of all kinds: needles, discs, nearly opaque and nearly clear, some outside the picture."""
+    rng = np.random.default_rng(seed)
+    return [torch.from_numpy(x.astype(np.float32)) for x in
+            (rng.uniform(-1.2, 1.2, (count, 3)), np.exp(rng.uniform(-5, -1.5, (count, 3))), rng.standard_normal((count, 4)),
+             rng.uniform(.02, .99, count), rng.random((count, 3)))]
+
+
+def splat_by_pixel(means, scales, rotations, opacities, colours, azimuth, elevation, size, background):
+    """Every Gaussian at every pixel, in float64, by the formulas of the paper and none of render.py's code for them."""
+    a, e = np.radians([azimuth, elevation])
+    eye = np.array([[np.cos(a), 0, -np.sin(a)], [-np.sin(a) * np.sin(e), np.cos(e), -np.cos(a) * np.sin(e)],
+                    [np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)]])
+    focal, image = render.EYE / render.HALF * size / 2, np.tile(np.asarray(background, float), (size, size, 1))
+    x = means @ eye.T
+    for i in np.argsort(x[:, 2]):                                  # far to near: each is laid over what is behind
+        (u, v), d = x[i, :2], render.EYE - x[i, 2]
+        centre = size / 2 + focal * np.array([u, -v]) / d
+        slope = focal / d * np.array([[1, 0, u / d], [0, -1, -v / d]]) @ eye
+        turn = Rotation.from_quat(rotations[i][[1, 2, 3, 0]]).as_matrix()
+        cov = slope @ turn @ np.diag(scales[i] ** 2) @ turn.T @ slope.T + .3 * np.eye(2)
+        y, x_ = np.mgrid[:size, :size] + .5
+        off = np.stack([x_ - centre[0], y - centre[1]], -1)
+        alpha = np.minimum(opacities[i] * np.exp(-.5 * np.einsum("yxi,ij,yxj->yx", off, np.linalg.inv(cov), off)), .99)[..., None]
+        image = alpha * colours[i] + (1 - alpha) * image
+    return image
+
+
+def test_splatting_is_the_formula():
+    """Tiled, sorted and vectorised = one Gaussian after the other over every pixel, whatever is done at a time."""
+    g = gaussians(60)
+    true = splat_by_pixel(*(x.double().numpy() for x in g), 40, 25, 40, (.2, .5, 1.))
+    for tiles in (1, 4, 100):
+        image = render.splat(*g, 40, 25, 40, (.2, .5, 1.), tiles)
+        assert abs(image.numpy() - true).max() < .02 and abs(image.numpy() - true).mean() < 1e-3         # beyond 3 sigma: nothing
+
+
+def test_splatting_has_true_gradients(monkeypatch):
+    """Every input's gradient = differences, in double precision."""
+    monkeypatch.setattr(render, "TILE", 8)
+    g = [x.double().requires_grad_() for x in gaussians(4, seed=3)]
+    with torch.no_grad():
+        g[1].clamp_(min=.15)                                       # wide ones, whose rim at 3 sigma is out of the picture
+    monkeypatch.setattr(render, "look", lambda *angles, look=render.look: look(*angles).double())
+    assert torch.autograd.gradcheck(lambda *g: render.splat(*g, 40, 25, 6), g, eps=1e-6, atol=1e-4)
+
+
+def test_gaussians_round_trip(tmp_path):
+    """The 3DGS layout: read again and by another reader, the same values; the pictures before and after are the same."""
+    means, scales, turns, opacities, colours = (x.numpy() for x in gaussians(300))
+    g = export.Gaussians(means, scales, turns / np.linalg.norm(turns, axis=1, keepdims=True), opacities, colours)
+    g.save(tmp_path / "g.ply")
+    again = export.read(tmp_path / "g.ply")
+    for name in ("means", "scales", "rotations", "opacities", "colours"):
+        assert abs(getattr(again, name) - getattr(g, name)).max() < 1e-5
+    assert abs(g.picture(64).astype(int) - again.picture(64)).max() <= 1
+    other = trimesh.load(tmp_path / "g.ply").metadata["_ply_raw"]["vertex"]["data"]
+    names = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
+    assert list(other.dtype.names) == names and np.array_equal(other["x"].ravel(), means[:, 0])
+    assert np.allclose(1 / (1 + np.exp(-other["opacity"].ravel())), opacities, atol=1e-5)
+    assert np.allclose(np.exp(other["scale_1"].ravel()), scales[:, 1], rtol=1e-5)
+    assert np.allclose(other["f_dc_2"].ravel() * .28209479 + .5, colours[:, 2], atol=1e-5)
+
+
+def test_cloud_round_trip(tmp_path):
+    """Points, normals and 8-bit colours, read again and by another reader."""
+    rng = np.random.default_rng(0)
+    cloud = export.Cloud(*(rng.random((50, 3)).astype(np.float32) for _ in range(3)))
+    cloud.save(tmp_path / "c.ply")
+    again, other = export.read(tmp_path / "c.ply"), trimesh.load(tmp_path / "c.ply")
+    assert np.array_equal(again.points, cloud.points) and np.array_equal(again.normals, cloud.normals)
+    assert np.array_equal(other.vertices.astype(np.float32), cloud.points)
+    assert np.array_equal(other.colors[:, :3], np.round(cloud.colours * 255)) and abs(again.colours - cloud.colours).max() < .002
+
+
+@pytest.mark.parametrize("damage, complaint", [
+    (lambda b: b.replace(b"f_dc_1", b"f_no_1"), "has no f_dc_1"), (lambda b: b.replace(b"binary_little_endian", b"ascii"), "only binary"),
+    (lambda b: b[:-4] + np.float32(np.nan).tobytes(), "not finite"), (lambda b: b[:-1], "truncated"), (lambda b: b[3:], "not a PLY"),
+    (lambda b: b.replace(b"element vertex", b"element edges "), "not 'vertex'"), (lambda b: b"", "not a PLY")])
+def test_bad_ply_is_one_line(damage, complaint, tmp_path):
+    """Missing fields, ASCII, NaN, truncated, another kind of file."""
+    means, scales, turns, opacities, colours = (x.numpy() for x in gaussians(5))
+    export.Gaussians(means, scales, turns, opacities, colours).save(tmp_path / "g.ply")
+    (tmp_path / "bad.ply").write_bytes(damage((tmp_path / "g.ply").read_bytes()))
+    with pytest.raises(ValueError, match=complaint):
+        export.read(tmp_path / "bad.ply")
 
 
 def test_contact_sheet_holds_every_picture(tmp_path):
