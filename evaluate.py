@@ -6,6 +6,7 @@ metrics.py says what each number means.
 
     python evaluate.py tokenizer --rep sdf       # stage 1 alone: encode and decode held-out shapes
     python evaluate.py cross                     # the same tokens through every head
+    python evaluate.py joint --checkpoints ...   # shared tokens against own
     python evaluate.py generate --rep sdf        # n samples of each bare class name
     python evaluate.py attributes --rep sdf      # "a table with one leg": has it one?
     python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its weight varied
@@ -35,10 +36,10 @@ POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
 
 
-def report(args, name, rows, mean=True):
+def report(args, name, rows, mean_row=True):
     """rows: dicts with the same keys, the first a label. Adds their mean, prints, writes .md and .csv."""
     keys = list(rows[0])
-    if mean:
+    if mean_row:
         last = {key: "" if isinstance(rows[0][key], str) else np.mean([row[key] for row in rows]) for key in keys}
         rows = rows + [last | {keys[0]: "mean"}]
     lines = [keys, ["---"] + ["--:"] * (len(keys) - 1)]
@@ -57,42 +58,44 @@ def report(args, name, rows, mean=True):
 # ---------------------------------------------------------------------------- tokenizer
 
 @torch.no_grad()
-def evaluate_tokenizer(args):
-    """Held-out shapes, encoded from 2048 points and decoded, against the true ones."""
+def encoded(args, folder, reps):
+    """Every held-out shape, encoded from 2048 points: yields the set, its row, a generator, the heads, tokens n c, autocast."""
     device, autocast, reason = pick_device(args.device)
     print(f"running on {reason}")
-    encoder, these = tokenizer.load(args.checkpoint).to(device), heads.load(args.checkpoint, [args.rep], device)
-    test = prepare("test", out=args.cache, kinds=HEADS[args.rep].kinds)
-    results = {name: [] for name in CLASSES}
+    encoder, these = tokenizer.load(folder).to(device), heads.load(folder, reps, device)
+    test = prepare("test", out=args.cache, kinds=dict.fromkeys(kind for rep in reps for kind in HEADS[rep].kinds))
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
         rng = np.random.default_rng((args.seed, row))
         with autocast():
             tokens = encoder(*(x.to(device) for x in test.cloud([row], 2048, rng)))[0].float()   # n c
+        yield test, row, rng, these, tokens, autocast
+
+
+def mean(each):
+    """Dicts of the same keys -> one of their means."""
+    return {key: np.mean([one[key] for one in each]) for key in each[0]} if each else {}
+
+
+def evaluate_tokenizer(args):
+    """Held-out shapes, encoded from 2048 points and decoded, against the true ones."""
+    results = {name: [] for name in CLASSES}
+    for test, row, rng, these, tokens, autocast in encoded(args, args.checkpoint, [args.rep]):
         results[test.classes[row]].append(JUDGES[args.rep](these, tokens, test, row, rng, autocast, args.points))
     print(" ".join(JUDGES[args.rep].__doc__.split()))
-    report(args, f"{args.command}-{args.rep}", [{"class": name, "shapes": str(len(each))} | {key: np.mean([one[key] for one in each])
-                                                for key in each[0]} for name, each in results.items() if each])
+    report(args, f"{args.command}-{args.rep}", [{"class": name, "shapes": str(len(each))} | mean(each) for name, each in results.items() if each])
 
 
-@torch.no_grad()
 def evaluate_cross(args):
     """The same tokens of held-out shapes through every head: how far apart are the shapes that come out?"""
-    device, autocast, reason = pick_device(args.device)
-    print(f"running on {reason}")
-    encoder, these = tokenizer.load(args.checkpoint).to(device), heads.load(args.checkpoint, args.reps, device)
-    test, results = prepare("test", out=args.cache), {}
-    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):
-        rng = np.random.default_rng((args.seed, row))
-        with autocast():
-            tokens = encoder(*(x.to(device) for x in test.cloud([row], 2048, rng)))[0].float()
+    results, names = {}, [*args.reps, "true"]
+    for test, row, rng, these, tokens, autocast in encoded(args, args.checkpoint, args.reps):
         two = {rep: [these[rep].decode(tokens, these, rng, autocast, 64, 2048).sample(2048, rng) for _ in range(2)] for rep in args.reps}
         two["true"] = [test.shape(row).surface(2048, rng)[0] for _ in range(2)]
-        for one in two:
-            for other in two:
+        for one in names:
+            for other in names:
                 results.setdefault((one, other), []).append(chamfer(two[one][0], two[other][1]))
     print("Chamfer distance of 2048 points each, mean over the shapes; a representation against itself: two samplings, the floor")
-    report(args, args.command, [{"": one} | {other: np.mean(results[one, other]) for other in (*args.reps, "true")}
-                                for one in (*args.reps, "true")], mean=False)
+    report(args, args.command, [{"": one} | {other: np.mean(results[one, other]) for other in names} for one in names], mean_row=False)
 
 
 # ---------------------------------------------------------------------------- generation
@@ -124,7 +127,6 @@ def evaluate_generate(args):
     print(f"running on {model.reason}")
     shapes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=args.alpha), args)
     distance = torch.cat([chamfer_matrix(part, references) for part in tqdm(clouds.split(8), desc="Chamfer", unit="batch")])
-    mean = lambda each: {key: np.mean([one[key] for one in each]) for key in each[0]}
     rows = []
     for i, name in enumerate(args.prompts):
         own, same = slice(i * args.n, (i + 1) * args.n), classes == name
@@ -148,22 +150,41 @@ def evaluate_generate(args):
     print(f"{args.out}/generate-{args.rep}.png")
 
 
+def evaluate_joint(args):
+    """Several checkpoints side by side, each head they have: shared tokens, own tokens, an encoder trained with all heads."""
+    (references, classes), rows = held_out(args), []
+    for folder in args.checkpoints:
+        config = read_config(folder)
+        for args.rep in [name.removeprefix("head-") for name in heads.trained(folder) if name.startswith("head-")]:
+            judged = mean([JUDGES[args.rep](these, tokens, test, row, rng, autocast, 10_000)
+                           for test, row, rng, these, tokens, autocast in encoded(args, folder, [args.rep])])
+            model = LTM3D(folder, args.device)
+            _, clouds = decode(model, sample_tokens(model, CLASSES, args.n, args.seed), args)
+            distance, names = chamfer_matrix(clouds, references), np.repeat(CLASSES, args.n)
+            seconds = sum(config[stage]["seconds"] for stage in ("tokenizer", f"head-{args.rep}", "backbone") if stage in config)
+            rows.append({"checkpoint": folder, "rep": args.rep, "minutes": seconds / 60,
+                         "reconstruction": ", ".join(f"{name} {value:.3f}" for name, value in judged.items()),
+                         "right class": np.mean(classes[distance.argmin(1)] == names),
+                         "Chamfer to nearest": np.mean([distance[i, classes == name].min().item() for i, name in enumerate(names)])})
+    print(f"minutes: of training tokenizer, head and backbone. {args.shapes} held-out shapes reconstructed, {args.n} samples of every class name")
+    report(args, args.command, rows, mean_row=False)
+
+
 def evaluate_ablate_rgs(args):
     """x~ = a x + (1 - a) x_recon in the first quarter of the steps (section 3.3): what does a trade?"""
     model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), held_out(args)
     print(f"running on {model.reason}")
-    mean = lambda pairs: dict(zip(("Chamfer to nearest", "diversity"), np.mean(pairs, 0)))      # over the prompts
     rows = []
     for a in args.alphas:
         _, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=a), args)
         rows.append({"a": "sampling only" if a is None else f"{a:g}"} | mean(
-            [(chamfer_matrix(own, references[classes == name]).amin(1).mean().item(), diversity(own))
+            [{"Chamfer to nearest": chamfer_matrix(own, references[classes == name]).amin(1).mean().item(), "diversity": diversity(own)}
              for name, own in zip(args.prompts, clouds.split(args.n))]))
     real = [others(references[classes == name]) for name in args.prompts]      # what real shapes score
-    rows.append({"a": "held-out shapes"} | mean([(x.amin(1).mean().item(), x.mean().item()) for x in real]))
+    rows.append({"a": "held-out shapes"} | mean([{"Chamfer to nearest": x.amin(1).mean().item(), "diversity": x.mean().item()} for x in real]))
     print(f"{args.n} samples of each of {len(args.prompts)} class names; Chamfer to the nearest held-out shape of the class; "
           "mean Chamfer of pairs of one prompt")
-    report(args, args.command, rows, mean=False)
+    report(args, args.command, rows, mean_row=False)
 
 
 # ---------------------------------------------------------------------------- attributes
@@ -231,6 +252,11 @@ def main():
     flag = sub["cross"].add_argument
     flag("--shapes", type=between(1, 520), default=208, help="how many held-out shapes, all classes alike")
     flag("--reps", nargs="+", choices=list(HEADS), default=list(HEADS), help="representations to compare")
+    flag = sub["joint"].add_argument
+    flag("--checkpoints", nargs="+", required=True, help="folders that train.py made, e.g. with --tokens shared, own and joint")
+    flag("--shapes", type=between(1, 520), default=52, help="how many held-out shapes to reconstruct, all classes alike")
+    flag("--n", type=between(1, 1000), default=4, help="samples of every class name")
+    flag("--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     for name, n in (("generate", 16), ("ablate-rgs", 8)):
         flag = sub[name].add_argument
         flag("--n", type=between(2, 1000), default=n, help="samples of every prompt")
@@ -251,7 +277,7 @@ def main():
     print(f"{time.time() - start:.0f} seconds")
 
 
-COMMANDS = {"tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "generate": evaluate_generate, "attributes": evaluate_attributes,
+COMMANDS = {"tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate, "attributes": evaluate_attributes,
             "ablate-rgs": evaluate_ablate_rgs}
 
 if __name__ == "__main__":

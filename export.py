@@ -63,7 +63,7 @@ class Cloud:
                          **columns(["red", "green", "blue"], np.round(self.colours * 255).astype(np.uint8))})
 
     def picture(self, size=320, **view):
-        return render_points(self.points, self.colours, .016 * (2048 / len(self.points)) ** .25, size=size, **view)
+        return render_points(self.points, self.colours, .03 * (2048 / len(self.points)) ** .5, size=size, **view)
 
     def sample(self, k, rng):
         return self.points[rng.choice(len(self.points), k, replace=k > len(self.points))]

@@ -36,6 +36,7 @@ from torch import nn
 import backbone
 import data
 import encoders
+import evaluate
 import export
 import heads
 import layers
@@ -105,6 +106,15 @@ def overfitted(tmp_path_factory):
         for stage, steps, batch, lr in (("encoders", 30, 2, 1e-3), ("tokenizer", 280, 2, 6e-3),
                                         ("backbone", 180, 8, 4e-3), ("reconstruct", 60, 16, 4e-3)):
             assert train_small(patch, folder, 2, "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def four(overfitted, tmp_path_factory):
+    """The same with heads for all representations, hardly trained."""
+    folder = shutil.copytree(overfitted, tmp_path_factory.getbasetemp() / "four")
+    with pytest.MonkeyPatch.context() as patch:
+        assert train_small(patch, folder, 2, "--rep", "all", "--steps", 2, "--batch", 2) == 0
     return folder
 
 
@@ -744,13 +754,13 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
         assert one == two and [row["step"] for row in one] == ["4", "6"]
 
 
-def test_heads_are_added_without_a_new_backbone(overfitted, tmp_path, monkeypatch, capsys):
+def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
     """--rep all on a trained folder trains three heads and nothing else; sample.py then writes one shape four times."""
-    folder = shutil.copytree(overfitted, tmp_path / "run")
-    assert train_small(monkeypatch, folder, 2, "--rep", "all", "--steps", 2, "--batch", 2) == 0
-    out = capsys.readouterr().out
-    assert out.count("already done") == 5 and re.findall("^(.+): done", out, re.M) == ["head-pc", "head-mesh", "head-gs"]
-    flags = ("--text", "a table", "--checkpoint", folder, "--resolution", 32, "--points", 300)
+    new = {"head-pc", "head-mesh", "head-gs"}
+    assert set(layers.read_config(four)) == {*CHAIN, *new}
+    assert {path.stem for path in four.glob("*.safetensors")} == {*CHAIN, "head-sdf", *new}
+    assert all((four / f"{stage}.safetensors").read_bytes() == (overfitted / f"{stage}.safetensors").read_bytes() for stage in CHAIN)
+    flags = ("--text", "a table", "--checkpoint", four, "--resolution", 32, "--points", 300)
     assert run(sample.main, *flags, "--rep", "sdf", "pc", "3DGS", "--out", tmp_path / "out") == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"a-table-0-sdf.glb", "a-table-0-pc.ply", "a-table-0-gs.ply", "a-table-0-gs.png", "a-table.png"} <= names
@@ -758,13 +768,27 @@ def test_heads_are_added_without_a_new_backbone(overfitted, tmp_path, monkeypatc
     assert isinstance(export.read(tmp_path / "out/a-table-0-gs.ply"), export.Gaussians)
 
 
+def test_evaluations_write_their_tables(four, tmp_path, monkeypatch):
+    """Representations are judged and compared; the figures are numbers and lie in Markdown and CSV."""
+    monkeypatch.setattr(evaluate, "prepare", lambda split="test", count=None, *_, **more: data.prepare(
+        "train", 2, 0, tmp_path.parent / "cache", kinds=more.get("kinds", ["surface"])))
+    monkeypatch.setattr(evaluate, "CLASSES", ("table", "chair"))
+    checkpoint = ("--checkpoint", four, "--out", tmp_path)
+    for rep in ("pc", "gs"):
+        assert run(evaluate.main, "tokenizer", "--rep", rep, "--shapes", 2, *checkpoint) == 0
+    assert run(evaluate.main, "cross", "--reps", "sdf", "pc", "--shapes", 1, *checkpoint) == 0
+    for name in ("tokenizer-pc", "tokenizer-gs", "cross"):
+        rows = list(csv.DictReader((tmp_path / f"{name}.csv").open()))
+        assert rows and (tmp_path / f"{name}.md").is_file() and all(np.isfinite(float(v)) for row in rows[:-1] for v in list(row.values())[1:])
+
+
 def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
     monkeypatch.setattr(train, "class_accuracy", lambda *_: 0.)
     monkeypatch.setattr(train, "picture", lambda *_: np.zeros((160, 160, 3), np.uint8))
     assert train_small(monkeypatch, tmp_path / "own", 2, "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2) == 0
-    assert layers.read_config(tmp_path / "own")["tokenizer"]["heads"] == ["pc"]
-    assert {path.stem for path in (tmp_path / "own").glob("*.safetensors")} == {*CHAIN, "head-pc"}
+    assert layers.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
+    assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
 
 
 @pytest.mark.parametrize("flags, complaint", [

@@ -29,7 +29,7 @@ import reconstruct as reconstruct_
 import tokenizer as tokenizer_
 from data import TRAIN_SHAPES, prepare
 from heads import HEADS
-from layers import EMA, Help, UserError, claim, command, digest, pick_device, read_config, read_weights, save_weights, write_config, written
+from layers import EMA, Help, UserError, claim, command, digest, pick_device, read_weights, save_weights, write_config, written
 from metrics import JUDGES, chamfer_matrix
 from render import contact_sheet, save_png
 from shapes import CLASSES, article
@@ -374,8 +374,9 @@ def plot_losses(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
     parser.add_argument("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations to train")
-    parser.add_argument("--tokens", choices=["shared", "own"], default="shared",
-                        help="heads on the tokens of one encoder, one backbone; or an encoder and a backbone for each representation alone")
+    parser.add_argument("--tokens", choices=["shared", "own", "joint"], default="shared",
+                        help="shared: heads on the tokens of one encoder, which is trained for sdf; own: an encoder and a backbone for "
+                             "each representation alone; joint: one encoder trained with all these heads")
     parser.add_argument("--stage", choices=STAGES, help="train this stage alone (default: all that are not done)")
     parser.add_argument("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
@@ -386,19 +387,19 @@ def main():
     parser.add_argument("--shapes", type=positive(int), help=f"number of training shapes (default: {TRAIN_SHAPES})")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--seed", type=int, default=0, help="of shapes, weights and noise")
-    parser.add_argument("--out", help="run folder (default: runs/<size>, for own tokens runs/<size>-<rep>)")
+    parser.add_argument("--out", help="run folder (default: runs/<size>); for own tokens, what -<rep> is added to")
     parser.add_argument("--cache", default="cache", help="folder of the prepared data")
     parser.add_argument("--workers", type=positive(int), default=2, help="processes that prepare data")
     args = parser.parse_args()
     if args.shapes and args.shapes < len(CLASSES):
         parser.error(f"--shapes must be at least {len(CLASSES)}, one of every class")
-    reps = heads_.with_needs(args.rep)
-    if args.tokens == "shared":
-        chain(Run(args, reps, ["sdf"], args.out or f"runs/{args.size}"), args.stage)
-    else:
-        for rep in args.rep if "all" not in args.rep else HEADS:
+    folder, reps = args.out or f"runs/{args.size}", heads_.with_needs(args.rep)
+    if args.tokens == "own":
+        for rep in HEADS if "all" in args.rep else args.rep:
             own = heads_.with_needs([rep])
-            chain(Run(args, own, own, args.out if args.out and len(args.rep) == 1 else f"{args.out or f'runs/{args.size}'}-{rep}"), args.stage)
+            chain(Run(args, own, own, f"{folder}-{rep}"), args.stage)
+    else:
+        chain(Run(args, reps, ["sdf"] if args.tokens == "shared" else reps, folder), args.stage)
 
 
 def chain(run, only):
