@@ -273,7 +273,7 @@ class MeshHead(nn.Module):
         bins = F.cross_entropy(coordinate[exists].flatten(0, 1), batch["corners"][true].flatten())
         face = F.binary_cross_entropy_with_logits(there, exists.float())
         paint = F.l1_loss(colour[exists], batch["face_colours"][true])
-        return bins + face + .2 * paint, {"bins": bins.detach(), "face": face.detach(), "colour": paint.detach()}
+        return bins + face + 2 * paint, {"bins": bins.detach(), "face": face.detach(), "colour": paint.detach()}
 
     @torch.no_grad()
     def faces(self, tokens, autocast=nullcontext):
