@@ -157,18 +157,17 @@ def judge_mesh(heads, tokens, split, row, rng, autocast, points):
 
 
 def judge_gs(heads, tokens, split, row, rng, autocast, points, views=4):
-    """PSNR, SSIM and the mean error of a colour channel where anything is drawn: 4 random views of 128 x 128 pixels, on white."""
+    """PSNR, SSIM and the mean error of a colour channel where the true picture is all shape: 4 random views of 128 x 128 pixels, on white."""
     g = heads["gs"].decode(tokens, heads, rng, autocast)
     results = []
     for _ in range(views):
         angles = rng.uniform(0, 360), rng.uniform(-20, 60)
         true = view(split.shape(row), *angles)
-        true = true[..., :3] + 1 - true[..., 3:]                                                        # on white
+        inside, true = true[..., 3] == 1, true[..., :3] + 1 - true[..., 3:]                             # on white
         image = splat(*(torch.from_numpy(x) for x in (g.means, g.scales, g.rotations, g.opacities, g.colours)),
                       *angles, size=VIEW).clamp(0, 1).numpy()
-        drawn = (true.min(-1) < 1) | (image.min(-1) < .999)
         results.append((peak_signal_noise_ratio(true, image, data_range=1),
-                        structural_similarity(true, image, data_range=1, channel_axis=-1), abs(true - image)[drawn].mean()))
+                        structural_similarity(true, image, data_range=1, channel_axis=-1), abs(true - image)[inside].mean()))
     return dict(zip(("PSNR", "SSIM", "colour error"), np.mean(results, 0)))
 
 
