@@ -4,12 +4,14 @@ A face of the sequence is 9 whole numbers: three corners of three coordinates, e
 LTM3D section 4 generates meshes as such sequences. Canonical order (y is up; a vertex counts as y, then z, then x):
 
     1. a face starts at its lowest corner; the other two follow counter-clockwise seen from outside
-    2. components (faces joined by shared vertices) by their vertices, lowest first
+    2. components (faces joined by shared vertices) by their number of faces, most first; those of as many by
+       their centre, from left to right (x), then from back to front (z), then by their lowest point
     3. in a component, faces by their corners
 
-so that neither the order of the faces of a file nor the corner at which each starts matters. It is the order of the
-vertices before they are put into bins, to four decimals: what is lower by a little is so in all shapes of a kind,
-while in bins it would be lower in some and level in others, and no head could know in which.
+so that neither the order of the faces of a file nor the corner at which each starts matters. A head has to know the
+order from the shape, so it is one that seldom jumps: like parts of a shape (legs, wheels) stay in place when another
+part moves past them, and positions are compared to four decimals, not by bins, in which what is always a little
+lower would be lower in some shapes and level in others.
 
     python meshes.py out/table-0.glb --faces 256        # as many faces as fit, in canonical order, as a picture
 """
@@ -56,7 +58,11 @@ def canonical(vertices, faces, colours):
     place = place.reshape(-1)[faces]
     _, component = joined(place[:, [0, 1]].ravel(), place[:, [1, 2]].ravel(), len(vertices))
     component = component[place[:, 0]]                                                 # f
-    rank = {i: tuple(np.unique(height[component == i])) for i in np.unique(component)}
+    rank = {}
+    for i in np.unique(component):
+        own = vertices[np.unique(faces[component == i])]
+        centre, lowest = own.mean(0).round(4) + 0., own[:, 1].min().round(4)                      # + 0: no -0
+        rank[i] = -(component == i).sum(), centre[0], centre[2], lowest, height[component == i].min()
     order = sorted(range(len(faces)), key=lambda i: (rank[component[i]], *height[i], *colours[i]))
     seen, kept = set(), []
     for i in order:
