@@ -23,7 +23,7 @@ from tqdm import tqdm
 import shapes
 from layers import Help, command, written
 from meshes import canonical
-from render import flat
+from render import contact_sheet, flat, render_sdf, save_png
 
 POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
 CHUNK = 130                   # shapes prepared between two marks of progress
@@ -186,7 +186,6 @@ def main():
     prepare("test", None, args.seed, args.out, args.workers)
     print(f"{train.folder}: {len(train)} shapes, {time.time() - start:.1f} s")
 
-    from render import contact_sheet, render_sdf, save_png  # only the picture needs it
     pictures, labels = [], []
     for i in tqdm(range(4 * len(shapes.CLASSES)), desc="drawing", unit="shape"):
         shape = shapes.make(args.seed, i // 4 + i % 4 * len(shapes.CLASSES))

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 
 from layers import Help, UserError, command
@@ -86,7 +87,8 @@ def weld(corners, tolerance=6 / BINS):
     stay apart, as pairing vertices by distance would not."""
     start, end = corners.reshape(-1, 3), np.roll(corners, -1, 1).reshape(-1, 3)       # of edge e = 3 face + corner
     e = np.arange(len(start))
-    apart = np.maximum(d := cdist(start, end, "chebyshev"), d.T)                          # of the worse end
+    apart = cdist(start, end, "chebyshev")
+    apart = np.maximum(apart, apart.T)                                                 # of the worse end
     apart += 1e-12 * (np.minimum.outer(e, e) * len(e) + np.maximum.outer(e, e))        # no two pairs tie
     apart[e[:, None] // 3 == e // 3] = np.inf                                          # not within a face
     twin = np.full(len(e), -1)
@@ -113,7 +115,6 @@ def fit(vertices, faces, colours, limit, many="simplify"):
         raise UserError(f"the mesh has {len(faces)} faces and at most {limit} fit; simplify it, or allow it with --many simplify")
     from fast_simplification import simplify             # only meshes of other people need it
     points, few = simplify(vertices.astype(np.float32), faces.astype(np.int32), target_count=limit)
-    from scipy.spatial import cKDTree
     nearest = cKDTree(vertices[faces].mean(1)).query(points[few].mean(1))[1]           # the colour of the nearest old face
     return points, few[:limit].astype(np.int64), colours[nearest][:limit]
 
@@ -182,6 +183,8 @@ def main():
     parser.add_argument("--many", choices=["simplify", "refuse"], default="simplify", help="what to do with a mesh of more faces")
     parser.add_argument("--out", type=Path, default=Path("out/faces.png"), help="picture to write")
     args = parser.parse_args()
+    if args.faces < 4:
+        parser.error(f"--faces must be at least 4, what a closed mesh has, not {args.faces}")
     from export import read_glb
     from render import render_mesh, save_png
     try:
