@@ -38,6 +38,7 @@ import data
 import encoders
 import evaluate
 import export
+import fit
 import heads
 import layers
 import meshes
@@ -728,21 +729,21 @@ def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
 
 def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     """Every stage killed once (SIGTERM) between two log lines and started again = never killed: losses and weights."""
-    monkeypatch.setattr(train, "CHECK", 4)
+    monkeypatch.setattr(fit, "CHECK", 4)
     for slow in ("judged", "class_accuracy"):                          # these only look on
         monkeypatch.setattr(train, slow, lambda *_, **__: 0.)
     for slow in ("picture", "reconstructions"):
         monkeypatch.setattr(train, slow, lambda *_: np.zeros((160, 160, 3), np.uint8))
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     assert train_small(monkeypatch, whole, 26, *flags) == 0
-    rate, handler = train.learning_rate, signal.getsignal(signal.SIGTERM)
+    rate, handler = fit.learning_rate, signal.getsignal(signal.SIGTERM)
 
     def kill_in_third_step(step, steps, peak):
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
         return rate(step, steps, peak)
 
-    monkeypatch.setattr(train, "learning_rate", kill_in_third_step)
+    monkeypatch.setattr(fit, "learning_rate", kill_in_third_step)
     for stage in CHAIN:                                         # and each stage in a process of its own
         assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 130
         assert (cut / f"{stage}.state.safetensors").is_file() and signal.getsignal(signal.SIGTERM) == handler

@@ -1,0 +1,146 @@
+"""fit.py - the training loop that every stage shares: optimizers, schedule, log, exact resume.
+
+Every step draws its randomness from (seed, stage, step) alone and the state holds all the rest, so that a run that
+was stopped goes on as if it had not been.
+
+    python train.py --rep sdf        # what runs it
+"""
+import csv
+import signal
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from layers import EMA, UserError, claim, read_weights, save_weights, written
+from render import save_png
+
+SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
+
+
+def optimizers(model, lr):
+    """Muon for the weight matrices inside the network, AdamW for all else."""
+    matrices = {p for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64 for p in [m.weight]}
+    rest = [p for p in model.parameters() if p not in matrices]
+    matrices = [p for p in model.parameters() if p in matrices]
+    return [torch.optim.Muon(matrices, lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr, betas=(.9, .99), weight_decay=.01, fused=True)]
+
+
+def learning_rate(step, steps, peak):
+    """Warm up over 100 steps, hold, fall linearly to 0 over the second half."""
+    return peak * min(1, (step + 1) / min(100, steps / 10), 2 * (steps - step) / steps)
+
+
+def save_state(path, step, model, ema, opts, sums):
+    """Everything a run needs to go on, as plain tensors."""
+    state = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
+    state |= {f"opt.{i}.{j}.{k}": v for i, opt in enumerate(opts) for j, s in opt.state_dict()["state"].items() for k, v in s.items()}
+    state |= {f"sums.{k}": torch.as_tensor(v) for k, v in sums.items()} | {"step": torch.tensor(step)}
+    save_weights(path, {k: v.clone() for k, v in state.items()})
+
+
+def load_state(path, model, ema, opts):
+    """-> the step to go on from and the sums since the last log line; 0 and none at the very start."""
+    if not path.is_file():
+        return 0, {}
+    state = read_weights(path)
+    try:
+        model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
+        ema.model.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
+    except RuntimeError:
+        raise UserError(f"{path} is of a model of another size; use another --out, or delete it to start again") from None
+    for i, opt in enumerate(opts):
+        slots = {}
+        for key in (k for k in state if k.startswith(f"opt.{i}.")):
+            j, name = key.split(".")[2:]
+            slots.setdefault(int(j), {})[name] = state[key]
+        opt.load_state_dict({"state": slots, "param_groups": opt.state_dict()["param_groups"]})
+    return int(state["step"]), {k[5:]: v for k, v in state.items() if k.startswith("sums.")}
+
+
+def fit(run, stage, model, loss_of, show=None):
+    """Train `model` on loss_of(model, split, rng) -> loss, logs; -> its moving average, frozen."""
+    steps, batch, lr = run.settings[stage]
+    state_path, csv_path = claim(run.folder) / f"{stage}.state.safetensors", run.folder / f"{stage}.csv"
+    model, opts = model.to(run.device).train(), optimizers(model, lr)
+    ema = EMA(model)
+    first, sums = load_state(state_path, model, ema, opts)
+    rows = [r for r in csv.DictReader(csv_path.open()) if int(r["step"]) <= first] if first and csv_path.is_file() else []
+    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
+          + (f", going on from step {first}" if first else ""))
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.)
+    start = time.time() - (float(rows[-1]["seconds"]) if rows else 0)
+    stop = []  # Ctrl-C and kill are obeyed when a step is complete
+
+    def obey(*_):
+        bar.write(f"stopping {stage} after this step")
+        stop.append(True)
+
+    before = {name: signal.signal(name, obey) for name in (signal.SIGINT, signal.SIGTERM)}
+    for step in bar:
+        # --- the step's randomness is a function of (seed, stage, step): resumed = uninterrupted
+        rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step))
+        torch.manual_seed(int(rng.integers(2 ** 62)))
+        # --- forward, backward, update
+        for opt in opts:
+            opt.param_groups[0]["lr"] = learning_rate(step, steps, lr)
+        with run.autocast():
+            loss, logs = loss_of(model, run.train, rng)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        ema.update(model, step)
+        for key, value in ({"loss": loss.detach()} | logs).items():
+            sums[key] = sums.get(key, torch.zeros((), device=value.device)).to(value.device) + value
+        # --- log, look at held-out shapes, save, draw
+        done, last = step + 1, step + 1 == steps
+        if done % CHECK == 0 or last:
+            count = (done - 1) % CHECK + 1
+            row = {"step": done} | {k: f"{float(v) / count:.5f}" for k, v in sums.items()}
+            torch.manual_seed(0)
+            with torch.no_grad(), run.autocast():
+                held = loss_of(ema.model, run.test, np.random.default_rng(0))[0].item()
+            row |= {"held_out": f"{held:.5f}", "lr": f"{opts[0].param_groups[0]['lr']:.2e}", "seconds": f"{time.time() - start:.1f}"}
+            rows, sums = rows + [row], {}
+            with written(csv_path) as part, part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0].keys())
+                writer.writeheader()
+                writer.writerows(rows)
+            bar.set_postfix({k: row[k] for k in ("loss", "held_out", "lr")})
+        if done % SAVE == 0 or last or stop:
+            save_state(state_path, done, model, ema, opts, sums)
+        if show and not stop and (done % SHOW == 0 or last):
+            with torch.no_grad():
+                save_png(run.folder / f"{stage}-{done:06d}.png", show(ema.model))
+        if stop:
+            bar.close()
+            print(f"{stage} is saved at step {done} of {steps}; the same command goes on from there")
+            break
+    for name, handler in before.items():
+        signal.signal(name, handler)
+    if stop:
+        raise KeyboardInterrupt
+    return ema.model, time.time() - start
+
+
+def plot_losses(folder, stages):
+    """Every stage's training and held-out loss in one picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    paths = [folder / f"{stage}.csv" for stage in stages if (folder / f"{stage}.csv").is_file()]
+    figure, axes = plt.subplots(1, len(paths), figsize=(4 * len(paths), 3), squeeze=False, layout="constrained")
+    for axis, path in zip(axes[0], paths):
+        rows = list(csv.DictReader(path.open()))
+        for key in ("loss", "held_out"):
+            axis.plot([int(r["step"]) for r in rows], [float(r[key]) for r in rows], label=key.replace("_", "-"))
+        axis.set(title=path.stem, xlabel="step", yscale="log")
+        axis.legend()
+    with written(folder / "losses.png") as part:
+        figure.savefig(part, dpi=100)
+    plt.close(figure)
