@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import shapes
 from layers import Help, command, written
-from meshes import canonical
+from meshes import canonical, fit
 from render import contact_sheet, flat, render_sdf, save_png
 
 POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
@@ -35,7 +35,7 @@ VIEW = 128                    # pixels along a side of a picture
 KINDS = {                     # kind of samples -> its arrays, a row a shape
     "surface": {"points": (np.float16, (POINTS, 3)), "normals": (np.int8, (POINTS, 3)), "colours": (np.uint8, (POINTS, 3)),
                 "queries": (np.float16, (QUERIES, 3)), "distance": (np.float16, (QUERIES,))},              # 116 kB a shape
-    "faces": {"corners": (np.int16, (FACES, 3, 3)), "face_colours": (np.uint8, (FACES, 3))},               # 5 kB
+    "faces": {"corners": (np.int16, (FACES, 3, 3)), "face_colours": (np.uint8, (FACES, 3)), "components": (np.int16, (FACES,))},   # 6 kB
     "views": {"views": (np.uint8, (VIEW, VIEW, 4)), "angles": (np.float32, (2,))},                         # 66 kB
 }
 
@@ -53,11 +53,11 @@ def sample_surface(shape, rng):
 
 def sample_faces(shape, rng):
     """A low-poly mesh in canonical order; -1 where there is no face."""
-    vertices, faces, colours = shape.mesh(FACES)
-    corners, colours = canonical(vertices, faces, colours)
+    corners, colours, components = canonical(*fit(*shape.mesh(), FACES))
     empty = FACES - len(corners)
     return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
-            "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255)}
+            "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255),
+            "components": np.pad(components, (0, empty), constant_values=-1)}
 
 
 def sample_views(shape, rng):
@@ -67,7 +67,7 @@ def sample_views(shape, rng):
 
 
 def view(shape, azimuth, elevation, size=VIEW):
-    vertices, faces, colours = shape.fine_mesh()
+    vertices, faces, colours = shape.mesh(fine=True)
     paint = np.zeros_like(vertices)
     paint[faces] = colours[:, None]                           # no vertex has faces of two colours
     return flat(vertices, faces, paint, azimuth, elevation, size).numpy()
@@ -162,13 +162,14 @@ class Prepared:
         return {name: torch.from_numpy(self.arrays[name][rows][:, some].astype(np.float32)) for name in ("queries", "distance")}
 
     def faces(self, rows):
-        """Low-poly meshes: corners b f 3 3 in bins (-1: no face), colours b f 3."""
-        corners, colours = (torch.from_numpy(self.arrays[name][rows]) for name in ("corners", "face_colours"))
-        return {"corners": corners.long(), "face_colours": colours.float() / 255}
+        """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
+        corners, components, colours = (torch.from_numpy(self.arrays[name][rows]) for name in ("corners", "components", "face_colours"))
+        return {"corners": corners.long(), "components": components.long(), "face_colours": colours.float() / 255}
 
     def views(self, rows):
         """A picture of each: b size size 4, and where it was taken from, b 2 in degrees."""
-        return {"views": torch.from_numpy(self.arrays["views"][rows]).float() / 255, "angles": torch.from_numpy(self.arrays["angles"][rows])}
+        views, angles = (torch.from_numpy(self.arrays[name][rows]) for name in ("views", "angles"))
+        return {"views": views.float() / 255, "angles": angles}
 
 
 def main():

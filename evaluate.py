@@ -16,6 +16,7 @@ Each prints a Markdown table and writes it, a CSV beside it, to --out.
 import argparse
 import csv
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ import heads
 import tokenizer
 from attributes import ATTRIBUTES, holds, look
 from data import prepare
+from fit import plot_losses
 from heads import HEADS
 from layers import Help, claim, command, pick_device, read_config, written
 from metrics import JUDGES, chamfer, chamfer_matrix, decoded_field, diversity, others, true_field
@@ -82,7 +84,8 @@ def evaluate_tokenizer(args):
     for test, row, rng, these, tokens, autocast in encoded(args, args.checkpoint, [args.rep]):
         results[test.classes[row]].append(JUDGES[args.rep](these, tokens, test, row, rng, autocast, args.points))
     print(" ".join(JUDGES[args.rep].__doc__.split()))
-    report(args, f"{args.command}-{args.rep}", [{"class": name, "shapes": str(len(each))} | mean(each) for name, each in results.items() if each])
+    report(args, f"{args.command}-{args.rep}",
+           [{"class": name, "shapes": str(len(each))} | mean(each) for name, each in results.items() if each])
 
 
 def evaluate_cross(args):
@@ -140,8 +143,8 @@ def evaluate_generate(args):
                      "diversity of held-out": real.mean().item(),
                      "ratio": ours / real.mean().item()})
     print(f"{args.n} samples a class. right class: share whose nearest held-out shape is of it. one piece: share with at least 99 % of\n"
-          "the surface in one component. closed edges: share that two faces share. Chamfer to the nearest held-out shape of the class; of held-out: from each of those to\n"
-          "its nearest other. diversity: mean Chamfer of pairs")
+          "the surface in one component. closed edges: share that two faces share. Chamfer to the nearest held-out shape of\n"
+          "the class; of held-out: from each of those to its nearest other. diversity: mean Chamfer of pairs")
     report(args, f"{args.command}-{args.rep}", rows)
     each = min(4, args.n)
     shown = [i * args.n + j for i in range(len(args.prompts)) for j in range(each)]
@@ -156,7 +159,7 @@ def evaluate_joint(args):
     for folder in args.checkpoints:
         config = read_config(folder)
         for args.rep in [name.removeprefix("head-") for name in heads.trained(folder) if name.startswith("head-")]:
-            judged = mean([JUDGES[args.rep](these, tokens, test, row, rng, autocast, 10_000)
+            judged = mean([JUDGES[args.rep](these, tokens, test, row, rng, autocast, 0)
                            for test, row, rng, these, tokens, autocast in encoded(args, folder, [args.rep])])
             model = LTM3D(folder, args.device)
             _, clouds = decode(model, sample_tokens(model, CLASSES, args.n, args.seed), args)
@@ -166,8 +169,12 @@ def evaluate_joint(args):
                          "reconstruction": ", ".join(f"{name} {value:.3f}" for name, value in judged.items()),
                          "right class": np.mean(classes[distance.argmin(1)] == names),
                          "Chamfer to nearest": np.mean([distance[i, classes == name].min().item() for i, name in enumerate(names)])})
-    print(f"minutes: of training tokenizer, head and backbone. {args.shapes} held-out shapes reconstructed, {args.n} samples of every class name")
+    print(f"minutes: of training tokenizer, head and backbone. {args.shapes} held-out shapes reconstructed, "
+          f"{args.n} samples of every class name")
     report(args, args.command, rows, mean_row=False)
+    curves = [(Path(folder).name, Path(folder) / "backbone.csv", "held_out") for folder in args.checkpoints]
+    plot_losses({"backbone, held-out loss": curves}, Path(args.out) / "joint.png")
+    print(f"{args.out}/joint.png")
 
 
 def evaluate_ablate_rgs(args):
@@ -181,7 +188,8 @@ def evaluate_ablate_rgs(args):
             [{"Chamfer to nearest": chamfer_matrix(own, references[classes == name]).amin(1).mean().item(), "diversity": diversity(own)}
              for name, own in zip(args.prompts, clouds.split(args.n))]))
     real = [others(references[classes == name]) for name in args.prompts]      # what real shapes score
-    rows.append({"a": "held-out shapes"} | mean([{"Chamfer to nearest": x.amin(1).mean().item(), "diversity": x.mean().item()} for x in real]))
+    rows.append({"a": "held-out shapes"} | mean([{"Chamfer to nearest": x.amin(1).mean().item(), "diversity": x.mean().item()}
+                                                 for x in real]))
     print(f"{args.n} samples of each of {len(args.prompts)} class names; Chamfer to the nearest held-out shape of the class; "
           "mean Chamfer of pairs of one prompt")
     report(args, args.command, rows, mean_row=False)
@@ -277,8 +285,8 @@ def main():
     print(f"{time.time() - start:.0f} seconds")
 
 
-COMMANDS = {"tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate, "attributes": evaluate_attributes,
-            "ablate-rgs": evaluate_ablate_rgs}
+COMMANDS = {"tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate,
+            "attributes": evaluate_attributes, "ablate-rgs": evaluate_ablate_rgs}
 
 if __name__ == "__main__":
     command(main)

@@ -128,19 +128,19 @@ def fit(run, stage, model, loss_of, show=None):
     return ema.model, time.time() - start
 
 
-def plot_losses(folder, stages):
-    """Every stage's training and held-out loss in one picture."""
+def plot_losses(panels, out):
+    """{title: [(label, csv file, its column), ...]} -> one picture, a panel a title, without files that are not there."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    paths = [folder / f"{stage}.csv" for stage in stages if (folder / f"{stage}.csv").is_file()]
-    figure, axes = plt.subplots(1, len(paths), figsize=(4 * len(paths), 3), squeeze=False, layout="constrained")
-    for axis, path in zip(axes[0], paths):
-        rows = list(csv.DictReader(path.open()))
-        for key in ("loss", "held_out"):
-            axis.plot([int(r["step"]) for r in rows], [float(r[key]) for r in rows], label=key.replace("_", "-"))
-        axis.set(title=path.stem, xlabel="step", yscale="log")
+    panels = {title: there for title, curves in panels.items() if (there := [curve for curve in curves if curve[1].is_file()])}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, layout="constrained")
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        for label, path, column in curves:
+            rows = list(csv.DictReader(path.open()))
+            axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows], label=label)
+        axis.set(title=title, xlabel="step", yscale="log")
         axis.legend()
-    with written(folder / "losses.png") as part:
+    with written(out) as part:
         figure.savefig(part, dpi=100)
     plt.close(figure)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from scipy.optimize import linear_sum_assignment
 from skimage.measure import marching_cubes
 from torch import nn
 
@@ -192,8 +193,8 @@ class PointHead(QueryDecoder):
 # ---------------------------------------------------------------------------- gs
 
 class GaussianHead(QueryDecoder):
-    """Tokens and surface points, which the point head makes, -> one Gaussian a point; learnt from pictures."""
-    kinds, needs, COUNT = ("surface", "views"), ("pc",), 2048
+    """Tokens and points of the surface that the sdf head makes -> one Gaussian a point; learnt from pictures."""
+    kinds, needs, COUNT = ("surface", "views"), ("sdf",), 2048
     POINTS = 1536    # of a training picture; with more, each Gaussian is smaller
     SIZE = .025      # standard deviation that an output of 0 means
 
@@ -212,7 +213,7 @@ class GaussianHead(QueryDecoder):
 
     def loss(self, tokens, batch):
         """Pictures of the Gaussians before a random plain background against the true ones."""
-        x = batch["points"] + .008 * torch.randn_like(batch["points"])                    # about as far as the point head is off
+        x = batch["points"] + .008 * torch.randn_like(batch["points"])                    # about as far as the sdf head is off
         error = 0
         for i, gaussians in enumerate(zip(*self.attributes(self.read(tokens), x))):
             background = torch.rand(3, device=x.device)
@@ -224,7 +225,8 @@ class GaussianHead(QueryDecoder):
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=COUNT):
-        x = torch.from_numpy(heads["pc"].decode(tokens, heads, rng, autocast, points=points).points).to(tokens.device)
+        surface = heads["sdf"].decode(tokens, heads, rng, autocast, resolution=64)
+        x = torch.from_numpy(surface.sample(points, rng)).to(tokens.device)
         with autocast():
             out = self.attributes(self.read(tokens[None]), x[None])
         means, scales, turns, opacities, colours = (y[0].float().cpu() for y in out)
@@ -268,11 +270,14 @@ class MeshHead(nn.Module):
     def loss(self, tokens, batch):
         """Cross-entropy on the nine coordinates of every face and on whether there is one; L1 on colour."""
         coordinate, there, colour = self(tokens)
-        exists = F.pad(batch["corners"][..., 0, 0] >= 0, (0, there.shape[1] - batch["corners"].shape[1]))
-        true = exists[:, :batch["corners"].shape[1]]
-        bins = F.cross_entropy(coordinate[exists].flatten(0, 1), batch["corners"][true].flatten())
+        true = batch["components"] >= 0                                                   # b f
+        exists = F.pad(true, (0, there.shape[1] - true.shape[1]))                         # b s
+        corners, colours = batch["corners"].flatten(2), batch["face_colours"]
+        order = like_parts(coordinate.detach(), corners, batch["components"])[..., None]
+        corners, colours = (x.gather(1, order.expand_as(x)) for x in (corners, colours))
+        bins = F.cross_entropy(coordinate[exists].flatten(0, 1), corners[true].flatten())
         face = F.binary_cross_entropy_with_logits(there, exists.float())
-        paint = F.l1_loss(colour[exists], batch["face_colours"][true])
+        paint = F.l1_loss(colour[exists], colours[true])
         return bins + face + 2 * paint, {"bins": bins.detach(), "face": face.detach(), "colour": paint.detach()}
 
     @torch.no_grad()
@@ -290,6 +295,25 @@ class MeshHead(nn.Module):
         share = np.bincount(faces.ravel(), minlength=len(vertices)).clip(1)[:, None]      # a vertex has its faces' mean colour
         paint = np.stack([np.bincount(faces.ravel(), c, len(vertices)) for c in np.repeat(colours[whole], 3, 0).T], 1) / share
         return Mesh(vertices, faces, paint.astype(np.float32), smooth=False)
+
+
+def like_parts(logits, corners, components, margin=.5):
+    """Where the canonical order of parts with as many faces (legs, wheels) jumps, a head would be torn between two. So they are
+    compared in another order where that costs less by `margin` a coordinate: logits b s 9 BINS, corners b f 9, components b f
+    -> rows b f."""
+    order = torch.arange(corners.shape[1], device=corners.device).repeat(len(corners), 1)
+    for i, numbers in enumerate(components.cpu()):
+        first = 0
+        sizes, counts = numbers[numbers >= 0].bincount().unique_consecutive(return_counts=True)
+        for faces, parts in zip(sizes.tolist(), counts.tolist()):
+            block = slice(first, first + parts * faces)
+            if parts > 1:
+                said = logits[i, block].reshape(parts, 1, faces * 9, -1).expand(-1, parts, -1, -1)
+                true = corners[i, block].reshape(1, parts, faces * 9, 1).expand(parts, -1, -1, -1)
+                score = said.gather(3, true).mean((2, 3)).cpu() + margin * torch.eye(parts)     # of part j in place i
+                order[i, block] = order[i, block].reshape(parts, faces)[linear_sum_assignment(score, maximize=True)[1]].flatten()
+            first += parts * faces
+    return order
 
 
 HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}

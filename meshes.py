@@ -48,8 +48,8 @@ def check(vertices, faces):
 
 
 def canonical(vertices, faces, colours):
-    """vertices v 3 in [-1, 1], faces f 3, colours f 3 -> corners f' 3 3 (bins, in x y z), colours f' 3, in canonical order.
-    Faces that quantisation makes degenerate, and all but one of equal ones, are left out."""
+    """vertices v 3 in [-1, 1], faces f 3, colours f 3 -> corners f' 3 3 (bins, in x y z), colours f' 3, the number of each
+    one's component f', in canonical order. Faces that quantisation makes degenerate, and all but one of equal ones, are left out."""
     check(vertices, faces)
     corners = quantise(vertices)[faces]                                                # f 3 3
     height = (np.round((vertices[faces] + 1) * 1e4).astype(np.int64) @ [1, 10 ** 10, 10 ** 5])         # f 3: sorts as y, z, x
@@ -71,7 +71,8 @@ def canonical(vertices, faces, colours):
         if a != b != c != a and key not in seen:
             kept.append(i)
             seen.add(key)
-    return corners[kept], colours[kept]
+    number = np.cumsum(np.diff(component[kept], prepend=component[kept][0]) != 0)
+    return corners[kept], colours[kept], number
 
 
 def joined(a, b, count):
@@ -191,7 +192,7 @@ def main():
         vertices, faces, colours = read_glb(args.file)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from None
-    corners, colours = canonical(*fit(vertices, faces, colours[faces].mean(1), args.faces, args.many))
+    corners, colours, _ = canonical(*fit(vertices, faces, colours[faces].mean(1), args.faces, args.many))
     x = centres(corners).reshape(-1, 3).astype(np.float32)
     save_png(args.out, render_mesh(x, np.arange(len(x)).reshape(-1, 3), np.repeat(colours, 3, 0)))
     print(f"{len(faces):,} faces -> {len(corners)} in canonical order, the first: {corners[0].tolist()}\n{args.out}")

@@ -124,13 +124,15 @@ def faces_within(found, true, bins):
 # (heads, tokens n c, a prepared set, row, rng, autocast, points) -> {name: number}: `tokens` decoded against the true shape
 
 def judge_sdf(heads, tokens, split, row, rng, autocast, points):
-    """IoU on a 64^3 grid; L1 of the distance, in truncations, at queries drawn as in training; F-score at .02 of the surfaces."""
-    shape = split.shape(row)
-    surface = heads["sdf"].decode(tokens, heads, rng, autocast).sample(points, rng)
+    """IoU on a 64^3 grid; L1 of the distance, in truncations, at queries drawn as in training; F-score at .02 of the
+    surfaces, unless `points` a side is 0."""
+    shape, results = split.shape(row), {}
+    if points:
+        surface = heads["sdf"].decode(tokens, heads, rng, autocast).sample(points, rng)
+        results = {"F-score": fscore(surface, shape.surface(points, rng)[0], .02)}
     queries, distance = (torch.tensor(split.arrays[name][row], dtype=torch.float) for name in ("queries", "distance"))
     error = decoded_field(heads["sdf"], tokens, autocast)(queries)[:, 0] - (distance / TRUNCATION).clamp(-1, 1)
-    return {"IoU": grid_iou(heads["sdf"], tokens, shape, autocast), "L1": error.abs().mean().item(),
-            "F-score": fscore(surface, shape.surface(points, rng)[0], .02)}
+    return {"IoU": grid_iou(heads["sdf"], tokens, shape, autocast), "L1": error.abs().mean().item()} | results
 
 
 def judge_pc(heads, tokens, split, row, rng, autocast, points):
@@ -157,7 +159,8 @@ def judge_mesh(heads, tokens, split, row, rng, autocast, points):
 
 
 def judge_gs(heads, tokens, split, row, rng, autocast, points, views=4):
-    """PSNR, SSIM and the mean error of a colour channel where the true picture is all shape: 4 random views of 128 x 128 pixels, on white."""
+    """PSNR, SSIM and the mean error of a colour channel where the true picture is all shape: 4 random views of
+    128 x 128 pixels, on white."""
     g = heads["gs"].decode(tokens, heads, rng, autocast)
     results = []
     for _ in range(views):

@@ -37,14 +37,14 @@ def table(rng, u, pick, colour, second):
     top, legs, height = pick("round", "square", "rectangular"), pick(4, 4, 1), pick("low", "tall")
     w, h, t, r = 1.8, u(.6, .8) if height == "low" else u(1.1, 1.4), u(.12, .18), u(.07, .1)
     d = u(.9, 1.2) if top == "rectangular" else w
-    parts = [cylinder((0, h - t / 2, 0), w / 2, t, colour) if top == "round" else
+    parts = [cylinder((0, h - t / 2, 0), w / 2, t, colour, sides=16) if top == "round" else
              box((0, h - t / 2, 0), (w, t, d), colour)]
     if legs == 4:
         x, z = (.56, .56) if top == "round" else (w / 2 - r - .06, d / 2 - r - .06)
         parts += [cylinder((i * x, (h - .05) / 2, j * z), r, h - .05, second) for i in (-1, 1) for j in (-1, 1)]
     else:
-        parts += [cylinder((0, (h - .05) / 2, 0), u(.1, .16), h - .05, second),
-                  cone((0, .08, 0), min(d, w) * u(.3, .36), .2, .16, second)]
+        parts += [cylinder((0, (h - .05) / 2, 0), u(.1, .16), h - .05, second, sides=8),
+                  cone((0, .08, 0), min(d, w) * u(.3, .36), .2, .16, second, sides=12)]
     return parts, {"top": top, "legs": legs, "height": height}, dict(
         nouns=["desk"] * (top == "rectangular") + ["coffee table"] * (height == "low"), adjectives=[height, top],
         having=[f"a {top} top", "four {} legs" if legs == 4 else "one {} leg"])
@@ -69,7 +69,7 @@ def chair(rng, u, pick, colour, second):
 def stool(rng, u, pick, colour, second):
     seat, legs, h = pick("round", "square"), pick(3, 4), 1.8
     w, t, r, splay = u(.8, .95), u(.16, .26), u(.065, .085), u(1.0, 1.2)
-    parts = [cylinder((0, h - t / 2, 0), w / 2, t, colour, .05) if seat == "round" else
+    parts = [cylinder((0, h - t / 2, 0), w / 2, t, colour, .05, sides=12) if seat == "round" else
              box((0, h - t / 2, 0), (w, t, w), colour, .05)]
     turns = np.arange(legs) * 2 * np.pi / legs + (np.pi / 4 if legs == 4 else np.pi / 2)
     feet = np.stack([np.cos(turns), 0 * turns, np.sin(turns)], 1) * w * (.5 if seat == "square" else .4)
@@ -85,12 +85,12 @@ def lamp(rng, u, pick, colour, second):
     h, r = 1.8, u(.36, .44) if height == "tall" else u(.58, .68)
     tall, base = u(.45, .6) if height == "tall" else u(.65, .75), r * u(.65, .85)
     top = r * u(.4, .5) if shade == "cone" else r
-    parts = [cone((0, h - tall / 2, 0), r, top, tall, colour, .04),
+    parts = [cone((0, h - tall / 2, 0), r, top, tall, colour, .04, sides=12),
              cylinder((0, (h - .1) / 2, 0), u(.055, .075), h - .1, second),
-             cone((0, .07, 0), base, base * .8, .14, second, .04)]
+             cone((0, .07, 0), base, base * .8, .14, second, .04, sides=12)]
     if height == "short":                               # a table lamp stands on a round body
         body = u(.3, .36)
-        parts += [ball((0, .1 + body, 0), body, second)]
+        parts += [ball((0, .1 + body, 0), body, second, sides=10)]
     return parts, {"shade": shade, "height": height}, dict(
         nouns=["floor lamp" if height == "tall" else "table lamp"], adjectives=[height],
         having=[f"a {shade} shade", "a {} base"])
@@ -161,14 +161,15 @@ def bench(rng, u, pick, colour, second):
 
 def mug(rng, u, pick, colour, second):
     height, handle, stripe = pick("tall", "wide"), pick(True, False), pick(True, False)
+    n = 12 - 2 * handle - 2 * stripe                    # sides of a low-poly one: all its faces have to fit
     h, r, wall = (1.8, u(.52, .6), .12) if height == "tall" else (u(1.05, 1.2), u(.62, .68), .12)
-    parts = [tube((0, h / 2, 0), r, wall, h, colour, .045), cylinder((0, .08, 0), r - .04, .15, colour)]
+    parts = [tube((0, h / 2, 0), r, wall, h, colour, .045, n), cylinder((0, .08, 0), r - .04, .15, colour, sides=n)]
     if handle:
         ring, thick, turns = h * u(.24, .32), u(.065, .08), np.linspace(-1.5, 1.5, 8)    # an arc of seven rods
         arc = np.stack([r - .05 + .85 * ring * np.cos(turns), h / 2 + ring * np.sin(turns), 0 * turns], 1)
-        parts += [rod(a, b, thick, colour) for a, b in zip(arc[:-1], arc[1:])]
+        parts += [rod(a, b, thick, colour, 4) for a, b in zip(arc[:-1], arc[1:])]
     if stripe:
-        parts += [tube((0, h * u(.25, .75), 0), r + .03, .12, h * u(.14, .2), second)]
+        parts += [tube((0, h * u(.25, .75), 0), r + .03, .12, h * u(.14, .2), second, sides=n)]
     return parts, {"shape": height, "handle": handle, "stripe": stripe}, dict(
         nouns=["cup"] if handle else ["cup", "beaker"], adjectives=[height], having=["a handle"] * handle + ["a {} stripe"] * stripe,
         lacking=["a handle"] * (not handle))
@@ -188,7 +189,7 @@ def car(rng, u, pick, colour, second):
         tail, back = z - length / 2, -l / 2
         parts += [box((i * (w / 2 - .06), floor + b + .04, (tail + back) / 2 + .02), (.12, .22, tail - back), colour) for i in (-1, 1)]
         parts += [box((0, floor + b + .04, back + .08), (w, .22, .12), colour)]
-    parts += [cylinder((i * (w / 2 - .05), r, j * .52), r, .18, "black", .04, ALONG_X) for i in (-1, 1) for j in (-1, 1)]
+    parts += [cylinder((i * (w / 2 - .05), r, j * .52), r, .18, "black", .04, ALONG_X, 8) for i in (-1, 1) for j in (-1, 1)]
     parts += [ball((i * (w / 2 - .16), floor + b * .6, l / 2 - .02), .075, "yellow") for i in (-1, 1)]
     return parts, {"kind": kind, "wheels": 4}, dict(nouns=[kind, "automobile"], adjectives=[], having=["four wheels"])
 
@@ -196,7 +197,7 @@ def aeroplane(rng, u, pick, colour, second):
     wings, engines = pick("straight", "swept"), pick(0, 2, 4)
     l, r, span, chord = 1.8, u(.17, .22), u(.78, .9), u(.26, .34)
     glass = "white" if colour == "black" else "black"
-    parts = [capsule((0, 0, 0), r, l, colour, ALONG_Z), ball((0, r - .07, .52), .13, glass)]
+    parts = [capsule((0, 0, 0), r, l, colour, ALONG_Z, 8), ball((0, r - .07, .52), .13, glass)]
     sweep = u(24, 32) if wings == "swept" else 0
     for i in (-1, 1):
         turn = turned_about("y", i * sweep)
@@ -217,14 +218,14 @@ def bottle(rng, u, pick, colour, second):
     shoulder, cap = pick("round", "sloping"), u(.14, .2)
     h, r, n = 1.8, u(.25, .29) if body == "slim" else u(.4, .46), u(.1, .13)
     b = u(.85, 1.0)
-    parts = [cylinder((0, b / 2, 0), r, b, colour, .06), cylinder((0, (b + h) / 2 - .15, 0), n, h - b + .18, colour)]
+    parts = [cylinder((0, b / 2, 0), r, b, colour, .06, sides=10), cylinder((0, (b + h) / 2 - .15, 0), n, h - b + .18, colour, sides=8)]
     if shoulder == "round":
-        parts += [ball((0, b - .06, 0), r, colour)]
+        parts += [ball((0, b - .06, 0), r, colour, 10)]
     else:
-        parts += [cone((0, b + .12, 0), r, n + .02, .4, colour)]
-    parts += [cylinder((0, h - cap / 2, 0), n + .05, cap, second)]
+        parts += [cone((0, b + .12, 0), r, n + .02, .4, colour, sides=10)]
+    parts += [cylinder((0, h - cap / 2, 0), n + .05, cap, second, sides=8)]
     if label:
-        parts += [cylinder((0, b * .48, 0), r + .03, b * u(.4, .55), pick("white", "yellow", "pink"))]
+        parts += [cylinder((0, b * .48, 0), r + .03, b * u(.4, .55), pick("white", "yellow", "pink"), sides=10)]
     return parts, {"body": body, "shoulder": shoulder, "label": label}, dict(
         nouns=["flask"], adjectives=[body], having=["a {} cap", f"a {shoulder} shoulder"] + ["a label"] * label, lacking=["a label"] * (not label))
 
@@ -236,15 +237,15 @@ def tree(rng, u, pick, colour, second):
     parts = [cylinder((0, (trunk + .3) / 2, 0), r, trunk + .3, "brown")]
     layers = 0
     if crown == "round":
-        parts += [ball((0, h - w, 0), w, leaf)]
+        parts += [ball((0, h - w, 0), w, leaf, 8)]
         for a in np.arange(3) * 2 * np.pi / 3 + u(0, 2):
-            parts += [ball((.55 * w * np.cos(a), h - w * u(1.1, 1.45), .55 * w * np.sin(a)), w * u(.6, .72), leaf)]
+            parts += [ball((.55 * w * np.cos(a), h - w * u(1.1, 1.45), .55 * w * np.sin(a)), w * u(.6, .72), leaf, 7)]
     else:
         layers = pick(2, 3)
         each = (h - trunk) / layers
         for i in range(layers):
             wide, tall = w * (1 - .22 * i), each * (1.35 if i < layers - 1 else 1)
-            parts += [cone((0, trunk + i * each + tall / 2, 0), wide, .06 if i == layers - 1 else wide * .35, tall, leaf, .05)]
+            parts += [cone((0, trunk + i * each + tall / 2, 0), wide, .06 if i == layers - 1 else wide * .35, tall, leaf, .05, sides=12)]
     return parts, {"crown": crown, "layers": layers, "colour": leaf}, dict(
         nouns=["pine", "fir"] if layers else [], adjectives=[],
         having=[f"a {crown} crown", "a brown trunk"] + {0: [], 2: ["two layers"], 3: ["three layers"]}[layers])

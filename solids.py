@@ -7,7 +7,6 @@ y is up, x right, z towards the viewer.
 
     python data.py        # draws shapes made of these parts
 """
-from bisect import bisect
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,8 +18,6 @@ COLOURS = {"red": (.80, .25, .22), "orange": (.92, .54, .22), "yellow": (.94, .7
            "purple": (.52, .38, .68), "pink": (.92, .60, .66), "brown": (.52, .35, .23),
            "white": (.93, .91, .86), "grey": (.56, .58, .60), "black": (.17, .18, .21)}
 TRUNCATION = .1     # distances are learnt this deep, and exact so deep inside; deeper they are a bound
-SIDES = 4, 6, 8, 10, 12, 16             # of the polygons that stand for circles, of radii up to these:
-RADII = 0, .14, .24, .24, .75           # (.24 twice: 8 sides, then 12)
 POOL = 16384        # surface samples behind the depth where parts overlap: some .02 apart
 
 
@@ -40,6 +37,7 @@ class Part:
     radius: float
     colour: str
     rotation: np.ndarray | None = None      # (3, 3), part to world: x = centre + rotation @ local
+    sides: int = 6                          # of the polygon that stands for a circle in a low-poly mesh
 
     def distance(self, x):                  # (k, 3) -> (k,)
         x = x - self.centre.astype(x.dtype)
@@ -110,16 +108,15 @@ class Part:
             x, normal = x @ self.rotation.T, normal @ self.rotation.T
         return x + self.centre, normal                                          # (k, 3), (k, 3)
 
-    def mesh(self, sides, rounded):
-        """Vertices v 3, faces f 3, outward and closed. A circle of radius r gets sides(r) sides; boxes have sharp edges
-        unless `rounded`."""
-        x, faces = self._box_mesh(rounded) if self.kind == "box" else self._turned_mesh(sides)
+    def mesh(self, fine):
+        """Vertices v 3, faces f 3, outward and closed. Unless fine, rounded edges are sharp and circles have few sides."""
+        x, faces = self._box_mesh(fine) if self.kind == "box" else self._turned_mesh(fine)
         return (x if self.rotation is None else x @ self.rotation.T) + self.centre, faces
 
-    def _box_mesh(self, rounded):
+    def _box_mesh(self, fine):
         """Six grids, whose rims, which lie beyond the core, are pulled onto the rounded edges."""
         h, r = self.size, self.radius
-        rim = r * np.tan(np.linspace(0, np.pi / 4, 4)) if rounded else np.array([r])
+        rim = r * np.tan(np.linspace(0, np.pi / 4, 4)) if fine else np.array([r])
         line = h[:, None] + rim                                                         # 3 m: where lines cross each axis
         line = np.concatenate([-line[:, ::-1], line], 1)                                # 3 l
         l, x, faces = line.shape[1], [], []
@@ -133,27 +130,28 @@ class Part:
                 faces.append(len(x) * l * l + quads[:, [0, 1, 2, 0, 2, 3]].reshape(-1, 3)[:, ::sign])
                 x.append(p.reshape(-1, 3))
         x, faces = np.concatenate(x), np.concatenate(faces)
-        if rounded:
+        if fine:
             core = x.clip(-h, h)
             x = core + r * (x - core) / np.linalg.norm(x - core, axis=1, keepdims=True)
         x, place = np.unique(x.round(12), axis=0, return_inverse=True)                  # the grids share their edges
         return x, place.reshape(-1)[faces]
 
-    def _turned_mesh(self, sides):
-        """Rings of vertices, one for each corner of the rounded profile, more where a wide corner has room for them."""
+    def _turned_mesh(self, fine):
+        """Rings of vertices, one for each corner of the profile; more where it is rounded, of a ball also in few faces."""
         chain, closed = self.size, self.size[0, 0] > 0
+        many = (48 if self.radius > .2 else 24) if fine else self.sides if len(chain) == 2 else 0      # of a circle in profile
         step = np.diff(chain, axis=0)
         angle = np.unwrap(np.arctan2(-step[:, 0], step[:, 1]))                          # of the normals of the straight edges
         before = np.append(angle[-1] - 2 * np.pi if closed else -np.pi / 2, angle)
         after = np.append(angle, np.pi / 2)
         rings = []
         for p, a, b in list(zip(chain, before, after))[:len(chain) - closed]:
-            k = max(1, round(.8 * sides(self.radius) * (b - a) / (2 * np.pi))) if b > a + 1e-6 else 0
+            k = max(1, round(.14 * many * (b - a))) if b > a + 1e-6 else 0
             turn = a + (b - a) * (np.arange(k) + .5) / max(k, 1)                        # tangents meet half way between them
             reach = self.radius / np.cos((b - a) / max(2 * k, 1))
             rings += [p + reach * np.array([np.cos(t), np.sin(t)]) for t in turn]
         rings = np.array(rings)                                                         # m 2: radius, height
-        n = sides(rings[:, 0].max())
+        n = (48 if rings[:, 0].max() > .2 else 24) if fine else self.sides
         turn = (np.arange(n) + .5) * 2 * np.pi / n
         polygon = np.stack([np.sin(turn), 0 * turn, np.cos(turn)], 1) * 2 / (1 + np.cos(np.pi / n))    # as far outside as inside
         x = (rings[:, :1, None] * polygon + rings[:, 1:, None] * np.array([0, 1, 0])).reshape(-1, 3)
@@ -181,33 +179,33 @@ class Part:
 def box(centre, sides, colour, radius=.03, rotation=None):
     return Part("box", np.array(centre, float), np.array(sides) / 2 - radius, radius, colour, rotation)
 
-def cone(centre, bottom, top, height, colour, radius=.03, rotation=None):
+def cone(centre, bottom, top, height, colour, radius=.03, rotation=None, sides=6):
     """A frustum of outer radii `bottom` and `top`, upright unless rotated."""
     h = height / 2 - radius
     chain = np.array([(0, -h), (bottom - radius, -h), (top - radius, h), (0, h)])
-    return Part("turned", np.array(centre, float), chain, radius, colour, rotation)
+    return Part("turned", np.array(centre, float), chain, radius, colour, rotation, sides)
 
-def cylinder(centre, r, height, colour, radius=.03, rotation=None):
-    return cone(centre, r, r, height, colour, radius, rotation)
+def cylinder(centre, r, height, colour, radius=.03, rotation=None, sides=6):
+    return cone(centre, r, r, height, colour, radius, rotation, sides)
 
-def tube(centre, r, wall, height, colour, radius=.03):
+def tube(centre, r, wall, height, colour, radius=.03, sides=12):
     a, b, h = r - wall + radius, r - radius, height / 2 - radius
-    return Part("turned", np.array(centre, float), np.array([(a, -h), (b, -h), (b, h), (a, h), (a, -h)]), radius, colour)
+    return Part("turned", np.array(centre, float), np.array([(a, -h), (b, -h), (b, h), (a, h), (a, -h)]), radius, colour, None, sides)
 
-def capsule(centre, r, length, colour, rotation=None):
+def capsule(centre, r, length, colour, rotation=None, sides=6):
     h = length / 2 - r
-    return Part("turned", np.array(centre, float), np.array([(0, -h), (0, h)]), r, colour, rotation)
+    return Part("turned", np.array(centre, float), np.array([(0, -h), (0, h)]), r, colour, rotation, sides)
 
-def ball(centre, r, colour):
-    return capsule(centre, r, 2 * r, colour)
+def ball(centre, r, colour, sides=6):
+    return capsule(centre, r, 2 * r, colour, None, sides)
 
-def rod(start, end, r, colour):
+def rod(start, end, r, colour, sides=6):
     """A capsule from one point to another: the rotation takes y to its direction."""
     start, end = np.array(start), np.array(end)
     length = np.linalg.norm(end - start)
     y = (end - start) / length
     x = np.cross(y, [0, 0, 1.]) / np.linalg.norm(np.cross(y, [0, 0, 1.]))
-    return capsule((start + end) / 2, r, length + 2 * r, colour, np.stack([x, y, np.cross(x, y)], 1))
+    return capsule((start + end) / 2, r, length + 2 * r, colour, np.stack([x, y, np.cross(x, y)], 1), sides)
 
 def turned_about(axis, degrees):
     """Rotation about x, y or z."""
@@ -289,22 +287,10 @@ class Shape:
         depth[k] = np.minimum(depth[k], crease)
         return depth
 
-    def mesh(self, limit):
-        """Low-poly, at most `limit` faces: vertices v 3, faces f 3, colours f 3. How many sides round parts get depends on
-        what can be seen at a glance, so that a picture of the shape tells: SIDES by radius, the same number of steps fewer
-        for all where that makes too many faces."""
-        for fewer in range(len(SIDES)):
-            sides = lambda r: SIDES[max(0, bisect(RADII, r) - fewer)]
-            meshes = [part.mesh(sides, rounded=False) for part in self.parts]
-            if sum(len(faces) for _, faces in meshes) <= limit:
-                return self._joined(meshes)
-        raise ValueError(f"{len(self.parts)} parts need more than {limit} faces")
-
-    def fine_mesh(self):
-        """As `mesh`, some thousand faces, within .003 of the shape."""
-        return self._joined([part.mesh(lambda r: 48 if r > .2 else 24, rounded=True) for part in self.parts])
-
-    def _joined(self, meshes):
+    def mesh(self, fine=False):
+        """Vertices v 3, faces f 3, colours f 3, every part closed: low-poly, at most 256 faces, or fine, some thousand
+        and within .003 of the shape."""
+        meshes = [part.mesh(fine) for part in self.parts]
         first = np.cumsum([0] + [len(x) for x, _ in meshes])
         return (np.concatenate([x for x, _ in meshes]), np.concatenate([faces + i for (_, faces), i in zip(meshes, first)]),
                 np.repeat(self.palette, [len(faces) for _, faces in meshes], 0))

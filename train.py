@@ -35,7 +35,7 @@ from shapes import CLASSES, article
 STAGES = ("encoders", "tokenizer", "head", "backbone", "reconstruct")
 DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
     "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
-    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1500, 8, 2e-3), "head-mesh": (2200, 32, 8e-3),
+    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1500, 8, 2e-3), "head-mesh": (2400, 32, 8e-3),
 }
 PROMPTS = [article(name) for name in CLASSES] + ["a round table"]  # drawn while training
 
@@ -66,7 +66,8 @@ class Run:
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed, seconds=round(seconds),
                      data=self.train.folder.name, made_with=made, revision=revision, **entries)
         (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
-        plot_losses(self.folder, DEFAULTS)
+        plot_losses({stage: [(name, self.folder / f"{stage}.csv", name) for name in ("loss", "held_out")] for stage in DEFAULTS},
+                    self.folder / "losses.png")
         print(f"{stage}: done in {seconds / 60:.1f} minutes  {entries.get('metrics', '')}")
 
     def to(self, *arrays):
@@ -119,7 +120,8 @@ def train_head(run, rep):
         x = tokens[split][rows].to(run.device)
         return heads_loss(run, model, [rep], x + tokenizer_.NOISE * torch.randn_like(x), split, rows, rng)
 
-    model, seconds = fit(run, f"head-{rep}", model, loss_of, lambda model: reconstructions(run, tokenizer, heads | dict(model.items()), rep))
+    model, seconds = fit(run, f"head-{rep}", model, loss_of,
+                         lambda model: reconstructions(run, tokenizer, heads | dict(model.items()), rep))
     run.finish(f"head-{rep}", seconds, {f"head-{rep}": model[rep]},
                metrics=judged(run, heads | dict(model.items()), tokens[run.test][:4 * len(CLASSES)], rep))
 
@@ -219,7 +221,7 @@ def class_accuracy(run, encoders, model, heads, n=4, points=1024):
 
 def judged(run, heads, tokens, rep):
     """The head's own figures on held-out shapes, rows 0 ... of the set."""
-    each = [JUDGES[rep](heads, t.to(run.device), run.test, row, np.random.default_rng(row), run.autocast, points=10_000)
+    each = [JUDGES[rep](heads, t.to(run.device), run.test, row, np.random.default_rng(row), run.autocast, points=0)
             for row, t in enumerate(tqdm(tokens, desc="held-out shapes", leave=False))]
     return {"shapes": len(each)} | {name: round(float(np.mean([one[name] for one in each])), 4) for name in each[0]}
 
