@@ -25,6 +25,7 @@ from torch import nn
 
 from export import Cloud, Gaussians, Mesh
 from layers import Block, UserError, fourier, grid_points, load_model, read_config, read_stage, time_embedding
+from light import baked
 from meshes import BINS, centres, weld
 from render import splat
 from solids import TRUNCATION
@@ -194,34 +195,35 @@ class PointHead(QueryDecoder):
 
 class GaussianHead(QueryDecoder):
     """Tokens and points of the surface that the sdf head makes -> one Gaussian a point; learnt from pictures."""
-    kinds, needs, COUNT = ("surface", "views"), ("sdf",), 2048
-    POINTS = 1536    # of a training picture; with more, each Gaussian is smaller
-    SIZE = .025      # standard deviation that an output of 0 means
+    kinds, needs, COUNT = ("surface", "views"), ("sdf",), 4096
+    SIZE = .016      # standard deviation that an output of 0 means; with more than COUNT points, less
 
     def __init__(self, **size):
         super().__init__(**size, outputs=14)
 
     @classmethod
     def samples(cls, split, rows, rng):
-        return {"points": split.cloud(rows, cls.POINTS, rng)[0]} | split.views(rows)
+        points, normals, colours = split.cloud(rows, cls.COUNT, rng)
+        return {"points": points, "colours": colours * baked(normals)} | split.views(rows)
 
     def attributes(self, memory, x):                          # b k 3 -> means, scales, rotations, opacities, colours
         offset, scale, turn, opacity, colour = self.ask(memory, x).split([3, 3, 4, 1, 3], -1)
-        fewer = (self.POINTS / x.shape[1]) ** .5
+        fewer = (self.COUNT / x.shape[1]) ** .5
         return (x + .05 * offset.tanh(), self.SIZE * fewer * scale.clamp(-3, 2).exp(), turn + torch.tensor([1., 0, 0, 0], device=x.device),
                 (opacity[..., 0] + 3).sigmoid(), colour.sigmoid())
 
     def loss(self, tokens, batch):
-        """Pictures of the Gaussians before a random plain background against the true ones."""
-        x = batch["points"] + .008 * torch.randn_like(batch["points"])                    # about as far as the sdf head is off
-        error = 0
-        for i, gaussians in enumerate(zip(*self.attributes(self.read(tokens), x))):
+        """Pictures of the Gaussians before a random plain background against the true ones; L1 on colour."""
+        x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # about as far as the sdf head is off
+        attributes, error = self.attributes(self.read(tokens), x), 0
+        for i, gaussians in enumerate(zip(*attributes)):
             background = torch.rand(3, device=x.device)
             true = batch["views"][i, ..., :3] + (1 - batch["views"][i, ..., 3:]) * background
             with torch.autocast(x.device.type, enabled=False):
                 image = splat(*gaussians, *batch["angles"][i].tolist(), size=len(true), background=background)
             error = error + (image - true).abs().mean() / len(x)
-        return error, {}
+        colour = F.l1_loss(attributes[-1], batch["colours"])
+        return error + .2 * colour, {"picture": error.detach(), "colour": colour.detach()}
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=COUNT):
