@@ -26,7 +26,7 @@ from torch import nn
 from export import Cloud, Gaussians, Mesh
 from layers import Block, UserError, fourier, grid_points, load_model, read_config, read_stage, time_embedding
 from light import baked
-from meshes import BINS, centres, weld
+from meshes import BINS, centres, close, weld
 from render import splat
 from solids import TRUNCATION
 
@@ -284,11 +284,13 @@ class MeshHead(nn.Module):
 
     @torch.no_grad()
     def faces(self, tokens, autocast=nullcontext):
-        """tokens n c -> corners f 3 3 (bins), colours f 3."""
+        """tokens n c -> corners f 3 3 (in bins, fractions too), colours f 3."""
         with autocast():
             coordinate, there, colour = self(tokens[None])
         there = there[0] > 0
-        corners = rearrange(coordinate[0, there].argmax(-1), "f (i j) -> f i j", i=3)
+        share, bins = coordinate[0, there].softmax(-1), torch.arange(BINS, device=tokens.device)
+        share = share * ((bins - share.argmax(-1, keepdim=True)).abs() <= 4)                  # the mean around the likeliest
+        corners = rearrange((share * bins).sum(-1) / share.sum(-1), "f (i j) -> f i j", i=3)
         return corners.cpu().numpy(), colour[0, there].clamp(0, 1).cpu().numpy()
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=None):
@@ -296,7 +298,7 @@ class MeshHead(nn.Module):
         vertices, faces, whole = weld(centres(corners))
         share = np.bincount(faces.ravel(), minlength=len(vertices)).clip(1)[:, None]      # a vertex has its faces' mean colour
         paint = np.stack([np.bincount(faces.ravel(), c, len(vertices)) for c in np.repeat(colours[whole], 3, 0).T], 1) / share
-        return Mesh(vertices, faces, paint.astype(np.float32), smooth=False)
+        return Mesh(vertices, close(faces), paint.astype(np.float32), smooth=False)
 
 
 def like_parts(logits, corners, components, margin=.5):

@@ -107,6 +107,21 @@ def weld(corners, tolerance=6 / BINS):
     return vertices.astype(np.float32), faces[whole], whole
 
 
+def close(faces, most=4):
+    """faces f 3 -> the same and those that close holes of at most `most` edges: what is left where a face or two got lost."""
+    edges = set(map(tuple, faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).tolist()))
+    rim, new = {b: a for a, b in edges if (b, a) not in edges}, []                     # around a hole, vertex after vertex
+    while rim:
+        first, at = rim.popitem()
+        loop = [first]
+        while at in rim:
+            loop.append(at)
+            at = rim.pop(at)
+        if at == first and 3 <= len(loop) <= most:
+            new += [(first, b, c) for b, c in zip(loop[1:], loop[2:])]
+    return np.concatenate([faces, np.array(new, faces.dtype).reshape(-1, 3)])
+
+
 def fit(vertices, faces, colours, limit, many="simplify"):
     """At most `limit` faces: simplified by quadric error, or refused."""
     check(vertices, faces)

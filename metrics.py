@@ -153,7 +153,7 @@ def judge_mesh(heads, tokens, split, row, rng, autocast, points):
     true = true[true[:, 0, 0] >= 0]
     mesh, best = heads["mesh"].decode(tokens, heads, rng, autocast), weld(centres(true))
     surface, other = (split.shape(row).surface(2048, rng)[0] for _ in range(2))
-    return {"within 1 bin": faces_within(corners, true, 1), "within 2 bins": faces_within(corners, true, 2),
+    return {"within 1 bin": faces_within(corners.round(), true, 1), "within 2 bins": faces_within(corners.round(), true, 2),
             "closed edges": closed_edges(mesh.faces), "Chamfer": chamfer(mesh.sample(2048, rng), surface),
             "of the true mesh": chamfer(sample_surface(*best[:2], 2048, rng, hidden=False), surface), "its floor": chamfer(other, surface)}
 

@@ -161,15 +161,14 @@ def bench(rng, u, pick, colour, second):
 
 def mug(rng, u, pick, colour, second):
     height, handle, stripe = pick("tall", "wide"), pick(True, False), pick(True, False)
-    n = 12 - 2 * handle - 2 * stripe                    # sides of a low-poly one: all its faces have to fit
     h, r, wall = (1.8, u(.52, .6), .12) if height == "tall" else (u(1.05, 1.2), u(.62, .68), .12)
-    parts = [tube((0, h / 2, 0), r, wall, h, colour, .045, n), cylinder((0, .08, 0), r - .04, .15, colour, sides=n)]
+    parts = [tube((0, h / 2, 0), r, wall, h, colour, .045, sides=8), cylinder((0, .08, 0), r - .04, .15, colour, sides=8)]
     if handle:
         ring, thick, turns = h * u(.24, .32), u(.065, .08), np.linspace(-1.5, 1.5, 8)    # an arc of seven rods
         arc = np.stack([r - .05 + .85 * ring * np.cos(turns), h / 2 + ring * np.sin(turns), 0 * turns], 1)
         parts += [rod(a, b, thick, colour, 4) for a, b in zip(arc[:-1], arc[1:])]
     if stripe:
-        parts += [tube((0, h * u(.25, .75), 0), r + .03, .12, h * u(.14, .2), second, sides=n)]
+        parts += [tube((0, h * u(.25, .75), 0), r + .03, .12, h * u(.14, .2), second, sides=8)]
     return parts, {"shape": height, "handle": handle, "stripe": stripe}, dict(
         nouns=["cup"] if handle else ["cup", "beaker"], adjectives=[height], having=["a handle"] * handle + ["a {} stripe"] * stripe,
         lacking=["a handle"] * (not handle))
