@@ -195,20 +195,21 @@ class PointHead(QueryDecoder):
 
 class GaussianHead(QueryDecoder):
     """Tokens and points of the surface that the sdf head makes -> one Gaussian a point; learnt from pictures."""
-    kinds, needs, COUNT = ("surface", "views"), ("sdf",), 4096
-    SIZE = .016      # standard deviation that an output of 0 means; with more than COUNT points, less
+    kinds, needs, COUNT = ("surface", "views"), ("sdf",), 16384
+    POINTS = 4096    # of a training picture; with more, each Gaussian is a little smaller: some overlap, so there are no gaps
+    SIZE = .016      # standard deviation that an output of 0 means
 
     def __init__(self, **size):
         super().__init__(**size, outputs=14)
 
     @classmethod
     def samples(cls, split, rows, rng):
-        points, normals, colours = split.cloud(rows, cls.COUNT, rng)
+        points, normals, colours = split.cloud(rows, cls.POINTS, rng)
         return {"points": points, "colours": colours * baked(normals)} | split.views(rows)
 
     def attributes(self, memory, x):                          # b k 3 -> means, scales, rotations, opacities, colours
         offset, scale, turn, opacity, colour = self.ask(memory, x).split([3, 3, 4, 1, 3], -1)
-        fewer = (self.COUNT / x.shape[1]) ** .5
+        fewer = (self.POINTS / x.shape[1]) ** .125
         return (x + .05 * offset.tanh(), self.SIZE * fewer * scale.clamp(-3, 2).exp(), turn + torch.tensor([1., 0, 0, 0], device=x.device),
                 (opacity[..., 0] + 3).sigmoid(), colour.sigmoid())
 
@@ -226,8 +227,8 @@ class GaussianHead(QueryDecoder):
         return error + .2 * colour, {"picture": error.detach(), "colour": colour.detach()}
 
     @torch.no_grad()
-    def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=COUNT):
-        surface = heads["sdf"].decode(tokens, heads, rng, autocast, resolution=64)
+    def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=COUNT):
+        surface = heads["sdf"].decode(tokens, heads, rng, autocast, resolution)
         x = torch.from_numpy(surface.sample(points, rng)).to(tokens.device)
         with autocast():
             out = self.attributes(self.read(tokens[None]), x[None])
