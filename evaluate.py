@@ -173,8 +173,9 @@ def evaluate_joint(args):
           f"{args.n} samples of every class name")
     report(args, args.command, rows, mean_row=False)
     curves = [(Path(folder).name, Path(folder) / "backbone.csv", "held_out") for folder in args.checkpoints]
-    plot_losses({"backbone, held-out loss": curves}, Path(args.out) / "joint.png")
-    print(f"{args.out}/joint.png")
+    if any(path.is_file() for _, path, _ in curves):                           # else there is nothing to draw
+        plot_losses({"backbone, held-out loss": curves}, Path(args.out) / "joint.png")
+        print(f"{args.out}/joint.png")
 
 
 def evaluate_ablate_rgs(args):
