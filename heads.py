@@ -284,22 +284,14 @@ class MeshHead(nn.Module):
         return bins + face + 2 * paint, {"bins": bins.detach(), "face": face.detach(), "colour": paint.detach()}
 
     @torch.no_grad()
-    def faces(self, tokens, autocast=nullcontext):
-        """tokens n c -> corners f 3 3 (in bins, fractions too), colours f 3."""
-        with autocast():
-            coordinate, there, colour = self(tokens[None])
-        there = there[0] > 0
-        share, bins = coordinate[0, there].softmax(-1), torch.arange(BINS, device=tokens.device)
-        share = share * ((bins - share.argmax(-1, keepdim=True)).abs() <= 4)                  # the mean around the likeliest
-        corners = rearrange((share * bins).sum(-1) / share.sum(-1), "f (i j) -> f i j", i=3)
-        return corners.cpu().numpy(), colour[0, there].clamp(0, 1).cpu().numpy()
-
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=None):
-        corners, colours = self.faces(tokens, autocast)
-        vertices, faces, whole = weld(centres(corners))
-        share = np.bincount(faces.ravel(), minlength=len(vertices)).clip(1)[:, None]      # a vertex has its faces' mean colour
-        paint = np.stack([np.bincount(faces.ravel(), c, len(vertices)) for c in np.repeat(colours[whole], 3, 0).T], 1) / share
-        return Mesh(vertices, close(faces), paint.astype(np.float32), smooth=False)
+        with autocast():
+            coordinate, there, colours = self(tokens[None])
+        share, colours = coordinate[0, there[0] > 0].softmax(-1), colours[0, there[0] > 0].clamp(0, 1).cpu().numpy()
+        vertices, faces, whole = weld(rearrange(share, "f (i j) bins -> f i j bins", i=3).cpu().numpy())
+        count = np.bincount(faces.ravel(), minlength=len(vertices)).clip(1)[:, None]      # a vertex has its faces' mean colour
+        paint = np.stack([np.bincount(faces.ravel(), c, len(vertices)) for c in np.repeat(colours[whole], 3, 0).T], 1) / count
+        return Mesh(centres(vertices).astype(np.float32), close(faces), paint.astype(np.float32), smooth=False)
 
 
 def like_parts(logits, corners, components, margin=.5):

@@ -22,7 +22,6 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
-from scipy.spatial.distance import cdist
 
 from layers import Help, UserError, command
 
@@ -80,31 +79,36 @@ def joined(a, b, count):
     return connected_components(coo_array((np.ones(len(a)), (a, b)), (count, count)), directed=False)
 
 
-def weld(corners, tolerance=6 / BINS):
-    """corners f 3 3 of single faces -> vertices v 3, faces f' 3, and which of the f are left.
+def weld(share):
+    """Single faces whose corners are distributions over the bins, share f 3 3 BINS (face, corner, coordinate) -> vertices v 3
+    (in bins, fractions too), faces f' 3, and which of the f are left.
 
-    In a closed mesh every directed edge meets its opposite. So edges are paired, nearest first, with opposite ones
-    whose ends are both within `tolerance`, and the corners of paired edges become one vertex: parts that merely touch
-    stay apart, as pairing vertices by distance would not."""
-    start, end = corners.reshape(-1, 3), np.roll(corners, -1, 1).reshape(-1, 3)       # of edge e = 3 face + corner
-    e = np.arange(len(start))
-    apart = cdist(start, end, "chebyshev")
-    apart = np.maximum(apart, apart.T)                                                 # of the worse end
-    apart += 1e-12 * (np.minimum.outer(e, e) * len(e) + np.maximum.outer(e, e))        # no two pairs tie
+    In a closed mesh every directed edge meets its opposite. So edges are paired with opposite ones, nearest first, and the
+    corners of paired edges become one vertex: parts that merely touch stay apart, as pairing vertices by distance would not.
+    Near is where what the two corners say overlaps: where a shape leaves a choice, the likeliest of each may be far apart.
+    Then they decide together: a vertex is where the mean of its corners' distributions is likeliest."""
+    share = share.reshape(-1, 3, BINS)                                                 # of corner e = 3 face + corner
+    bins, e = np.arange(BINS), np.arange(len(share))
+    after = e // 3 * 3 + (e + 1) % 3                                                   # edge e is from corner e to this one
+    blurred = np.sqrt(share @ np.exp(-(bins[:, None] - bins) ** 2 / 2) / (2 * np.pi) ** .5)
+    apart = -np.log(np.min([blurred[:, i] @ blurred[:, i].T for i in range(3)], 0).clip(1e-9))        # Bhattacharyya's distance
+    apart = np.maximum(apart[:, after], apart[:, after].T).astype(float)               # of the worse end
+    apart += 1e-9 * (np.minimum.outer(e, e) * len(e) + np.maximum.outer(e, e)) / max(1, len(e)) ** 2       # no two pairs tie
     apart[e[:, None] // 3 == e // 3] = np.inf                                          # not within a face
     twin = np.full(len(e), -1)
-    while (free := apart.min(1) <= tolerance).any():
+    while (free := apart.min(1, initial=np.inf) <= 10).any():                          # d^2 / 8: nine bins, where both are sure
         best = apart.argmin(1)
         mutual = free & (best[best] == e)
         twin[mutual] = best[mutual]
         apart[mutual], apart[:, mutual] = np.inf, np.inf
     one = np.flatnonzero(twin >= 0)
-    after = lambda edge: edge // 3 * 3 + (edge + 1) % 3                                # the corner an edge ends at
-    count, vertex = joined(np.append(one, after(one)), np.append(after(twin[one]), twin[one]), len(e))
-    vertices = np.stack([np.bincount(vertex, start[:, i], count) for i in range(3)], 1) / np.bincount(vertex, minlength=count)[:, None]
+    count, vertex = joined(np.append(one, after[one]), np.append(after[twin[one]], twin[one]), len(e))
+    mixed = coo_array((np.ones(len(e)), (vertex, e)), (count, len(e))) @ share.reshape(len(e), 3 * BINS)
+    mixed = mixed.reshape(count, 3, BINS)
+    mixed = mixed * (abs(bins - mixed.argmax(-1, keepdims=True)) <= 4)                 # the mean around the likeliest
     faces = vertex.reshape(-1, 3)
     whole = (faces != np.roll(faces, 1, 1)).all(1)                                     # welding may fold a face up
-    return vertices.astype(np.float32), faces[whole], whole
+    return mixed @ bins / mixed.sum(-1), faces[whole], whole
 
 
 def close(faces, most=4):

@@ -16,7 +16,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from data import VIEW, view
 from heads import TRUNCATION, sdf_grid
 from layers import grid_points
-from meshes import centres, closed_edges, sample_surface, weld
+from meshes import centres, closed_edges, quantise, sample_surface
 from render import splat
 
 # ---------------------------------------------------------------------------- solids
@@ -149,13 +149,13 @@ def judge_pc(heads, tokens, split, row, rng, autocast, points):
 def judge_mesh(heads, tokens, split, row, rng, autocast, points):
     """Faces within so many bins of the true ones in all nine coordinates; edges of the welded mesh that two faces share;
     Chamfer distance of 2048 visible points to the true surface, and of the true low-poly mesh; floor: of a second true cloud."""
-    corners, true = heads["mesh"].faces(tokens, autocast)[0], split.arrays["corners"][row]
+    mesh, true = heads["mesh"].decode(tokens, heads, rng, autocast), split.arrays["corners"][row]
     true = true[true[:, 0, 0] >= 0]
-    mesh, best = heads["mesh"].decode(tokens, heads, rng, autocast), weld(centres(true))
+    corners, best = quantise(mesh.vertices)[mesh.faces], (centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3))
     surface, other = (split.shape(row).surface(2048, rng)[0] for _ in range(2))
-    return {"within 1 bin": faces_within(corners.round(), true, 1), "within 2 bins": faces_within(corners.round(), true, 2),
+    return {"within 1 bin": faces_within(corners, true, 1), "within 2 bins": faces_within(corners, true, 2),
             "closed edges": closed_edges(mesh.faces), "Chamfer": chamfer(mesh.sample(2048, rng), surface),
-            "of the true mesh": chamfer(sample_surface(*best[:2], 2048, rng, hidden=False), surface), "its floor": chamfer(other, surface)}
+            "of the true mesh": chamfer(sample_surface(*best, 2048, rng, hidden=False), surface), "its floor": chamfer(other, surface)}
 
 
 def judge_gs(heads, tokens, split, row, rng, autocast, points, views=4):

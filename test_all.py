@@ -241,22 +241,34 @@ def test_canonical_order_knows_no_other():
 
 
 def test_welding_closes_what_was_closed():
-    """Single faces: every part comes out closed, and parts that touch stay apart; nearly so with corners off by up to a bin."""
-    rng = np.random.default_rng(0)
+    """Single faces: every part comes out closed where it was, and parts that touch stay apart; with corners off by a bin, too."""
+    rng, sure = np.random.default_rng(0), lambda corners: np.eye(meshes.BINS)[corners]
     for index in range(len(shapes.CLASSES)):
         shape = shapes.make(0, index)
         corners, *_ = meshes.canonical(*shape.mesh())
-        vertices, faces, whole = meshes.weld(meshes.centres(corners))
-        assert meshes.watertight(faces) and whole.all()
+        vertices, faces, whole = meshes.weld(sure(corners))
+        assert meshes.watertight(faces) and whole.all() and abs(vertices[faces] - corners).max() < 1e-6
         assert len(trimesh.Trimesh(vertices, faces, process=False).split(only_watertight=True)) == len(shape.parts)
         off = (rng.random(corners.shape) < .1) * rng.integers(-1, 2, corners.shape)
-        vertices, faces, whole = meshes.weld(meshes.centres(corners + off))
+        vertices, faces, whole = meshes.weld(sure((corners + off).clip(0, meshes.BINS - 1)))
         assert meshes.closed_edges(faces) > .98 and whole.mean() > .9
-    vertices, faces, _ = meshes.weld(meshes.centres(corners[1:]))
+    vertices, faces, _ = meshes.weld(sure(corners[1:]))
     assert meshes.closed_edges(faces) < 1 and meshes.watertight(meshes.close(faces))                    # one face is lost
     assert np.array_equal(meshes.close(faces)[:-1], faces) and len(meshes.close(faces[:0])) == 0
-    vertices, faces, _ = meshes.weld(meshes.centres(corners))
+    vertices, faces, _ = meshes.weld(sure(corners))
     assert np.array_equal(meshes.close(faces), faces) and meshes.closed_edges(faces[:0]) == 0
+    assert [len(x) for x in meshes.weld(sure(corners[:0]))] == [0, 0, 0]
+
+
+def test_corners_that_waver_decide_together():
+    """Every corner finds two meshes about as likely, 12 bins apart, and leans to one of them by chance: what they make is closed,
+    and most vertices are where the one lies that is a little likelier on the whole."""
+    corners, *_ = meshes.canonical(*shapes.make(0, 0).mesh())
+    lean = .52 + .2 * (np.random.default_rng(0).random((*corners.shape, 1)) - .5)
+    share = lean * np.eye(meshes.BINS)[corners] + (1 - lean) * np.eye(meshes.BINS)[corners - 12]
+    vertices, faces, whole = meshes.weld(share)
+    alone, together = share.argmax(-1) == corners, np.round(vertices[faces]) == corners
+    assert whole.all() and meshes.watertight(faces) and alone.mean() < .65 and together.mean() > .75
 
 
 def test_like_parts_may_come_in_any_order(prepared):
