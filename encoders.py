@@ -110,16 +110,16 @@ class Encoders(nn.Module):
         """A prompt -> the ids of the words in it that this encoder knows; complains about the others."""
         said = words(prompt)
         found = [word for word in said if word in self.index]
-        for word in dict.fromkeys(said):                      # each once, in order
-            if word not in self.index and word not in self.told:
-                self.told.add(word)
-                near = difflib.get_close_matches(word, self.vocabulary) or ["none is spelt like it"]
-                print(f"warning: '{word}' is not a word this encoder knows; nearest: {', '.join(near)}; left out", file=sys.stderr)
         if not set(found) - FILLERS:
             from shapes import CLASSES  # only for examples, and it takes a moment
             examples = ", ".join([name for name in CLASSES if name in self.index] or self.vocabulary[:20])
             what = f"'{' '.join(prompt.split())[:60]}' names nothing this encoder knows" if said else "is empty"
             raise UserError(f"the prompt {what}; name one of {examples}")
+        for word in dict.fromkeys(said):                      # each once, in order
+            if word not in self.index and word not in self.told:
+                self.told.add(word)
+                near = difflib.get_close_matches(word, self.vocabulary) or ["none is spelt like it"]
+                print(f"warning: '{word}' is not a word this encoder knows; nearest: {', '.join(near)}; left out", file=sys.stderr)
         if len(found) > LENGTH:
             print(f"warning: a prompt of {len(found)} words is cut after {LENGTH}: '... {found[LENGTH - 1]}'", file=sys.stderr)
         return [self.index[word] for word in found[:LENGTH]]

@@ -87,7 +87,8 @@ def arguments():
     parser.add_argument("--convention", choices=["figure", "text"], default="figure",
                         help="alpha weighs the sampled tokens (figure) or the reconstruction (text)")
     parser.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side when the surface is extracted")
-    parser.add_argument("--points", type=int, help="of a point cloud or of Gaussians (default: 4096, of Gaussians 2048)")
+    parser.add_argument("--points", type=int, help=f"of a point cloud or of Gaussians (default: {heads.PointHead.COUNT}, "
+                                                       f"{heads.GaussianHead.COUNT})")
     parser.add_argument("--turntable", action="store_true", help="also a GIF of each shape turning")
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
