@@ -241,7 +241,7 @@ def test_canonical_order_knows_no_other():
 
 
 def test_welding_closes_what_was_closed():
-    """Single faces: every part comes out closed where it was, and parts that touch stay apart; with corners off by a bin, too."""
+    """Single faces: every part comes out closed and where it was, parts that touch stay apart; nearly so with corners off by a bin."""
     rng, sure = np.random.default_rng(0), lambda corners: np.eye(meshes.BINS)[corners]
     for index in range(len(shapes.CLASSES)):
         shape = shapes.make(0, index)
