@@ -62,7 +62,7 @@ class Encoders(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.text_out = nn.Linear(dim, dim, bias=False)
-        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, dim))
         self.query = nn.Parameter(torch.randn(QUERIES, dim) * dim ** -.5)
         self.cross = Block(dim, heads, context_dim=dim)
         self.mix = nn.ModuleList(Block(dim, heads) for _ in range(2))

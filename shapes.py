@@ -236,9 +236,9 @@ def tree(rng, u, pick, colour, second):
     parts = [cylinder((0, (trunk + .3) / 2, 0), r, trunk + .3, "brown")]
     layers = 0
     if crown == "round":
-        parts += [ball((0, h - w, 0), w, leaf, 8)]
+        parts += [ball((0, h - w, 0), w, leaf, 15)]
         for a in np.arange(3) * 2 * np.pi / 3 + u(0, 2):
-            parts += [ball((.55 * w * np.cos(a), h - w * u(1.1, 1.45), .55 * w * np.sin(a)), w * u(.6, .72), leaf, 7)]
+            parts += [ball((.55 * w * np.cos(a), h - w * u(1.1, 1.45), .55 * w * np.sin(a)), w * u(.6, .72), leaf, 0)]
     else:
         layers = pick(2, 3)
         each = (h - trunk) / layers

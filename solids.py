@@ -37,7 +37,8 @@ class Part:
     radius: float
     colour: str
     rotation: np.ndarray | None = None      # (3, 3), part to world: x = centre + rotation @ local
-    sides: int = 6                          # of the polygon that stands for a circle in a low-poly mesh
+    sides: int = 6                          # of the polygon that stands for a circle in a low-poly mesh; 0: a ball
+                                            # that has none of its own, the part before it bulges instead
 
     def distance(self, x):                  # (k, 3) -> (k,)
         x = x - self.centre.astype(x.dtype)
@@ -112,6 +113,13 @@ class Part:
         """Vertices v 3, faces f 3, outward and closed. Unless fine, rounded edges are sharp and circles have few sides."""
         x, faces = self._box_mesh(fine) if self.kind == "box" else self._turned_mesh(fine)
         return (x if self.rotation is None else x @ self.rotation.T) + self.centre, faces
+
+    def bulge(self, x, middle):
+        """Low-poly vertices x, moved straight away from `middle` to this ball, where it is farther: |middle + t d - centre| = r."""
+        reach = np.linalg.norm(x - middle, axis=1)
+        d, u, r = (x - middle) / reach[:, None], self.centre - middle, 1.05 * self.radius       # flat faces cut corners
+        t = d @ u + np.sqrt(np.maximum((d @ u) ** 2 - u @ u + r * r, 0))
+        return middle + np.maximum(t, reach)[:, None] * d
 
     def _box_mesh(self, fine):
         """Six grids, whose rims, which lie beyond the core, are pulled onto the rounded edges."""
@@ -290,10 +298,15 @@ class Shape:
     def mesh(self, fine=False):
         """Vertices v 3, faces f 3, colours f 3, every part closed: low-poly, at most 256 faces, or fine, some thousand
         and within .003 of the shape."""
-        meshes = [part.mesh(fine) for part in self.parts]
-        first = np.cumsum([0] + [len(x) for x, _ in meshes])
-        return (np.concatenate([x for x, _ in meshes]), np.concatenate([faces + i for (_, faces), i in zip(meshes, first)]),
-                np.repeat(self.palette, [len(faces) for _, faces in meshes], 0))
+        xs, faces, colours, first = [], [], [], 0
+        for part, colour in zip(self.parts, self.palette):
+            if fine or part.sides:
+                x, f = part.mesh(fine)
+                xs, faces, colours = xs + [x], faces + [f + first], colours + [np.tile(colour, (len(f), 1))]
+                first, middle = first + len(x), part.centre
+            else:
+                xs[-1] = part.bulge(xs[-1], middle)
+        return np.concatenate(xs), np.concatenate(faces), np.concatenate(colours)
 
     def field(self, x):
         """Signed distance of the union (k,), negative inside, and the nearest part's colour (k, 3)."""

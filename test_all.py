@@ -215,13 +215,14 @@ def test_counts_hold_on_the_geometry():
 
 # ---------------------------------------------------------------------------- low-poly meshes
 
-@pytest.mark.parametrize("index", range(len(shapes.CLASSES)), ids=shapes.CLASSES)
+@pytest.mark.parametrize("index", [*range(len(shapes.CLASSES)), 25], ids=[*shapes.CLASSES, "round tree"])
 def test_low_poly_meshes_are_closed_and_near(index):
     """At most 256 faces, closed, outward, near the shape; the fine mesh is nearer."""
     shape = shapes.make(3, index)
-    for (vertices, faces, colours), most, near in ((shape.mesh(), 256, .11), (shape.mesh(fine=True), 10_000, .006)):
+    own = sum(part.sides > 0 for part in shape.parts)
+    for (vertices, faces, colours), count, most, near in ((shape.mesh(), own, 256, .11), (shape.mesh(fine=True), len(shape.parts), 10_000, .006)):
         parts = trimesh.Trimesh(vertices, faces, process=False).split(only_watertight=True)
-        assert len(faces) <= most and len(parts) == len(shape.parts) and all(part.volume > 0 for part in parts)
+        assert len(faces) <= most and len(parts) == count and all(part.volume > 0 for part in parts)
         seen = meshes.sample_surface(vertices, faces, 500, np.random.default_rng(0), hidden=False)
         assert abs(shape.distance(seen)).max() < near and len(colours) == len(faces)
 
@@ -248,7 +249,7 @@ def test_welding_closes_what_was_closed():
         corners, *_ = meshes.canonical(*shape.mesh())
         vertices, faces, whole = meshes.weld(sure(corners))
         assert meshes.watertight(faces) and whole.all() and abs(vertices[faces] - corners).max() < 1e-6
-        assert len(trimesh.Trimesh(vertices, faces, process=False).split(only_watertight=True)) == len(shape.parts)
+        assert len(trimesh.Trimesh(vertices, faces, process=False).split(only_watertight=True)) == sum(part.sides > 0 for part in shape.parts)
         off = (rng.random(corners.shape) < .1) * rng.integers(-1, 2, corners.shape)
         vertices, faces, whole = meshes.weld(sure((corners + off).clip(0, meshes.BINS - 1)))
         assert meshes.closed_edges(faces) > .98 and whole.mean() > .9
@@ -355,6 +356,16 @@ def test_distance_bias_is_a_mask(bf16, tolerance):
         out = layer(x, context, mask, at)
         assert (out - true).abs().mean() < tolerance * true.abs().mean()
         assert (layer(x, context, mask) - true).abs().mean() > .3 * true.abs().mean()         # the bias matters
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_casting_once_is_casting_always(bf16):
+    """Weights cast beforehand give the very numbers that autocast gives; without autocast they stay as they are."""
+    layer, x = layers.Block(64, 4), torch.randn(2, 50, 64)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with torch.no_grad(), autocast():
+        before, after = layer(x), layers.cast_once(layer, autocast)(x)
+    assert torch.equal(before, after) and layer.feed[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
 @pytest.mark.parametrize("first, decay", [(10_000, .9), (0, .999)], ids=["constant", "warm-up"])

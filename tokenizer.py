@@ -31,7 +31,7 @@ class Tokenizer(nn.Module):
     def __init__(self, side, channels, dim, heads):
         super().__init__()
         self.register_buffer("anchors", grid_points(side), persistent=False)             # n 3
-        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, dim))
         self.query = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim) for _ in range(2))
         self.blocks = nn.ModuleList(nn.ModuleList(Block(dim, heads) for _ in range(2)) for _ in range(2))
