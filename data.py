@@ -90,14 +90,16 @@ def prepare_chunk(folder, seed, first, kind, chunk, count):
 
 
 def fingerprint(seed, first, count):
-    """Names a prepared set by what is in it: one shape of every class. Other shapes or settings, other folder."""
-    digest = hashlib.sha256(json.dumps([seed, first, count, CHUNK]).encode())
-    for index in range(first, first + len(shapes.CLASSES)):
+    """Names a prepared set by what is in it: what the first 260 shapes are made of, samples of one of every class.
+    Other shapes or settings, other folder."""
+    digest, classes = hashlib.sha256(json.dumps([seed, first, count, CHUNK]).encode()), len(shapes.CLASSES)
+    for index in range(first, first + 20 * classes):
         shape = shapes.make(seed, index)
-        samples = [sample_surface, sample_faces] + [sample_views] * (index == first)     # pictures take a while: one will do
-        for values in (v for kind in samples for v in kind(shape, np.random.default_rng(0)).values()):
-            digest.update(np.float16(values).tobytes())
-        digest.update(json.dumps(shape.captions).encode())
+        digest.update(repr((shape.parts, shape.captions)).encode())
+        if index < first + classes:
+            samples = [sample_surface, sample_faces] + [sample_views] * (index == first)     # pictures take a while: one will do
+            for values in (v for kind in samples for v in kind(shape, np.random.default_rng(0)).values()):
+                digest.update(np.float16(values).tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -324,6 +324,19 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
     assert len(data.prepare("train", 8, 0, tmp_path / "cut", workers=1)) == 8 and same_files(whole.folder, cut)
 
 
+def test_other_shapes_are_another_set(monkeypatch):
+    """One part of one shape that looks different, and what was prepared before is not taken for it."""
+    make, one, two = shapes.make, data.fingerprint(0, 0, 520), data.fingerprint(0, 0, 520)
+
+    def other(seed, index):
+        shape = make(seed, index)
+        shape.parts[0].sides += index == 100
+        return shape
+
+    monkeypatch.setattr(shapes, "make", other)
+    assert one == two != data.fingerprint(0, 0, 520)
+
+
 def test_batches_are_functions_of_their_generator(prepared):
     """The same generator gives the same batch; the distances in it are those of the shapes in its rows."""
     rows = np.array([3, 20])
