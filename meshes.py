@@ -1,7 +1,8 @@
 """meshes.py - low-poly meshes as sequences of faces: canonical order, few enough faces, welding.
 
 A face of the sequence is 9 whole numbers: three corners of three coordinates, each one of BINS cells of [-1, 1].
-LTM3D section 4 generates meshes as such sequences. Canonical order (y is up; a vertex counts as y, then z, then x):
+LTM3D section 4 generates meshes as such sequences. Canonical order (y is up; a vertex counts as y, then z, then x; where a
+component has more than four at one height, as y, then the angle about its middle, from the front, then the distance):
 
     1. a face starts at its lowest corner; the other two follow counter-clockwise seen from outside
     2. components (faces joined by shared vertices) by their number of faces, most first; those of as many by
@@ -11,7 +12,7 @@ LTM3D section 4 generates meshes as such sequences. Canonical order (y is up; a 
 so that neither the order of the faces of a file nor the corner at which each starts matters. A head has to know the
 order from the shape, so it is one that seldom jumps: like parts of a shape (legs, wheels) stay in place when another
 part moves past them, and positions are compared to four decimals, not by bins, in which what is always a little
-lower would be lower in some shapes and level in others.
+lower would be lower in some shapes and level in others. And a ring's vertices come in turn, however it bulges.
 
     python meshes.py out/table-0.glb --faces 256        # as many faces as fit, in canonical order, as a picture
 """
@@ -50,19 +51,24 @@ def canonical(vertices, faces, colours):
     """vertices v 3 in [-1, 1], faces f 3, colours f 3 -> corners f' 3 3 (bins, in x y z), colours f' 3, the number of each
     one's component f', in canonical order. Faces that quantisation makes degenerate, and all but one of equal ones, are left out."""
     check(vertices, faces)
-    corners = quantise(vertices)[faces]                                                # f 3 3
-    height = (np.round((vertices[faces] + 1) * 1e4).astype(np.int64) @ [1, 10 ** 10, 10 ** 5])         # f 3: sorts as y, z, x
-    turn = (height.argmin(1)[:, None] + np.arange(3)) % 3
-    corners, height = np.take_along_axis(corners, turn[..., None], 1), np.take_along_axis(height, turn, 1)
     _, place = np.unique(vertices, axis=0, return_inverse=True)                        # joined where they are equal
     place = place.reshape(-1)[faces]
     _, component = joined(place[:, [0, 1]].ravel(), place[:, [1, 2]].ravel(), len(vertices))
     component = component[place[:, 0]]                                                 # f
-    rank = {}
+    at, height, rank = np.round(vertices * 1e4).astype(np.int64), np.empty(faces.shape, np.int64), {}
     for i in np.unique(component):
-        own = vertices[np.unique(faces[component == i])]
-        centre, lowest = own.mean(0).round(4) + 0., own[:, 1].min().round(4)                      # + 0: no -0
-        rank[i] = -(component == i).sum(), centre[0], centre[2], lowest, height[component == i].min()
+        mine = component == i
+        own, index = np.unique(at[faces[mine]].reshape(-1, 3), axis=0, return_inverse=True)
+        x, y, z = own.T
+        _, level, count = np.unique(y, return_inverse=True, return_counts=True)
+        ring, dx, dz = count[level] > 4, len(x) * x - x.sum(), len(z) * z - z.sum()    # whole numbers: no rounding
+        angle = np.arctan2(dx, dz) % (2 * np.pi)
+        angle[np.argsort(angle)] = np.cumsum(np.diff(np.sort(angle), prepend=0) > 2e-3)                  # nearly equal ones are equal
+        order = np.lexsort([np.where(ring, np.hypot(dx, dz), x), np.where(ring, angle, z), y])
+        height[mine] = order.argsort()[index].reshape(-1, 3)                           # f 3: the vertices' places in this order
+        rank[i] = -mine.sum(), *own.mean(0)[[0, 2]].round(), y.min(), *own[order[0]]
+    turn = (height.argmin(1)[:, None] + np.arange(3)) % 3
+    corners, height = np.take_along_axis(quantise(vertices)[faces], turn[..., None], 1), np.take_along_axis(height, turn, 1)
     order = sorted(range(len(faces)), key=lambda i: (rank[component[i]], *height[i], *colours[i]))
     seen, kept = set(), []
     for i in order:

@@ -115,11 +115,12 @@ class Part:
         return (x if self.rotation is None else x @ self.rotation.T) + self.centre, faces
 
     def bulge(self, x, middle):
-        """Low-poly vertices x, moved straight away from `middle` to this ball, where it is farther: |middle + t d - centre| = r."""
-        reach = np.linalg.norm(x - middle, axis=1)
-        d, u, r = (x - middle) / reach[:, None], self.centre - middle, 1.05 * self.radius       # flat faces cut corners
-        t = d @ u + np.sqrt(np.maximum((d @ u) ** 2 - u @ u + r * r, 0))
-        return middle + np.maximum(t, reach)[:, None] * d
+        """Low-poly vertices x, moved level and straight away from the axis through `middle` to this ball, where it is farther."""
+        reach = np.hypot(*(x - middle)[:, ::2].T)
+        d, u = (x - middle) * [1, 0, 1] / reach[:, None], (self.centre - middle) * [1, 0, 1]
+        square = (1.05 * self.radius) ** 2 - (x - self.centre)[:, 1] ** 2 + (d @ u) ** 2 - u @ u       # flat faces cut corners: 1.05
+        far = np.where(square > 0, d @ u + np.sqrt(square.clip(0)), 0)
+        return x + (far - reach).clip(0)[:, None] * d
 
     def _box_mesh(self, fine):
         """Six grids, whose rims, which lie beyond the core, are pulled onto the rounded edges."""

@@ -47,6 +47,7 @@ import reconstruct
 import render
 import sample
 import shapes
+import solids
 import tokenizer
 import train
 from layers import UserError, command
@@ -239,6 +240,17 @@ def test_canonical_order_knows_no_other():
     height = one[0][..., 1]
     assert (height[:, :1] <= height).all() and len(one[0]) == len(faces)
     assert not np.array_equal(meshes.canonical(vertices, faces[:, ::-1], colours)[0], one[0])      # inside out is another mesh
+
+
+def test_a_bulging_ball_keeps_its_order():
+    """Wherever a low-poly ball bulges, its faces come in the order of the round one."""
+    part = solids.ball((0, 0, 0), .6, "green", 15)
+    x, faces = part.mesh(fine=False)
+    names, rng = np.repeat(np.arange(len(faces))[:, None], 3, 1), np.random.default_rng(0)
+    _, order, _ = meshes.canonical(x, faces, names)
+    for turn in rng.uniform(0, 2 * np.pi, 8):
+        bulging = solids.ball((.35 * np.sin(turn), rng.uniform(-.3, 0), .35 * np.cos(turn)), .4, "green").bulge(x, part.centre)
+        assert np.hypot(*bulging[:, ::2].T).max() > .7 and np.array_equal(meshes.canonical(bulging, faces, names)[1], order)
 
 
 def test_welding_closes_what_was_closed():
