@@ -35,7 +35,7 @@ from shapes import CLASSES, article
 STAGES = ("encoders", "tokenizer", "head", "backbone", "reconstruct")
 DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
     "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
-    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (2400, 32, 8e-3),
+    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (5000, 32, 8e-3),
 }
 PROMPTS = [article(name) for name in CLASSES] + ["a round table"]  # drawn while training
 
