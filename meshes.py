@@ -66,7 +66,8 @@ def canonical(vertices, faces, colours):
         angle[np.argsort(angle)] = np.cumsum(np.diff(np.sort(angle), prepend=0) > 2e-3)                  # nearly equal ones are equal
         order = np.lexsort([np.where(ring, np.hypot(dx, dz), x), np.where(ring, angle, z), y])
         height[mine] = order.argsort()[index].reshape(-1, 3)                           # f 3: the vertices' places in this order
-        rank[i] = -mine.sum(), *own.mean(0)[[0, 2]].round(), y.min(), *own[order[0]]
+        centre = vertices[np.unique(faces[mine])].mean(0).round(4) + 0.                # + 0: no -0
+        rank[i] = -mine.sum(), centre[0], centre[2], y.min(), *own[order[0]]
     turn = (height.argmin(1)[:, None] + np.arange(3)) % 3
     corners, height = np.take_along_axis(quantise(vertices)[faces], turn[..., None], 1), np.take_along_axis(height, turn, 1)
     order = sorted(range(len(faces)), key=lambda i: (rank[component[i]], *height[i], *colours[i]))
