@@ -155,7 +155,8 @@ def cast_once(model, autocast):
     with autocast():
         if torch.is_autocast_enabled(next(model.parameters()).device.type):
             for layer in model.modules():
-                layer.bfloat16() if isinstance(layer, nn.Linear) else None
+                if isinstance(layer, nn.Linear):
+                    layer.bfloat16()
     return model
 
 
