@@ -21,12 +21,17 @@ SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out los
 
 
 def optimizers(model, lr):
-    """Muon for the weight matrices inside the network, AdamW for all else."""
+    """Muon for the weight matrices inside the network, AdamW for all else; a module may learn at RATE times the rate."""
     matrices = {p for m in model.modules() if isinstance(m, nn.Linear) and min(m.weight.shape) >= 64 for p in [m.weight]}
-    rest = [p for p in model.parameters() if p not in matrices]
-    matrices = [p for p in model.parameters() if p in matrices]
-    return [torch.optim.Muon(matrices, lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr, betas=(.9, .99), weight_decay=.01, fused=True)]
+    rates = {p: m.RATE for m in model.modules() if hasattr(m, "RATE") for p in m.parameters()}
+
+    def groups(inside):
+        chosen = [p for p in model.parameters() if (p in matrices) == inside]
+        return [{"params": [p for p in chosen if rates.get(p, 1) == rate], "rate": rate}
+                for rate in sorted({rates.get(p, 1) for p in chosen})]
+
+    return [torch.optim.Muon(groups(True), lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(groups(False), lr, betas=(.9, .99), weight_decay=.01, fused=True)]
 
 
 def learning_rate(step, steps, peak):
@@ -85,8 +90,9 @@ def fit(run, stage, model, loss_of, show=None):
         rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step))
         torch.manual_seed(int(rng.integers(2 ** 62)))
         # --- forward, backward, update
-        for opt in opts:
-            opt.param_groups[0]["lr"] = learning_rate(step, steps, lr)
+        now = learning_rate(step, steps, lr)
+        for group in (group for opt in opts for group in opt.param_groups):
+            group["lr"] = group["rate"] * now
         with run.autocast():
             loss, logs = loss_of(model, run.train, rng)
         loss.backward()
@@ -105,7 +111,7 @@ def fit(run, stage, model, loss_of, show=None):
             torch.manual_seed(0)
             with torch.no_grad(), run.autocast():
                 held = loss_of(ema.model, run.test, np.random.default_rng(0))[0].item()
-            row |= {"held_out": f"{held:.5f}", "lr": f"{opts[0].param_groups[0]['lr']:.2e}", "seconds": f"{time.time() - start:.1f}"}
+            row |= {"held_out": f"{held:.5f}", "lr": f"{now:.2e}", "seconds": f"{time.time() - start:.1f}"}
             rows, sums = rows + [row], {}
             with written(csv_path) as part, part.open("w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0].keys())

@@ -854,6 +854,15 @@ def test_evaluations_write_their_tables(four, tmp_path, monkeypatch):
         assert rows and (tmp_path / f"{name}.md").is_file() and all(np.isfinite(float(v)) for row in rows[:-1] for v in list(row.values())[1:])
 
 
+def test_a_module_may_learn_faster():
+    """RATE multiplies the learning rate of a module's parameters, in both optimizers, and of no others; none is left out."""
+    plain, quick = heads.QueryDecoder(2, 4, 64, 2, outputs=4), heads.MeshHead(2, 4, 64, 2)
+    model = torch.nn.ModuleList([plain, quick])
+    rates = {p: group["rate"] for opt in fit.optimizers(model, 1e-3) for group in opt.param_groups for p in group["params"]}
+    assert rates == {p: 1 for p in plain.parameters()} | {p: heads.MeshHead.RATE for p in quick.parameters()}
+    assert heads.MeshHead.RATE != 1
+
+
 def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
     monkeypatch.setattr(train, "class_accuracy", lambda *_: 0.)

@@ -35,7 +35,7 @@ from shapes import CLASSES, article
 STAGES = ("encoders", "tokenizer", "head", "backbone", "reconstruct")
 DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
     "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
-    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (5000, 32, 8e-3),
+    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (5000, 32, 2e-3),
 }
 PROMPTS = [article(name) for name in CLASSES] + ["a round table"]  # drawn while training
 
@@ -164,11 +164,16 @@ def train_reconstruct(run):
 # ---------------------------------------------------------------------------- what the stages share
 
 def heads_loss(run, model, reps, tokens, split, rows, rng):
-    """The sum of the heads' losses on the same tokens, each on samples of its own kind."""
+    """The sum of the heads' losses on the same tokens, each on samples of its own kind, of as many shapes as its own stage
+    takes. Several heads pull equally hard at an encoder, however large their losses are."""
     losses, logs = [], {}
     for rep in reps:
-        batch = {k: v.to(run.device) for k, v in HEADS[rep].samples(split, rows, rng).items()}
-        loss, parts = model[rep].loss(tokens, batch)
+        some = slice(run.settings[f"head-{rep}"][1])
+        batch = {k: v.to(run.device) for k, v in HEADS[rep].samples(split, rows[some], rng).items()}
+        read = tokens[some].clone()
+        if read.requires_grad and len(reps) > 1:
+            read.register_hook(lambda gradient: gradient / gradient.norm())
+        loss, parts = model[rep].loss(read, batch)
         losses, logs = losses + [loss], logs | parts
     return sum(losses), logs
 
