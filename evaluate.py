@@ -111,9 +111,9 @@ def sample_tokens(model, prompts, n, seed, **options):
     return torch.cat([model.tokens(*zip(*batch), **options) for batch in tqdm(batches, desc="tokens", unit="batch")])
 
 
-def decode(model, tokens, args):
+def decode(model, tokens, rep, args):
     """-> the shapes, and POINTS points on each: n k 3."""
-    shapes = [model.decode(t, args.rep, (args.seed, i), args.resolution) for i, t in enumerate(tqdm(tokens, desc="decoding", unit="shape"))]
+    shapes = [model.decode(t, rep, (args.seed, i), args.resolution) for i, t in enumerate(tqdm(tokens, desc="decoding", unit="shape"))]
     clouds = [shape.sample(POINTS, np.random.default_rng((args.seed, i))) for i, shape in enumerate(shapes)]
     return shapes, torch.from_numpy(np.stack(clouds))
 
@@ -128,7 +128,7 @@ def evaluate_generate(args):
     """n samples of every class name: the right class, whole, closed, near to real shapes, diverse?"""
     model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), held_out(args)
     print(f"running on {model.reason}")
-    shapes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=args.alpha), args)
+    shapes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=args.alpha), args.rep, args)
     distance = torch.cat([chamfer_matrix(part, references) for part in tqdm(clouds.split(8), desc="Chamfer", unit="batch")])
     rows = []
     for i, name in enumerate(args.prompts):
@@ -155,23 +155,24 @@ def evaluate_generate(args):
 
 def evaluate_joint(args):
     """Several checkpoints side by side, each head they have: shared tokens, own tokens, an encoder trained with all heads."""
-    (references, classes), rows = held_out(args), []
+    (references, classes), names, rows = held_out(args), np.repeat(CLASSES, args.n), {}
     for folder in args.checkpoints:
-        config = read_config(folder)
-        for args.rep in [name.removeprefix("head-") for name in heads.trained(folder) if name.startswith("head-")]:
-            judged = mean([JUDGES[args.rep](these, tokens, test, row, rng, autocast, 0)
-                           for test, row, rng, these, tokens, autocast in encoded(args, folder, [args.rep])])
-            model = LTM3D(folder, args.device)
-            _, clouds = decode(model, sample_tokens(model, CLASSES, args.n, args.seed), args)
-            distance, names = chamfer_matrix(clouds, references), np.repeat(CLASSES, args.n)
-            seconds = sum(config[stage]["seconds"] for stage in ("tokenizer", f"head-{args.rep}", "backbone") if stage in config)
-            rows.append({"checkpoint": folder, "rep": args.rep, "minutes": seconds / 60,
-                         "reconstruction": ", ".join(f"{name} {value:.3f}" for name, value in judged.items()),
-                         "right class": np.mean(classes[distance.argmin(1)] == names),
-                         "Chamfer to nearest": np.mean([distance[i, classes == name].min().item() for i, name in enumerate(names)])})
+        config, model = read_config(folder), LTM3D(folder, args.device)
+        print(f"{folder}: {sum(entry['seconds'] for entry in config.values()) / 60:.0f} minutes of training, all stages")
+        made = sample_tokens(model, CLASSES, args.n, args.seed)
+        for rep in [name.removeprefix("head-") for name in heads.trained(folder) if name.startswith("head-")]:
+            judged = mean([JUDGES[rep](these, tokens, test, row, rng, autocast, 0)
+                           for test, row, rng, these, tokens, autocast in encoded(args, folder, [rep])])
+            distance = chamfer_matrix(decode(model, made, rep, args)[1], references)
+            seconds = sum(config[stage]["seconds"] for stage in ("tokenizer", f"head-{rep}", "backbone") if stage in config)
+            rows[list(HEADS).index(rep), folder] = {
+                "rep": rep, "checkpoint": Path(folder).name, "minutes": seconds / 60,
+                "reconstruction": ", ".join(f"{name} {value:.3f}" for name, value in judged.items()),
+                "right class": np.mean(classes[distance.argmin(1)] == names),
+                "Chamfer to nearest": np.mean([distance[i, classes == name].min().item() for i, name in enumerate(names)])}
     print(f"minutes: of training tokenizer, head and backbone. {args.shapes} held-out shapes reconstructed, "
           f"{args.n} samples of every class name")
-    report(args, args.command, rows, mean_row=False)
+    report(args, args.command, [rows[key] for key in sorted(rows)], mean_row=False)
     curves = [(Path(folder).name, Path(folder) / "backbone.csv", "held_out") for folder in args.checkpoints]
     if any(path.is_file() for _, path, _ in curves):                           # else there is nothing to draw
         plot_losses({"backbone, held-out loss": curves}, Path(args.out) / "joint.png")
@@ -184,7 +185,7 @@ def evaluate_ablate_rgs(args):
     print(f"running on {model.reason}")
     rows = []
     for a in args.alphas:
-        _, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=a), args)
+        _, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=a), args.rep, args)
         rows.append({"a": "sampling only" if a is None else f"{a:g}"} | mean(
             [{"Chamfer to nearest": chamfer_matrix(own, references[classes == name]).amin(1).mean().item(), "diversity": diversity(own)}
              for name, own in zip(args.prompts, clouds.split(args.n))]))

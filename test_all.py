@@ -847,7 +847,7 @@ def test_evaluations_write_their_tables(four, tmp_path, monkeypatch):
         assert run(evaluate.main, "tokenizer", "--rep", rep, "--shapes", 2, *checkpoint) == 0
     assert run(evaluate.main, "cross", "--reps", "sdf", "pc", "--shapes", 1, *checkpoint) == 0
     assert run(evaluate.main, "joint", "--checkpoints", four, "--shapes", 1, "--n", 1, "--resolution", 32, *checkpoint) == 0
-    assert [row["rep"] for row in csv.DictReader((tmp_path / "joint.csv").open())] == ["pc", "mesh", "gs", "sdf"]
+    assert [row["rep"] for row in csv.DictReader((tmp_path / "joint.csv").open())] == ["sdf", "pc", "mesh", "gs"]
     assert (tmp_path / "joint.png").is_file()
     for name in ("tokenizer-pc", "tokenizer-gs", "cross"):
         rows = list(csv.DictReader((tmp_path / f"{name}.csv").open()))

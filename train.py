@@ -66,7 +66,8 @@ class Run:
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed, seconds=round(seconds),
                      data=self.train.folder.name, made_with=made, revision=revision, **entries)
         (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
-        plot_losses({stage: [(name, self.folder / f"{stage}.csv", name) for name in ("loss", "held_out")] for stage in DEFAULTS},
+        curves = ("training", "loss"), ("held-out shapes", "held_out")
+        plot_losses({stage: [(label, self.folder / f"{stage}.csv", column) for label, column in curves] for stage in DEFAULTS},
                     self.folder / "losses.png")
         print(f"{stage}: done in {seconds / 60:.1f} minutes  {entries.get('metrics', '')}")
 
@@ -174,7 +175,7 @@ def heads_loss(run, model, reps, tokens, split, rows, rng):
         if read.requires_grad and len(reps) > 1:
             read.register_hook(lambda gradient: gradient / gradient.norm())
         loss, parts = model[rep].loss(read, batch)
-        losses, logs = losses + [loss], logs | parts
+        losses, logs = losses + [loss], logs | {f"{rep} {name}": value for name, value in parts.items()}
     return sum(losses), logs
 
 
