@@ -85,7 +85,7 @@ class SdfHead(QueryDecoder):
         target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (0, x.shape[1] - k))
         distance = F.l1_loss(y[..., 0], target)
         colour = F.l1_loss(y[:, k:, 1:], batch["surface_colour"])
-        return distance + .2 * colour, {"distance": distance.detach(), "colour": colour.detach()}
+        return distance + colour, {"distance": distance.detach(), "colour": colour.detach()}
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
         return Mesh(*extract(self, tokens, resolution, autocast))
