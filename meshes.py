@@ -1,22 +1,24 @@
 """meshes.py - low-poly meshes as sequences of faces: canonical order, few enough faces, welding.
 
 A face of the sequence is 9 whole numbers: three corners of three coordinates, each one of BINS cells of [-1, 1].
-LTM3D section 4 generates meshes as such sequences. Canonical order (y is up; a vertex counts as y, then z, then x; where a
-component has more than four at one height, as y, then the angle about its middle, from the front, then the distance):
+LTM3D section 4 generates meshes as such sequences. Canonical order (y is up; corners counter-clockwise seen from outside):
 
-    1. a face starts at its lowest corner; the other two follow counter-clockwise seen from outside
-    2. components (faces joined by shared vertices) by their number of faces, most first; those of as many by
-       their centre, from left to right (x), then from back to front (z), then by their lowest point
-    3. in a component, faces by their corners
+    1. components (faces joined by shared vertices) by their number of faces, most first; those of as many by
+       their centre, from left to right (x), then from back to front (z), then by their highest vertex, highest first
+    2. a component starts at its highest vertex, of several the farthest back, then the one on the left; of the faces
+       there and the corners of each, those with the highest next vertices in the same sense
+    3. from there its faces are walked: out over the first free edge to the right of the one come in by; where there
+       is none, back to the last face that has one. A face starts with the edge it is entered by
 
 so that neither the order of the faces of a file nor the corner at which each starts matters. A head has to know the
 order from the shape, so it is one that seldom jumps: like parts of a shape (legs, wheels) stay in place when another
-part moves past them, and positions are compared to four decimals, not by bins, in which what is always a little
-lower would be lower in some shapes and level in others. And a ring's vertices come in turn, however it bulges.
+part moves past them; a walk goes by which faces are neighbours, wherever they bend to; and positions are compared to
+four decimals, not by bins, in which what is always a little higher would be higher in some shapes and level in others.
 
     python meshes.py out/table-0.glb --faces 256        # as many faces as fit, in canonical order, as a picture
 """
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -55,30 +57,44 @@ def canonical(vertices, faces, colours):
     place = place.reshape(-1)[faces]
     _, component = joined(place[:, [0, 1]].ravel(), place[:, [1, 2]].ravel(), len(vertices))
     component = component[place[:, 0]]                                                 # f
-    at, height, rank = np.round(vertices * 1e4).astype(np.int64), np.empty(faces.shape, np.int64), {}
+    x, y, z = np.round(vertices * 1e4).astype(np.int64).T
+    rank = np.unique(np.stack([-y, z, x], 1), axis=0, return_inverse=True)[1].reshape(-1)[faces]         # f 3
+    turn = (rank.argmin(1)[:, None] + np.arange(3)) % 3                                # each face from its highest corner
+    place, rank = np.take_along_axis(place, turn, 1), np.take_along_axis(rank, turn, 1)
+    first = {}
     for i in np.unique(component):
         mine = component == i
-        own, index = np.unique(at[faces[mine]].reshape(-1, 3), axis=0, return_inverse=True)
-        x, y, z = own.T
-        _, level, count = np.unique(y, return_inverse=True, return_counts=True)
-        ring, dx, dz = count[level] > 4, len(x) * x - x.sum(), len(z) * z - z.sum()    # whole numbers: no rounding
-        angle = np.arctan2(dx, dz) % (2 * np.pi)
-        angle[np.argsort(angle)] = np.cumsum(np.diff(np.sort(angle), prepend=0) > 2e-3)                  # nearly equal ones are equal
-        order = np.lexsort([np.where(ring, np.hypot(dx, dz), x), np.where(ring, angle, z), y])
-        height[mine] = order.argsort()[index].reshape(-1, 3)                           # f 3: the vertices' places in this order
         centre = vertices[np.unique(faces[mine])].mean(0).round(4) + 0.                # + 0: no -0
-        rank[i] = -mine.sum(), centre[0], centre[2], y.min(), *own[order[0]]
-    turn = (height.argmin(1)[:, None] + np.arange(3)) % 3
-    corners, height = np.take_along_axis(quantise(vertices)[faces], turn[..., None], 1), np.take_along_axis(height, turn, 1)
-    order = sorted(range(len(faces)), key=lambda i: (rank[component[i]], *height[i], *colours[i]))
-    seen, kept = set(), []
-    for i in order:
-        a, b, c = key = tuple(map(tuple, corners[i]))
-        if a != b != c != a and key not in seen:
-            kept.append(i)
-            seen.add(key)
+        first[i] = -mine.sum(), centre[0], centre[2], rank[mine].min()
+    by_height = sorted(range(len(faces)), key=lambda i: (first[component[i]], *rank[i], *colours[i]))
+    order, start = np.array(list(walk(place, by_height).items())).T
+    turn = (turn[order, :1] + start[:, None] + np.arange(3)) % 3
+    corners, colours, component = np.take_along_axis(quantise(vertices)[faces[order]], turn[..., None], 1), colours[order], component[order]
+    kept = {}                                                                          # corners, whichever is first -> face
+    for i, (a, b, c) in enumerate(map(tuple, face) for face in corners.tolist()):
+        if a != b != c != a:
+            kept.setdefault(min((a, b, c), (b, c, a), (c, a, b)), i)
+    kept = list(kept.values())
     number = np.cumsum(np.diff(component[kept], prepend=component[kept][0]) != 0)
     return corners[kept], colours[kept], number
+
+
+def walk(faces, roots):
+    """From each of the faces (vertices f 3) that is new when it is a root's turn, to its neighbours, to the right first: {face:
+    which of its corners starts the edge it was entered by}, in order."""
+    beside, entered = defaultdict(list), {}
+    for i in roots[::-1]:                                                              # beside an edge, the first is popped first
+        for k in range(3):
+            beside[faces[i, k], faces[i, (k + 1) % 3]].append((i, k))
+    for root in roots:
+        todo = [(root, 0)]
+        while todo:
+            i, k = todo.pop()
+            if i not in entered:
+                entered[i] = k
+                a, b, c = np.roll(faces[i], -k)                                        # in by a -> b
+                todo += beside[b, a] + beside[a, c] + beside[c, b]
+    return entered
 
 
 def joined(a, b, count):

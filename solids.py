@@ -115,10 +115,10 @@ class Part:
         return (x if self.rotation is None else x @ self.rotation.T) + self.centre, faces
 
     def bulge(self, x, middle):
-        """Low-poly vertices x, moved level and straight away from the axis through `middle` to this ball, where it is farther."""
-        reach = np.hypot(*(x - middle)[:, ::2].T)
-        d, u = (x - middle) * [1, 0, 1] / reach[:, None], (self.centre - middle) * [1, 0, 1]
-        square = (1.05 * self.radius) ** 2 - (x - self.centre)[:, 1] ** 2 + (d @ u) ** 2 - u @ u       # flat faces cut corners: 1.05
+        """Low-poly vertices x, moved straight away from `middle` to this ball, where it is farther."""
+        reach, u = np.linalg.norm(x - middle, axis=1), self.centre - middle
+        d = (x - middle) / reach[:, None]
+        square = (1.05 * self.radius) ** 2 + (d @ u) ** 2 - u @ u                       # flat faces cut corners: 1.05
         far = np.where(square > 0, d @ u + np.sqrt(square.clip(0)), 0)
         return x + (far - reach).clip(0)[:, None] * d
 
