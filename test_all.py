@@ -302,6 +302,17 @@ def test_like_parts_may_come_in_any_order(prepared):
     assert torch.equal(heads.like_parts(0 * said(swapped), corners, components), rows)
 
 
+def test_between_two_shapes_the_nearer_one_is_said(prepared, monkeypatch):
+    """In training the mesh head sees tokens on the way to the most similar shape of the batch, and never past the middle."""
+    torch.manual_seed(0)
+    head, tokens, seen = heads.MeshHead(4, 16, 64, 2), torch.tensor([0., 1., 3.])[:, None, None].expand(3, 64, 16), []
+    monkeypatch.setattr(head, "forward", lambda x: seen.append(x) or heads.MeshHead.forward(head, x))
+    for _ in range(20):
+        head.loss(tokens, prepared[0].faces([0, 1, 2]))
+    share = (torch.stack(seen) - tokens)[..., 0, 0] / torch.tensor([1., -1., -2.])                      # towards 1, 0 and 1
+    assert 0 <= share.min() < .01 and .4 < share.max() < .5
+
+
 def test_bad_meshes_are_one_line():
     """No faces, vertices that are not there or not numbers, too many faces; degenerate and double faces are dropped."""
     vertices, faces, colours = np.eye(3), np.array([[0, 1, 2]]), np.ones((1, 3))
