@@ -275,7 +275,7 @@ class MeshHead(nn.Module):
         """Cross-entropy on the nine coordinates of every face and on whether there is one; L1 on colour. Tokens that are made
         may lie between two shapes, and half of each makes no mesh: so it learns to say the nearer one, on the way to another."""
         apart = torch.cdist(tokens.flatten(1), tokens.flatten(1)).fill_diagonal_(torch.inf)
-        share = .45 * torch.rand(len(tokens), 1, 1, device=tokens.device) ** 2
+        share = .45 * torch.rand(len(tokens), 1, 1, device=tokens.device) ** 3
         coordinate, there, colour = self(torch.lerp(tokens, tokens[apart.argmin(1)], share))
         true = batch["components"] >= 0                                                   # b f
         exists = F.pad(true, (0, there.shape[1] - true.shape[1]))                         # b s
