@@ -85,7 +85,7 @@ class SdfHead(QueryDecoder):
         target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (0, x.shape[1] - k))
         distance = F.l1_loss(y[..., 0], target)
         colour = F.l1_loss(y[:, k:, 1:], batch["surface_colour"])
-        return distance + colour, {"distance": distance.detach(), "colour": colour.detach()}
+        return distance + .2 * colour, {"distance": distance.detach(), "colour": colour.detach()}
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
         return Mesh(*extract(self, tokens, resolution, autocast))
@@ -275,7 +275,7 @@ class MeshHead(nn.Module):
         """Cross-entropy on the nine coordinates of every face and on whether there is one; L1 on colour. Tokens that are made
         may lie between two shapes, and half of each makes no mesh: so it learns to say the nearer one, on the way to another."""
         apart = torch.cdist(tokens.flatten(1), tokens.flatten(1)).fill_diagonal_(torch.inf)
-        share = .45 * torch.rand(len(tokens), 1, 1, device=tokens.device) ** 3
+        share = .45 * (4 * torch.rand(len(tokens), 1, 1, device=tokens.device) - 3).clamp(min=0)      # of one in four
         coordinate, there, colour = self(torch.lerp(tokens, tokens[apart.argmin(1)], share))
         true = batch["components"] >= 0                                                   # b f
         exists = F.pad(true, (0, there.shape[1] - true.shape[1]))                         # b s
