@@ -78,14 +78,15 @@ class SdfHead(QueryDecoder):
         return split.queries(rows, 640, rng) | {"surface": points, "surface_colour": colours}
 
     def loss(self, tokens, batch):
-        """L1 on the clipped distance at queries near and far, and at surface points, where it is 0; L1 on colour."""
+        """L1 on the clipped distance at queries near and far, and at surface points, where it is 0; the square of the error of
+        colour, because the likeliest colour, which L1 would make, has no stripe where it is not sure how high the stripe is."""
         x = torch.cat([batch["queries"], batch["surface"]], 1)
         y = self.ask(self.read(tokens), x)                                                # b k 4
         k = batch["queries"].shape[1]
         target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (0, x.shape[1] - k))
         distance = F.l1_loss(y[..., 0], target)
-        colour = F.l1_loss(y[:, k:, 1:], batch["surface_colour"])
-        return distance + .2 * colour, {"distance": distance.detach(), "colour": colour.detach()}
+        colour = F.mse_loss(y[:, k:, 1:], batch["surface_colour"])
+        return distance + colour, {"distance": distance.detach(), "colour": colour.detach()}
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
         return Mesh(*extract(self, tokens, resolution, autocast))
@@ -333,7 +334,7 @@ def with_needs(reps):
 def trained(folder):
     """The stages that a checkpoint folder holds; a head is one, also when it was trained with the encoder."""
     config = read_config(folder)
-    return [*config, *(f"head-{rep}" for rep in config.get("tokenizer", {}).get("heads", ()))]
+    return list(dict.fromkeys([*config, *(f"head-{rep}" for rep in config.get("tokenizer", {}).get("heads", ()))]))
 
 
 def load(folder, reps, device="cpu"):

@@ -27,7 +27,7 @@ import tokenizer as tokenizer_
 from data import TRAIN_SHAPES, prepare
 from fit import fit, plot_losses
 from heads import HEADS
-from layers import Help, command, digest, pick_device, save_weights, write_config, written
+from layers import Help, command, digest, pick_device, read_config, save_weights, write_config, written
 from metrics import JUDGES, chamfer_matrix
 from render import contact_sheet
 from shapes import CLASSES, article
@@ -110,10 +110,11 @@ def train_tokenizer(run):
 
 
 def train_head(run, rep):
-    """One head on frozen tokens, with the noise that the tokenizer had in training."""
+    """One head on frozen tokens, with the noise that the tokenizer had in training. One that learnt with the encoder goes on."""
     tokenizer = tokenizer_.load(run.folder).to(run.device)
     heads = heads_.load(run.folder, HEADS[rep].needs, run.device)
-    model = nn.ModuleDict({rep: HEADS[rep](**tokenizer_.SIZES[run.size])})
+    begun = f"head-{rep}" in heads_.trained(run.folder)
+    model = nn.ModuleDict(heads_.load(run.folder, [rep]) if begun else {rep: HEADS[rep](**tokenizer_.SIZES[run.size])}).requires_grad_()
     tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
 
     def loss_of(model, split, rng):
@@ -254,7 +255,8 @@ def main():
     parser.add_argument("--tokens", choices=["shared", "own", "joint"], default="shared",
                         help="shared: heads on the tokens of one encoder, which is trained for sdf; own: an encoder and a backbone for "
                              "each representation alone; joint: one encoder trained with all these heads")
-    parser.add_argument("--stage", choices=STAGES, help="train this stage alone (default: all that are not done)")
+    parser.add_argument("--stage", choices=STAGES, help="train this stage alone (default: all that are not done); head also lets "
+                        "one that the encoder was trained with go on learning, on frozen tokens")
     parser.add_argument("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     for i, (name, kind, what) in enumerate((("steps", int, "training steps of a stage"), ("batch", int, "batch size"),
@@ -274,17 +276,18 @@ def main():
     if args.tokens == "own":
         for rep in HEADS if "all" in args.rep else args.rep:
             own = heads_.with_needs([rep])
-            chain(Run(args, own, own, f"{folder}-{rep}"), args.stage)
+            chain(Run(args, own, own, f"{folder}-{rep}"), args)
     else:
-        chain(Run(args, reps, ["sdf"] if args.tokens == "shared" else reps, folder), args.stage)
+        chain(Run(args, reps, ["sdf"] if args.tokens == "shared" else reps, folder), args)
 
 
-def chain(run, only):
+def chain(run, args):
     """All stages that are not done, or one."""
-    for stage in [only] if only else STAGES:
+    for stage in [args.stage] if args.stage else STAGES:
         for name in [f"head-{rep}" for rep in run.reps] if stage == "head" else [stage]:
             torch.manual_seed(run.seed)  # initial weights, the same whichever stages came before
-            if name in heads_.trained(run.folder):
+            more = args.stage and name.removeprefix("head-") in args.rep                      # a head that was begun goes on
+            if name in (read_config(run.folder) if more else heads_.trained(run.folder)):
                 print(f"{name}: already done in {run.folder}")
             elif stage == "head":
                 train_head(run, name.removeprefix("head-"))
