@@ -78,8 +78,8 @@ class SdfHead(QueryDecoder):
         return split.queries(rows, 640, rng) | {"surface": points, "surface_colour": colours}
 
     def loss(self, tokens, batch):
-        """L1 on the clipped distance at queries near and far, and at surface points, where it is 0; the square of the error of
-        colour, because the likeliest colour, which L1 would make, has no stripe where it is not sure how high the stripe is."""
+        """L1 on the clipped distance at queries near and far, and at surface points, where it is 0; the squared error of colour,
+        as the likeliest colour, which L1 would make, has no stripe where it is not sure how high that is."""
         x = torch.cat([batch["queries"], batch["surface"]], 1)
         y = self.ask(self.read(tokens), x)                                                # b k 4
         k = batch["queries"].shape[1]

@@ -887,6 +887,18 @@ def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
 
 
+def test_a_head_goes_on_where_the_tokenizer_left_it(overfitted, tmp_path, monkeypatch, capsys):
+    """--stage head --rep sdf: the head that learnt with the encoder starts from what it knows, once; the encoder stays."""
+    shutil.copytree(overfitted, tmp_path / "run")
+    flags = "--rep", "sdf", "--stage", "head", "--steps", 1, "--batch", 2, "--lr", 1e-9
+    for _ in range(2):
+        assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
+    loss = {stage: [float(row["loss"]) for row in csv.DictReader((tmp_path / f"run/{stage}.csv").open())] for stage in ("head-sdf", "tokenizer")}
+    assert len(loss["head-sdf"]) == 1 and loss["head-sdf"][0] < .5 * loss["tokenizer"][0]
+    assert capsys.readouterr().out.count("already done") == 1
+    assert layers.digest(tmp_path / "run/tokenizer.safetensors") == layers.digest(overfitted / "tokenizer.safetensors")
+
+
 @pytest.mark.parametrize("flags, complaint", [
     (["--stage", "dinner"], "choose from"), (["--steps", "0"], "more than 0"), (["--lr", "nan"], "more than 0"), (["--shapes", "x"], "invalid"),
     (["--bacth", "3"], "unrecognized arguments: --bacth"), (["--device", "toaster"], "--device toaster cannot be used here"),
