@@ -19,14 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from scipy.optimize import linear_sum_assignment
 from skimage.measure import marching_cubes
 from torch import nn
 
 from export import Cloud, Gaussians, Mesh
 from layers import Block, UserError, fourier, grid_points, load_model, read_config, read_stage, time_embedding
 from light import baked
-from meshes import BINS, centres, close, weld
+from meshes import BINS, centres, close, like_parts, weld
 from render import splat
 from solids import TRUNCATION
 
@@ -261,29 +260,33 @@ class MeshHead(nn.Module):
     def samples(split, rows, rng):
         return split.faces(rows)
 
-    def forward(self, tokens):                                # b n c -> logits b s 9 BINS; is there a face b s; colours b s 3
+    def forward(self, tokens):                                # b n c -> levels b s 9 l; is there a face b s; colours b s 3
         x = self.token(tokens) + self.place
         n = x.shape[1]
         x = torch.cat([x, repeat(self.query, "q d -> b q d", b=len(x))], 1)
         for block in self.blocks:
             x = block(x)
         x = self.norm(x[:, n:])
-        coordinate = rearrange(self.coordinate(x), "b q (f i l) -> b (q f) i l", f=self.FACES, l=self.LEVELS) @ self.bins
+        levels = rearrange(self.coordinate(x), "b q (f i l) -> b (q f) i l", f=self.FACES, l=self.LEVELS)
         other = rearrange(self.other(x).float(), "b q (f i) -> b (q f) i", f=self.FACES)
-        return coordinate.float(), other[..., 0], other[..., 1:]
+        return levels, other[..., 0], other[..., 1:]
+
+    def logits(self, levels):                                 # ... 9 l -> ... 9 BINS, asked for the faces that there are: half
+        return (levels @ self.bins).float()
 
     def loss(self, tokens, batch):
         """Cross-entropy on the nine coordinates of every face and on whether there is one; L1 on colour. Tokens that are made
         may lie between two shapes, and half of each makes no mesh: so it learns to say the nearer one, on the way to another."""
         apart = torch.cdist(tokens.flatten(1), tokens.flatten(1)).fill_diagonal_(torch.inf)
         share = .45 * (4 * torch.rand(len(tokens), 1, 1, device=tokens.device) - 3).clamp(min=0)      # of one in four
-        coordinate, there, colour = self(torch.lerp(tokens, tokens[apart.argmin(1)], share))
+        levels, there, colour = self(torch.lerp(tokens, tokens[apart.argmin(1)], share))
         true = batch["components"] >= 0                                                   # b f
         exists = F.pad(true, (0, there.shape[1] - true.shape[1]))                         # b s
         corners, colours = batch["corners"].flatten(2), batch["face_colours"]
-        order = like_parts(coordinate.detach(), corners, batch["components"])[..., None]
+        logits = self.logits(levels[exists])                                              # faces of all shapes, one after another
+        order = like_parts(logits.detach().split(true.sum(1).tolist()), corners, batch["components"])[..., None]
         corners, colours = (x.gather(1, order.expand_as(x)) for x in (corners, colours))
-        bins = F.cross_entropy(coordinate[exists].flatten(0, 1), corners[true].flatten())
+        bins = F.cross_entropy(logits.flatten(0, 1), corners[true].flatten())
         face = F.binary_cross_entropy_with_logits(there, exists.float())
         paint = F.l1_loss(colour[exists], colours[true])
         return bins + face + 2 * paint, {"bins": bins.detach(), "face": face.detach(), "colour": paint.detach()}
@@ -291,31 +294,13 @@ class MeshHead(nn.Module):
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=None):
         with autocast():
-            coordinate, there, colours = self(tokens[None])
-        share, colours = coordinate[0, there[0] > 0].softmax(-1), colours[0, there[0] > 0].clamp(0, 1).cpu().numpy()
+            levels, there, colours = self(tokens[None])
+            logits = self.logits(levels[0, there[0] > 0])
+        share, colours = logits.softmax(-1), colours[0, there[0] > 0].clamp(0, 1).cpu().numpy()
         vertices, faces, whole = weld(rearrange(share, "f (i j) bins -> f i j bins", i=3).cpu().numpy())
         count = np.bincount(faces.ravel(), minlength=len(vertices)).clip(1)[:, None]      # a vertex has its faces' mean colour
         paint = np.stack([np.bincount(faces.ravel(), c, len(vertices)) for c in np.repeat(colours[whole], 3, 0).T], 1) / count
         return Mesh(centres(vertices).astype(np.float32), close(faces), paint.astype(np.float32), smooth=False)
-
-
-def like_parts(logits, corners, components, margin=.5):
-    """Where the canonical order of parts with as many faces (legs, wheels) jumps, a head would be torn between two. So they are
-    compared in another order where that costs less by `margin` a coordinate: logits b s 9 BINS, corners b f 9, components b f
-    -> rows b f."""
-    order = torch.arange(corners.shape[1], device=corners.device).repeat(len(corners), 1)
-    for i, numbers in enumerate(components.cpu()):
-        first = 0
-        sizes, counts = numbers[numbers >= 0].bincount().unique_consecutive(return_counts=True)
-        for faces, parts in zip(sizes.tolist(), counts.tolist()):
-            block = slice(first, first + parts * faces)
-            if parts > 1:
-                said = logits[i, block].reshape(parts, 1, faces * 9, -1).expand(-1, parts, -1, -1)
-                true = corners[i, block].reshape(1, parts, faces * 9, 1).expand(parts, -1, -1, -1)
-                score = said.gather(3, true).mean((2, 3)).cpu() + margin * torch.eye(parts)     # of part j in place i
-                order[i, block] = order[i, block].reshape(parts, faces)[linear_sum_assignment(score, maximize=True)[1]].flatten()
-            first += parts * faces
-    return order
 
 
 HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}

@@ -22,6 +22,8 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
@@ -100,6 +102,25 @@ def walk(faces, roots):
 def joined(a, b, count):
     """Connected components of `count` things of which a[i] and b[i] are joined."""
     return connected_components(coo_array((np.ones(len(a)), (a, b)), (count, count)), directed=False)
+
+
+def like_parts(logits, corners, components, margin=.5):
+    """Where the canonical order of parts with as many faces (legs, wheels) jumps, a head would be torn between two. So they are
+    compared in another order where that costs less by `margin` a coordinate: logits of each (f' 9 BINS), corners b f 9, components b f
+    -> rows b f."""
+    order = torch.arange(corners.shape[1], device=corners.device).repeat(len(corners), 1)
+    for i, numbers in enumerate(components.cpu()):
+        first = 0
+        sizes, counts = numbers[numbers >= 0].bincount().unique_consecutive(return_counts=True)
+        for faces, parts in zip(sizes.tolist(), counts.tolist()):
+            block = slice(first, first + parts * faces)
+            if parts > 1:
+                said = logits[i][block].reshape(parts, 1, faces * 9, -1).expand(-1, parts, -1, -1)
+                true = corners[i, block].reshape(1, parts, faces * 9, 1).expand(parts, -1, -1, -1)
+                score = said.gather(3, true).mean((2, 3)).cpu() + margin * torch.eye(parts)     # of part j in place i
+                order[i, block] = order[i, block].reshape(parts, faces)[linear_sum_assignment(score, maximize=True)[1]].flatten()
+            first += parts * faces
+    return order
 
 
 def weld(share):

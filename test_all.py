@@ -298,8 +298,8 @@ def test_like_parts_may_come_in_any_order(prepared):
     swapped = torch.cat([rows[:, :start], rows[:, start + size:start + 2 * size], rows[:, start:start + size], rows[:, start + 2 * size:]], 1)
     said = lambda rows: 5. * F.one_hot(corners[:, rows[0]].clamp(min=0), meshes.BINS)
     for order in (rows, swapped):
-        assert torch.equal(heads.like_parts(said(order), corners, components), order)
-    assert torch.equal(heads.like_parts(0 * said(swapped), corners, components), rows)
+        assert torch.equal(meshes.like_parts(said(order), corners, components), order)
+    assert torch.equal(meshes.like_parts(0 * said(swapped), corners, components), rows)
 
 
 def test_between_two_shapes_the_nearer_one_is_said(prepared, monkeypatch):
