@@ -5,7 +5,7 @@
 The prefix is prepended to the shape tokens. It aligns the condition with the shape space while
 generating, so the shape tokenizer never has to know about language.
 
-    python test_all.py -k prefix
+    python -m pytest -q test_all.py -k prefix       # its tests
 """
 import torch
 from einops import rearrange, repeat
