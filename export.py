@@ -12,14 +12,16 @@ and read_glb returns them to five decimals.
 
     python export.py out/table-0.glb        # says what is in the file
 """
-import sys
+import argparse
 from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import trimesh
 from trimesh.exchange.gltf import export_glb, load_glb
 
-from layers import UserError, written
+from layers import UserError, command, written
 from meshes import closed_edges, components, sample_surface, watertight
 from render import render_gaussians, render_mesh, render_points
 
@@ -95,6 +97,13 @@ class Gaussians:
         return {}
 
 
+def content(path):
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name a file that sample.py wrote") from None
+
+
 # ---------------------------------------------------------------------------- glb
 
 def to_linear(srgb):
@@ -127,15 +136,15 @@ def write_glb(path, vertices, faces, colours, smooth=True):
 
 
 def read_glb(path):
-    """What write_glb wrote -> vertices (v 3), faces (f 3), colours (v 3); one clear ValueError for other files."""
-    with open(path, "rb") as file:
-        try:
-            # not trimesh.load, which would round the colours to 8 bits
-            scene = load_glb(file, skip_materials=True)
-            mesh, = scene["geometry"].values()
-            vertices, faces, linear = mesh["vertices"], mesh["faces"], mesh["vertex_colors"]
-        except Exception as error:                                  # trimesh raises whatever the bytes provoke
-            raise ValueError(f"{path}: not a .glb of one coloured mesh, as sample.py writes ({error!r})") from None
+    """What write_glb wrote -> vertices (v 3), faces (f 3), colours (v 3)."""
+    data = content(path)
+    try:
+        # not trimesh.load, which would round the colours to 8 bits
+        scene = load_glb(BytesIO(data), skip_materials=True)
+        mesh, = scene["geometry"].values()
+        vertices, faces, linear = mesh["vertices"], mesh["faces"], mesh["vertex_colors"]
+    except Exception as error:                                      # trimesh raises whatever the bytes provoke
+        raise UserError(f"{path}: not a .glb of one coloured mesh, as sample.py writes ({error!r})") from None
     return np.array(vertices), np.array(faces, np.int64), to_srgb(linear[:, :3].astype(np.float64)).astype(np.float32)
 
 
@@ -165,31 +174,29 @@ def write_ply(path, fields):
 
 def read_ply(path, needed):
     """-> name -> k numbers of the vertex element of a binary PLY that has at least the fields `needed`, all of them finite."""
-    with open(path, "rb") as file:
-        data = file.read()
-    head, end, body = data.partition(b"end_header\n")
+    head, end, body = content(path).partition(b"end_header\n")
     lines = head.decode("latin-1").split("\n")
     if lines[0].strip() != "ply" or not end:
-        raise ValueError(f"{path}: not a PLY file")
+        raise UserError(f"{path}: not a PLY file")
     words = [line.split() for line in lines if line.strip()]
     if ["format", "binary_little_endian", "1.0"] not in words:
-        raise ValueError(f"{path}: only binary little-endian PLY files are read; write it again as binary")
+        raise UserError(f"{path}: only binary little-endian PLY files are read; write it again as binary")
     elements = [i for i, word in enumerate(words) if word[0] == "element"] + [len(words)]
     if len(elements) < 2 or words[elements[0]][1] != "vertex":
-        raise ValueError(f"{path}: its first element is not 'vertex'")
+        raise UserError(f"{path}: its first element is not 'vertex'")
     fields = [word for word in words[elements[0] + 1:elements[1]] if word[0] == "property"]
     missing = [name for name in needed if name not in [word[-1] for word in fields]]
     if missing:
-        raise ValueError(f"{path}: has no {', '.join(missing)}; is it a file of another kind?")
+        raise UserError(f"{path}: has no {', '.join(missing)}; is it a file of another kind?")
     if any(word[1] not in TYPES for word in fields):
-        raise ValueError(f"{path}: its vertices hold lists, which is not read")
+        raise UserError(f"{path}: its vertices hold lists, which is not read")
     kind, count = np.dtype([(word[-1], TYPES[word[1]]) for word in fields]), int(words[elements[0]][2])
     if len(body) < count * kind.itemsize:
-        raise ValueError(f"{path}: truncated, {len(body)} bytes of {count * kind.itemsize}; copy or write it again")
+        raise UserError(f"{path}: truncated, {len(body)} bytes of {count * kind.itemsize}; copy or write it again")
     rows = np.frombuffer(body, kind, count)
     bad = [name for name in needed if not np.isfinite(rows[name]).all()]
     if bad:
-        raise ValueError(f"{path}: holds numbers that are not finite (NaN) in {', '.join(bad)}")
+        raise UserError(f"{path}: holds numbers that are not finite (NaN) in {', '.join(bad)}")
     return {name: rows[name] for name in kind.names}
 
 
@@ -230,16 +237,13 @@ def read(path):
 
 
 def main():
-    if len(sys.argv) != 2:
-        sys.exit("usage: python export.py FILE.glb | FILE.ply")
-    try:
-        shape = read(sys.argv[1])
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("file", help="what sample.py wrote, .glb or .ply")
+    shape = read(parser.parse_args().file)
     x = shape.vertices if isinstance(shape, Mesh) else shape.means if isinstance(shape, Gaussians) else shape.points
     count = f", {len(shape.faces):,} faces" if isinstance(shape, Mesh) else ""
     print(f"{type(shape).__name__}: {len(x):,} points{count}, from {x.min(0)} to {x.max(0)}, mean colour {shape.colours.mean(0)}")
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

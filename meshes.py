@@ -251,10 +251,7 @@ def main():
         parser.error(f"--faces must be at least 4, what a closed mesh has, not {args.faces}")
     from export import read_glb
     from render import render_mesh, save_png
-    try:
-        vertices, faces, colours = read_glb(args.file)
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from None
+    vertices, faces, colours = read_glb(args.file)
     corners, colours, _ = canonical(*fit(vertices, faces, colours[faces].mean(1), args.faces, args.many))
     x = centres(corners).reshape(-1, 3).astype(np.float32)
     save_png(args.out, render_mesh(x, np.arange(len(x)).reshape(-1, 3), np.repeat(colours, 3, 0)))

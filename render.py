@@ -18,7 +18,7 @@ from einops import rearrange, reduce
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
 
-from layers import Help, written
+from layers import Help, UserError, command, written
 from light import baked, lamps, light, look, scatter, to_linear, to_srgb
 from see import EYE, HALF, gradient, project, rays, see_mesh, see_points, see_sdf, tensor
 
@@ -184,7 +184,7 @@ def render_points(points, colours=None, radius=.016, azimuth=35, elevation=25, s
 def render_gaussians(means, scales, rotations, opacities, colours, azimuth=35, elevation=25, size=256, mode="colour"):
     """3D Gaussians as `splat` takes them, on the same floor, with their shadow."""
     if mode != "colour":
-        raise ValueError(f"render mode {mode!r}: 3D Gaussians have colours alone")
+        raise UserError(f"3D Gaussians have colours alone, no {mode}; use --mode colour")
     means, scales, rotations, opacities, colours = (tensor(x) for x in (means, scales, rotations, opacities, colours))
     nothing = torch.zeros(0, dtype=torch.int64), *[torch.zeros(0, 3)] * 3
     ground = picture(lambda view, width: nothing, means[opacities > .5], azimuth, elevation, size, "colour")
@@ -256,16 +256,13 @@ def main():
         parser.error(f"--size {args.size}: choose 16 to 4096 pixels")
     out = args.out or args.file.with_suffix(".gif" if args.turntable else ".png")
     from export import read                         # trimesh takes a while to import, and only this needs it
-    try:
-        shape = read(args.file)
-        if args.turntable:
-            save_gif(out, turntable(shape, size=args.size))
-        else:
-            save_png(out, shape.picture(args.size, azimuth=args.azimuth, elevation=args.elevation, mode=args.mode))
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"error: {error}\n")
+    shape = read(args.file)
+    if args.turntable:
+        save_gif(out, turntable(shape, size=args.size))
+    else:
+        save_png(out, shape.picture(args.size, azimuth=args.azimuth, elevation=args.elevation, mode=args.mode))
     print(out)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

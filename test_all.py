@@ -1101,7 +1101,7 @@ def test_bad_ply_is_one_line(damage, complaint, tmp_path):
     means, scales, turns, opacities, colours = (x.numpy() for x in gaussians(5))
     export.Gaussians(means, scales, turns, opacities, colours).save(tmp_path / "g.ply")
     (tmp_path / "bad.ply").write_bytes(damage((tmp_path / "g.ply").read_bytes()))
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         export.read(tmp_path / "bad.ply")
 
 
