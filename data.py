@@ -7,7 +7,6 @@ where it was, and any number of processes can share the work.
     python data.py                       # prepares the built-in shapes; a contact sheet to look at
     python data.py --shapes 5000 --out cache --workers 2
 """
-import argparse
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import shapes
-from layers import Help, command, written
+from layers import Parser, UserError, between, claim, command, written
 from meshes import canonical, fit
 from render import contact_sheet, flat, render_sdf, save_png
 
@@ -139,8 +138,11 @@ class Prepared:
 
     def __init__(self, folder, seed, kinds):
         self.folder, self.seed = Path(folder), seed
-        self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for kind in kinds for name in KINDS[kind]}
-        self.text = [row for path in sorted(self.folder.glob(f"{kinds[0]}-*.json")) for row in json.loads(path.read_text())]
+        try:
+            self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for kind in kinds for name in KINDS[kind]}
+            self.text = [row for path in sorted(self.folder.glob(f"{kinds[0]}-*.json")) for row in json.loads(path.read_text())]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is damaged ({error}); delete it, and it is made again") from None
         self.classes = [row["class"] for row in self.text]
         self.captions = [row["captions"] for row in self.text]
 
@@ -175,15 +177,14 @@ class Prepared:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    parser.add_argument("--shapes", type=int, default=TRAIN_SHAPES, help="how many training shapes to prepare")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other shapes")
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many training shapes to prepare")
+    parser.add_argument("--seed", type=between(0), default=0, help="another seed, other shapes")
     parser.add_argument("--out", default="cache", help="folder of the prepared sets")
-    parser.add_argument("--workers", type=int, default=2, help="processes to use")
+    parser.add_argument("--workers", type=between(1), default=2, help="processes to use")
     parser.add_argument("--picture", default="out/shapes.png", help="contact sheet to write")
     args = parser.parse_args()
-    if args.shapes < 1 or args.workers < 1:
-        parser.error("--shapes and --workers must be at least 1")
+    claim(Path(args.picture).parent)
     start = time.time()
     train = prepare("train", args.shapes, args.seed, args.out, args.workers)
     prepare("test", None, args.seed, args.out, args.workers)

@@ -10,7 +10,6 @@ frozen. The text tower's tokens condition the backbone; the cloud tower scores s
     python train.py --rep sdf --stage encoders      # trains it
     python encoders.py "a round table"              # which words it puts nearest to a prompt
 """
-import argparse
 import difflib
 import math
 import re
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from layers import Block, Help, UserError, command, fourier, load_model, read_stage
+from layers import Block, Parser, UserError, command, fourier, load_model, read_stage
 
 SIZES = {  # dim is also e, the width of a condition token
     "tiny": dict(dim=128, depth=2, heads=4),
@@ -178,7 +177,7 @@ def load(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("prompt", help="what to look up")
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
     args = parser.parse_args()

@@ -13,7 +13,6 @@ metrics.py says what each number means.
 
 Each prints a Markdown table and writes it, a CSV beside it, to --out.
 """
-import argparse
 import csv
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from attributes import ATTRIBUTES, holds, look
 from data import prepare
 from fit import plot_losses
 from heads import HEADS
-from layers import Help, claim, command, pick_device, read_config, written
+from layers import Parser, between, claim, command, pick_device, read_config, written
 from metrics import JUDGES, chamfer, chamfer_matrix, decoded_field, diversity, others, true_field
 from render import contact_sheet, save_png
 from sample import LTM3D, RESOLUTIONS, alpha
@@ -147,7 +146,7 @@ def evaluate_generate(args):
           "the class; of held-out: from each of those to its nearest other. diversity: mean Chamfer of pairs")
     report(args, f"{args.command}-{args.rep}", rows)
     each = min(4, args.n)
-    shown = [i * args.n + j for i in range(len(args.prompts)) for j in range(each)]
+    shown = [i * args.n + (i * each + j) % args.n for i in range(len(args.prompts)) for j in range(each)]      # of every seed some
     pictures = [shapes[i].picture(160) for i in tqdm(shown, desc="pictures", unit="picture")]
     save_png(f"{args.out}/generate-{args.rep}.png", contact_sheet(pictures, 2 * each, [name for name in args.prompts for _ in range(each)]))
     print(f"{args.out}/generate-{args.rep}.png")
@@ -233,32 +232,22 @@ def evaluate_attributes(args):
 
 # ---------------------------------------------------------------------------- the commands
 
-def between(low, high):
-    def parse(text):
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be between {low} and {high}, not {text}")
-        return value
-    parse.__name__ = "int"
-    return parse
-
-
 def main():
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--rep", type=heads.spelling, choices=list(HEADS), default="sdf", help="the representation to judge")
+    common = Parser(add_help=False)
     common.add_argument("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
     common.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    common.add_argument("--seed", type=between(0, 2 ** 63 - 1), default=0, help="of the samples and of the points drawn")
+    common.add_argument("--seed", type=between(0), default=0, help="of the samples and of the points drawn")
     common.add_argument("--cache", default="cache", help="folder of the prepared data")
     common.add_argument("--out", default="out/evaluate", help="folder for the results")
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = {name: commands.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__, formatter_class=Help,
-                                     allow_abbrev=False) for name, run in COMMANDS.items()}
+    sub = {name: commands.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__) for name, run in COMMANDS.items()}
+    for name in ("tokenizer", "generate", "attributes", "ablate-rgs"):
+        reps = ["sdf"] if name == "attributes" else list(HEADS)
+        sub[name].add_argument("--rep", type=heads.spelling, choices=reps, default="sdf", help="the representation to judge")
     flag = sub["tokenizer"].add_argument
     flag("--shapes", type=between(1, 520), default=260, help="how many held-out shapes, all classes alike")
     flag("--points", type=between(100, 10 ** 7), default=100_000, help="surface points a side of the F-score")
-    flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="of the mesh behind the F-score")
     flag = sub["cross"].add_argument
     flag("--shapes", type=between(1, 520), default=208, help="how many held-out shapes, all classes alike")
     flag("--reps", nargs="+", choices=list(HEADS), default=list(HEADS), help="representations to compare")

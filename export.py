@@ -12,7 +12,6 @@ and read_glb returns them to five decimals.
 
     python export.py out/table-0.glb        # says what is in the file
 """
-import argparse
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -21,8 +20,8 @@ import numpy as np
 import trimesh
 from trimesh.exchange.gltf import export_glb, load_glb
 
-from layers import UserError, command, written
-from meshes import closed_edges, components, sample_surface, watertight
+from layers import Parser, UserError, command, written
+from meshes import check, closed_edges, components, sample_surface, watertight
 from render import render_gaussians, render_mesh, render_points
 
 
@@ -140,12 +139,16 @@ def read_glb(path):
     data = content(path)
     try:
         # not trimesh.load, which would round the colours to 8 bits
-        scene = load_glb(BytesIO(data), skip_materials=True)
-        mesh, = scene["geometry"].values()
-        vertices, faces, linear = mesh["vertices"], mesh["faces"], mesh["vertex_colors"]
+        meshes = list(load_glb(BytesIO(data), skip_materials=True)["geometry"].values())
     except Exception as error:                                      # trimesh raises whatever the bytes provoke
-        raise UserError(f"{path}: not a .glb of one coloured mesh, as sample.py writes ({error!r})") from None
-    return np.array(vertices), np.array(faces, np.int64), to_srgb(linear[:, :3].astype(np.float64)).astype(np.float32)
+        raise UserError(f"{path}: not a .glb file ({error!r})") from None
+    if len(meshes) != 1 or "vertex_colors" not in meshes[0]:
+        what = "has no vertex colours" if len(meshes) == 1 else f"holds {len(meshes)} meshes"
+        raise UserError(f"{path} {what}; one mesh with a colour at each vertex is read, as sample.py writes")
+    vertices, faces, linear = (np.array(meshes[0][name]) for name in ("vertices", "faces", "vertex_colors"))
+    check(vertices, faces)
+    linear = linear[:, :3] / (np.iinfo(linear.dtype).max if linear.dtype.kind == "u" else 1.)       # 8 and 16 bits are shares of 1
+    return vertices, faces.astype(np.int64), to_srgb(linear.astype(np.float64)).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------- ply
@@ -182,15 +185,19 @@ def read_ply(path, needed):
     if ["format", "binary_little_endian", "1.0"] not in words:
         raise UserError(f"{path}: only binary little-endian PLY files are read; write it again as binary")
     elements = [i for i, word in enumerate(words) if word[0] == "element"] + [len(words)]
-    if len(elements) < 2 or words[elements[0]][1] != "vertex":
-        raise UserError(f"{path}: its first element is not 'vertex'")
+    if len(elements) < 2 or words[elements[0]][1:2] != ["vertex"] or not "".join(words[elements[0]][2:]).isdigit():
+        raise UserError(f"{path}: its first element is not 'vertex' and how many there are")
     fields = [word for word in words[elements[0] + 1:elements[1]] if word[0] == "property"]
     missing = [name for name in needed if name not in [word[-1] for word in fields]]
     if missing:
         raise UserError(f"{path}: has no {', '.join(missing)}; is it a file of another kind?")
     if any(word[1] not in TYPES for word in fields):
         raise UserError(f"{path}: its vertices hold lists, which is not read")
+    if len({word[-1] for word in fields}) < len(fields):
+        raise UserError(f"{path}: two fields of its vertices have one name")
     kind, count = np.dtype([(word[-1], TYPES[word[1]]) for word in fields]), int(words[elements[0]][2])
+    if count == 0:
+        raise UserError(f"{path}: holds no points")
     if len(body) < count * kind.itemsize:
         raise UserError(f"{path}: truncated, {len(body)} bytes of {count * kind.itemsize}; copy or write it again")
     rows = np.frombuffer(body, kind, count)
@@ -237,7 +244,7 @@ def read(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("file", help="what sample.py wrote, .glb or .ply")
     shape = read(parser.parse_args().file)
     x = shape.vertices if isinstance(shape, Mesh) else shape.means if isinstance(shape, Gaussians) else shape.points

@@ -51,7 +51,7 @@ def load_state(path, model, ema, opts):
     """-> the step to go on from and the sums since the last log line; 0 and none at the very start."""
     if not path.is_file():
         return 0, {}
-    state = read_weights(path)
+    state = read_weights(path, "delete it to start the stage again")
     try:
         model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
         ema.model.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})

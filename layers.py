@@ -58,6 +58,8 @@ class Attention(nn.Module):
 
     def __init__(self, dim, heads, context_dim=None):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} attention heads do not divide {dim} dimensions")
         self.heads = heads
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
@@ -129,8 +131,10 @@ def pick_device(name=None):
     try:
         device = torch.device(name)
         a = torch.randn(512, 512, device=device)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("unknown here")
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]}); try --device cpu") from None
 
     def seconds(dtype):
         x = a.to(dtype)
@@ -189,6 +193,27 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class Parser(argparse.ArgumentParser):
+    """Whose complaints are one line."""
+
+    def __init__(self, description=None, **rest):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **rest)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def between(low, high=2 ** 63 - 1, kind=int):
+    """The type of a flag: a number from low to high."""
+    def parse(text):
+        if not low <= kind(text) <= high:
+            reach = f"at least {low}" if high == 2 ** 63 - 1 else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"must be {reach}, not {text}")
+        return kind(text)
+    parse.__name__ = kind.__name__
+    return parse
+
+
 def command(main):
     """Run a script: a user's mistake is one line and exit status 2, Ctrl-C one word and 130."""
     try:
@@ -214,6 +239,8 @@ def claim(folder):
 def written(path):
     """Yields a temporary name beside `path`; renamed onto it on success, removed on any failure."""
     path = Path(path)
+    if not path.name:
+        raise UserError(f"cannot write to '{path}', it is a folder; name a file")
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,14 +263,14 @@ def save_weights(path, state, half=False):
             raise OSError(str(error)) from None
 
 
-def read_weights(path):
+def read_weights(path, cure="copy or train it again"):
     """A safetensors file -> dict of tensors; one clear line when it is not one."""
     if not Path(path).is_file():
         raise UserError(f"no file {path}; is --checkpoint a folder that train.py made, and is this stage trained?")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file ({error}); copy or train it again") from None
+        raise UserError(f"{path} is truncated or no safetensors file ({error}); {cure}") from None
 
 
 def load_weights(model, path):
@@ -255,6 +282,8 @@ def load_weights(model, path):
     if wrong:
         raise UserError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:3])}"
                          + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    if not all(x.isfinite().all() for x in there.values()):
+        raise UserError(f"{path} holds numbers that are not finite: it is damaged; copy or train it again")
     model.load_state_dict(there)
     return model
 
@@ -263,10 +292,17 @@ def load_model(kind, path, **settings):
     """Build `kind` from the settings of its config.json, fill it from `path` and freeze it."""
     try:
         model = kind(**settings)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"the settings beside {path} make no {kind.__name__} ({str(error).splitlines()[0]}); "
                         "was config.json edited? restore it or train again") from None
     return load_weights(model, path).eval().requires_grad_(False)
+
+
+class Entry(dict):
+    """What config.json says of a stage."""
+
+    def __missing__(self, key):
+        raise UserError(f"a stage in config.json has no '{key}'; was the file edited? restore it or train again")
 
 
 def read_config(folder):
@@ -274,7 +310,7 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text()) if path.is_file() else {}
-        return {stage: dict(entry) for stage, entry in config.items()}
+        return {stage: Entry(entry) for stage, entry in config.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not readable JSON of the form {{stage: {{...}}}} ({error})") from None
 
@@ -282,7 +318,7 @@ def read_config(folder):
 def write_config(folder, stage, **entries):
     """Merge one stage's entries into config.json."""
     config = read_config(folder)
-    config[stage] = config.get(stage, {}) | entries
+    config[stage] = {**config.get(stage, {}), **entries}
     with written(Path(folder) / "config.json") as part:
         part.write_text(json.dumps(config, indent=1) + "\n")
 
@@ -297,7 +333,7 @@ def read_stage(folder, stage):
     entry = read_config(folder).get(stage)
     if entry is None:
         raise UserError(f"{folder} holds no trained {stage}; make it with: python train.py --stage {stage} --out {folder}")
-    for name, made_with in entry.get("made_with", {}).items():
+    for name, made_with in dict(entry.get("made_with", {})).items():
         path = Path(folder) / f"{name}.safetensors"
         if path.is_file() and digest(path) != made_with:
             raise UserError(f"the {stage} in {folder} was trained with another {name}; remove '{stage}' from its "

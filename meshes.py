@@ -17,7 +17,6 @@ four decimals, not by bins, in which what is always a little higher would be hig
 
     python meshes.py out/table-0.glb --faces 256        # as many faces as fit, in canonical order, as a picture
 """
-import argparse
 from collections import defaultdict
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from layers import Help, UserError, command
+from layers import Parser, UserError, between, command
 
 BINS = 128          # cells along a side of [-1, 1]^3: .016 each
 
@@ -49,6 +48,8 @@ def check(vertices, faces):
         raise UserError("the mesh has vertices that are not finite numbers (NaN); mend the file")
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise UserError(f"the mesh has {len(vertices)} vertices, but a face names vertex {faces.max()}; mend the file")
+    if abs(vertices).max() > 1:
+        raise UserError(f"the mesh reaches to {abs(vertices).max():g}, shapes lie within [-1, 1]; move and scale it")
 
 
 def canonical(vertices, faces, colours):
@@ -76,6 +77,8 @@ def canonical(vertices, faces, colours):
     for i, (a, b, c) in enumerate(map(tuple, face) for face in corners.tolist()):
         if a != b != c != a:
             kept.setdefault(min((a, b, c), (b, c, a), (c, a, b)), i)
+    if not kept:
+        raise UserError(f"no face of the mesh is larger than a bin, 1/{BINS // 2}; scale it to fill [-1, 1]")
     kept = list(kept.values())
     number = np.cumsum(np.diff(component[kept], prepend=component[kept][0]) != 0)
     return corners[kept], colours[kept], number
@@ -241,14 +244,12 @@ def closed_edges(faces):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a coloured mesh, .glb")
-    parser.add_argument("--faces", type=int, default=256, help="how many fit")
+    parser.add_argument("--faces", type=between(4), default=256, help="how many fit, at least the 4 of a closed mesh")
     parser.add_argument("--many", choices=["simplify", "refuse"], default="simplify", help="what to do with a mesh of more faces")
     parser.add_argument("--out", type=Path, default=Path("out/faces.png"), help="picture to write")
     args = parser.parse_args()
-    if args.faces < 4:
-        parser.error(f"--faces must be at least 4, what a closed mesh has, not {args.faces}")
     from export import read_glb
     from render import render_mesh, save_png
     vertices, faces, colours = read_glb(args.file)

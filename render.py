@@ -7,7 +7,6 @@ Letters: f faces, v vertices, k points or Gaussians, p pixels, n tiles.
     python render.py out/table-0.glb                      # -> out/table-0.png
     python render.py out/table-0.glb --turntable          # -> out/table-0.gif
 """
-import argparse
 import math
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from einops import rearrange, reduce
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
 
-from layers import Help, UserError, command, written
+from layers import Parser, UserError, between, command, written
 from light import baked, lamps, light, look, scatter, to_linear, to_srgb
 from see import EYE, HALF, gradient, project, rays, see_mesh, see_points, see_sdf, tensor
 
@@ -230,7 +229,7 @@ def contact_sheet(images, columns, labels=None):
 
 def save_png(path, array):
     with written(path) as temporary:
-        Image.fromarray(array).save(temporary, optimize=True)
+        Image.fromarray(array).save(temporary, "PNG", optimize=True)
 
 
 def save_gif(path, frames, fps=15):
@@ -238,22 +237,19 @@ def save_gif(path, frames, fps=15):
     palette = Image.fromarray(np.concatenate(frames[::6])).quantize(256)
     first, *rest = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
     with written(path) as temporary:
-        first.save(temporary, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     formatter_class=Help)
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="what sample.py wrote, .glb or .ply")
     parser.add_argument("--out", type=Path, help="picture to write; None: beside the file, .png or .gif")
     parser.add_argument("--mode", default="colour", choices=MODES, help="what the picture shows")
     parser.add_argument("--azimuth", type=float, default=35, help="degrees around the object; 0 sees its face")
     parser.add_argument("--elevation", type=float, default=25, help="degrees above the horizon")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side")
+    parser.add_argument("--size", type=between(16, 4096), default=512, help="pixels a side")
     parser.add_argument("--turntable", action="store_true", help="one full turn as a GIF")
     args = parser.parse_args()
-    if not 16 <= args.size <= 4096:
-        parser.error(f"--size {args.size}: choose 16 to 4096 pixels")
     out = args.out or args.file.with_suffix(".gif" if args.turntable else ".png")
     from export import read                         # trimesh takes a while to import, and only this needs it
     shape = read(args.file)

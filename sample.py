@@ -20,7 +20,7 @@ import backbone
 import encoders
 import heads
 import reconstruct
-from layers import Help, UserError, cast_once, claim, command, pick_device
+from layers import Parser, UserError, between, cast_once, claim, command, pick_device
 from render import contact_sheet, save_gif, save_png, turntable
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
@@ -71,23 +71,23 @@ def load(folder="checkpoints/tiny", device=None):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--text", required=True, help="what to make, e.g. \"a round table\"")
     parser.add_argument("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
                         help="representations to make, of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
-    parser.add_argument("--n", type=int, default=1, help="how many")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, another shape; sample i depends on (seed, i) alone")
-    parser.add_argument("--steps", type=int, default=16, help="unmasking steps, at most the number of shape tokens")
-    parser.add_argument("--denoise-steps", type=int, help="denoising steps of a token (default: 16 flow, 100 ddpm)")
-    parser.add_argument("--cfg", type=float, default=2., help="classifier-free guidance; 1 is none")
-    parser.add_argument("--temperature", type=float, default=1., help="of the noise; lower is tamer")
+    parser.add_argument("--n", type=between(1, 10_000), default=1, help="how many")
+    parser.add_argument("--seed", type=between(0), default=0, help="another seed, another shape; sample i depends on (seed, i) alone")
+    parser.add_argument("--steps", type=between(1, 10_000), default=16, help="unmasking steps, at most the number of shape tokens")
+    parser.add_argument("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 16 flow, 100 ddpm)")
+    parser.add_argument("--cfg", type=between(0, 100, float), default=2., help="classifier-free guidance; 1 is none")
+    parser.add_argument("--temperature", type=between(0, 10, float), default=1., help="of the noise; lower is tamer")
     parser.add_argument("--alpha", type=alpha, help="RGS: weight of the sampled tokens in the first steps, the paper's is .1; "
                                                       "'none' is sampling only")
-    parser.add_argument("--window", type=float, default=.25, help="how long RGS lasts: a share of the steps below 1, else a number of steps")
+    parser.add_argument("--window", type=between(0, 10_000, float), default=.25, help="how long RGS lasts: a share of the steps below 1, else a number of steps")
     parser.add_argument("--convention", choices=["figure", "text"], default="figure",
                         help="alpha weighs the sampled tokens (figure) or the reconstruction (text)")
     parser.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side when the surface is extracted")
-    parser.add_argument("--points", type=int, help=f"of a point cloud or of Gaussians (default: {heads.PointHead.COUNT}, "
+    parser.add_argument("--points", type=between(1, 1_000_000), help=f"of a point cloud or of Gaussians (default: {heads.PointHead.COUNT}, "
                                                        f"{heads.GaussianHead.COUNT})")
     parser.add_argument("--turntable", action="store_true", help="also a GIF of each shape turning")
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
@@ -95,19 +95,15 @@ def arguments():
     parser.add_argument("--out", default="out", help="folder to write to")
     args = parser.parse_args()
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
-    for name, low, high in (("n", 1, 10_000), ("seed", 0, 2 ** 63 - 1), ("steps", 1, 10_000), ("denoise_steps", 1, 1000), ("points", 1, 1_000_000),
-                            ("cfg", 0, 100), ("temperature", 0, 10), ("window", 0, 10_000)):
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} must be between {low} and {high}, not {value}")
     return args
 
 
 def alpha(text):
-    if text == "none":
-        return None
-    value = float(text)
-    if not 0 <= value <= 1:
+    try:
+        value = None if text == "none" else float(text)
+    except ValueError:
+        value = -1
+    if value is not None and not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, or 'none', not {text}")
     return value
 
@@ -132,8 +128,7 @@ def main():
                           denoise_steps=args.denoise_steps, cfg=args.cfg, temperature=args.temperature,
                           window=args.window, convention=args.convention)
     lap("tokens")
-    out = claim(args.out)
-    pictures = []
+    out, pictures = claim(args.out), []
     for i, t in enumerate(tokens):
         for rep in args.rep:
             shape = model.decode(t, rep, (args.seed, i), args.resolution, args.points)

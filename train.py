@@ -1,6 +1,6 @@
 """train.py - every stage of LTM3D, chained: encoders -> tokenizer -> head -> backbone (+ prefix) -> reconstruct.
 
-    python train.py --rep sdf                          # everything, built-in shapes, about an hour on two cores
+    python train.py --rep sdf                          # everything, built-in shapes, 45 minutes on two cores
     python train.py --rep pc                           # what is missing for point clouds: with the above at hand, a head
     python train.py --rep sdf --stage backbone         # one stage alone
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
@@ -10,7 +10,6 @@ A stage that is done is skipped; one that was stopped goes on exactly where it w
 step draws its randomness from (seed, stage, step) alone. runs/<name>/ holds what sample.py reads
 (safetensors, config.json) and what a person reads: <stage>.csv, losses.png, <stage>-<step>.png.
 """
-import argparse
 import subprocess
 from pathlib import Path
 
@@ -27,7 +26,7 @@ import tokenizer as tokenizer_
 from data import TRAIN_SHAPES, prepare
 from fit import fit, plot_losses
 from heads import HEADS
-from layers import Help, command, digest, pick_device, read_config, save_weights, write_config, written
+from layers import Parser, between, command, digest, pick_device, read_config, save_weights, write_config, written
 from metrics import JUDGES, chamfer_matrix
 from render import contact_sheet
 from shapes import CLASSES, article
@@ -76,7 +75,7 @@ class Run:
 
 
 def train_encoders(run):
-    settings, words = encoders_.SIZES[run.size], encoders_.vocabulary(c for captions in run.train.captions for c in captions)
+    settings, words = encoders_.SIZES[run.size], encoders_.vocabulary(c for split in (run.train, run.test) for captions in split.captions for c in captions)
     model = encoders_.Encoders(words, **settings)
 
     def loss_of(model, split, rng):
@@ -250,7 +249,7 @@ def reconstructions(run, tokenizer, heads, rep):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help, allow_abbrev=False)
+    parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations to train")
     parser.add_argument("--tokens", choices=["shared", "own", "joint"], default="shared",
                         help="shared: heads on the tokens of one encoder, which is trained for sdf; own: an encoder and a backbone for "
@@ -259,19 +258,17 @@ def main():
                         "one that the encoder was trained with go on learning, on frozen tokens")
     parser.add_argument("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
-    for i, (name, kind, what) in enumerate((("steps", int, "training steps of a stage"), ("batch", int, "batch size"),
-                                            ("lr", float, "peak learning rate"))):
+    for i, (name, kind, what) in enumerate((("steps", between(1), "training steps of a stage"), ("batch", between(1), "batch size"),
+                                            ("lr", between(1e-9, 1, float), "peak learning rate"))):
         defaults = ", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items())
-        parser.add_argument(f"--{name}", type=positive(kind), help=f"{what} (default: {defaults})")
-    parser.add_argument("--shapes", type=positive(int), help=f"number of training shapes (default: {TRAIN_SHAPES})")
+        parser.add_argument(f"--{name}", type=kind, help=f"{what} (default: {defaults})")
+    parser.add_argument("--shapes", type=between(len(CLASSES)), help=f"number of training shapes (default: {TRAIN_SHAPES})")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--seed", type=int, default=0, help="of shapes, weights and noise")
+    parser.add_argument("--seed", type=between(0), default=0, help="of shapes, weights and noise")
     parser.add_argument("--out", help="run folder (default: runs/<size>); for own tokens, what -<rep> is added to")
     parser.add_argument("--cache", default="cache", help="folder of the prepared data")
-    parser.add_argument("--workers", type=positive(int), default=2, help="processes that prepare data")
+    parser.add_argument("--workers", type=between(1), default=2, help="processes that prepare data")
     args = parser.parse_args()
-    if args.shapes and args.shapes < len(CLASSES):
-        parser.error(f"--shapes must be at least {len(CLASSES)}, one of every class")
     folder, reps = args.out or f"runs/{args.size}", heads_.with_needs(args.rep)
     if args.tokens == "own":
         for rep in HEADS if "all" in args.rep else args.rep:
@@ -293,16 +290,6 @@ def chain(run, args):
                 train_head(run, name.removeprefix("head-"))
             else:
                 globals()[f"train_{stage}"](run)
-
-
-def positive(kind):
-    def parse(text):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
 
 
 if __name__ == "__main__":
