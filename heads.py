@@ -25,7 +25,7 @@ from torch import nn
 from export import Cloud, Gaussians, Mesh
 from layers import Block, UserError, fourier, grid_points, load_model, read_config, read_stage, time_embedding
 from light import baked
-from meshes import BINS, centres, close, like_parts, weld
+from meshes import BINS, centres, close, like_parts, parts, weld
 from render import splat
 from solids import TRUNCATION
 
@@ -295,12 +295,18 @@ class MeshHead(nn.Module):
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=None):
         with autocast():
             levels, there, colours = self(tokens[None])
-            logits = self.logits(levels[0, there[0] > 0])
-        share, colours = logits.softmax(-1), colours[0, there[0] > 0].clamp(0, 1).cpu().numpy()
+            sure = there[0].sigmoid()
+            some = sure > .05                                 # faces that may be there
+            logits = self.logits(levels[0, some])
+        share, colours, sure = logits.softmax(-1), colours[0, some].clamp(0, 1).cpu().numpy(), sure[some].cpu().numpy()
         vertices, faces, whole = weld(rearrange(share, "f (i j) bins -> f i j bins", i=3).cpu().numpy())
-        count = np.bincount(faces.ravel(), minlength=len(vertices)).clip(1)[:, None]      # a vertex has its faces' mean colour
-        paint = np.stack([np.bincount(faces.ravel(), c, len(vertices)) for c in np.repeat(colours[whole], 3, 0).T], 1) / count
-        return Mesh(centres(vertices).astype(np.float32), close(faces), paint.astype(np.float32), smooth=False)
+        # a part is there as a whole, or left out where the tokens are not sure of it: half of its faces would be debris
+        part = parts(faces, len(vertices))
+        kept = (np.bincount(part, sure[whole]) > .8 * np.bincount(part))[part]
+        used, faces = np.unique(faces[kept], return_inverse=True)
+        paint = np.repeat(colours[whole][kept], 3, 0).T                                    # a vertex has its faces' mean colour
+        paint = np.stack([np.bincount(faces.ravel(), c, len(used)) for c in paint], 1) / np.bincount(faces.ravel())[:, None]
+        return Mesh(centres(vertices[used]).astype(np.float32), close(faces.reshape(-1, 3)), paint.astype(np.float32), smooth=False)
 
 
 HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}

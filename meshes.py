@@ -58,8 +58,7 @@ def canonical(vertices, faces, colours):
     check(vertices, faces)
     _, place = np.unique(vertices, axis=0, return_inverse=True)                        # joined where they are equal
     place = place.reshape(-1)[faces]
-    _, component = joined(place[:, [0, 1]].ravel(), place[:, [1, 2]].ravel(), len(vertices))
-    component = component[place[:, 0]]                                                 # f
+    component = parts(place, len(vertices))                                            # f
     x, y, z = np.round(vertices * 1e4).astype(np.int64).T
     rank = np.unique(np.stack([-y, z, x], 1), axis=0, return_inverse=True)[1].reshape(-1)[faces]         # f 3
     turn = (rank.argmin(1)[:, None] + np.arange(3)) % 3                                # each face from its highest corner
@@ -105,6 +104,11 @@ def walk(faces, roots):
 def joined(a, b, count):
     """Connected components of `count` things of which a[i] and b[i] are joined."""
     return connected_components(coo_array((np.ones(len(a)), (a, b)), (count, count)), directed=False)
+
+
+def parts(faces, count):
+    """Which connected component of a mesh of `count` vertices each face (f 3) belongs to: f."""
+    return joined(faces[:, [0, 1]].ravel(), faces[:, [1, 2]].ravel(), count)[1][faces[:, 0]]
 
 
 def like_parts(logits, corners, components, margin=.5):
@@ -225,8 +229,7 @@ def components(vertices, faces):
     """Share of the surface area that is in the largest connected component; 0 for an empty mesh."""
     if len(faces) == 0:
         return 0.
-    _, group = joined(*np.concatenate([faces[:, :2], faces[:, 1:]]).T, len(vertices))
-    area = np.bincount(group[faces[:, 0]], face_areas(vertices, faces))
+    area = np.bincount(parts(faces, len(vertices)), face_areas(vertices, faces))
     return area.max() / area.sum()
 
 
