@@ -288,6 +288,20 @@ def test_corners_that_waver_decide_together():
     assert whole.all() and meshes.watertight(faces) and alone.mean() < .65 and together.mean() > .75
 
 
+def test_unsure_parts_are_left_out_whole(monkeypatch):
+    """Every second face of a part is as likely as not: the mesh is that of the other parts, and closed. All sure: all parts."""
+    corners, _, components = meshes.canonical(*shapes.make(0, 1).mesh())                                # a chair
+    head, levels = heads.MeshHead(2, 4, 64, 2), 20. * F.one_hot(torch.from_numpy(corners).flatten(1), meshes.BINS)[None]
+    monkeypatch.setattr(head, "logits", lambda levels: levels)
+    for unsure in (None, 0, 2):
+        there = torch.full(levels.shape[:2], 6.)
+        there[:, (components == unsure) & (np.arange(len(corners)) % 2 == 0)] = 0.
+        monkeypatch.setattr(head, "forward", lambda tokens: (levels, there, torch.ones(*there.shape, 3)))
+        mesh, left = head.decode(torch.zeros(8, 4), {}, None), components != unsure
+        assert meshes.watertight(mesh.faces) and len(mesh.faces) == left.sum()
+        assert abs(np.sort(mesh.vertices.ravel()) - np.sort(np.unique(meshes.centres(corners[left]).reshape(-1, 3), axis=0).ravel())).max() < 1e-6
+
+
 def test_like_parts_may_come_in_any_order(prepared):
     """A head that says the canonical order, or that of two legs swapped, is right; one that says nothing is told the canonical one."""
     batch = prepared[0].faces([1])                                                                      # a chair
