@@ -5,32 +5,40 @@ their captions. A chunk's JSON is written last: whatever has one is done, so a k
 where it was, and any number of processes can share the work.
 
     python data.py                       # prepares the built-in shapes; a contact sheet to look at
-    python data.py --shapes 5000 --out cache --workers 2
+    python data.py --data path/to/meshes --out cache
+    python data.py --data path/to/meshes --out cache --shard 0/4      # on the first of four machines
 """
+import argparse
+import contextlib
+import csv
 import hashlib
 import json
 import os
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import real
 import shapes
+import soup
 from layers import Parser, UserError, between, claim, command, written
 from meshes import canonical, fit
-from render import contact_sheet, flat, render_sdf, save_png
+from render import contact_sheet, flat, render_mesh, save_png
 
 POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
 CHUNK = 130                   # shapes prepared between two marks of progress
+MEMORY = 12 << 30             # bytes that a worker may take
 TEST = 10_000_000             # test shapes are numbered from here on: they never meet the training shapes
 TRAIN_SHAPES = 10_400         # 800 of each class
 TEST_SHAPES = 520             # 40 of each class
 FACES = 256                   # most faces of a low-poly mesh
-VIEW = 128                    # pixels along a side of a picture
+VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
 KINDS = {                     # kind of samples -> its arrays, a row a shape
     "surface": {"points": (np.float16, (POINTS, 3)), "normals": (np.int8, (POINTS, 3)), "colours": (np.uint8, (POINTS, 3)),
                 "queries": (np.float16, (QUERIES, 3)), "distance": (np.float16, (QUERIES,))},              # 116 kB a shape
@@ -66,137 +74,240 @@ def sample_views(shape, rng):
 
 
 def view(shape, azimuth, elevation, size=VIEW):
+    return flat(*painted(shape), azimuth, elevation, size).numpy()
+
+
+def painted(shape):
+    """Its fine mesh, with colours at the vertices: v 3, f 3, v 3."""
     vertices, faces, colours = shape.mesh(fine=True)
     paint = np.zeros_like(vertices)
     paint[faces] = colours[:, None]                           # no vertex has faces of two colours
-    return flat(vertices, faces, paint, azimuth, elevation, size).numpy()
+    return vertices, faces, paint
 
 
-def prepare_chunk(folder, seed, first, kind, chunk, count):
-    """Rows chunk * CHUNK ... of the arrays of a kind, then what the shapes are called: the mark that it is done."""
+# ---------------------------------------------------------------------------- where shapes come from
+
+class BuiltIn:
+    """The built-in shapes of a split: index `first` onwards."""
+
+    def __init__(self, split, count=None, seed=0):
+        self.first, self.seed, self.skipped = TEST if split == "test" else 0, seed, []
+        self.count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES)
+        self.name = f"shapes-{split}-{self.count}-{self.fingerprint()}"
+
+    def shape(self, row):
+        return shapes.make(self.seed, self.first + row)
+
+    def about(self, shape, row):
+        return {"index": self.first + row}
+
+    def mine(self, text):                                     # all of them are of the split
+        return True
+
+    def fingerprint(self):
+        """Names a set by what is in it: what the first 260 shapes are made of, samples of one of every class.
+        Other shapes or settings, other folder."""
+        digest, classes = hashlib.sha256(json.dumps([self.seed, self.first, self.count, CHUNK]).encode()), len(shapes.CLASSES)
+        for row in range(20 * classes):
+            shape = self.shape(row)
+            digest.update(repr((shape.parts, shape.captions)).encode())
+            if row < classes:
+                samples = [sample_surface, sample_faces] + [sample_views] * (row == 0)       # pictures take a while: one will do
+                for values in (v for kind in samples for v in kind(shape, np.random.default_rng(0)).values()):
+                    digest.update(np.float16(values).tobytes())
+        return digest.hexdigest()[:12]
+
+
+class Files:
+    """Shapes of files (real.py), in `copies` each. One folder holds all; a tenth of the files, always the same, is held out."""
+
+    def __init__(self, split, path, copies=1):
+        self.split, self.copies, (self.items, self.skipped) = split, copies, real.listed(path)
+        self.count, self.seed, self.first = copies * len(self.items), 0, 0
+        what = repr([[(i.key, i.captions, i.rotation, Path(i.file).stat().st_size) for i in self.items], copies, KINDS, soup.CELLS, soup.SKIN, CHUNK])
+        self.name = f"{Path(path).resolve().stem}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+
+    def shape(self, row):
+        return real.shape(self.item(row), row // len(self.items))
+
+    def item(self, row):
+        return self.items[row % len(self.items)]
+
+    def about(self, shape, row):
+        return {"file": self.item(row).key, "copy": row // len(self.items), "licence": self.item(row).licence, "author": self.item(row).author}
+
+    def mine(self, text):
+        held_out = int(hashlib.sha256(text["file"].encode()).hexdigest(), 16) % 10 == 0
+        return held_out and not text["copy"] if self.split == "test" else not held_out
+
+
+# ---------------------------------------------------------------------------- preparing
+
+def prepare_chunk(folder, source, chunk, kinds):
+    """Rows chunk * CHUNK ... of the arrays of some kinds, then what the shapes are called: the mark that it is done."""
     torch.set_num_threads(1)                                  # the others have a process of their own
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in KINDS[kind]}
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for kind in kinds for name in KINDS[kind]}
+    tried = folder / f"tried-{chunk:05d}"                     # the rows at which earlier attempts ended
+    ended = tried.read_text().split() if tried.is_file() else []
     texts = []
-    for row in range(chunk * CHUNK, min((chunk + 1) * CHUNK, count)):
-        shape = shapes.make(seed, first + row)
-        rng = np.random.default_rng((seed, first + row, 1 + list(KINDS).index(kind)))
-        for name, values in globals()[f"sample_{kind}"](shape, rng).items():
-            arrays[name][row] = values
-        texts.append({"index": first + row, "class": shape.name, "attributes": shape.attributes, "captions": shape.captions})
-    with written(folder / f"{kind}-{chunk:05d}.json") as part:
-        part.write_text(json.dumps(texts))
+    for row in range(chunk * CHUNK, min((chunk + 1) * CHUNK, source.count)):
+        if ended.count(str(row)) == 2:
+            texts.append({"file": source.item(row).key, "broken": "whoever reads it dies, twice"})
+            continue
+        tried.write_text(" ".join([*ended, str(row)]))
+        try:
+            shape = source.shape(row)
+            for kind in kinds:
+                rng = np.random.default_rng((source.seed, source.first + row, 1 + list(KINDS).index(kind)))
+                for name, values in globals()[f"sample_{kind}"](shape, rng).items():
+                    arrays[name][row] = values
+            texts.append(source.about(shape, row) | {"class": shape.name, "attributes": shape.attributes, "captions": shape.captions})
+        except UserError as error:
+            texts.append({"file": source.item(row).key, "broken": str(error)})
+    for kind in kinds:
+        with written(folder / f"{kind}-{chunk:05d}.json") as part:
+            part.write_text(json.dumps(texts))
+    tried.unlink()
     return len(texts)
 
 
-def fingerprint(seed, first, count):
-    """Names a prepared set by what is in it: what the first 260 shapes are made of, samples of one of every class.
-    Other shapes or settings, other folder."""
-    digest, classes = hashlib.sha256(json.dumps([seed, first, count, CHUNK]).encode()), len(shapes.CLASSES)
-    for index in range(first, first + 20 * classes):
-        shape = shapes.make(seed, index)
-        digest.update(repr((shape.parts, shape.captions)).encode())
-        if index < first + classes:
-            samples = [sample_surface, sample_faces] + [sample_views] * (index == first)     # pictures take a while: one will do
-            for values in (v for kind in samples for v in kind(shape, np.random.default_rng(0)).values()):
-                digest.update(np.float16(values).tobytes())
-    return digest.hexdigest()[:12]
-
-
-def prepare(split="train", count=None, seed=0, out="cache", workers=2, kinds=("surface",)):
-    """Prepare what is missing of a set of built-in shapes; -> Prepared."""
-    first = TEST if split == "test" else 0
-    count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES)
-    folder = Path(out) / f"shapes-{split}-{count}-{fingerprint(seed, first, count)}"
-    chunks, kinds = range(-(-count // CHUNK)), list(kinds)
-    for kind in kinds:
-        todo = [i for i in chunks if not (folder / f"{kind}-{i:05d}.json").is_file()]
-        if not todo:
-            continue
+def prepare(split="train", count=None, seed=0, out="cache", workers=2, kinds=("surface",), data=None, copies=1, shard=(0, 1)):
+    """Prepare what is missing of a set, of built-in shapes or of the files of `data`, or every n-th chunk of it; -> Prepared."""
+    source = Files(split, data, copies) if data else BuiltIn(split, count, seed)
+    folder, kinds = Path(out) / source.name, list(kinds)
+    mark = lambda kind, chunk: folder / f"{kind}-{chunk:05d}.json"
+    chunks = range(shard[0], -(-source.count // CHUNK), shard[1])
+    todo = {chunk: missing for chunk in chunks if (missing := [kind for kind in kinds if not mark(kind, chunk).is_file()])}
+    for kind in dict.fromkeys(kind for missing in todo.values() for kind in missing):
         for name, (dtype, shape) in KINDS[kind].items():
             if not (folder / f"{name}.npy").is_file():
-                with written(folder / f"{name}.npy") as part:
-                    array = np.lib.format.open_memmap(part, "w+", dtype, (count, *shape))
-                    if hasattr(os, "posix_fallocate"):  # a full disk shows up now, as an error, not later as a crash
-                        with open(part, "r+b") as file:
-                            os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-        bar = tqdm(total=count, initial=(len(chunks) - len(todo)) * CHUNK, unit="shape", desc=f"preparing {split} shapes: {kind}")
-        # Ctrl-C is for this process alone to handle
-        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-            jobs = [pool.submit(prepare_chunk, folder, seed, first, kind, i, count) for i in todo]
-            try:
-                for job in as_completed(jobs):
-                    bar.update(job.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        bar.close()
-    return Prepared(folder, seed, kinds)
+                lay_out(folder / f"{name}.npy", dtype, (source.count, *shape))
+    size = lambda chunk: min(CHUNK, source.count - chunk * CHUNK)
+    what = f"preparing {split if data is None else source.name} shapes: {', '.join(kinds)}"
+    with tqdm(total=sum(map(size, todo)), unit="shape", desc=what, disable=not todo) as bar:
+        while todo:
+            with ProcessPoolExecutor(workers, initializer=alone) as pool:
+                jobs = {pool.submit(prepare_chunk, folder, source, chunk, missing): chunk for chunk, missing in todo.items()}
+                try:
+                    for job in as_completed(jobs):
+                        bar.update(job.result())
+                        del todo[jobs[job]]
+                except BrokenProcessPool:                     # a file may end its reader; after two tries without it
+                    if not any(folder.glob("tried-*")):
+                        raise
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+    return Prepared(folder, source, kinds)
+
+
+def alone():
+    """In a worker: Ctrl-C is for the parent to handle, and no file may take all memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(ImportError, ValueError, OSError):                        # not on every system
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+def lay_out(path, dtype, shape):
+    """An array file of that shape, unless another process has just made it."""
+    with written(path.with_suffix(".new")) as part:
+        array = np.lib.format.open_memmap(part, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk shows up now, as an error, not later as a crash
+            with open(part, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+        with contextlib.suppress(FileExistsError):
+            os.link(part, path)
+    path.with_suffix(".new").unlink(missing_ok=True)
 
 
 class Prepared:
-    """A prepared set, read from disk as needed."""
+    """A prepared set, read from disk as needed: the shapes of the split that came through, for all kinds."""
 
-    def __init__(self, folder, seed, kinds):
-        self.folder, self.seed = Path(folder), seed
+    def __init__(self, folder, source, kinds):
+        self.folder, self.source, self.name = Path(folder), source, source.name
+        if isinstance(source, Files):                         # both splits are in one folder
+            self.name += f"-{source.split}"
         try:
             self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for kind in kinds for name in KINDS[kind]}
-            self.text = [row for path in sorted(self.folder.glob(f"{kinds[0]}-*.json")) for row in json.loads(path.read_text())]
+            texts = [{int(path.stem[-5:]) * CHUNK + i: text for path in sorted(self.folder.glob(f"{kind}-*.json"))
+                      for i, text in enumerate(json.loads(path.read_text()))} for kind in kinds]
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is damaged ({error}); delete it, and it is made again") from None
-        self.classes = [row["class"] for row in self.text]
-        self.captions = [row["captions"] for row in self.text]
+        self.broken = {text["file"]: text["broken"] for some in texts for text in some.values() if "broken" in text}
+        bad = {row for some in texts for row, text in some.items() if "broken" in text}
+        self.rows = np.array([row for row, text in texts[0].items() if row not in bad and source.mine(text)], int)
+        self.text = [texts[0][row] for row in self.rows]
+        self.classes, self.captions = [text["class"] for text in self.text], [text["captions"] for text in self.text]
+        if source.skipped or self.broken:
+            with written(self.folder / "skipped.csv") as part, part.open("w", newline="") as file:
+                csv.writer(file).writerows([("file", "reason"), *source.skipped, *self.broken.items()])
 
     def __len__(self):
         return len(self.text)
 
     def shape(self, row):
         """The shape itself, for what needs more than samples: exact distances at any point."""
-        return shapes.make(self.seed, self.text[row]["index"])
+        return self.source.shape(self.rows[row])
 
     def cloud(self, rows, k, rng):
         """k oriented coloured surface points of each row: points, normals, colours, b k 3 each."""
         some = rng.permutation(POINTS)[:k]
-        points, normals, colours = (torch.from_numpy(self.arrays[name][rows][:, some].astype(np.float32))
+        points, normals, colours = (torch.from_numpy(self.arrays[name][self.rows[rows]][:, some].astype(np.float32))
                                     for name in ("points", "normals", "colours"))
         return points, normals / 127, colours / 255
 
     def queries(self, rows, k, rng):
         """k points of each row and their signed distance: b k 3, b k."""
         some = rng.permutation(QUERIES)[:k]
-        return {name: torch.from_numpy(self.arrays[name][rows][:, some].astype(np.float32)) for name in ("queries", "distance")}
+        return {name: torch.from_numpy(self.arrays[name][self.rows[rows]][:, some].astype(np.float32)) for name in ("queries", "distance")}
 
     def faces(self, rows):
         """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
-        corners, components, colours = (torch.from_numpy(self.arrays[name][rows]) for name in ("corners", "components", "face_colours"))
+        corners, components, colours = (torch.from_numpy(self.arrays[name][self.rows[rows]]) for name in ("corners", "components", "face_colours"))
         return {"corners": corners.long(), "components": components.long(), "face_colours": colours.float() / 255}
 
     def views(self, rows):
         """A picture of each: b size size 4, and where it was taken from, b 2 in degrees."""
-        views, angles = (torch.from_numpy(self.arrays[name][rows]) for name in ("views", "angles"))
+        views, angles = (torch.from_numpy(self.arrays[name][self.rows[rows]]) for name in ("views", "angles"))
         return {"views": views.float() / 255, "angles": angles}
 
 
 def main():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many training shapes to prepare")
-    parser.add_argument("--seed", type=between(0), default=0, help="another seed, other shapes")
+    parser.add_argument("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
+                                       "(real.py); default: the built-in shapes")
+    parser.add_argument("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["surface"], help="samples to take: surface for every "
+                        "representation, faces for mesh, views for gs")
+    parser.add_argument("--shard", type=part, default=(0, 1), metavar="i/n", help="only the i-th of n shares: so many machines, one folder")
+    parser.add_argument("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many built-in training shapes to prepare")
+    parser.add_argument("--seed", type=between(0), default=0, help="another seed, other built-in shapes")
     parser.add_argument("--out", default="cache", help="folder of the prepared sets")
     parser.add_argument("--workers", type=between(1), default=2, help="processes to use")
     parser.add_argument("--picture", default="out/shapes.png", help="contact sheet to write")
     args = parser.parse_args()
     claim(Path(args.picture).parent)
     start = time.time()
-    train = prepare("train", args.shapes, args.seed, args.out, args.workers)
-    prepare("test", None, args.seed, args.out, args.workers)
-    print(f"{train.folder}: {len(train)} shapes, {time.time() - start:.1f} s")
-
-    pictures, labels = [], []
-    for i in tqdm(range(4 * len(shapes.CLASSES)), desc="drawing", unit="shape"):
-        shape = shapes.make(args.seed, i // 4 + i % 4 * len(shapes.CLASSES))
-        pictures.append(render_sdf(shape.distance, colour_fn=lambda x: shape.field(x)[1], size=160))
-        labels.append(shape.captions[3])
-    save_png(args.picture, contact_sheet(pictures, 8, labels))
+    train = prepare("train", args.shapes, args.seed, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
+    test = prepare("test", None, args.seed, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
+    print(f"{train.folder}: {len(train)} shapes to train on, {len(test)} held out, {time.time() - start:.1f} s")
+    if args.data:
+        print(f"{train.folder}/skipped.csv: {len(train.broken)} of {len(train.source.items)} shapes, {len(train.source.skipped)} other files")
+    rows = np.linspace(0, len(train) - 1, min(4 * len(shapes.CLASSES), len(train))).astype(int)
+    rows = sorted(rows, key=lambda row: train.classes[row])
+    drawn = [render_mesh(*painted(train.shape(row)), size=160) for row in tqdm(rows, desc="drawing", unit="shape")]
+    labels = [train.captions[row][min(3, len(train.captions[row]) - 1)] for row in rows]
+    save_png(args.picture, contact_sheet(drawn, 8, labels))
     print(args.picture)
+
+
+def part(text):
+    """The type of --shard: "0/4" is the first of four."""
+    i, n = (int(x) for x in text.split("/"))
+    if not 0 <= i < n:
+        raise argparse.ArgumentTypeError(f"must be i/n with i from 0 to n - 1, not {text}")
+    return i, n
 
 
 if __name__ == "__main__":

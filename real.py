@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import trimesh
-from PIL import Image
 
 from layers import Parser, UserError, command
 from soup import Soup
@@ -56,7 +55,6 @@ class Item:
     member: str = ""            # of an archive
     captions: list = field(default_factory=list)     # the last is the class
     rotation: list = None       # 9 numbers, by rows
-    icon: str = ""              # a picture of it, of the same archive
     licence: str = ""
     author: str = ""
 
@@ -141,7 +139,7 @@ def sweet_home(path):
         elif name.strip() == "license":
             licence = value
     for number, entry in sorted(entries.items()):
-        key, member, icon = f"{path.stem}/{number}", entry.get("model", "").lstrip("/"), entry.get("icon", "").lstrip("/")
+        key, member = f"{path.stem}/{number}", entry.get("model", "").lstrip("/")
         if ".." in member.split("/"):
             skipped.append((key, f"'{member}' points outside the library"))
         elif member not in names:
@@ -151,8 +149,7 @@ def sweet_home(path):
         else:
             name = tidy(entry.get("name", "")) or tidy(Path(member).stem) or "shape"
             rotation = [float(x) for x in entry["modelRotation"].split()] if "modelRotation" in entry else None
-            items.append(Item(key, str(path), member, list(dict.fromkeys([name, name.split()[-1]])), rotation, icon if icon in names else "",
-                              licence, entry.get("creator", "")))
+            items.append(Item(key, str(path), member, list(dict.fromkeys([name, name.split()[-1]])), rotation, licence, entry.get("creator", "")))
     return items, skipped
 
 
@@ -299,7 +296,7 @@ def shape(item, copy=0):
         with limit(SECONDS), warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             vertices, faces, colours = triangles(item)
-            rng, picture = np.random.default_rng(copy), icon(item)
+            rng = np.random.default_rng(copy)
             stretch = np.exp(rng.uniform(-.22, .22, 3)) if copy > 1 else np.ones(3)
             made = Soup(framed(vertices * stretch * [(-1) ** copy, 1, 1], faces), faces, colours)
             made.surface(1, rng)                              # there is one
@@ -308,16 +305,7 @@ def shape(item, copy=0):
     except Exception as error:                                # what others wrote may go wrong in any way
         raise UserError(f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from None
     made.name, made.captions = item.captions[-1], item.captions
-    made.icon = None if picture is None or copy > 1 else picture[:, ::(-1) ** copy]
     return made
-
-
-def icon(item):
-    """The picture of an item that came with it, h w 4 in [0, 1], or None."""
-    if not item.icon:
-        return None
-    with zipfile.ZipFile(item.file) as archive:
-        return np.asarray(Image.open(io.BytesIO(bounded(archive, item.icon))).convert("RGBA"), np.float32) / 255
 
 
 def main():

@@ -45,7 +45,7 @@ def tree(points):
 
 class Soup:
     """Triangles v 3, f 3 with a colour each, f 3 in [0, 1], within [-.9, .9]^3: answers what a built-in Shape answers."""
-    name, captions, attributes, icon = "", (), {}, None
+    name, captions, attributes = "", (), {}
 
     def __init__(self, vertices, faces, colours):
         self.vertices, self.faces, self.colours = vertices.astype(np.float32), faces, colours.astype(np.float32)

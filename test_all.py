@@ -6,9 +6,11 @@ and files, README. The models are tiny and trained here, in a temporary folder; 
     python -m pytest -q test_all.py              # all of them, in two and a half minutes on two cores
     python -m pytest -q test_all.py -k prefix    # some of them
 """
+import contextlib
 import copy
 import csv
 import functools
+import json
 import os
 import pickle
 import re
@@ -18,6 +20,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,11 +47,13 @@ import heads
 import layers
 import meshes
 import metrics
+import real
 import reconstruct
 import render
 import sample
 import shapes
 import solids
+import soup
 import tokenizer
 import train
 from layers import UserError, command
@@ -95,7 +101,6 @@ def train_small(patch, folder, count, *args):
     for module, size in SMALL.items():
         patch.setitem(module.SIZES, "small", size)
     patch.setattr(train, "prepare", lambda split, _, *rest: data.prepare("train", count, *rest))
-    patch.setattr(train, "PROMPTS", ["a table", "a chair"])
     patch.setattr(train, "CLASSES", ("table", "chair"))
     return run(train.main, "--size", "small", "--shapes", count, "--out", folder, "--cache", folder.parent / "cache", *args)
 
@@ -350,14 +355,14 @@ def test_damaged_cache_is_one_line(prepared, name, tmp_path):
     folder = shutil.copytree(prepared[1].folder, tmp_path / "set")
     (folder / name).write_bytes((folder / name).read_bytes()[:500])
     with pytest.raises(UserError, match="delete it"):
-        data.Prepared(folder, 0, ["surface"])
+        data.Prepared(folder, prepared[1].source, ["surface"])
 
 
 def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
     """Killed in the middle of a chunk and started again = never interrupted, byte by byte."""
     monkeypatch.setattr(data, "CHUNK", 3)
     monkeypatch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)   # so that the workers see all patches
-    monkeypatch.setattr(signal, "signal", lambda *_: None)                 # which only main threads may call
+    monkeypatch.setattr(data, "alone", lambda: None)                       # which is for processes
     whole = data.prepare("train", 8, 0, tmp_path / "whole", workers=1)
     make = data.sample_surface
 
@@ -376,7 +381,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
 
 def test_other_shapes_are_another_set(monkeypatch):
     """One part of one shape that looks different, and what was prepared before is not taken for it."""
-    make, one, two = shapes.make, data.fingerprint(0, 0, 520), data.fingerprint(0, 0, 520)
+    make, one, two = shapes.make, data.BuiltIn("train").fingerprint(), data.BuiltIn("train").fingerprint()
 
     def other(seed, index):
         shape = make(seed, index)
@@ -384,7 +389,180 @@ def test_other_shapes_are_another_set(monkeypatch):
         return shape
 
     monkeypatch.setattr(shapes, "make", other)
-    assert one == two != data.fingerprint(0, 0, 520)
+    assert one == two != data.BuiltIn("train").fingerprint()
+
+
+# ---------------------------------------------------------------------------- shapes of files
+
+def sheets():
+    """An open box of five sheets, the faces of two turned inside out, with a ball inside that nobody sees and one on top."""
+    box, turned = trimesh.creation.box((1, 1, 1)), np.array([2, 3, 8, 9])
+    faces = np.asarray(box.faces)[np.asarray(box.face_normals)[:, 1] > -.5].copy()
+    faces[turned] = faces[turned, ::-1]
+    above, inside = trimesh.creation.icosphere(2, .3), trimesh.creation.icosphere(2, .2)
+    above.apply_translation((0, .7, 0))
+    return trimesh.util.concatenate([trimesh.Trimesh(box.vertices, faces, process=False), above, inside])
+
+
+def test_soup_is_a_solid():
+    """Triangles of any orientation, some open, some hidden: distances are those of the closed thing they show, plus the skin."""
+    ball = trimesh.creation.icosphere(4, .8)
+    faces = np.asarray(ball.faces).copy()
+    faces[::2] = faces[::2, ::-1]                             # every other face inside out
+    inner = trimesh.creation.box((.3, .3, .3))
+    both = trimesh.util.concatenate([trimesh.Trimesh(ball.vertices, faces, process=False), inner])
+    solid = soup.Soup(np.asarray(both.vertices), np.asarray(both.faces), np.ones((len(both.faces), 3)) * .5)
+    x = np.random.default_rng(0).uniform(-1, 1, (2000, 3))
+    true = np.linalg.norm(x, axis=1) - .8 - soup.SKIN
+    near = abs(true) < .2
+    assert abs(solid.distance(x[near]) - true[near]).max() < .006 and (solid.distance(x[~near]) * true[~near] > 0).all()
+    points, normals, colours = solid.surface(500, np.random.default_rng(0))
+    assert abs(np.linalg.norm(points, axis=1) - .8 - soup.SKIN).max() < .006 and ((points * normals).sum(1) > .75).all()
+
+
+def test_open_sheets_become_solid():
+    """A box without a bottom is hollow, its walls are solid; a flat square is a thin solid."""
+    mesh = sheets()
+    solid = soup.Soup(np.asarray(mesh.vertices), np.asarray(mesh.faces), np.ones((len(mesh.faces), 3)))
+    inside = lambda *x: solid.distance(np.array([x]))[0] < 0
+    assert inside(.5, 0, 0) and inside(0, .5, .1) and inside(0, .7, 0) and not inside(.3, 0, .3) and not inside(.6, 0, 0)
+    square = soup.Soup(np.array([[-.5, 0, -.5], [.5, 0, -.5], [.5, 0, .5], [-.5, 0, .5]]), np.array([[0, 1, 2], [0, 2, 3]]), np.ones((2, 3)))
+    assert (data.sample_faces(square, np.random.default_rng(0))["components"] >= 0).sum() > 10
+    vertices, faces, _ = square.mesh()
+    assert meshes.watertight(faces) and abs(np.ptp(vertices, 0) - [1, 0, 1] - 2 * soup.SKIN).max() < .02
+
+
+def library(path, models, entries):
+    """A Sweet Home 3D library of these files and catalogue lines."""
+    with zipfile.ZipFile(path, "w") as archive:
+        lines = ["license=CC0"] + [f"{key}#{i}={value}" for i, entry in enumerate(entries, 1) for key, value in entry.items()]
+        archive.writestr("PluginFurnitureCatalog.properties", "\n".join(lines).encode("latin-1"))
+        for name, content in models.items():
+            archive.writestr(name, content)
+    return path
+
+
+def obj(mesh, material=""):
+    return (f"mtllib some.mtl\n{material}" if material else "") + trimesh.exchange.obj.export_obj(mesh)
+
+
+def test_library_is_read(tmp_path):
+    """Name, licence, author, rotation and the colour of a material; what is wrong with an entry is said."""
+    box = trimesh.creation.box((1, 2, 3))
+    files = {"a/box.obj": obj(box, "usemtl red\n"), "a/some.mtl": "newmtl red\nKd 1 0 0\n", "a/box.png": b""}
+    good = {"name": "Caf\u00e9 tableTop 2", "model": "/a/box.obj", "creator": "Ann", "modelRotation": "1 0 0 0 0 1 0 -1 0"}
+    bad = [{"name": "x", "model": "/../box.obj"}, {"name": "y", "model": "/a/none.obj"}, {"name": "z", "model": "/a/box.png"}]
+    items, skipped = real.listed(library(tmp_path / "some.sh3f", files, [good, *bad]))
+    shape = real.shape(items[0])
+    assert (items[0].captions, items[0].licence, items[0].author) == (["caf\u00e9 table top", "top"], "CC0", "Ann")
+    assert (shape.colours == [1, 0, 0]).all()
+    assert np.allclose(np.ptp(shape.vertices, 0), np.array([1, 3, 2]) / 3 * real.LONGEST, atol=1e-4)
+    assert [re.search(r"outside|has no|none of", reason)[0] for _, reason in skipped] == ["outside", "has no", "none of"]
+
+
+def test_folder_is_read(tmp_path):
+    """Captions from a table, a text beside the mesh, ShapeNet's numbers or the names; a table's faults are said."""
+    for path in ("chairs/one.obj", "chairs/two.ply", "03001627/ab12/models/model_normalized.obj", "lamp_7.stl"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        trimesh.creation.box((1, 1, 1)).export(tmp_path / path)
+    (tmp_path / "captions.csv").write_bytes('file,caption\nchairs/one.obj,"a ""red"", chair"\nchairs/one.obj,a caf\xe9 chair\nnone.obj,x\n\n'.encode("latin-1"))
+    (tmp_path / "chairs" / "two.txt").write_text("a blue chair\n")
+    (tmp_path / "picture.tiff").write_bytes(b"")
+    items, skipped = real.listed(tmp_path)
+    told = {item.key: item.captions for item in items}
+    assert told == {"chairs/one.obj": ['a "red", chair', "a caf\xe9 chair", "chairs"], "chairs/two.ply": ["a blue chair", "chairs"],
+                    "03001627/ab12/models/model_normalized.obj": ["chair"], "lamp_7.stl": ["lamp"]}
+    assert sorted(name for name, _ in skipped) == ["none.obj", "picture.tiff"]
+
+
+def broken_files():
+    """name -> content of files that are no shapes, and what is to be said of them."""
+    box = trimesh.creation.box((1, 1, 1))
+    header = json.dumps({"asset": {"version": "2.0"}, "extensionsRequired": ["KHR_draco_mesh_compression"]}).encode()
+    points = "OFF\n3 1 0\n0 0 0\n1 1 1\n2 2 2\n3 0 1 2\n"
+    return {"cut.glb": (box.export(file_type="glb")[:200], "cannot be read"), "draco.gltf": (header, "compressed"), "empty.obj": (b"# nothing\n", "read|triangles"),
+            "nan.obj": (b"v 0 0 0\nv nan 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"), "other.stl": (b"\x89PNG\r\n\x1a\n not a mesh at all", "read|triangles|finite|area"),
+            "flat.off": (points.encode(), "without area"), "point.obj": (b"v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "single point")}
+
+
+def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
+    """Each is named with the reason, the good one is prepared, twice the same; two of one name in two folders are two."""
+    source = tmp_path / "source"
+    for folder in ("a", "b"):
+        (source / folder).mkdir(parents=True)
+        trimesh.creation.icosphere(2).export(source / folder / "ball.obj")
+    wrong = broken_files()
+    for name, (content, _) in wrong.items():
+        (source / name).write_bytes(content)
+    flags = ("--data", source, "--out", tmp_path / "cache", "--picture", tmp_path / "sheet.png", "--workers", 1)
+    assert run(data.main, *flags) == 0
+    said = capsys.readouterr().out
+    table = next((tmp_path / "cache").glob("*/skipped.csv"))
+    with table.open() as file:
+        reasons = {row["file"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons.keys() == wrong.keys() and all(re.search(wrong[name][1], reason) for name, reason in reasons.items()), reasons
+    assert "7 of 9 shapes" in said and (tmp_path / "sheet.png").is_file()
+    monkeypatch.setattr(data.Files, "mine", lambda self, text: True)          # not a tenth held out
+    split = data.prepare(out=tmp_path / "cache", kinds=("surface",), data=source, workers=1)
+    assert split.classes == ["a", "b"] and split.cloud(np.array([1]), 100, np.random.default_rng(0))[0].norm(dim=-1).min() > .89
+
+
+def test_file_that_ends_its_reader(tmp_path):
+    """A crash in somebody's C code costs that file alone."""
+    (tmp_path / "source").mkdir()
+    for name in ("a", "b", "c"):
+        trimesh.creation.box((1, 1, 1)).export(tmp_path / "source" / f"{name}.obj")
+    code = "import data, os, real; old = real.shape; real.shape = lambda item, copy: os.abort() if 'b.obj' in item.key else old(item, copy)\n" \
+           f"print(data.prepare(out={str(tmp_path / 'cache')!r}, data={str(tmp_path / 'source')!r}, workers=1).broken)"
+    said = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert "{'b.obj': 'whoever reads it dies, twice'}" in said.stdout, said.stderr
+
+
+def test_file_that_takes_too_long(tmp_path, monkeypatch):
+    """A reader that never ends is stopped."""
+    monkeypatch.setattr(real, "SECONDS", 1)
+    monkeypatch.setattr(real, "drawn", lambda *_: time.sleep(30))
+    trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
+    with pytest.raises(UserError, match="more than 1 seconds"):
+        real.shape(real.listed(tmp_path)[0][0])
+
+
+@pytest.mark.parametrize("make, complaint", [(lambda path: None, "there is no"), (lambda path: path.mkdir(), "holds no shapes"),
+                                             (lambda path: path.write_bytes(b"no zip"), "no Sweet Home 3D library")])
+def test_bad_data_is_one_line(make, complaint, tmp_path, capsys):
+    """A path that is not there, an empty folder, a library that is none."""
+    path = tmp_path / "some.sh3f"
+    make(path)
+    assert run(data.main, "--data", path, "--out", tmp_path / "cache") == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+
+
+def test_shards_are_the_whole(tmp_path):
+    """Two shares prepared apart, one after the other = all at once; one alone is a set without the other's."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(4):
+        trimesh.creation.box((1, 1 + i, 1)).export(source / f"box{i}.obj")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CHUNK", 2)
+        patch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)
+        patch.setattr(data, "alone", lambda: None)
+        patch.setattr(real, "limit", lambda _: contextlib.nullcontext())              # signals are for main threads
+        whole = data.prepare(out=tmp_path / "whole", data=source, workers=1)
+        for i in (1, 0):
+            part = data.prepare(out=tmp_path / "part", data=source, workers=1, shard=(i, 2))
+            assert len(part.rows) <= 2 or i == 0
+        held_out = data.prepare("test", out=tmp_path / "whole", data=source, workers=1)
+    assert same_files(whole.folder, part.folder)
+    assert held_out.folder == whole.folder and held_out.name != whole.name            # what is computed from them has a file each
+    assert len(held_out) + len(whole) == 4 and not set(held_out.rows) & set(whole.rows)
+
+
+def test_too_few_files_to_train_on(tmp_path, capsys):
+    """One file leaves nothing to hold out."""
+    trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
+    assert run(train.main, "--data", tmp_path / "box.obj", "--cache", tmp_path / "cache", "--out", tmp_path / "run") == 2
+    assert_one_line(capsys.readouterr().err.split("\n")[-2], "two of each are needed")
 
 
 def test_batches_are_functions_of_their_generator(prepared):

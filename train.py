@@ -4,6 +4,7 @@
     python train.py --rep pc                           # what is missing for point clouds: with the above at hand, a head
     python train.py --rep sdf --stage backbone         # one stage alone
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
+    python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
     python train.py --rep sdf --size base --device cuda
 
 A stage that is done is skipped; one that was stopped goes on exactly where it was, because every
@@ -11,6 +12,7 @@ step draws its randomness from (seed, stage, step) alone. runs/<name>/ holds wha
 (safetensors, config.json) and what a person reads: <stage>.csv, losses.png, <stage>-<step>.png.
 """
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ import tokenizer as tokenizer_
 from data import TRAIN_SHAPES, prepare
 from fit import fit, plot_losses
 from heads import HEADS
-from layers import Parser, between, command, digest, pick_device, read_config, save_weights, write_config, written
+from layers import Parser, UserError, between, command, digest, pick_device, read_config, save_weights, write_config, written
 from metrics import JUDGES, chamfer_matrix
 from render import contact_sheet
 from shapes import CLASSES, article
@@ -36,7 +38,7 @@ DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
     "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
     "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (5000, 32, 2e-3),
 }
-PROMPTS = [article(name) for name in CLASSES] + ["a round table"]  # drawn while training
+JUDGED = 52          # held-out shapes that a head is judged by
 
 
 # ---------------------------------------------------------------------------- the stages
@@ -51,8 +53,14 @@ class Run:
         print(f"{self.folder}, running on {reason}")
         self.settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
         kinds = dict.fromkeys(kind for rep in first + reps for kind in HEADS[rep].kinds)
-        self.train = prepare("train", args.shapes, args.seed, args.cache, args.workers, kinds)
-        self.test = prepare("test", None, args.seed, args.cache, args.workers, kinds)
+        self.train = prepare("train", args.shapes, args.seed, args.cache, args.workers, kinds, args.data, args.copies)
+        self.test = prepare("test", None, args.seed, args.cache, args.workers, kinds, args.data, args.copies)
+        if min(len(self.train), len(self.test)) < 2:
+            raise UserError(f"{args.data} has {len(self.train)} shapes to train on and {len(self.test)} held out, two of each are needed; "
+                            f"what was left out is in {self.train.folder}/skipped.csv")
+        common = [name for name, _ in Counter(self.test.classes).most_common(len(CLASSES))]
+        self.classes = common if args.data else [name for name in CLASSES if name in common]
+        self.prompts = [article(name) for name in self.classes] + ["a round table"] * (args.data is None)       # drawn while training
 
     def finish(self, stage, seconds, files, **entries):
         """Weights in half precision, then the entry of config.json that says the stage is done."""
@@ -103,7 +111,7 @@ def train_tokenizer(run):
     tokenizer, heads = model["tokenizer"], {rep: model[rep] for rep in run.first}
     # tokens of the training set: zero mean, unit variance per channel from here on
     tokenizer_.standardise(tokenizer, heads.values(), tokenise(run, tokenizer, run.train, limit=2000).to(run.device))
-    metrics = judged(run, heads, tokenise(run, tokenizer, run.test, limit=4 * len(CLASSES)), run.first[-1])
+    metrics = judged(run, heads, tokenise(run, tokenizer, run.test, limit=JUDGED), run.first[-1])
     run.finish("tokenizer", seconds, {"tokenizer": tokenizer} | {f"head-{rep}": head for rep, head in heads.items()}, settings=settings,
                heads=list(run.first), metrics=metrics)
 
@@ -124,7 +132,7 @@ def train_head(run, rep):
     model, seconds = fit(run, f"head-{rep}", model, loss_of,
                          lambda model: reconstructions(run, tokenizer, heads | dict(model.items()), rep))
     run.finish(f"head-{rep}", seconds, {f"head-{rep}": model[rep]},
-               metrics=judged(run, heads | dict(model.items()), tokens[run.test][:4 * len(CLASSES)], rep))
+               metrics=judged(run, heads | dict(model.items()), tokens[run.test][:JUDGED], rep))
 
 
 def train_backbone(run):
@@ -137,8 +145,8 @@ def train_backbone(run):
 
     def show(model):
         with run.autocast():
-            x = model.generate(*encoders.encode(PROMPTS), seeds=[(0, i) for i in range(len(PROMPTS))])
-        return contact_sheet([picture(run, heads, t) for t in x], 7, PROMPTS)
+            x = model.generate(*encoders.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
+        return contact_sheet([picture(run, heads, t) for t in x], 7, run.prompts)
 
     model, seconds = fit(run, "backbone", model, loss_of, show)
     run.finish("backbone", seconds, {"backbone": model}, settings=settings,
@@ -155,8 +163,8 @@ def train_reconstruct(run):
 
     def show(model):
         with run.autocast():
-            x = model(*encoders.encode(PROMPTS))
-        return contact_sheet([picture(run, heads, t) for t in x], 7, PROMPTS)
+            x = model(*encoders.encode(run.prompts))
+        return contact_sheet([picture(run, heads, t) for t in x], 7, run.prompts)
 
     model, seconds = fit(run, "reconstruct", model, loss_of, show)
     run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings)
@@ -183,7 +191,7 @@ def heads_loss(run, model, reps, tokens, split, rows, rng):
 def tokenise(run, tokenizer, split, limit=None):
     """Tokens n n c of a prepared set, kept beside the weights: the tokenizer is frozen, so once is enough."""
     weights = run.folder / "tokenizer.safetensors"
-    path = run.folder / f"tokens-{digest(weights)}-{split.folder.name}.npy" if weights.is_file() and limit is None else None
+    path = run.folder / f"tokens-{digest(weights)}-{split.name}.npy" if weights.is_file() and limit is None else None
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float()
     out, count = [], min(limit or len(split), len(split))
@@ -216,7 +224,7 @@ def paired(run, encoders, split, tokens, rng, batch):
 
 def class_accuracy(run, encoders, model, heads, n=4, points=1024):
     """n samples of every class name: the share whose nearest held-out shape, under Chamfer distance, is of that class."""
-    names, rng = [name for name in CLASSES for _ in range(n)], np.random.default_rng(0)
+    names, rng = [name for name in run.classes for _ in range(n)], np.random.default_rng(0)
     with run.autocast():
         tokens = model.generate(*encoders.encode(names), seeds=[(0, i) for i in range(len(names))])
     clouds = [torch.from_numpy(decoded(run, heads, t).sample(points, rng)) for t in tokens]
@@ -262,7 +270,9 @@ def main():
                                             ("lr", between(1e-9, 1, float), "peak learning rate"))):
         defaults = ", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items())
         parser.add_argument(f"--{name}", type=kind, help=f"{what} (default: {defaults})")
-    parser.add_argument("--shapes", type=between(len(CLASSES)), help=f"number of training shapes (default: {TRAIN_SHAPES})")
+    parser.add_argument("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
+    parser.add_argument("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
+    parser.add_argument("--shapes", type=between(len(CLASSES)), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--seed", type=between(0), default=0, help="of shapes, weights and noise")
     parser.add_argument("--out", help="run folder (default: runs/<size>); for own tokens, what -<rep> is added to")
