@@ -98,7 +98,9 @@ def folder(path):
     ShapeNetCore's synset/model/models/model_normalized.obj and Objaverse's uid.glb with a CSV of uid,caption are such folders."""
     told, skipped, items = {}, [], []
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    for table in (file for file in files if file.suffix.lower() == ".csv" and file.parent == path and file.name != "skipped.csv"):
+    tables = [file for file in files if file.suffix.lower() == ".csv" and file.parent == path]
+    beside = {file.with_suffix(".txt") for file in files if file.suffix.lower() in SUFFIXES}
+    for table in tables:
         for row in csv.reader(io.StringIO(text(table.read_bytes()))):
             if len(row) > 1 and row[0].strip() and row[1].strip() and row[:2] not in (["file", "caption"], ["uid", "caption"]):
                 told.setdefault(row[0].strip(), []).append(row[1].strip())
@@ -106,16 +108,15 @@ def folder(path):
     for file in files:
         key = file.relative_to(path).as_posix()
         if file.suffix.lower() not in SUFFIXES:
-            if file.suffix.lower() not in (".csv", ".txt"):
+            if file not in beside and file not in tables:
                 skipped.append((key, f"'{file.suffix}' is none of {', '.join(SUFFIXES)}"))
             continue
         names = [key, file.name, file.stem] + [part for part in file.relative_to(path).parts[:-1]]
         synset = next((SYNSETS[name] for name in names if name in SYNSETS), None)
-        beside = file.with_suffix(".txt")
         captions = [caption for name in dict.fromkeys(names) for caption in told.get(name, [])]
         missing -= set(names)
-        if not captions and beside.is_file():
-            captions = [line.strip() for line in text(beside.read_bytes()).splitlines() if line.strip()]
+        if not captions and file.with_suffix(".txt").is_file():
+            captions = [line.strip() for line in text(file.with_suffix(".txt").read_bytes()).splitlines() if line.strip()]
         kind = synset or tidy(file.parent.name if file.parent != path else file.stem) or "shape"
         captions = captions or [tidy(file.stem)] * (synset is None and bool(tidy(file.stem)))
         items.append(Item(key, str(file), captions=list(dict.fromkeys(captions + [kind]))))
