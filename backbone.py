@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import nn
 
 from layers import Block, load_model, read_stage, time_embedding
-from prefix import Prefix
+from prefix import Prefix, drops
 from reconstruct import blend
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
@@ -27,7 +27,6 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
 }
 DRAWS = 4    # noise draws a masked token and step: the MAE's work is shared by all of them
-DROP = .1    # share of training samples without their prompt, for classifier-free guidance
 
 
 # ---------------------------------------------------------------------------- DenoiseNet
@@ -59,11 +58,11 @@ class DenoiseNet(nn.Module):
 
 
 def guided(net, x, t, c, guidance):
-    """Classifier-free guidance: c holds [with prompt, without prompt], which share the noise x."""
-    if guidance is None:
-        return net(x, t, c)
-    yes, no = net(torch.cat([x, x]), torch.cat([t, t]), c).chunk(2)
-    return no + guidance * (yes - no)
+    """Classifier-free guidance, a strength for each kind of prompt (Brooks et al. 2023): c holds [all that is told, ..., nothing told],
+    one kind less each time, which share the noise x."""
+    n = len(c) // len(x)
+    out = net(x.repeat(n, 1), t.repeat(n), c).chunk(n)
+    return out[-1] + sum(g * (more - less) for g, more, less in zip(guidance, out, out[1:]))
 
 
 class Flow:
@@ -82,7 +81,7 @@ class Flow:
         return F.mse_loss(net((1 - t_) * noise + t_ * x, t, c), x - noise)
 
     @staticmethod
-    def sample(net, c, noise, steps, guidance=None, temperature=1.):
+    def sample(net, c, noise, steps, guidance=(), temperature=1.):
         """Euler steps from t = 0 to 1; temperature scales the noise (k 1 c) that everything starts from."""
         x = temperature * noise[:, 0]
         for i in range(steps):
@@ -109,7 +108,7 @@ class DDPM:
         return F.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, i / cls.T, c), noise)
 
     @classmethod
-    def sample(cls, net, c, noise, steps, guidance=None, temperature=1.):
+    def sample(cls, net, c, noise, steps, guidance=(), temperature=1.):
         """Ancestral sampling over `steps` of the 1000 levels; temperature scales the noise (k steps c) injected on the way."""
         levels = torch.linspace(cls.T, 0, steps + 1).round().long()
         x = noise[:, 0]
@@ -131,11 +130,11 @@ DENOISERS = {"flow": Flow, "ddpm": DDPM}
 # ---------------------------------------------------------------------------- MAE
 
 class Backbone(nn.Module):
-    def __init__(self, tokens, channels, condition_dim, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
+    def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
                  denoiser="flow"):
         super().__init__()
         self.tokens, self.channels, self.denoiser = tokens, channels, DENOISERS[denoiser]
-        self.prefix = Prefix(prefix, dim, heads, condition_dim)
+        self.prefix = Prefix(prefix, dim, heads, widths)
         self.token = nn.Linear(channels, dim)
         self.place_in = nn.Parameter(torch.randn(tokens, dim) * .02)              # two positional embeddings, as MAR
         self.place_out = nn.Parameter(torch.randn(prefix + tokens, dim) * .02)
@@ -160,14 +159,13 @@ class Backbone(nn.Module):
             y = block(y)
         return self.norm_out(y[:, p:])
 
-    def loss(self, x, condition, mask):
-        """x: b n c shape tokens; condition b t e and its mask. The diffusion loss, on the hidden tokens only."""
+    def loss(self, x, condition):
+        """x: b n c shape tokens and their condition (prefix.py). The diffusion loss, on the hidden tokens only."""
         b, n, device = len(x), self.tokens, x.device
-        drop = torch.rand(b, device=device) < DROP
         ratio = nn.init.trunc_normal_(torch.empty(1), 1., .25, .7, 1.).item()     # one for the batch, as MAR: no padding
         known = n - math.ceil(n * ratio)
         order = torch.rand(b, n, device=device).argsort(1)
-        c = self.contexts(self.prefix(condition, mask, drop), x, order, known)
+        c = self.contexts(self.prefix(condition, drops(b, condition, device)), x, order, known)
         hidden = order[:, known:]                                                 # b m, gathered before the head
         c = c.gather(1, repeat(hidden, "b m -> b m d", d=c.shape[-1]))
         x = x.gather(1, repeat(hidden, "b m -> b m c", c=self.channels))
@@ -175,35 +173,35 @@ class Backbone(nn.Module):
         return self.denoiser.loss(self.net, x, c)
 
     @torch.no_grad()
-    def generate(self, condition, mask, seeds, steps=16, denoise_steps=None, cfg=2., temperature=1.,
-                 recon=None, alpha=.1, convention="figure", window=.25):
-        """condition b t e, mask b t, one seed a sample -> shape tokens b n c.
+    def generate(self, condition, seeds, steps=16, denoise_steps=None, cfg=2., temperature=1.,
+                 recon=None, alpha=.1, convention="figure", window=.75):
+        """condition (prefix.py), one seed a sample -> shape tokens b n c. cfg: the strength of guidance, or one for each kind.
 
         recon: b n c, the reconstructor's first guess, blended in during the first `window` of the
         steps (a share if below 1, else a number of steps); None is sampling only.
         """
-        b, n, device = len(condition), self.tokens, condition.device
+        b, n, device = len(seeds), self.tokens, self.unknown.device
         # a sample's randomness is its own, so that it does not depend on who else is in the batch
         draws = [np.random.default_rng(seed) for seed in seeds]
         order = torch.from_numpy(np.stack([rng.permutation(n) for rng in draws])).to(device)             # b n
         denoise_steps = denoise_steps or self.denoiser.steps
         each = n, self.denoiser.draws(denoise_steps), self.channels
         noise = torch.from_numpy(np.stack([rng.standard_normal(each, np.float32) for rng in draws])).to(device)   # b n r c
-        prefix = self.prefix(condition, mask)
-        if cfg != 1:
-            prefix = torch.cat([prefix, self.prefix(condition, mask, torch.ones(b, dtype=torch.bool, device=device))])
+        kinds = list(condition)
+        cfg = [cfg.get(kind, 2.) for kind in kinds] if isinstance(cfg, dict) else [cfg] * len(kinds)
+        branches = len(kinds) + 1 if any(g != 1 for g in cfg) else 1
+        told = [kinds[:len(kinds) - i] for i in range(branches)]                  # all, one kind less ..., nothing
+        prefix = torch.cat([self.prefix(condition, {kind: torch.full((b,), kind not in some, device=device) for kind in kinds})
+                            for some in told])
+        orders = order.repeat(branches, 1)
         guided_early = window if window >= 1 else math.ceil(window * steps)
         x = torch.zeros(b, n, self.channels, device=device)
         for step, (known, then) in enumerate(schedule(n, steps)):
             seen = x if recon is None or step >= guided_early else blend(x, recon, alpha, convention)     # RGS
-            if cfg != 1:
-                seen, both = torch.cat([seen, seen]), torch.cat([order, order])
-            else:
-                both = order
-            c = self.contexts(prefix, seen, both, known)
-            c = c.gather(1, repeat(both[:, known:then], "b m -> b m d", d=c.shape[-1]))
+            c = self.contexts(prefix, seen.repeat(branches, 1, 1), orders, known)
+            c = c.gather(1, repeat(orders[:, known:then], "b m -> b m d", d=c.shape[-1]))
             place = repeat(order[:, known:then], "b m -> b m c", c=self.channels)
-            guidance = None if cfg == 1 else 1 + (cfg - 1) * then / n             # grows with the share known
+            guidance = [1 + (g - 1) * then / n for g in reversed(cfg)][:branches - 1]         # grows with the share known
             fresh = noise.gather(1, repeat(place, "b m c -> b m r c", r=noise.shape[2]))
             new = self.denoiser.sample(self.net, rearrange(c, "b m d -> (b m) d"), rearrange(fresh, "b m r c -> (b m) r c"),
                                        denoise_steps, guidance, temperature)

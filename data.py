@@ -27,9 +27,12 @@ from tqdm import tqdm
 import real
 import shapes
 import soup
+from images import SIZE, framed, lit
 from layers import Parser, UserError, between, claim, command, written
+from light import look
 from meshes import canonical, fit
 from render import contact_sheet, flat, render_mesh, save_png
+from see import see_mesh, tensor
 
 POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
 CHUNK = 130                   # shapes prepared between two marks of progress
@@ -38,11 +41,14 @@ TEST = 10_000_000             # test shapes are numbered from here on: they neve
 TRAIN_SHAPES = 10_400         # 800 of each class
 TEST_SHAPES = 520             # 40 of each class
 FACES = 256                   # most faces of a low-poly mesh
+PICTURES = 2                  # of a shape, as image prompts
 VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
 KINDS = {                     # kind of samples -> its arrays, a row a shape
     "surface": {"points": (np.float16, (POINTS, 3)), "normals": (np.int8, (POINTS, 3)), "colours": (np.uint8, (POINTS, 3)),
                 "queries": (np.float16, (QUERIES, 3)), "distance": (np.float16, (QUERIES,))},              # 116 kB a shape
     "faces": {"corners": (np.int16, (FACES, 3, 3)), "face_colours": (np.uint8, (FACES, 3)), "components": (np.int16, (FACES,))},   # 6 kB
+    "pictures": {"looks": (np.uint8, (PICTURES, SIZE, SIZE, 3)), "facing": (np.int8, (PICTURES, SIZE, SIZE, 3)),
+                 "covered": (np.uint8, (PICTURES, SIZE, SIZE))},                                           # 57 kB
     "views": {"views": (np.uint8, (VIEW, VIEW, 4)), "angles": (np.float32, (2,))},                         # 66 kB
 }
 
@@ -65,6 +71,27 @@ def sample_faces(shape, rng):
     return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
             "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255),
             "components": np.pad(components, (0, empty), constant_values=-1)}
+
+
+def sample_pictures(shape, rng):
+    """From random sides, a little above or below; the last is the one that came with the shape, if one did."""
+    drawn = pictures(shape, [(rng.uniform(0, 360), rng.uniform(-15, 50)) for _ in range(PICTURES)])
+    if shape.icon is not None:                                # its light is in its colours: no normals
+        seen = framed(shape.icon)
+        drawn["looks"][-1], drawn["facing"][-1], drawn["covered"][-1] = np.round(seen[..., :3] * 255), 0, np.round(seen[..., 3] * 255)
+    return drawn
+
+
+def pictures(shape, angles):
+    """A picture from each of some sides, before any light: colours and normals as the eye sees them (times coverage), coverage."""
+    vertices, faces, paint = painted(shape)
+    pictures = np.zeros((len(angles), 2 * SIZE, 2 * SIZE, 7), np.float32)
+    for picture, (azimuth, elevation) in zip(pictures, angles):
+        eye = look(azimuth, elevation)
+        pixel, _, normal, colour = see_mesh(tensor(vertices), tensor(faces, torch.int64), tensor(paint), eye, 2 * SIZE)
+        picture.reshape(-1, 7)[pixel] = torch.cat([colour, normal @ eye.T, torch.ones_like(colour[:, :1])], 1)
+    seen = np.stack([framed(picture) for picture in pictures])
+    return {"looks": np.round(seen[..., :3] * 255), "facing": np.round(seen[..., 3:6] * 127), "covered": np.round(seen[..., 6] * 255)}
 
 
 def sample_views(shape, rng):
@@ -267,6 +294,15 @@ class Prepared:
         corners, components, colours = (torch.from_numpy(self.arrays[name][self.rows[rows]]) for name in ("corners", "components", "face_colours"))
         return {"corners": corners.long(), "components": components.long(), "face_colours": colours.float() / 255}
 
+    def told(self, rows, rng):
+        """One caption of each."""
+        return [self.captions[row][rng.integers(len(self.captions[row]))] for row in rows]
+
+    def pictures(self, rows, rng, which=None, vary=True):
+        """One picture of each, in random light (images.py): b 3 s s."""
+        which = rng.integers(PICTURES, size=len(rows)) if which is None else which
+        return lit(*(self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"]), rng, vary)
+
     def views(self, rows):
         """A picture of each: b size size 4, and where it was taken from, b 2 in degrees."""
         views, angles = (torch.from_numpy(self.arrays[name][self.rows[rows]]) for name in ("views", "angles"))
@@ -278,8 +314,8 @@ def main():
     parser.add_argument("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
                                        "(real.py); default: the built-in shapes")
     parser.add_argument("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["surface"], help="samples to take: surface for every "
-                        "representation, faces for mesh, views for gs")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["surface", "pictures"], help="samples to take: surface for every "
+                        "representation, pictures for image prompts, faces for mesh, views for gs")
     parser.add_argument("--shard", type=part, default=(0, 1), metavar="i/n", help="only the i-th of n shares: so many machines, one folder")
     parser.add_argument("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many built-in training shapes to prepare")
     parser.add_argument("--seed", type=between(0), default=0, help="another seed, other built-in shapes")

@@ -1,8 +1,9 @@
-"""encoders.py - stage 0: what a prompt becomes. A text tower and a cloud tower, trained to agree.
+"""encoders.py - stage 0: what a text prompt becomes. A text tower and a cloud tower, trained to agree.
 
 LTM3D section 4 conditions on a frozen CLIP. Here both towers are trained from nothing, in minutes and
-with the contrastive loss of CLIP, on the captions and clouds of the built-in shapes; then they are
-frozen. The text tower's tokens condition the backbone; the cloud tower scores shape against text.
+with the contrastive loss of CLIP, on the captions and clouds of the prepared shapes; then they are
+frozen. The text tower's tokens condition the backbone; the cloud tower scores shape against text, and
+teaches the tower for pictures (vision.py).
 
     text:   words -> condition tokens b t e and their mask b t
     cloud:  coloured oriented points -> one unit vector b e, near those of the captions true of it
@@ -52,7 +53,7 @@ class Encoders(nn.Module):
 
     def __init__(self, vocabulary, dim, depth, heads):
         super().__init__()
-        self.dim = dim                                        # e
+        self.width = dim                                      # e
         self.vocabulary, self.index = list(vocabulary), {word: i for i, word in enumerate(vocabulary)}
         self.told = set()                                     # words already warned about
         self.word = nn.Embedding(len(self.vocabulary), dim)
@@ -133,18 +134,24 @@ class Encoders(nn.Module):
         return ids.to(self.scale.device), mask.to(self.scale.device)
 
     @torch.no_grad()
-    def encode(self, prompts):
+    def tokens(self, prompts):
         """A list of strings -> condition b t e, mask b t: what the prefix of the backbone reads."""
         ids, mask = self.tokenise(prompts)
         return self.text(ids, mask), mask
+
+    def drawn(self, split, rows, rng):
+        """The same of one caption of each of some training shapes."""
+        return self.tokens(split.told(rows, rng))
 
 
 # ---------------------------------------------------------------------------- training and evaluation
 
 def training_batch(prepared, encoders, rng, batch=128):
     """`batch` shapes, one caption and one cloud each -> ids, mask, cloud, true (what `loss` takes)."""
-    rows = rng.permutation(len(prepared))[:batch]
-    captions = [prepared.captions[row][rng.integers(len(prepared.captions[row]))] for row in rows]
+    classes = np.array(prepared.classes)
+    alike = np.isin(classes, rng.choice(np.unique(classes), min(2, len(np.unique(classes))), replace=False))
+    rows = rng.permutation(np.flatnonzero(alike) if rng.random() < .5 else len(prepared))[:batch]     # half of the batches: finer differences
+    captions = prepared.told(rows, rng)
     lists = [frozenset(prepared.captions[row]) for row in rows]
     true = torch.tensor([[caption in there for there in lists] for caption in captions])
     return *encoders.tokenise(captions), prepared.cloud(rows, POINTS, rng), true

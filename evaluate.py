@@ -10,25 +10,32 @@ metrics.py says what each number means.
     python evaluate.py generate --rep sdf        # n samples of each bare class name
     python evaluate.py attributes --rep sdf      # "a table with one leg": has it one?
     python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its weight varied
+    python evaluate.py retrieval                 # the built-in aligner: does a caption or a picture find its shape?
+    python evaluate.py images --rep sdf          # from a caption, from a picture, from both: how near to the true shape?
+    python evaluate.py views --rep sdf           # eight views of one shape: is it the same shape eight times?
 
 Each prints a Markdown table and writes it, a CSV beside it, to --out.
 """
 import csv
 import time
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import encoders
 import heads
 import tokenizer
+import vision
 from attributes import ATTRIBUTES, holds, look
-from data import prepare
+from data import pictures, prepare
 from fit import plot_losses
 from heads import HEADS
+from images import lit
 from layers import Parser, between, claim, command, pick_device, read_config, written
-from metrics import JUDGES, chamfer, chamfer_matrix, decoded_field, diversity, others, true_field
+from metrics import JUDGES, chamfer, chamfer_matrix, decoded_field, diversity, emd, others, true_field
 from render import contact_sheet, save_png
 from sample import LTM3D, RESOLUTIONS, alpha
 from shapes import CLASSES
@@ -56,6 +63,10 @@ def report(args, name, rows, mean_row=True):
     print(f"{args.out}/{name}.md", f"{args.out}/{name}.csv", sep="\n")
 
 
+def held_out(args, kinds=("surface",)):
+    return prepare("test", out=args.cache, kinds=kinds, data=args.data, copies=args.copies)
+
+
 # ---------------------------------------------------------------------------- tokenizer
 
 @torch.no_grad()
@@ -64,7 +75,7 @@ def encoded(args, folder, reps):
     device, autocast, reason = pick_device(args.device)
     print(f"running on {reason}")
     encoder, these = tokenizer.load(folder).to(device), heads.load(folder, reps, device)
-    test = prepare("test", out=args.cache, kinds=dict.fromkeys(kind for rep in reps for kind in HEADS[rep].kinds))
+    test = held_out(args, dict.fromkeys(kind for rep in reps for kind in HEADS[rep].kinds))
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
         rng = np.random.default_rng((args.seed, row))
         with autocast():
@@ -79,12 +90,12 @@ def mean(each):
 
 def evaluate_tokenizer(args):
     """Held-out shapes, encoded from 2048 points and decoded, against the true ones."""
-    results = {name: [] for name in CLASSES}
+    results = {}
     for test, row, rng, these, tokens, autocast in encoded(args, args.checkpoint, [args.rep]):
-        results[test.classes[row]].append(JUDGES[args.rep](these, tokens, test, row, rng, autocast, args.points))
+        results.setdefault(test.classes[row], []).append(JUDGES[args.rep](these, tokens, test, row, rng, autocast, args.points))
     print(" ".join(JUDGES[args.rep].__doc__.split()))
     report(args, f"{args.command}-{args.rep}",
-           [{"class": name, "shapes": str(len(each))} | mean(each) for name, each in results.items() if each])
+           [{"class": name, "shapes": str(len(each))} | mean(each) for name, each in sorted(results.items())])
 
 
 def evaluate_cross(args):
@@ -107,7 +118,7 @@ def sample_tokens(model, prompts, n, seed, **options):
     `sample.py --text prompt --n n --seed seed` calls i."""
     jobs = [(prompt, (seed, i)) for prompt in prompts for i in range(n)]
     batches = [jobs[i:i + BATCH] for i in range(0, len(jobs), BATCH)]
-    return torch.cat([model.tokens(*zip(*batch), **options) for batch in tqdm(batches, desc="tokens", unit="batch")])
+    return torch.cat([model.tokens(*map(list, zip(*batch)), **options) for batch in tqdm(batches, desc="tokens", unit="batch")])
 
 
 def decode(model, tokens, rep, args):
@@ -117,15 +128,15 @@ def decode(model, tokens, rep, args):
     return shapes, torch.from_numpy(np.stack(clouds))
 
 
-def held_out(args):
+def references_of(args):
     """The clouds of all held-out shapes, r k 3, and their classes."""
-    test = prepare("test", out=args.cache)
+    test = held_out(args)
     return test.cloud(range(len(test)), POINTS, np.random.default_rng(args.seed))[0], np.array(test.classes)
 
 
 def evaluate_generate(args):
     """n samples of every class name: the right class, whole, closed, near to real shapes, diverse?"""
-    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), held_out(args)
+    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), references_of(args)
     print(f"running on {model.reason}")
     shapes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=args.alpha), args.rep, args)
     distance = torch.cat([chamfer_matrix(part, references) for part in tqdm(clouds.split(8), desc="Chamfer", unit="batch")])
@@ -154,7 +165,7 @@ def evaluate_generate(args):
 
 def evaluate_joint(args):
     """Several checkpoints side by side, each head they have: shared tokens, own tokens, an encoder trained with all heads."""
-    (references, classes), names, rows = held_out(args), np.repeat(CLASSES, args.n), {}
+    (references, classes), names, rows = references_of(args), np.repeat(CLASSES, args.n), {}
     for folder in args.checkpoints:
         config, model = read_config(folder), LTM3D(folder, args.device)
         print(f"{folder}: {sum(entry['seconds'] for entry in config.values()) / 60:.0f} minutes of training, all stages")
@@ -180,7 +191,7 @@ def evaluate_joint(args):
 
 def evaluate_ablate_rgs(args):
     """x~ = a x + (1 - a) x_recon in the first quarter of the steps (section 3.3): what does a trade?"""
-    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), held_out(args)
+    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), references_of(args)
     print(f"running on {model.reason}")
     rows = []
     for a in args.alphas:
@@ -196,11 +207,74 @@ def evaluate_ablate_rgs(args):
     report(args, args.command, rows, mean_row=False)
 
 
+# ---------------------------------------------------------------------------- pictures
+
+def evaluate_retrieval(args):
+    """Among 200 held-out shapes: does a full caption, does a picture of any side find the cloud of its shape?"""
+    device, autocast, reason = pick_device(args.device)
+    print(f"running on {reason}")
+    aligner, sight = encoders.load(args.checkpoint).to(device), vision.load(args.checkpoint).to(device)
+    test = held_out(args, ("surface", "pictures"))
+    with autocast():
+        found = {"caption": encoders.retrieval(aligner, test), "picture": vision.retrieval(sight, aligner, test)}
+    report(args, args.command, [{"asked with": name, "shapes": str(each["shapes"]), "R@1": each["recall_at_1"], "R@5": each["recall_at_5"]}
+                                for name, each in found.items()], mean_row=False)
+
+
+def evaluate_images(args):
+    """Held-out shapes from their class name, any caption, their longest one, a picture of a random side, the last two."""
+    model, test = LTM3D(args.checkpoint, args.device).ready(args.rep), held_out(args, ("surface", "pictures"))
+    references, classes = references_of(args)
+    rows = np.arange(min(args.shapes, len(test)))
+    captions, seeds = [max(test.captions[row], key=len) for row in rows], [(args.seed, int(row)) for row in rows]
+    pictures, any_ = test.pictures(rows, np.random.default_rng(args.seed)), test.told(rows, np.random.default_rng(args.seed))
+    true = [[test.shape(row).surface(8192, np.random.default_rng((args.seed, row, i)))[0] for row in rows] for i in range(2)]
+    table = [{"told": "(two samplings of the true surface)", "Chamfer": np.mean([chamfer(*pair) for pair in zip(*true)]), "right class": 1.}]
+    shown = [[np.kron((seen.clamp(0, 1) * 255).byte().permute(1, 2, 0), np.ones((3, 3, 1), np.uint8)) for seen in pictures[:len(CLASSES)]]]
+    prompts = {"name": (classes[rows].tolist(), None), "any caption": (any_, None), "longest caption": (captions, None),
+               "picture": (None, pictures), "picture and longest caption": (captions, pictures)}
+    parts = [slice(i, i + BATCH) for i in range(0, len(rows), BATCH)]
+    for told, (said, seen) in prompts.items():
+        tokens = torch.cat([model.tokens(said and said[part], seeds[part], None if seen is None else seen[part], args.alpha)
+                            for part in tqdm(parts, desc=told, unit="batch")])
+        shapes = [model.decode(t, args.rep, seed, args.resolution) for t, seed in zip(tokens, seeds)]
+        clouds = [shape.sample(8192, np.random.default_rng(seed)) for shape, seed in zip(shapes, seeds)]
+        nearest = chamfer_matrix(torch.from_numpy(np.stack(clouds))[:, :POINTS].contiguous(), references).argmin(1)
+        table.append({"told": told, "Chamfer": np.mean([chamfer(*pair) for pair in zip(clouds, true[0])]),
+                      "right class": np.mean(classes[nearest] == classes[rows])})
+        shown.append([shape.picture(192) for shape in shapes[:len(CLASSES)]])
+    print(f"{len(rows)} held-out shapes, one sample each; Chamfer distance of 8192 points to the true shape")
+    report(args, f"{args.command}-{args.rep}", table, mean_row=False)
+    save_png(f"{args.out}/images-{args.rep}.png", contact_sheet([one for row in shown for one in row], len(shown[0])))
+    print(f"{args.out}/images-{args.rep}.png")
+
+
+def evaluate_views(args):
+    """Eight views of one held-out shape, eight shapes: how far apart are they? With and without RGS."""
+    model, test = LTM3D(args.checkpoint, args.device).ready(args.rep), held_out(args)
+    print(f"running on {model.reason}")
+    rows = []
+    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):
+        looks = pictures(test.shape(row), [(45 * i, 20) for i in range(8)])
+        seen = lit(*looks.values(), np.random.default_rng(0), vary=False)
+        results = {"shape": f"{test.classes[row]} {row}"}
+        for name, a in (("sampling only", None), ("RGS", .1)):
+            tokens = model.tokens(None, [(args.seed, i) for i in range(8)], seen, alpha=a)
+            clouds = [model.decode(t, args.rep, (args.seed, i), args.resolution).sample(POINTS, np.random.default_rng(i))
+                      for i, t in enumerate(tokens)]
+            pairs = list(combinations(clouds, 2))
+            results |= {f"Chamfer, {name}": np.mean([chamfer(*pair) for pair in pairs]), f"EMD, {name}": np.mean([emd(*pair) for pair in pairs])}
+        two = [test.shape(row).surface(POINTS, np.random.default_rng(i))[0] for i in range(2)]
+        rows.append(results | {"Chamfer floor": chamfer(*two), "EMD floor": emd(*two)})
+    print(f"mean of all pairs of eight, {POINTS} points each; floor: of two samplings of the true surface")
+    report(args, f"{args.command}-{args.rep}", rows)
+
+
 # ---------------------------------------------------------------------------- attributes
 
 def check(args):
     """Every checker on the held-out shapes themselves: (class, attribute) -> for each shape, was it right?"""
-    test = prepare("test", out=args.cache)
+    test = held_out(args)
     seen = [look(true_field(test.shape(row))) for row in tqdm(range(len(test)), desc="checking the checkers", unit="shape")]
     right = {}
     for name, attribute, checker, prompts in ATTRIBUTES:
@@ -239,10 +313,11 @@ def main():
     common.add_argument("--seed", type=between(0), default=0, help="of the samples and of the points drawn")
     common.add_argument("--cache", default="cache", help="folder of the prepared data")
     common.add_argument("--out", default="out/evaluate", help="folder for the results")
+    common.set_defaults(data=None, copies=1)
     parser = Parser(__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = {name: commands.add_parser(name, parents=[common], help=run.__doc__, description=run.__doc__) for name, run in COMMANDS.items()}
-    for name in ("tokenizer", "generate", "attributes", "ablate-rgs"):
+    for name in ("tokenizer", "generate", "attributes", "ablate-rgs", "images", "views"):
         reps = ["sdf"] if name == "attributes" else list(HEADS)
         sub[name].add_argument("--rep", type=heads.spelling, choices=reps, default="sdf", help="the representation to judge")
     flag = sub["tokenizer"].add_argument
@@ -262,11 +337,19 @@ def main():
         flag("--prompts", nargs="+", choices=CLASSES, default=list(CLASSES), metavar="CLASS", help="class names to ask for")
         flag("--resolution", type=int, choices=RESOLUTIONS, default=64, help="of the meshes")
     flag("--alphas", nargs="+", type=alpha, default=[None, .1, .3], help="weights of the sampled tokens; 'none' is sampling only")
+    for name, count in (("images", 208), ("views", 26)):
+        flag = sub[name].add_argument
+        flag("--shapes", type=between(1, 520), default=count, help="how many held-out shapes, all classes alike")
+        flag("--resolution", type=int, choices=RESOLUTIONS, default=64, help="of the meshes")
+    for name in ("tokenizer", "cross", "retrieval", "images", "views"):
+        sub[name].add_argument("--data", help="the files that it was trained on, a tenth of which was held out (default: the built-in shapes)")
+        sub[name].add_argument("--copies", type=between(1, 100), default=1, help="as in training")
     flag = sub["attributes"].add_argument
     flag("--n", type=between(1, 1000), default=8, help="samples of every prompt")
     flag("--check", action="store_true", help="only try the checkers, on the held-out shapes themselves")
-    for name in ("generate", "attributes"):
-        sub[name].add_argument("--alpha", type=alpha, help="RGS weight of the sampled tokens, e.g. .1; 'none' is sampling only")
+    for name in ("generate", "attributes", "images"):
+        sub[name].add_argument("--alpha", type=alpha, default="auto", help="RGS weight of the sampled tokens; 'none' is sampling only (default: "
+                                                                            ".1 with a picture, none without)")
     args = parser.parse_args()
     start = time.time()
     claim(args.out)
@@ -277,7 +360,8 @@ def main():
 
 
 COMMANDS = {"tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate,
-            "attributes": evaluate_attributes, "ablate-rgs": evaluate_ablate_rgs}
+            "attributes": evaluate_attributes, "ablate-rgs": evaluate_ablate_rgs, "retrieval": evaluate_retrieval, "images": evaluate_images,
+            "views": evaluate_views}
 
 if __name__ == "__main__":
     command(main)

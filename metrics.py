@@ -130,7 +130,7 @@ def judge_sdf(heads, tokens, split, row, rng, autocast, points):
     if points:
         surface = heads["sdf"].decode(tokens, heads, rng, autocast).sample(points, rng)
         results = {"F-score": fscore(surface, shape.surface(points, rng)[0], .02)}
-    queries, distance = (torch.tensor(split.arrays[name][row], dtype=torch.float) for name in ("queries", "distance"))
+    queries, distance = (torch.tensor(split.arrays[name][split.rows[row]], dtype=torch.float) for name in ("queries", "distance"))
     error = decoded_field(heads["sdf"], tokens, autocast)(queries)[:, 0] - (distance / TRUNCATION).clamp(-1, 1)
     return {"IoU": grid_iou(heads["sdf"], tokens, shape, autocast), "L1": error.abs().mean().item()} | results
 
@@ -149,7 +149,7 @@ def judge_pc(heads, tokens, split, row, rng, autocast, points):
 def judge_mesh(heads, tokens, split, row, rng, autocast, points):
     """Faces within so many bins of the true ones in all nine coordinates; edges of the welded mesh that two faces share;
     Chamfer distance of 2048 visible points to the true surface, and of the true low-poly mesh; floor: of a second true cloud."""
-    mesh, true = heads["mesh"].decode(tokens, heads, rng, autocast), split.arrays["corners"][row]
+    mesh, true = heads["mesh"].decode(tokens, heads, rng, autocast), split.arrays["corners"][split.rows[row]]
     true = true[true[:, 0, 0] >= 0]
     corners, best = quantise(mesh.vertices)[mesh.faces], (centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3))
     surface, other = (split.shape(row).surface(2048, rng)[0] for _ in range(2))

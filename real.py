@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import trimesh
+from PIL import Image
 
 from layers import Parser, UserError, command
 from soup import Soup
@@ -54,7 +55,8 @@ class Item:
     file: str
     member: str = ""            # of an archive
     captions: list = field(default_factory=list)     # the last is the class
-    rotation: list = None       # 9 numbers, by rows
+    rotation: str = ""          # 9 numbers, by rows
+    icon: str = ""              # a picture of it, of the same archive
     licence: str = ""
     author: str = ""
 
@@ -101,7 +103,11 @@ def folder(path):
     tables = [file for file in files if file.suffix.lower() == ".csv" and file.parent == path]
     beside = {file.with_suffix(".txt") for file in files if file.suffix.lower() in SUFFIXES}
     for table in tables:
-        for row in csv.reader(io.StringIO(text(table.read_bytes()))):
+        try:
+            rows = list(csv.reader(io.StringIO(text(table.read_bytes()))))
+        except csv.Error as error:
+            raise UserError(f"{table} cannot be read ({error}); is a quote open? Its lines are file,caption") from None
+        for row in rows:
             if len(row) > 1 and row[0].strip() and row[1].strip() and row[:2] not in (["file", "caption"], ["uid", "caption"]):
                 told.setdefault(row[0].strip(), []).append(row[1].strip())
     missing = set(told)
@@ -140,7 +146,7 @@ def sweet_home(path):
         elif name.strip() == "license":
             licence = value
     for number, entry in sorted(entries.items()):
-        key, member = f"{path.stem}/{number}", entry.get("model", "").lstrip("/")
+        key, member, icon = f"{path.stem}/{number}", entry.get("model", "").lstrip("/"), entry.get("icon", "").lstrip("/")
         if ".." in member.split("/"):
             skipped.append((key, f"'{member}' points outside the library"))
         elif member not in names:
@@ -149,8 +155,8 @@ def sweet_home(path):
             skipped.append((key, f"'{member}' is none of {', '.join(SUFFIXES)}"))
         else:
             name = tidy(entry.get("name", "")) or tidy(Path(member).stem) or "shape"
-            rotation = [float(x) for x in entry["modelRotation"].split()] if "modelRotation" in entry else None
-            items.append(Item(key, str(path), member, list(dict.fromkeys([name, name.split()[-1]])), rotation, licence, entry.get("creator", "")))
+            items.append(Item(key, str(path), member, list(dict.fromkeys([name, name.split()[-1]])), entry.get("modelRotation", ""),
+                              icon if icon in names else "", licence, entry.get("creator", "")))
     return items, skipped
 
 
@@ -224,7 +230,7 @@ def triangles(item):
     if not np.isfinite(vertices[faces]).all():
         raise UserError("it has vertices that are not finite numbers")
     if item.rotation:
-        vertices = vertices @ np.reshape(item.rotation, (3, 3)).T
+        vertices = vertices @ np.reshape(np.array(item.rotation.split(), float), (3, 3)).T
     if not np.ptp(vertices[faces.ravel()], 0).max() > 0:
         raise UserError("it is a single point")
     vertices = framed(vertices, faces)
@@ -297,7 +303,7 @@ def shape(item, copy=0):
         with limit(SECONDS), warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             vertices, faces, colours = triangles(item)
-            rng = np.random.default_rng(copy)
+            rng, picture = np.random.default_rng(copy), icon(item)
             stretch = np.exp(rng.uniform(-.22, .22, 3)) if copy > 1 else np.ones(3)
             made = Soup(framed(vertices * stretch * [(-1) ** copy, 1, 1], faces), faces, colours)
             made.surface(1, rng)                              # there is one
@@ -306,7 +312,16 @@ def shape(item, copy=0):
     except Exception as error:                                # what others wrote may go wrong in any way
         raise UserError(f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from None
     made.name, made.captions = item.captions[-1], item.captions
+    made.icon = None if picture is None or copy > 1 else picture[:, ::(-1) ** copy]
     return made
+
+
+def icon(item):
+    """The picture of an item that came with it, h w 4 in [0, 1], or None."""
+    if not item.icon:
+        return None
+    with zipfile.ZipFile(item.file) as archive:
+        return np.asarray(Image.open(io.BytesIO(bounded(archive, item.icon))).convert("RGBA"), np.float32) / 255
 
 
 def main():

@@ -14,6 +14,7 @@ from einops import repeat
 from torch import nn
 
 from layers import Block, load_model, read_stage
+from prefix import Conditions, drops
 
 SIZES = {
     "tiny": dict(dim=192, depth=4, heads=6), "small": dict(dim=384, depth=6, heads=6),
@@ -22,22 +23,23 @@ SIZES = {
 
 
 class Reconstructor(nn.Module):
-    def __init__(self, tokens, channels, condition_dim, dim, depth, heads):
+    def __init__(self, tokens, channels, widths, dim, depth, heads):
         super().__init__()
+        self.conditions = Conditions(widths, dim)
         self.query = nn.Parameter(torch.randn(tokens, dim) * .02)                 # n d
-        self.norm = nn.LayerNorm(condition_dim)
-        self.cross = Block(dim, heads, context_dim=condition_dim)
+        self.cross = Block(dim, heads, context_dim=dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
 
-    def forward(self, condition, mask):                                           # b t e, b t -> b n c
-        x = self.cross(repeat(self.query, "n d -> b n d", b=len(condition)), self.norm(condition), mask)
+    def forward(self, condition, drop=None):                                      # -> b n c
+        context, mask = self.conditions(condition, drop)
+        x = self.cross(repeat(self.query, "n d -> b n d", b=len(context)), context, mask)
         for block in self.blocks:
             x = block(x)
         return self.out(x).float()
 
-    def loss(self, tokens, condition, mask):
-        return F.mse_loss(self(condition, mask), tokens)
+    def loss(self, tokens, condition):
+        return F.mse_loss(self(condition, drops(len(tokens), condition, tokens.device)), tokens)
 
 
 def blend(sampled, recon, alpha, convention="figure"):

@@ -1,8 +1,9 @@
-"""sample.py - a prompt becomes files: text -> condition -> prefix -> shape tokens -> shapes, pictures.
+"""sample.py - a prompt becomes files: text, image -> condition -> prefix -> shape tokens -> shapes, pictures.
 
     python sample.py --text "table"
     python sample.py --text "a red chair with arms" --n 4 --turntable --out out
     python sample.py --text "table" --rep all                # the same table as surface, cloud, mesh and 3D Gaussians
+    python sample.py --image chair.png                       # what is in the picture, seen from all sides
 
     from sample import load                                  # the same as a Python API
     shapes = load().generate("a round table", rep="sdf", n=4, seed=0)
@@ -10,6 +11,7 @@
 """
 import argparse
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -17,9 +19,10 @@ import numpy as np
 import torch
 
 import backbone
-import encoders
 import heads
+import images
 import reconstruct
+import towers
 from layers import Parser, UserError, between, cast_once, claim, command, pick_device
 from render import contact_sheet, save_gif, save_png, turntable
 
@@ -35,8 +38,9 @@ class LTM3D:
         if not Path(folder).is_dir():
             raise UserError(f"there is no folder {folder}; --checkpoint takes checkpoints/tiny or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device)
-        stages = encoders.load(folder), backbone.load(folder), reconstruct.load(folder)
-        self.encoders, self.backbone, self.reconstruct = (cast_once(stage.to(self.device), self.autocast) for stage in stages)
+        stages = backbone.load(folder), reconstruct.load(folder)
+        self.backbone, self.reconstruct = (cast_once(stage.to(self.device), self.autocast) for stage in stages)
+        self.towers = towers.load(folder, self.device)
         self.folder, self.heads = folder, {}
 
     def ready(self, *reps):
@@ -46,24 +50,30 @@ class LTM3D:
         return self
 
     @torch.no_grad()
-    def tokens(self, prompts, seeds, alpha=None, **options):
-        """prompts, one seed each -> shape tokens b n c. alpha None: sampling only, no RGS."""
+    def tokens(self, prompts, seeds, pictures=None, alpha="auto", **options):
+        """prompts (a list), pictures b 3 s s (images.py) or both, one seed each -> shape tokens b n c. alpha None: no RGS; auto: for
+        pictures, which say nearly all there is to know about a shape."""
+        if alpha == "auto":
+            alpha = None if pictures is None else .1
         with self.autocast():
-            condition, mask = self.encoders.encode(prompts)
-            recon = None if alpha is None else self.reconstruct(condition, mask)
-            return self.backbone.generate(condition, mask, seeds, recon=recon, alpha=alpha, **options).float()
+            condition = self.towers.encode(prompts, pictures)
+            recon = None if alpha is None else self.reconstruct(condition)
+            return self.backbone.generate(condition, seeds, recon=recon, alpha=alpha, **options).float()
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (export.py), a function of the tokens and the seed."""
         head, rng = self.ready(rep).heads[rep], np.random.default_rng(seed)
         return head.decode(tokens, self.heads, rng, self.autocast, resolution, points or head.COUNT)
 
-    def generate(self, prompt, rep="sdf", n=1, seed=0, resolution=128, points=None, **options):
-        """n shapes of one prompt; options as for `tokens`: steps, denoise_steps, cfg, temperature, alpha, window, convention."""
+    def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, **options):
+        """n shapes of one prompt, a picture file or both; options as for `tokens`: steps, denoise_steps, cfg, temperature, alpha,
+        window, convention."""
         if rep not in heads.HEADS:
             raise ValueError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
         seeds = [(seed, i) for i in range(n)]
-        return [self.decode(t, rep, s, resolution, points) for t, s in zip(self.tokens([prompt] * n, seeds, **options), seeds)]
+        prompts = None if prompt is None else [prompt] * n
+        pictures = None if image is None else images.seen(image)[0].expand(n, -1, -1, -1)
+        return [self.decode(t, rep, s, resolution, points) for t, s in zip(self.tokens(prompts, seeds, pictures, **options), seeds)]
 
 
 def load(folder="checkpoints/tiny", device=None):
@@ -72,18 +82,20 @@ def load(folder="checkpoints/tiny", device=None):
 
 def arguments():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--text", required=True, help="what to make, e.g. \"a round table\"")
+    parser.add_argument("--text", help="what to make, e.g. \"a round table\"")
+    parser.add_argument("--image", help="a picture of what to make (png, jpg, webp), alone or with --text")
     parser.add_argument("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
                         help="representations to make, of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
     parser.add_argument("--n", type=between(1, 10_000), default=1, help="how many")
     parser.add_argument("--seed", type=between(0), default=0, help="another seed, another shape; sample i depends on (seed, i) alone")
     parser.add_argument("--steps", type=between(1, 10_000), default=16, help="unmasking steps, at most the number of shape tokens")
     parser.add_argument("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 16 flow, 100 ddpm)")
-    parser.add_argument("--cfg", type=between(0, 100, float), default=2., help="classifier-free guidance; 1 is none")
+    parser.add_argument("--cfg", type=between(0, 100, float), default=2., help="classifier-free guidance by the text; 1 is none")
+    parser.add_argument("--cfg-image", type=between(0, 100, float), default=2., help="the same by the picture")
     parser.add_argument("--temperature", type=between(0, 10, float), default=1., help="of the noise; lower is tamer")
-    parser.add_argument("--alpha", type=alpha, help="RGS: weight of the sampled tokens in the first steps, the paper's is .1; "
-                                                      "'none' is sampling only")
-    parser.add_argument("--window", type=between(0, 10_000, float), default=.25, help="how long RGS lasts: a share of the steps below 1, else a number of steps")
+    parser.add_argument("--alpha", type=alpha, default="auto", help="RGS: weight of the sampled tokens in the first steps; 'none' is sampling "
+                                                                    "only (default: the paper's .1 with a picture, none without)")
+    parser.add_argument("--window", type=between(0, 10_000, float), default=.75, help="how long RGS lasts: a share of the steps below 1, else a number of steps")
     parser.add_argument("--convention", choices=["figure", "text"], default="figure",
                         help="alpha weighs the sampled tokens (figure) or the reconstruction (text)")
     parser.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side when the surface is extracted")
@@ -94,17 +106,21 @@ def arguments():
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--out", default="out", help="folder to write to")
     args = parser.parse_args()
+    if args.text is None and args.image is None:
+        parser.error("say what to make, with --text or --image")
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
     return args
 
 
 def alpha(text):
+    if text in ("auto", "none"):
+        return text if text == "auto" else None
     try:
-        value = None if text == "none" else float(text)
+        value = float(text)
     except ValueError:
         value = -1
-    if value is not None and not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, or 'none', not {text}")
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, 'none' or 'auto', not {text}")
     return value
 
 
@@ -117,15 +133,22 @@ def main():
         clock, before = time.perf_counter(), clock
         phases[phase] = phases.get(phase, 0) + clock - before
 
-    name = re.sub(r"[^a-z0-9]+", "-", args.text.lower()).strip("-")[:60].strip("-") or "shape"
+    name = re.sub(r"[^a-z0-9]+", "-", (Path(args.image).stem if args.text is None else args.text).lower()).strip("-")[:60].strip("-") or "shape"
+    picture = None
+    if args.image:
+        picture, guess = images.seen(args.image)
+        picture = picture.expand(args.n, -1, -1, -1)
+        if guess:
+            print(f"warning: {args.image}: {guess}", file=sys.stderr)
     model = load(args.checkpoint, args.device).ready(*args.rep)
     if args.steps > model.backbone.tokens:
         raise UserError(f"--steps {args.steps} is more than the {model.backbone.tokens} shape tokens of {args.checkpoint}; "
                         "every step places at least one")
     print(f"running on {model.reason}")
     lap("load")
-    tokens = model.tokens([args.text] * args.n, [(args.seed, i) for i in range(args.n)], alpha=args.alpha, steps=args.steps,
-                          denoise_steps=args.denoise_steps, cfg=args.cfg, temperature=args.temperature,
+    prompts = None if args.text is None else [args.text] * args.n
+    tokens = model.tokens(prompts, [(args.seed, i) for i in range(args.n)], picture, args.alpha, steps=args.steps,
+                          denoise_steps=args.denoise_steps, cfg={"text": args.cfg, "image": args.cfg_image}, temperature=args.temperature,
                           window=args.window, convention=args.convention)
     lap("tokens")
     out, pictures = claim(args.out), []

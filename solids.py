@@ -231,6 +231,7 @@ class Shape:
     parts: list
     attributes: dict        # what can be seen, e.g. {"top": "round", "legs": 4, "colour": "red"}
     captions: list          # several wordings, from the bare class name to a full description
+    icon = None             # no picture came with it
 
     @cached_property
     def palette(self):

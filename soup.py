@@ -45,7 +45,7 @@ def tree(points):
 
 class Soup:
     """Triangles v 3, f 3 with a colour each, f 3 in [0, 1], within [-.9, .9]^3: answers what a built-in Shape answers."""
-    name, captions, attributes = "", (), {}
+    name, captions, attributes, icon = "", (), {}, None
 
     def __init__(self, vertices, faces, colours):
         self.vertices, self.faces, self.colours = vertices.astype(np.float32), faces, colours.astype(np.float32)
@@ -83,6 +83,7 @@ class Soup:
         if not len(x):
             raise UserError("nothing of it can be seen from outside")
         some = rng.permutation(len(x))[:POOL]
+        some = some[np.lexsort(self._cell(x[some]))]                         # neighbours follow each other: the query takes half the time
         x, normal, which = x[some], normal[some].astype(np.float32), which[some]
         bare = tree(x - SKIN * normal)                                       # without the skin
         seen = bare.query(x, distance_upper_bound=.8 * SKIN)[0] == np.inf    # not within the skin of another triangle

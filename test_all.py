@@ -10,6 +10,7 @@ import contextlib
 import copy
 import csv
 import functools
+import io
 import json
 import os
 import pickle
@@ -24,11 +25,14 @@ import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
+import transformers
 import trimesh
 from einops import rearrange
 from PIL import Image
@@ -44,9 +48,11 @@ import evaluate
 import export
 import fit
 import heads
+import images
 import layers
 import meshes
 import metrics
+import pretrained
 import real
 import reconstruct
 import render
@@ -56,13 +62,14 @@ import solids
 import soup
 import tokenizer
 import train
+import vision
 from layers import UserError, command
 from metrics import grid_iou
-from prefix import Prefix
+from prefix import DROPS, Prefix, drops
 
 HERE = Path(__file__).parent
 SMALL = {  # one size below tiny, for every stage
-    encoders: dict(dim=64, depth=1, heads=4), tokenizer: dict(side=4, channels=8, dim=64, heads=4),
+    encoders: dict(dim=64, depth=1, heads=4), vision: dict(dim=64, depth=1, heads=4), tokenizer: dict(side=4, channels=8, dim=64, heads=4),
     backbone: dict(dim=64, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2),
     reconstruct: dict(dim=64, depth=1, heads=4),
 }
@@ -110,7 +117,7 @@ def overfitted(tmp_path_factory):
     """A checkpoint that train.py made of just two shapes, a table and a chair, every stage in some seconds."""
     folder = tmp_path_factory.getbasetemp() / "overfitted"
     with pytest.MonkeyPatch.context() as patch:
-        for stage, steps, batch, lr in (("encoders", 30, 2, 1e-3), ("tokenizer", 280, 2, 6e-3),
+        for stage, steps, batch, lr in (("encoders", 30, 2, 1e-3), ("tokenizer", 280, 2, 6e-3), ("vision", 30, 4, 1e-3),
                                         ("backbone", 180, 8, 4e-3), ("reconstruct", 60, 16, 4e-3)):
             assert train_small(patch, folder, 2, "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr) == 0
     return folder
@@ -125,7 +132,7 @@ def four(overfitted, tmp_path_factory):
     return folder
 
 
-CHAIN = ["encoders", "tokenizer", "backbone", "reconstruct"]     # the sdf head is trained with the tokenizer
+CHAIN = ["encoders", "tokenizer", "vision", "backbone", "reconstruct"]     # the sdf head is trained with the tokenizer
 
 
 def same_files(one, two, pattern="*"):
@@ -447,17 +454,21 @@ def obj(mesh, material=""):
 
 
 def test_library_is_read(tmp_path):
-    """Name, licence, author, rotation and the colour of a material; what is wrong with an entry is said."""
-    box = trimesh.creation.box((1, 2, 3))
-    files = {"a/box.obj": obj(box, "usemtl red\n"), "a/some.mtl": "newmtl red\nKd 1 0 0\n", "a/box.png": b""}
-    good = {"name": "Caf\u00e9 tableTop 2", "model": "/a/box.obj", "creator": "Ann", "modelRotation": "1 0 0 0 0 1 0 -1 0"}
+    """Name, licence, author, rotation, icon and the colour of a material; what is wrong with an entry is said."""
+    box, icon = trimesh.creation.box((1, 2, 3)), io.BytesIO()
+    Image.new("RGBA", (32, 32), (255, 0, 0, 255)).save(icon, "png")
+    files = {"a/box.obj": obj(box, "usemtl red\n"), "a/some.mtl": "newmtl red\nKd 1 0 0\n", "a/box.png": icon.getvalue()}
+    good = {"name": "Caf\u00e9 tableTop 2", "model": "/a/box.obj", "icon": "/a/box.png", "creator": "Ann", "modelRotation": "1 0 0 0 0 1 0 -1 0"}
     bad = [{"name": "x", "model": "/../box.obj"}, {"name": "y", "model": "/a/none.obj"}, {"name": "z", "model": "/a/box.png"}]
-    items, skipped = real.listed(library(tmp_path / "some.sh3f", files, [good, *bad]))
+    turned = good | {"modelRotation": "one turn"}
+    items, skipped = real.listed(library(tmp_path / "some.sh3f", files, [good, *bad, turned]))
     shape = real.shape(items[0])
     assert (items[0].captions, items[0].licence, items[0].author) == (["caf\u00e9 table top", "top"], "CC0", "Ann")
-    assert (shape.colours == [1, 0, 0]).all()
+    assert shape.icon.shape == (32, 32, 4) and (shape.colours == [1, 0, 0]).all()
     assert np.allclose(np.ptp(shape.vertices, 0), np.array([1, 3, 2]) / 3 * real.LONGEST, atol=1e-4)
     assert [re.search(r"outside|has no|none of", reason)[0] for _, reason in skipped] == ["outside", "has no", "none of"]
+    with pytest.raises(UserError, match="cannot be read"):
+        real.shape(items[1])
 
 
 def test_folder_is_read(tmp_path):
@@ -473,6 +484,9 @@ def test_folder_is_read(tmp_path):
     assert told == {"chairs/one.obj": ['a "red", chair', "a caf\xe9 chair", "chairs"], "chairs/two.ply": ["a blue chair", "chairs"],
                     "03001627/ab12/models/model_normalized.obj": ["chair"], "lamp_7.stl": ["lamp"]}
     assert sorted(name for name, _ in skipped) == ["none.obj", "picture.tiff"]
+    (tmp_path / "captions.csv").write_text('chairs/one.obj,"' + "never ending " * 20_000)
+    with pytest.raises(UserError, match="is a quote open"):
+        real.listed(tmp_path)
 
 
 def broken_files():
@@ -503,8 +517,22 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
     assert reasons.keys() == wrong.keys() and all(re.search(wrong[name][1], reason) for name, reason in reasons.items()), reasons
     assert "7 of 9 shapes" in said and (tmp_path / "sheet.png").is_file()
     monkeypatch.setattr(data.Files, "mine", lambda self, text: True)          # not a tenth held out
-    split = data.prepare(out=tmp_path / "cache", kinds=("surface",), data=source, workers=1)
+    split = data.prepare(out=tmp_path / "cache", kinds=("surface", "pictures"), data=source, workers=1)
     assert split.classes == ["a", "b"] and split.cloud(np.array([1]), 100, np.random.default_rng(0))[0].norm(dim=-1).min() > .89
+
+
+def test_files_are_judged_by_their_own_samples(tmp_path):
+    """A head that gives the true distances is right about every row, also where files before it were left out."""
+    for i in range(8):
+        trimesh.creation.box((1, 1, 1 + i)).export(tmp_path / f"box{i}.obj")
+    (tmp_path / "a.obj").write_text("v 1 2 3")
+    split = data.prepare("train", out=tmp_path / "cache", data=tmp_path, workers=1)
+    assert len(split) > 2 and (split.rows > np.arange(len(split))).all()
+    for row in range(3):
+        true = metrics.true_field(split.shape(row))
+        head = SimpleNamespace(read=lambda tokens: None, ask=lambda memory, x: true(x[0])[None].clamp(-1, 1))
+        result = metrics.judge_sdf({"sdf": head}, torch.zeros(1, 1), split, row, None, contextlib.nullcontext, 0)
+        assert result["IoU"] == 1 and result["L1"] < .01
 
 
 def test_file_that_ends_its_reader(tmp_path):
@@ -702,7 +730,7 @@ def text_tower():
 def test_text_padding_has_no_influence():
     """A prompt alone = the same prompt padded in a batch with a longer one."""
     tower = text_tower()
-    (alone, _), (both, mask) = tower.encode(["Table"]), tower.encode(["a red round table", "the table"])
+    (alone, _), (both, mask) = tower.tokens(["Table"]), tower.tokens(["a red round table", "the table"])
     assert mask.tolist() == [[True] * 3, [True, False, False]]
     assert torch.allclose(alone[0, 0], both[1, 0], atol=1e-5) and not torch.allclose(alone[0, 0], both[0, 0], atol=.1)
 
@@ -710,11 +738,182 @@ def test_text_padding_has_no_influence():
 def test_unknown_words_are_named(capsys):
     """A misspelt word is left out, with a warning that names it and its neighbours; nothing left is an error."""
     tower = text_tower()
-    assert torch.equal(tower.encode(["red tabel chair"])[0], tower.encode(["red chair"])[0])
+    assert torch.equal(tower.tokens(["red tabel chair"])[0], tower.tokens(["red chair"])[0])
     assert re.search("'tabel'.*nearest: table", capsys.readouterr().err)
     for prompt, complaint in (("tabel", "names nothing"), ("with", "names nothing"), ("  ", "is empty"), ("!?", "is empty")):
         with pytest.raises(UserError, match=complaint):
-            tower.encode([prompt])
+            tower.tokens([prompt])
+
+
+# ---------------------------------------------------------------------------- images
+
+def disc(size=96, paper=(1., 1., 1.), radius=.3):
+    """A brown disc off the middle -> colour and coverage, size size 4, premultiplied by nothing."""
+    y, x = np.mgrid[:size, :size] / size - .45
+    inside = (x ** 2 + y ** 2 < radius ** 2)[..., None]
+    return np.concatenate([np.where(inside, (.6, .4, .2), paper), inside], -1)
+
+
+def saved(path, mode, **options):
+    """The disc in a file of that mode; transparent around it where the mode knows how, else white."""
+    picture = Image.fromarray((disc() * 255).round().astype(np.uint8))
+    {"RGB": lambda: picture.convert("RGB"), "RGBA": lambda: picture, "LA": lambda: picture.convert("LA"), "L": lambda: picture.convert("L"),
+     "CMYK": lambda: picture.convert("RGB").convert("CMYK"), "P": lambda: picture.convert("RGB").convert("P"),
+     "I;16": lambda: Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)}[mode]().save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("RGB", "webp"), ("RGBA", "png"), ("LA", "png"), ("L", "png"), ("CMYK", "jpg"),
+                                          ("P", "png"), ("I;16", "png"), ("RGB", "jpg")])
+def test_pictures_of_all_kinds_are_seen_alike(mode, suffix, tmp_path):
+    """The same disc, cut out and framed, whichever way it was written; grey where colours were not kept."""
+    seen, guess = images.seen(saved(tmp_path / f"disc.{suffix}", mode))
+    true = torch.from_numpy(images.framed(disc()))
+    true = (true[..., :3] + 1 - true[..., 3:]).permute(2, 0, 1)
+    if mode in ("L", "LA", "I;16"):
+        true, seen = true.mean(0), seen.mean(0)
+    assert guess is None and (seen - true).abs().mean() < .05
+    assert abs((seen < .9).any(0).float().mean() - .88 ** 2 * np.pi / 4) < .05 or mode in ("L", "LA", "I;16")
+
+
+def test_soft_shadow_and_gradient_are_background(tmp_path):
+    """A paper that grows darker downwards, with a soft shadow on it, is cut away; a noisy one is said not to be plain."""
+    picture, y = disc()[..., :3], np.linspace(0, 1, 96)[:, None, None]
+    shadow = 1 - .4 * np.exp(-((np.mgrid[:96, :96][0] - 75) ** 2 + (np.mgrid[:96, :96][1] - 50) ** 2) / 300)[..., None]
+    inside = disc()[..., 3:] > 0
+    papered = np.where(inside, picture, .95 * shadow * (1 - .1 * y))
+    assert (images.cut_out(papered.astype(np.float32)) == inside[..., 0]).mean() > .96
+    noisy = np.where(inside, picture, np.random.default_rng(0).random((96, 96, 3)))
+    render.save_png(tmp_path / "noisy.png", (noisy * 255).astype(np.uint8))
+    assert "no plain background" in images.seen(tmp_path / "noisy.png")[1]
+
+
+@pytest.mark.parametrize("name, content, complaint", [
+    ("text.png", b"not a picture", "cannot be read as a picture"), ("cut.png", -60, "cannot be read as a picture"), ("none.png", None, "no file"),
+    ("dot.png", (1, 1), "1 x 1 pixels"), ("huge.png", (30_000, 9000), "30000 x 9000 pixels"), ("clear.png", "clear", "transparent all over")])
+def test_bad_picture_is_one_line(overfitted, name, content, complaint, tmp_path, capsys):
+    """No picture, a truncated one, none at all, one pixel, a decompression bomb, an invisible one."""
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, tuple):
+        Image.new("1", content).save(path)
+    elif content == "clear":
+        Image.new("RGBA", (64, 64)).save(path)
+    elif content:
+        path.write_bytes(saved(path, "RGB").read_bytes()[:content])
+    assert run(sample.main, "--image", path, "--checkpoint", overfitted, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_picture_prompt_is_command_and_api(overfitted, tmp_path, capsys):
+    """sample.py --image = generate(image=...), alone and with a text; neither of the two is an error."""
+    path = saved(tmp_path / "Disc 1.png", "RGBA")
+    flags = ("--checkpoint", overfitted, "--resolution", 32, "--image", path)
+    for out, more, options in (("one", [], {}), ("two", ["--text", "a table"], {"prompt": "a table"})):
+        assert run(sample.main, *flags, *more, "--out", tmp_path / out) == 0
+        shape = sample.load(overfitted).generate(image=path, resolution=32, **options)[0]
+        shape.save(tmp_path / "api.glb")
+        assert (tmp_path / "api.glb").read_bytes() == (tmp_path / out / ("a-table-0.glb" if more else "disc-1-0.glb")).read_bytes()
+    model, seen = sample.load(overfitted), images.seen(path)[0][None]
+    plain, guided, auto = (model.tokens(None, [0], seen, **options) for options in ({"alpha": None}, {"alpha": .1}, {}))
+    assert torch.equal(auto, guided) and not torch.equal(auto, plain)           # a picture is sampled with RGS
+    capsys.readouterr()
+    assert run(sample.main, *flags[:-2]) == 2
+    assert_one_line(capsys.readouterr().err, "--text or --image")
+
+
+def test_light_changes_pictures_not_shapes(prepared):
+    """Drawn twice, a picture has another light, background and crop; without variation it is the same, on white."""
+    split, rows = prepared[0], np.arange(4)
+    plain = [split.pictures(rows, np.random.default_rng(0), vary=False) for _ in range(2)]
+    assert torch.equal(*plain) and plain[0].shape == (4, 3, images.SIZE, images.SIZE) and (plain[0][:, :, 0, 0] > .99).all()
+    varied = split.pictures(rows, np.random.default_rng(0))
+    assert .02 < (varied - plain[0]).abs().mean() < .4
+
+
+# ---------------------------------------------------------------------------- encoders of others
+
+TINY = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=32)
+SIGHT = dict(image_size=32, patch_size=8)
+WORDS = ["[pad]", "[end]", "[unknown]", "a", "table", "chair", "red"]
+
+
+def pretrained_folder(folder, family):
+    """A tiny random model of that family in a folder, with a tokenizer of a few words and the numbers that pictures are normalised with."""
+    torch.manual_seed(0)
+    vocabulary = dict(vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, bos_token_id=1)
+    model = {
+        "clip": lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=TINY | vocabulary, vision_config=TINY | SIGHT)),
+        "clip text": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TINY, **vocabulary)),
+        "clip vision": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY, **SIGHT)),
+        "siglip": lambda: transformers.SiglipModel(transformers.SiglipConfig(text_config=TINY | vocabulary, vision_config=TINY | SIGHT)),
+        "t5": lambda: transformers.T5EncoderModel(transformers.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, **vocabulary)),
+        "bert": lambda: transformers.BertModel(transformers.BertConfig(**TINY, **vocabulary)),
+        "gpt2": lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=len(WORDS), bos_token_id=1, eos_token_id=1)),
+        "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**TINY, **SIGHT)),
+    }[family]()
+    model.save_pretrained(folder)
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(WORDS, range(len(WORDS)))), "[unknown]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    pad = {} if family == "gpt2" else {"pad_token": "[pad]"}                 # the real one has none either
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[end]", unk_token="[unknown]", **pad).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [.5, .4, .3], "image_std": [.2, .2, .2]}))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["clip", "clip text", "siglip", "t5", "bert", "gpt2"])
+def test_text_encoders_of_others(family, tmp_path):
+    """Every family is found by its config.json; padding beside a longer prompt changes nothing; the words do."""
+    tower = pretrained.Text(str(pretrained_folder(tmp_path / "tower", family)))
+    (alone, _), (both, mask) = tower.tokens(["table"]), tower.tokens(["a red table", "table"])
+    assert alone.shape[2] == tower.width == 32
+    assert torch.allclose(alone[0, 0], both[1, 0], atol=1e-5) and not torch.allclose(both[0, 0], both[1, 0], atol=1e-3)
+    assert mask.all() if family == "siglip" else mask.tolist() == [[True] * 3, [True, False, False]]
+
+
+@pytest.mark.parametrize("family", ["clip", "clip vision", "siglip", "dinov2"])
+def test_image_encoders_of_others(family, tmp_path):
+    """Every family; pictures of any size are scaled to its own and normalised with its own numbers."""
+    tower = pretrained.Image(str(pretrained_folder(tmp_path / "tower", family)))
+    tokens, mask = tower.tokens(torch.tensor([.5, .4, .3])[None, :, None, None].expand(2, 3, 64, 64))
+    patches = tower.model(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state
+    assert mask.all() and tokens.shape == (2, patches.shape[1], 32) and torch.allclose(tokens[1], patches[0], atol=1e-4)
+
+
+def test_encoders_of_others_end_to_end(overfitted, tmp_path, capsys):
+    """Backbone and reconstructor train on them, what they say is kept, the checkpoint remembers them, and sample.py uses them."""
+    names = {kind: str(pretrained_folder(tmp_path / family, family)) for kind, family in (("text", "t5"), ("image", "dinov2"))}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("encoders", "tokenizer", "head-sdf"):
+        shutil.copy(overfitted / f"{name}.safetensors", folder)
+    config = layers.read_config(overfitted)
+    (folder / "config.json").write_text(json.dumps({stage: config[stage] for stage in ("encoders", "tokenizer")}))
+    flags = ("--steps", 2, "--batch", 2, "--text-encoder", names["text"], "--image-encoder", names["image"])
+    with pytest.MonkeyPatch.context() as patch:
+        assert train_small(patch, folder, 2, *flags) == 0
+        kept = sorted((folder.parent / "cache").glob("*/tower-*"))
+        assert len(kept) == 4 and not (folder / "vision.safetensors").exists()
+        first = kept[0].read_bytes()
+        config = layers.read_config(folder)
+        assert config["backbone"]["towers"] == names and config["backbone"]["settings"]["widths"] == {"text": 32, "image": 32}
+        capsys.readouterr()
+        assert train_small(patch, folder, 2, *flags[:-2]) == 2
+    assert_one_line(capsys.readouterr().err, "conditioned on the encoders")
+    assert kept[0].read_bytes() == first
+    picture = saved(tmp_path / "disc.png", "RGBA")
+    assert run(sample.main, "--text", "a red table", "--image", picture, "--checkpoint", folder, "--resolution", 32, "--out", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("kind, make, complaint", [
+    ("text", None, "hf download"), ("image", None, "hf download"), ("text", "dinov2", "takes one of"), ("image", "bert", "takes one of")])
+def test_bad_encoder_is_one_line(kind, make, complaint, tmp_path, capsys):
+    """One that is not there, or of a kind that reads something else."""
+    name = str(pretrained_folder(tmp_path / "tower", make)) if make else "nobody/nothing"
+    assert run(pretrained.main, f"--{kind}-encoder", name) == 2
+    assert_one_line(capsys.readouterr().err, complaint)
 
 
 # ---------------------------------------------------------------------------- tokenizer
@@ -816,25 +1015,44 @@ def test_heads_learn_and_decode(rep, prepared):
 
 # ---------------------------------------------------------------------------- prefix
 
+WIDTHS = {"text": 32, "image": 16}
+
+
+def prompted(b=3):
+    """Condition tokens of both kinds, the text's of different lengths."""
+    mask = torch.arange(5) < torch.tensor([[5], [3], [1]])
+    return {"text": (torch.randn(b, 5, 32), mask[:b]), "image": (torch.randn(b, 4, 16), torch.ones(b, 4, dtype=torch.bool))}
+
+
 def test_prefix_padding_has_no_influence():
     """Condition tokens behind the mask may hold anything."""
     torch.manual_seed(0)
-    prefix, condition = Prefix(4, 64, 4, 32), torch.randn(2, 5, 32)
-    padded = torch.cat([condition, 100 * torch.randn(2, 4, 32)], 1)
-    mask = torch.arange(9) < 5
-    out = prefix(condition, torch.ones(2, 5, dtype=torch.bool))
-    assert torch.allclose(out, prefix(padded, mask.expand(2, 9)), atol=1e-5) and not torch.allclose(out[0], out[1], atol=1e-2)
+    prefix, condition = Prefix(4, 64, 4, WIDTHS), prompted()
+    text, mask = condition["text"]
+    padded = torch.where(mask[..., None], text, 100 * torch.randn_like(text))
+    out = prefix(condition)
+    assert torch.allclose(out, prefix(condition | {"text": (padded, mask)}), atol=1e-5) and not torch.allclose(out[0], out[1], atol=1e-2)
 
 
-def test_dropped_prompts_are_all_alike():
-    """A dropped condition ignores the prompt, its length and its padding; the others in the batch keep theirs."""
+def test_dropped_prompts_are_not_seen():
+    """What is dropped = what is not there, of either kind, whatever it said; with both dropped all are alike."""
     torch.manual_seed(0)
-    prefix, condition = Prefix(4, 64, 4, 32), torch.randn(3, 5, 32)
-    mask = torch.arange(5) < torch.tensor([[2], [5], [4]])
-    out = prefix(condition, mask, torch.tensor([True, True, False]))
-    short = prefix(torch.randn(1, 1, 32), torch.ones(1, 1, dtype=torch.bool), torch.tensor([True]))
-    assert torch.allclose(out[0], out[1], atol=1e-5) and torch.allclose(out[0], short[0], atol=1e-5)
-    assert torch.allclose(out[2], prefix(condition, mask)[2], atol=1e-5) and not torch.allclose(out[0], out[2], atol=1e-2)
+    prefix, condition = Prefix(4, 64, 4, WIDTHS), prompted()
+    yes, no = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    for kind, other in (("text", "image"), ("image", "text")):
+        assert torch.allclose(prefix(condition, {kind: yes, other: no}), prefix({other: condition[other]}), atol=1e-5)
+    nothing = prefix(condition, {"text": yes, "image": yes})
+    assert torch.allclose(nothing, prefix({"image": condition["image"]}, {"image": yes}), atol=1e-5)
+    assert torch.allclose(nothing[0], nothing[2], atol=1e-5) and not torch.allclose(nothing[0], prefix(condition)[0], atol=1e-2)
+
+
+def test_training_drops_as_often_as_said():
+    """Each combination of prompts comes as often as DROPS says."""
+    torch.manual_seed(0)
+    drop = drops(20_000, ["text", "image"], "cpu")
+    for told, share in DROPS.items():
+        same = torch.stack([drop[kind] != (kind in told) for kind in drop]).all(0)
+        assert abs(same.float().mean() - share) < .02
 
 
 # ---------------------------------------------------------------------------- backbone
@@ -842,10 +1060,10 @@ def test_dropped_prompts_are_all_alike():
 def small_backbone(denoiser="flow"):
     """Random weights everywhere, also where training starts with zeros."""
     torch.manual_seed(0)
-    model = backbone.Backbone(27, 8, 32, **SMALL[backbone], denoiser=denoiser).eval()
+    model = backbone.Backbone(27, 8, WIDTHS, **SMALL[backbone], denoiser=denoiser).eval()
     for p in model.net.parameters():
         nn.init.normal_(p, std=.15)
-    return model, torch.randn(3, 5, 32), torch.arange(5) < torch.tensor([[5], [3], [1]])
+    return model, prompted()
 
 
 def test_schedules_place_every_token_once():
@@ -864,8 +1082,8 @@ def test_schedules_place_every_token_once():
 
 def test_contexts_ignore_unknown_tokens():
     """Whatever stands in places that are not known, every context vector stays; known places matter."""
-    model, condition, mask = small_backbone()
-    prefix, x = model.prefix(condition, mask), torch.randn(3, 27, 8)
+    model, condition = small_backbone()
+    prefix, x = model.prefix(condition), torch.randn(3, 27, 8)
     order, known = torch.rand(3, 27).argsort(1), 10
     unknown = order[:, known:, None].expand(-1, -1, 8)
     c = model.contexts(prefix, x, order, known)
@@ -879,48 +1097,49 @@ def test_contexts_ignore_unknown_tokens():
 @pytest.mark.parametrize("denoiser", backbone.DENOISERS)
 def test_guidance_one_is_conditional_only(denoiser):
     """With cfg = 1 the unconditional branch has no influence; with cfg = 2 it has."""
-    model, condition, mask = small_backbone(denoiser)
+    model, condition = small_backbone(denoiser)
     other = copy.deepcopy(model)
-    nn.init.normal_(other.prefix.nothing, std=3.)
+    nn.init.normal_(other.prefix.conditions.nothing, std=3.)
     for cfg, same in ((1., True), (2., False)):
-        a, b = (m.generate(condition, mask, [0, 1, 2], steps=5, denoise_steps=4, cfg=cfg) for m in (model, other))
+        a, b = (m.generate(condition, [0, 1, 2], steps=5, denoise_steps=4, cfg=cfg) for m in (model, other))
         assert torch.equal(a, b) == same
-    near = model.generate(condition, mask, [0, 1, 2], steps=5, denoise_steps=4, cfg=1 + 1e-7)
-    alone = model.generate(condition, mask, [0, 1, 2], steps=5, denoise_steps=4, cfg=1.)
-    assert torch.allclose(near, alone, atol=1e-3)                      # the guided path, at guidance 1
+    near = model.generate(condition, [0, 1, 2], steps=5, denoise_steps=4, cfg=1 + 1e-7)
+    alone = model.generate(condition, [0, 1, 2], steps=5, denoise_steps=4, cfg=1.)
+    assert torch.allclose(near, alone, atol=.01)                       # the guided path, at guidance 1
 
 
 def test_guidance_grows_with_the_share_known(monkeypatch):
     """From nearly 1 in the first step to cfg in the last, linear in the tokens that will be known."""
-    model, condition, mask = small_backbone()
+    model, condition = small_backbone()
     seen = []
     monkeypatch.setattr(backbone.Flow, "sample", lambda net, c, noise, steps, guidance, *_: (seen.append(guidance), noise[:, 0])[1])
-    model.generate(condition, mask, [0, 1, 2], steps=9, cfg=4.)
-    assert seen == sorted(seen) and seen[0] < 1.2 and seen[-1] == 4
-    assert np.allclose(seen, [1 + 3 * then / 27 for _, then in backbone.schedule(27, 9)])
+    model.generate(condition, [0, 1, 2], steps=9, cfg={"text": 4., "image": 2.})
+    assert np.allclose(seen, [[1 + then / 27, 1 + 3 * then / 27] for _, then in backbone.schedule(27, 9)])
+    assert seen[0][1] < 1.2 and seen[-1] == [2, 4]
 
 
 def test_guidance_shares_its_noise():
-    """Both halves of a guided step see the same x and t, and are combined as no + g (yes - no)."""
+    """All parts of a guided step see the same x and t, and are combined as none + 3 (text - none) + 2 (both - text)."""
     seen = []
     net = lambda x, t, c: (seen.append((x, t)), c * x)[1]
-    x, t, c = torch.randn(6, 8), torch.rand(6), torch.randn(12, 8)
-    out = backbone.guided(net, x, t, c, 3.)
-    assert all(torch.equal(*both.chunk(2)) for both in seen[0])
-    assert torch.allclose(out, c[6:] * x + 3 * (c[:6] - c[6:]) * x, atol=1e-5)
+    x, t, c = torch.randn(6, 8), torch.rand(6), torch.randn(18, 8)
+    out, (both, text, none) = backbone.guided(net, x, t, c, [2., 3.]), (part * x for part in c.chunk(3))
+    assert all(torch.equal(y.chunk(3)[0], y.chunk(3)[i]) for y in seen[0] for i in (1, 2))
+    assert torch.allclose(out, none + 3 * (text - none) + 2 * (both - text), atol=1e-5)
+    assert torch.equal(backbone.guided(net, x, t, c[:6], []), both)
 
 
 @pytest.mark.parametrize("denoiser", backbone.DENOISERS)
 def test_a_sample_does_not_depend_on_its_batch(denoiser):
     """Three samples together = each alone, whatever was drawn before; another seed is another sample."""
-    model, condition, mask = small_backbone(denoiser)
+    model, condition = small_backbone(denoiser)
     options = dict(steps=5, denoise_steps=4)
-    together = model.generate(condition, mask, [7, 8, 9], **options)
+    together = model.generate(condition, [7, 8, 9], **options)
     for i in range(3):
-        alone = model.generate(condition[i:i + 1], mask[i:i + 1], [7 + i], **options)
+        alone = model.generate({kind: (x[i:i + 1], mask[i:i + 1]) for kind, (x, mask) in condition.items()}, [7 + i], **options)
         assert torch.allclose(together[i], alone[0], atol=.01)       # random weights magnify rounding
-    assert torch.equal(together, model.generate(condition, mask, [7, 8, 9], **options))
-    assert not torch.allclose(together[0], model.generate(condition[:1], mask[:1], [8], **options)[0], atol=.1)
+    assert torch.equal(together, model.generate(condition, [7, 8, 9], **options))
+    assert not torch.allclose(together[0], model.generate(condition, [8, 8, 9], **options)[0], atol=.1)
 
 
 def exact_net(denoiser, mean, std):
@@ -969,9 +1188,9 @@ def test_blending_conventions_are_mirror_images():
 
 def test_reconstruction_guides_the_first_steps():
     """alpha = 1 is no RGS; a window of 2 steps = a quarter of 8; it does change the samples, and only while it lasts."""
-    model, condition, mask = small_backbone()
+    model, condition = small_backbone()
     recon = 3 * torch.randn(3, 27, 8)
-    make = functools.partial(model.generate, condition, mask, [0, 1, 2], steps=8, denoise_steps=4)
+    make = functools.partial(model.generate, condition, [0, 1, 2], steps=8, denoise_steps=4)
     plain = make()
     assert torch.equal(plain, make(recon=recon, alpha=1.)) and torch.equal(plain, make(recon=recon, alpha=0., convention="text"))
     assert torch.equal(make(recon=recon, window=2), make(recon=recon, window=.25))
@@ -984,12 +1203,14 @@ def test_reconstruction_guides_the_first_steps():
 # ---------------------------------------------------------------------------- train
 
 def test_two_shapes_overfitted_through_all_stages(overfitted, tmp_path_factory):
-    """train.py, then a prompt -> tokens -> field: the named one of two shapes comes back with IoU >= .9."""
-    model, split = sample.load(overfitted).ready("sdf"), data.prepare("train", 2, 0, tmp_path_factory.getbasetemp() / "cache")
-    tokens = model.tokens(["a table", "a chair"], [0, 1])
-    for i in range(2):
-        assert grid_iou(model.heads["sdf"], tokens[i], split.shape(i), model.autocast) >= .9
-        assert grid_iou(model.heads["sdf"], tokens[i], split.shape(1 - i), model.autocast) < .5
+    """train.py, then a prompt -> tokens -> field: the named or pictured one of two shapes comes back with IoU >= .9."""
+    model = sample.load(overfitted).ready("sdf")
+    split = data.prepare("train", 2, 0, tmp_path_factory.getbasetemp() / "cache", kinds=("surface", "pictures"))
+    texts, pictures = ["a table", "a chair"], split.pictures(np.arange(2), np.random.default_rng(0), vary=False)
+    for tokens in (model.tokens(texts, [0, 1]), model.tokens(None, [0, 1], pictures), model.tokens(texts, [0, 1], pictures)):
+        for i in range(2):
+            assert grid_iou(model.heads["sdf"], tokens[i], split.shape(i), model.autocast) >= .9
+            assert grid_iou(model.heads["sdf"], tokens[i], split.shape(1 - i), model.autocast) < .5
 
 
 def test_run_folder_holds_curves_and_pictures(overfitted):
@@ -1008,7 +1229,7 @@ def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
     """Started again, a finished run trains nothing."""
     monkeypatch.setattr(train, "fit", None)
     assert train_small(monkeypatch, overfitted, 2) == 0
-    assert capsys.readouterr().out.count("already done") == 5
+    assert capsys.readouterr().out.count("already done") == 6
 
 
 def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
@@ -1032,7 +1253,7 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
         assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 130
         assert (cut / f"{stage}.state.safetensors").is_file() and signal.getsignal(signal.SIGTERM) == handler
         assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 0
-    assert same_files(whole, cut, "*.safetensors") and len(list(cut.glob("*.safetensors"))) == 5
+    assert same_files(whole, cut, "*.safetensors") and len(list(cut.glob("*.safetensors"))) == 6
     for stage in CHAIN:
         one, two = ([{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader((folder / f"{stage}.csv").open())]
                     for folder in (whole, cut))
@@ -1062,10 +1283,11 @@ def test_evaluations_write_their_tables(four, tmp_path, monkeypatch):
     for rep in ("pc", "gs"):
         assert run(evaluate.main, "tokenizer", "--rep", rep, "--shapes", 2, *checkpoint) == 0
     assert run(evaluate.main, "cross", "--reps", "sdf", "pc", "--shapes", 1, *checkpoint) == 0
+    assert run(evaluate.main, "retrieval", *checkpoint) == 0
     assert run(evaluate.main, "joint", "--checkpoints", four, "--shapes", 1, "--n", 1, "--resolution", 32, *checkpoint) == 0
     assert [row["rep"] for row in csv.DictReader((tmp_path / "joint.csv").open())] == ["sdf", "pc", "mesh", "gs"]
     assert (tmp_path / "joint.png").is_file()
-    for name in ("tokenizer-pc", "tokenizer-gs", "cross"):
+    for name in ("tokenizer-pc", "tokenizer-gs", "cross", "retrieval"):
         rows = list(csv.DictReader((tmp_path / f"{name}.csv").open()))
         assert rows and (tmp_path / f"{name}.md").is_file() and all(np.isfinite(float(v)) for row in rows[:-1] for v in list(row.values())[1:])
 
@@ -1138,7 +1360,7 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--colour", "red"], "unrecognized arguments: --colour"), (["--step", "3"], "unrecognized arguments: --step"),
     (["--steps", "0"], "--steps: must be between"), (["--steps", "65"], "more than the 64 shape tokens"),
     (["--cfg", "-1"], "--cfg: must be"), (["--cfg", "nan"], "--cfg: must be"), (["--n", "0"], "--n: must be"), (["--seed", "-1"], "--seed: must be"),
-    (["--resolution", "100000"], "choose from 32, 64"), (["--alpha", "2"], "--alpha: must be between 0 and 1, or"), (["--alpha", "x"], "--alpha: must be between 0 and 1, or"), (["--rep", "voxels"], "choose from"),
+    (["--resolution", "100000"], "choose from 32, 64"), (["--alpha", "2"], "--alpha: must be between 0 and 1, 'none' or"), (["--alpha", "x"], "--alpha: must be between 0 and 1, 'none' or"), (["--rep", "voxels"], "choose from"),
     (["--points", "0"], "--points: must be"), (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
     (["--text", ""], "is empty"), (["--text", "with the"], "names nothing"), (["--device", "toaster"], "--device toaster"), (["--device", "meta"], "--device meta"),
     (["--checkpoint", "nowhere"], "there is no folder nowhere"), (["--out", "{file}/below"], "cannot write")])
@@ -1154,7 +1376,7 @@ def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, ca
 
 @pytest.mark.parametrize("name, damage, complaint", [
     ("backbone.safetensors", lambda b: b[:len(b) // 2], "truncated"), ("head-sdf.safetensors", lambda b: pickle.dumps([1]), "no safetensors"),
-    ("config.json", lambda b: b[:100], "not readable JSON"), ("config.json", lambda b: b"{}", "holds no trained encoders"),
+    ("config.json", lambda b: b[:100], "not readable JSON"), ("config.json", lambda b: b"{}", "holds no trained backbone"),
     ("reconstruct.safetensors", None, "no file"), ("tokenizer.safetensors", lambda b: b + b"0", "trained with another tokenizer"),
     ("config.json", lambda b: b.replace(b'"dim": 64', b'"dim": 128'), "does not fit this model"),
     ("config.json", lambda b: b.replace(b'"heads": 4', b'"heads": 7'), "7 attention heads do not divide"),

@@ -1,4 +1,4 @@
-"""train.py - every stage of LTM3D, chained: encoders -> tokenizer -> head -> backbone (+ prefix) -> reconstruct.
+"""train.py - every stage of LTM3D, chained: encoders -> tokenizer -> vision -> head -> backbone (+ prefix) -> reconstruct.
 
     python train.py --rep sdf                          # everything, built-in shapes, 45 minutes on two cores
     python train.py --rep pc                           # what is missing for point clouds: with the above at hand, a head
@@ -25,6 +25,8 @@ import encoders as encoders_
 import heads as heads_
 import reconstruct as reconstruct_
 import tokenizer as tokenizer_
+import towers as towers_
+import vision as vision_
 from data import TRAIN_SHAPES, prepare
 from fit import fit, plot_losses
 from heads import HEADS
@@ -33,12 +35,13 @@ from metrics import JUDGES, chamfer_matrix
 from render import contact_sheet
 from shapes import CLASSES, article
 
-STAGES = ("encoders", "tokenizer", "head", "backbone", "reconstruct")
+STAGES = ("encoders", "tokenizer", "vision", "head", "backbone", "reconstruct")
 DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
-    "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
+    "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "vision": (1200, 64, 2e-3), "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
     "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (5000, 32, 2e-3),
 }
 JUDGED = 52          # held-out shapes that a head is judged by
+BEFORE = {"vision": ("encoders", "tokenizer"), "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision")}
 
 
 # ---------------------------------------------------------------------------- the stages
@@ -49,10 +52,11 @@ class Run:
     def __init__(self, args, reps, first, folder):
         self.size, self.seed, self.folder, self.denoiser = args.size, args.seed, Path(folder), args.denoiser
         self.reps, self.first = reps, first              # to be able to decode; the heads that the encoder is trained with
+        self.towers = {"text": args.text_encoder, "image": args.image_encoder}
         self.device, self.autocast, reason = pick_device(args.device)
         print(f"{self.folder}, running on {reason}")
         self.settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
-        kinds = dict.fromkeys(kind for rep in first + reps for kind in HEADS[rep].kinds)
+        kinds = dict.fromkeys(["surface", "pictures"] + [kind for rep in first + reps for kind in HEADS[rep].kinds])
         self.train = prepare("train", args.shapes, args.seed, args.cache, args.workers, kinds, args.data, args.copies)
         self.test = prepare("test", None, args.seed, args.cache, args.workers, kinds, args.data, args.copies)
         if min(len(self.train), len(self.test)) < 2:
@@ -67,8 +71,8 @@ class Run:
         for name, module in files.items():
             save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True)
         steps, batch, lr = self.settings[stage]
-        before = {"backbone": STAGES[:2], "reconstruct": STAGES[:2]}.get(stage, STAGES[1:2] if stage.startswith("head-") else ())
-        made = {name: digest(self.folder / f"{name}.safetensors") for name in before}
+        before = BEFORE.get(stage, ("tokenizer",) if stage.startswith("head-") else ())
+        made = {name: digest(path) for name in before if (path := self.folder / f"{name}.safetensors").is_file()}
         revision = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True).stdout.strip()
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed, seconds=round(seconds),
                      data=self.train.folder.name, made_with=made, revision=revision, **entries)
@@ -116,6 +120,27 @@ def train_tokenizer(run):
                heads=list(run.first), metrics=metrics)
 
 
+def train_vision(run):
+    """The image tower, with a reader that is not kept."""
+    encoders, tokenizer = encoders_.load(run.folder).to(run.device), tokenizer_.load(run.folder).to(run.device)
+    settings, tokens = vision_.SIZES[run.size] | {"out": encoders.width}, {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
+    _, n, channels = tokens[run.test].shape
+    reader = reconstruct_.Reconstructor(n, channels, {"image": settings["dim"]}, **reconstruct_.SIZES[run.size] | {"depth": 1})
+    model = nn.ModuleDict({"vision": vision_.Vision(**settings), "reader": reader})
+    with run.autocast():
+        clouds = {split: vision_.embedded(encoders, split) for split in (run.train, run.test)}
+
+    def loss_of(model, split, rng):
+        rows = rng.integers(len(split), size=run.settings["vision"][1])
+        pictures, own, x = run.to(split.pictures(rows, rng), torch.from_numpy(rows), tokens[split][rows])
+        return model["vision"].loss(pictures, clouds[split], own, model["reader"], x)
+
+    model, seconds = fit(run, "vision", model, loss_of)
+    with run.autocast():
+        metrics = vision_.retrieval(model["vision"], encoders, run.test)
+    run.finish("vision", seconds, {"vision": model["vision"]}, settings=settings, metrics=metrics)
+
+
 def train_head(run, rep):
     """One head on frozen tokens, with the noise that the tokenizer had in training. One that learnt with the encoder goes on."""
     tokenizer = tokenizer_.load(run.folder).to(run.device)
@@ -136,38 +161,38 @@ def train_head(run, rep):
 
 
 def train_backbone(run):
-    encoders, heads, tokens, common = conditioned(run)
+    towers, heads, tokens, common = conditioned(run)
     settings = backbone_.SIZES[run.size] | common | {"denoiser": run.denoiser}
     model = backbone_.Backbone(**settings)
 
     def loss_of(model, split, rng):
-        return model.loss(*paired(run, encoders, split, tokens[split], rng, run.settings["backbone"][1])), {}
+        return model.loss(*paired(run, towers, split, tokens[split], rng, run.settings["backbone"][1])), {}
 
     def show(model):
         with run.autocast():
-            x = model.generate(*encoders.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
+            x = model.generate(towers.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
         return contact_sheet([picture(run, heads, t) for t in x], 7, run.prompts)
 
     model, seconds = fit(run, "backbone", model, loss_of, show)
-    run.finish("backbone", seconds, {"backbone": model}, settings=settings,
-               metrics={"nearest held-out shape is of the class asked for": class_accuracy(run, encoders, model, heads)})
+    run.finish("backbone", seconds, {"backbone": model}, settings=settings, towers=run.towers,
+               metrics={"nearest held-out shape is of the class asked for": class_accuracy(run, towers, model, heads)})
 
 
 def train_reconstruct(run):
-    encoders, heads, tokens, common = conditioned(run)
+    towers, heads, tokens, common = conditioned(run)
     settings = reconstruct_.SIZES[run.size] | common
     model = reconstruct_.Reconstructor(**settings)
 
     def loss_of(model, split, rng):
-        return model.loss(*paired(run, encoders, split, tokens[split], rng, run.settings["reconstruct"][1])), {}
+        return model.loss(*paired(run, towers, split, tokens[split], rng, run.settings["reconstruct"][1])), {}
 
     def show(model):
         with run.autocast():
-            x = model(*encoders.encode(run.prompts))
+            x = model(towers.encode(run.prompts))
         return contact_sheet([picture(run, heads, t) for t in x], 7, run.prompts)
 
     model, seconds = fit(run, "reconstruct", model, loss_of, show)
-    run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings)
+    run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.towers)
 
 
 # ---------------------------------------------------------------------------- what the stages share
@@ -207,26 +232,25 @@ def tokenise(run, tokenizer, split, limit=None):
 
 
 def conditioned(run):
-    """What backbone and reconstructor both stand on: frozen encoders and heads, the tokens of both sets, their sizes."""
-    encoders, tokenizer = encoders_.load(run.folder).to(run.device), tokenizer_.load(run.folder).to(run.device)
+    """What backbone and reconstructor both stand on: frozen towers and heads, the tokens of both sets, their sizes."""
+    towers, tokenizer = towers_.make(run.folder, **run.towers, device=run.device), tokenizer_.load(run.folder).to(run.device)
     tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
     _, n, channels = tokens[run.test].shape
-    common = {"tokens": n, "channels": channels, "condition_dim": encoders.word.embedding_dim}
-    return encoders, heads_.load(run.folder, run.first, run.device), tokens, common
+    common = {"tokens": n, "channels": channels, "widths": towers.widths}
+    return towers, heads_.load(run.folder, run.first, run.device), tokens, common
 
 
-def paired(run, encoders, split, tokens, rng, batch):
-    """A batch of shape tokens, each with the condition tokens of one of its captions."""
+def paired(run, towers, split, tokens, rng, batch):
+    """A batch of shape tokens, each with the condition tokens of one of its captions and of one of its pictures."""
     rows = rng.integers(len(split), size=batch)
-    captions = [split.captions[row][rng.integers(len(split.captions[row]))] for row in rows]
-    return tokens[rows].to(run.device), *encoders.encode(captions)
+    return tokens[rows].to(run.device), towers.drawn(split, rows, rng)
 
 
-def class_accuracy(run, encoders, model, heads, n=4, points=1024):
+def class_accuracy(run, towers, model, heads, n=4, points=1024):
     """n samples of every class name: the share whose nearest held-out shape, under Chamfer distance, is of that class."""
     names, rng = [name for name in run.classes for _ in range(n)], np.random.default_rng(0)
     with run.autocast():
-        tokens = model.generate(*encoders.encode(names), seeds=[(0, i) for i in range(len(names))])
+        tokens = model.generate(towers.encode(names), seeds=[(0, i) for i in range(len(names))])
     clouds = [torch.from_numpy(decoded(run, heads, t).sample(points, rng)) for t in tokens]
     references = run.test.cloud(range(len(run.test)), points, np.random.default_rng(0))[0]
     nearest = chamfer_matrix(torch.stack(clouds), references).argmin(1)
@@ -265,6 +289,9 @@ def main():
     parser.add_argument("--stage", choices=STAGES, help="train this stage alone (default: all that are not done); head also lets "
                         "one that the encoder was trained with go on learning, on frozen tokens")
     parser.add_argument("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
+    for kind in towers_.KINDS:
+        parser.add_argument(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers to condition on, a hub name that "
+                            "is in its cache or a folder (pretrained.py); default: the built-in one, which is trained here")
     parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     for i, (name, kind, what) in enumerate((("steps", between(1), "training steps of a stage"), ("batch", between(1), "batch size"),
                                             ("lr", between(1e-9, 1, float), "peak learning rate"))):
@@ -290,7 +317,12 @@ def main():
 
 def chain(run, args):
     """All stages that are not done, or one."""
+    for stage, entry in read_config(run.folder).items():
+        if entry.get("towers", run.towers) != run.towers:
+            raise UserError(f"the {stage} in {run.folder} is conditioned on the encoders {entry['towers']}; give the same ones, or another --out")
     for stage in [args.stage] if args.stage else STAGES:
+        if stage == "vision" and args.image_encoder:
+            continue
         for name in [f"head-{rep}" for rep in run.reps] if stage == "head" else [stage]:
             torch.manual_seed(run.seed)  # initial weights, the same whichever stages came before
             more = args.stage and name.removeprefix("head-") in args.rep                      # a head that was begun goes on

@@ -1,0 +1,36 @@
+"""towers.py - the frozen encoders of a checkpoint, whoever trained them: what is asked for -> condition tokens.
+
+A condition is a dict of what there is, {"text": (tokens b t e, mask b t), "image": ...}; the tower of either kind is ours
+(encoders.py, vision.py) or somebody else's (pretrained.py), and config.json remembers which.
+"""
+import encoders
+import vision
+from layers import read_stage
+
+KINDS = ("text", "image")
+
+
+class Towers:
+    def __init__(self, text, image):
+        self.of = {"text": text, "image": image}
+        self.widths = {kind: tower.width for kind, tower in self.of.items()}      # e of each
+
+    def encode(self, prompts=None, pictures=None):
+        """b strings, pictures b 3 s s, or both -> what the backbone and the reconstructor are conditioned on."""
+        return {kind: self.of[kind].tokens(what) for kind, what in (("text", prompts), ("image", pictures)) if what is not None}
+
+    def drawn(self, split, rows, rng):
+        """The same of some training shapes, one caption and one picture of each."""
+        return {kind: tower.drawn(split, rows, rng) for kind, tower in self.of.items()}
+
+
+def make(folder, text=None, image=None, device="cpu"):
+    """The towers of these names, hub names or folders; None is ours, in the checkpoint folder."""
+    import pretrained
+    return Towers(pretrained.Text(text, device) if text else encoders.load(folder).to(device),
+                  pretrained.Image(image, device) if image else vision.load(folder).to(device))
+
+
+def load(folder, device="cpu"):
+    """The towers that the backbone of a checkpoint folder was trained with."""
+    return make(folder, **read_stage(folder, "backbone")["towers"], device=device)
