@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import repeat
 from tqdm import tqdm
 
 import encoders
@@ -128,15 +129,14 @@ def decode(model, tokens, rep, args):
     return shapes, torch.from_numpy(np.stack(clouds))
 
 
-def references_of(args):
+def references_of(test, seed):
     """The clouds of all held-out shapes, r k 3, and their classes."""
-    test = held_out(args)
-    return test.cloud(range(len(test)), POINTS, np.random.default_rng(args.seed))[0], np.array(test.classes)
+    return test.cloud(range(len(test)), POINTS, np.random.default_rng(seed))[0], np.array(test.classes)
 
 
 def evaluate_generate(args):
     """n samples of every class name: the right class, whole, closed, near to real shapes, diverse?"""
-    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), references_of(args)
+    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), references_of(held_out(args), args.seed)
     print(f"running on {model.reason}")
     shapes, clouds = decode(model, sample_tokens(model, args.prompts, args.n, args.seed, alpha=args.alpha), args.rep, args)
     distance = torch.cat([chamfer_matrix(part, references) for part in tqdm(clouds.split(8), desc="Chamfer", unit="batch")])
@@ -165,7 +165,7 @@ def evaluate_generate(args):
 
 def evaluate_joint(args):
     """Several checkpoints side by side, each head they have: shared tokens, own tokens, an encoder trained with all heads."""
-    (references, classes), names, rows = references_of(args), np.repeat(CLASSES, args.n), {}
+    (references, classes), names, rows = references_of(held_out(args), args.seed), np.repeat(CLASSES, args.n), {}
     for folder in args.checkpoints:
         config, model = read_config(folder), LTM3D(folder, args.device)
         print(f"{folder}: {sum(entry['seconds'] for entry in config.values()) / 60:.0f} minutes of training, all stages")
@@ -191,7 +191,7 @@ def evaluate_joint(args):
 
 def evaluate_ablate_rgs(args):
     """x~ = a x + (1 - a) x_recon in the first quarter of the steps (section 3.3): what does a trade?"""
-    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), references_of(args)
+    model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), references_of(held_out(args), args.seed)
     print(f"running on {model.reason}")
     rows = []
     for a in args.alphas:
@@ -224,13 +224,13 @@ def evaluate_retrieval(args):
 def evaluate_images(args):
     """Held-out shapes from their class name, any caption, their longest one, a picture of a random side, the last two."""
     model, test = LTM3D(args.checkpoint, args.device).ready(args.rep), held_out(args, ("surface", "pictures"))
-    references, classes = references_of(args)
+    references, classes = references_of(test, args.seed)
     rows = np.arange(min(args.shapes, len(test)))
     captions, seeds = [max(test.captions[row], key=len) for row in rows], [(args.seed, int(row)) for row in rows]
     pictures, any_ = test.pictures(rows, np.random.default_rng(args.seed)), test.told(rows, np.random.default_rng(args.seed))
     true = [[test.shape(row).surface(8192, np.random.default_rng((args.seed, row, i)))[0] for row in rows] for i in range(2)]
-    table = [{"told": "(two samplings of the true surface)", "Chamfer": np.mean([chamfer(*pair) for pair in zip(*true)]), "right class": 1.}]
-    shown = [[np.kron((seen.clamp(0, 1) * 255).byte().permute(1, 2, 0), np.ones((3, 3, 1), np.uint8)) for seen in pictures[:len(CLASSES)]]]
+    table = [{"told": "(two samplings of the true surface)", "Chamfer": np.mean([chamfer(*pair) for pair in zip(*true)]), "right class": ""}]
+    shown = [list(repeat((pictures[:len(CLASSES)].clamp(0, 1) * 255).byte().numpy(), "b c h w -> b (h i) (w j) c", i=3, j=3))]
     prompts = {"name": (classes[rows].tolist(), None), "any caption": (any_, None), "longest caption": (captions, None),
                "picture": (None, pictures), "picture and longest caption": (captions, pictures)}
     parts = [slice(i, i + BATCH) for i in range(0, len(rows), BATCH)]
@@ -258,7 +258,7 @@ def evaluate_views(args):
         looks = pictures(test.shape(row), [(45 * i, 20) for i in range(8)])
         seen = lit(*looks.values(), np.random.default_rng(0), vary=False)
         results = {"shape": f"{test.classes[row]} {row}"}
-        for name, a in (("sampling only", None), ("RGS", .1)):
+        for name, a in (("sampling only", None), ("RGS", "auto")):
             tokens = model.tokens(None, [(args.seed, i) for i in range(8)], seen, alpha=a)
             clouds = [model.decode(t, args.rep, (args.seed, i), args.resolution).sample(POINTS, np.random.default_rng(i))
                       for i, t in enumerate(tokens)]

@@ -80,7 +80,7 @@ def framed(pixels, size=SIZE, margin=MARGIN):
     low, high = np.array([rows[0], columns[0]]), np.array([rows[-1], columns[-1]]) + 1
     side = (high - low).max() / (1 - 2 * margin)
     centre = (low + high) / 2
-    x = torch.from_numpy(np.ascontiguousarray(pixels, np.float32)).permute(2, 0, 1)[None]
+    x = rearrange(torch.from_numpy(pixels.astype(np.float32)), "h w c -> 1 c h w")
     pad = int(np.ceil(side))
     x = F.pad(x, [pad] * 4)
     top, left = (int(round(c + pad - side / 2)) for c in centre)
@@ -93,7 +93,7 @@ def seen(path):
     """A picture file -> what the tower sees, 3 size size, and what had to be guessed (or None)."""
     pixels, guess = read(path)
     pixels = framed(pixels)
-    return torch.from_numpy(pixels[..., :3] + 1 - pixels[..., 3:]).permute(2, 0, 1), guess       # on white
+    return rearrange(torch.from_numpy(pixels[..., :3] + 1 - pixels[..., 3:]), "h w c -> c h w"), guess       # on white
 
 
 # ---------------------------------------------------------------------------- pictures to learn from
@@ -133,7 +133,7 @@ def main():
     from render import save_png
     image, guess = seen(args.file)
     out = args.out or Path("out") / f"{args.file.stem}-seen.png"
-    save_png(out, (image.permute(1, 2, 0).numpy().clip(0, 1) * 255).round().astype(np.uint8))
+    save_png(out, (rearrange(image.numpy(), "c h w -> h w c").clip(0, 1) * 255).round().astype(np.uint8))
     print(*([f"warning: {guess}"] if guess else []), out, sep="\n")
 
 

@@ -176,7 +176,8 @@ def limit(seconds):
 
 
 class Beside(trimesh.resolvers.Resolver):
-    """What a model refers to, materials and textures, by a function that reads a name from where the model lies."""
+    """What a model refers to, materials and textures, by a function that reads a name from where the model lies. Of what trimesh
+    wants a resolver to have, loading asks for `get` and `namespaced`."""
 
     def __init__(self, read):
         self.read = read

@@ -3,7 +3,7 @@
 In the order data flows: shapes, data, layers, encoders, tokenizer, prefix, backbone, train, sample, pictures
 and files, README. The models are tiny and trained here, in a temporary folder; nothing is downloaded.
 
-    python -m pytest -q test_all.py              # all of them, in two and a half minutes on two cores
+    python -m pytest -q test_all.py              # all of them, in three minutes on two cores
     python -m pytest -q test_all.py -k prefix    # some of them
 """
 import contextlib
@@ -768,7 +768,7 @@ def test_pictures_of_all_kinds_are_seen_alike(mode, suffix, tmp_path):
     """The same disc, cut out and framed, whichever way it was written; grey where colours were not kept."""
     seen, guess = images.seen(saved(tmp_path / f"disc.{suffix}", mode))
     true = torch.from_numpy(images.framed(disc()))
-    true = (true[..., :3] + 1 - true[..., 3:]).permute(2, 0, 1)
+    true = rearrange(true[..., :3] + 1 - true[..., 3:], "h w c -> c h w")
     if mode in ("L", "LA", "I;16"):
         true, seen = true.mean(0), seen.mean(0)
     assert guess is None and (seen - true).abs().mean() < .05
@@ -1279,14 +1279,21 @@ def test_evaluations_write_their_tables(four, tmp_path, monkeypatch):
         "train", 2, 0, tmp_path.parent / "cache", kinds=more.get("kinds", ["surface"])))
     monkeypatch.setattr(evaluate, "CLASSES", ("table", "chair"))
     checkpoint = ("--checkpoint", four, "--out", tmp_path)
-    for rep in ("pc", "gs"):
-        assert run(evaluate.main, "tokenizer", "--rep", rep, "--shapes", 2, *checkpoint) == 0
+    monkeypatch.setattr(evaluate, "POINTS", 64)
+    for rep, count in (("pc", 2), ("gs", 1)):
+        assert run(evaluate.main, "tokenizer", "--rep", rep, "--shapes", count, *checkpoint) == 0
+    for name in ("images", "views"):
+        assert run(evaluate.main, name, "--shapes", 2, "--resolution", 32, *checkpoint) == 0
     assert run(evaluate.main, "cross", "--reps", "sdf", "pc", "--shapes", 1, *checkpoint) == 0
     assert run(evaluate.main, "retrieval", *checkpoint) == 0
     assert run(evaluate.main, "joint", "--checkpoints", four, "--shapes", 1, "--n", 1, "--resolution", 32, *checkpoint) == 0
     assert [row["rep"] for row in csv.DictReader((tmp_path / "joint.csv").open())] == ["sdf", "pc", "mesh", "gs"]
     assert (tmp_path / "joint.png").is_file()
-    for name in ("tokenizer-pc", "tokenizer-gs", "cross", "retrieval"):
+    assert (tmp_path / "images-sdf.png").is_file()
+    told = {row.pop("told"): float(row["Chamfer"]) for row in csv.DictReader((tmp_path / "images-sdf.csv").open())}
+    floor = told.pop("(two samplings of the true surface)")
+    assert len(told) == 5 and all(floor < other < .5 for other in told.values())
+    for name in ("tokenizer-pc", "tokenizer-gs", "cross", "retrieval", "views-sdf"):
         rows = list(csv.DictReader((tmp_path / f"{name}.csv").open()))
         assert rows and (tmp_path / f"{name}.md").is_file() and all(np.isfinite(float(v)) for row in rows[:-1] for v in list(row.values())[1:])
 

@@ -1,6 +1,6 @@
 """train.py - every stage of LTM3D, chained: encoders -> tokenizer -> vision -> head -> backbone (+ prefix) -> reconstruct.
 
-    python train.py --rep sdf                          # everything, built-in shapes, 45 minutes on two cores
+    python train.py --rep sdf                          # everything, built-in shapes, an hour on two cores
     python train.py --rep pc                           # what is missing for point clouds: with the above at hand, a head
     python train.py --rep sdf --stage backbone         # one stage alone
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone

@@ -1,10 +1,10 @@
-"""vision.py - stage 0, too: what a picture prompt becomes. An image tower that learns which cloud a picture is of.
+"""vision.py - stage 2: what a picture prompt becomes. An image tower that learns which shape a picture is of.
 
 LTM3D section 4 conditions on a frozen CLIP or DINOv2. Here the tower is trained from nothing, in minutes, on pictures of
 the prepared shapes from many sides, in varied light, on varied ground (images.py). The cloud tower (encoders.py) is done
 and locked by then (LiT, Zhai et al. 2022), so the clouds of ALL training shapes are embedded once, and every picture has
-to tell its own from all of them, not only from those of a batch; and what the backbone will read off the condition
-tokens has to be the shape, so that a small reader (reconstruct.py), thrown away afterwards, predicts its tokens x_i from them:
+to tell its own from all of them, not only from those of a batch. That says which shape it is, not yet what it looks like;
+so a small reader (reconstruct.py), thrown away afterwards, also has to find the shape's tokens x_i in the condition tokens:
 
     L = mean_i -log( e^s_ii / sum_k e^s_ik ) + 10 |x_i - reader(picture_i)|^2,    s_ik = <picture_i, cloud_k> / temperature
 
@@ -28,8 +28,6 @@ SIZES = {  # dim is also the width of a condition token
     "base": dict(dim=512, depth=8, heads=8),
     "large": dict(dim=768, depth=12, heads=12),
 }
-
-
 TELLING = 10     # the reader's share of the loss
 
 
