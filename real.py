@@ -4,7 +4,7 @@ A path is listed first, as items that name a file, captions, a licence and an au
 a worker, so that one that is broken, huge or endless costs itself and nothing else. What comes out of a file is
 triangles with a colour each, in [-.9, .9]^3; soup.py makes a solid of them.
 
-    python real.py path/to/shapes            # what is there
+    python real.py path/to/shapes            # what is there, by whom, and who may use it
     python real.py path/to/chair.obj         # what becomes of it: a picture
 """
 import csv
@@ -334,6 +334,9 @@ def main():
         print(item.key, *item.captions, sep=" | ")
     for file, reason in skipped:
         print(f"skipped: {file}: {reason}")
+    for licence in dict.fromkeys(item.licence for item in items if item.licence):
+        some = [item for item in items if item.licence == licence]
+        print(f"{len(some)} shapes, {licence}, by {', '.join(sorted({item.author for item in some}, key=str.lower))}")
     print(f"{len(items)} shapes, {len(skipped)} files that are none")
 
 

@@ -453,7 +453,7 @@ def obj(mesh, material=""):
     return (f"mtllib some.mtl\n{material}" if material else "") + trimesh.exchange.obj.export_obj(mesh)
 
 
-def test_library_is_read(tmp_path):
+def test_library_is_read(tmp_path, capsys):
     """Name, licence, author, rotation, icon and the colour of a material; what is wrong with an entry is said."""
     box, icon = trimesh.creation.box((1, 2, 3)), io.BytesIO()
     Image.new("RGBA", (32, 32), (255, 0, 0, 255)).save(icon, "png")
@@ -469,6 +469,7 @@ def test_library_is_read(tmp_path):
     assert [re.search(r"outside|has no|none of", reason)[0] for _, reason in skipped] == ["outside", "has no", "none of"]
     with pytest.raises(UserError, match="cannot be read"):
         real.shape(items[1])
+    assert run(real.main, tmp_path / "some.sh3f") == 0 and "\n2 shapes, CC0, by Ann\n" in capsys.readouterr().out
 
 
 def test_folder_is_read(tmp_path):
