@@ -189,8 +189,11 @@ def prepare_chunk(folder, source, chunk, kinds):
                 for name, values in globals()[f"sample_{kind}"](shape, rng).items():
                     arrays[name][row] = values
             texts.append(source.about(shape, row) | {"class": shape.name, "attributes": shape.attributes, "captions": shape.captions})
-        except UserError as error:
-            texts.append({"file": source.item(row).key, "broken": str(error)})
+        except Exception as error:
+            if not isinstance(source, Files):                 # those are ours: a bug
+                raise
+            reason = str(error) if isinstance(error, UserError) else f"no samples can be taken of it ({type(error).__name__}: {error})"
+            texts.append({"file": source.item(row).key, "broken": reason})
     for kind in kinds:
         with written(folder / f"{kind}-{chunk:05d}.json") as part:
             part.write_text(json.dumps(texts))

@@ -77,6 +77,8 @@ def framed(pixels, size=SIZE, margin=MARGIN):
     """h w c with the coverage last -> size size c: the square around what is covered; colours times coverage."""
     pixels = np.concatenate([pixels[..., :-1] * pixels[..., -1:], pixels[..., -1:]], -1)
     rows, columns = (np.flatnonzero((pixels[..., -1] > .5).any(axis)) for axis in (1, 0))
+    if not len(rows):                                         # a sheet seen edge on
+        return np.zeros((size, size, pixels.shape[-1]), np.float32)
     low, high = np.array([rows[0], columns[0]]), np.array([rows[-1], columns[-1]]) + 1
     side = (high - low).max() / (1 - 2 * margin)
     centre = (low + high) / 2

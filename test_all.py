@@ -428,7 +428,7 @@ def test_soup_is_a_solid():
 
 
 def test_open_sheets_become_solid():
-    """A box without a bottom is hollow, its walls are solid; a flat square is a thin solid."""
+    """A box without a bottom is hollow, its walls are solid; a flat square is a thin solid, of which nothing is seen edge on."""
     mesh = sheets()
     solid = soup.Soup(np.asarray(mesh.vertices), np.asarray(mesh.faces), np.ones((len(mesh.faces), 3)))
     inside = lambda *x: solid.distance(np.array([x]))[0] < 0
@@ -437,6 +437,7 @@ def test_open_sheets_become_solid():
     assert (data.sample_faces(square, np.random.default_rng(0))["components"] >= 0).sum() > 10
     vertices, faces, _ = square.mesh()
     assert meshes.watertight(faces) and abs(np.ptp(vertices, 0) - [1, 0, 1] - 2 * soup.SKIN).max() < .02
+    assert [seen.any() for seen in data.pictures(square, [(0, 30), (0, 0)])["covered"]] == [True, False]
 
 
 def library(path, models, entries):
@@ -520,6 +521,9 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data.Files, "mine", lambda self, text: True)          # not a tenth held out
     split = data.prepare(out=tmp_path / "cache", kinds=("surface", "pictures"), data=source, workers=1)
     assert split.classes == ["a", "b"] and split.cloud(np.array([1]), 100, np.random.default_rng(0))[0].norm(dim=-1).min() > .89
+    monkeypatch.setattr(data, "sample_surface", lambda *_: 1 / 0)
+    data.prepare_chunk(split.folder, split.source, 0, ["surface"])
+    assert "(ZeroDivisionError: division by zero)" in data.Prepared(split.folder, split.source, ["surface"]).broken["a/ball.obj"]
 
 
 def test_files_are_judged_by_their_own_samples(tmp_path, monkeypatch):
