@@ -332,7 +332,8 @@ def main():
     test = prepare("test", None, args.seed, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
     print(f"{train.folder}: {len(train)} shapes to train on, {len(test)} held out, {time.time() - start:.1f} s")
     if args.data:
-        print(f"{train.folder}/skipped.csv: {len(train.broken)} of {len(train.source.items)} shapes, {len(train.source.skipped)} other files")
+        print(f"left out: {len(train.broken)} of {len(train.source.items)} shapes, {len(train.source.skipped)} other files"
+              + f", why is in {train.folder}/skipped.csv" * bool(train.broken or train.source.skipped))
     rows = np.linspace(0, len(train) - 1, min(4 * len(shapes.CLASSES), len(train))).astype(int)
     rows = sorted(rows, key=lambda row: train.classes[row])
     drawn = [render_mesh(*painted(train.shape(row)), size=160) for row in tqdm(rows, desc="drawing", unit="shape")]

@@ -22,6 +22,7 @@ import numpy as np
 import trimesh
 from PIL import Image
 
+from encoders import FILLERS, words
 from layers import Parser, UserError, command
 from soup import Soup
 
@@ -60,10 +61,13 @@ class Item:
     licence: str = ""
     author: str = ""
 
+    def __post_init__(self):
+        self.captions = [caption for caption in dict.fromkeys(self.captions) if set(words(caption)) - FILLERS] or ["shape"]
+
 
 def tidy(text):
-    """A name of a file or a thing as words: "coffeeTable_02" -> "coffee table"."""
-    return " ".join(re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text))).lower()
+    """A name of a file or a thing as words: "coffeeTable_02" -> "coffee table", "Bookcase 45x160" -> "bookcase"."""
+    return " ".join(re.findall(r"[^\W\d_]{2,}", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text))).lower()
 
 
 def text(raw):
@@ -87,7 +91,7 @@ def listed(path):
             some, bad = sweet_home(library)
             items, skipped = items + some, skipped + bad
     elif path.is_file():
-        items, skipped = [Item(path.name, str(path), captions=[tidy(path.stem) or "shape"])], []
+        items, skipped = [Item(path.name, str(path), captions=[tidy(path.stem)])], []
     else:
         items, skipped = folder(path)
     if not items:
@@ -123,9 +127,9 @@ def folder(path):
         missing -= set(names)
         if not captions and file.with_suffix(".txt").is_file():
             captions = [line.strip() for line in text(file.with_suffix(".txt").read_bytes()).splitlines() if line.strip()]
-        kind = synset or tidy(file.parent.name if file.parent != path else file.stem) or "shape"
-        captions = captions or [tidy(file.stem)] * (synset is None and bool(tidy(file.stem)))
-        items.append(Item(key, str(file), captions=list(dict.fromkeys(captions + [kind]))))
+        kind = synset or tidy(file.parent.name if file.parent != path else file.stem)
+        captions = captions or [tidy(file.stem)] * (synset is None)
+        items.append(Item(key, str(file), captions=captions + [kind]))
     return items, skipped + [(name, "it has a caption, but there is no such file") for name in sorted(missing)]
 
 
@@ -154,8 +158,8 @@ def sweet_home(path):
         elif not member.lower().endswith(SUFFIXES):
             skipped.append((key, f"'{member}' is none of {', '.join(SUFFIXES)}"))
         else:
-            name = tidy(entry.get("name", "")) or tidy(Path(member).stem) or "shape"
-            items.append(Item(key, str(path), member, list(dict.fromkeys([name, name.split()[-1]])), entry.get("modelRotation", ""),
+            name = tidy(entry.get("name", "")) or tidy(Path(member).stem)
+            items.append(Item(key, str(path), member, [name, *name.split()[-1:]], entry.get("modelRotation", ""),
                               icon if icon in names else "", licence, entry.get("creator", "")))
     return items, skipped
 

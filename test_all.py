@@ -473,6 +473,13 @@ def test_library_is_read(tmp_path, capsys):
     assert run(real.main, tmp_path / "some.sh3f") == 0 and "\n2 shapes, CC0, by Ann\n" in capsys.readouterr().out
 
 
+def test_a_caption_names_something():
+    """Sizes and words that are true of any shape say nothing; the last word of a library's name is the class."""
+    assert real.tidy("Bookcase_45x160") == "bookcase"
+    assert real.Item("", "", captions=["3D model", "car model", "car model", "???", "model"]).captions == ["car model"]
+    assert real.Item("", "", captions=["a model"]).captions == ["shape"]
+
+
 def test_folder_is_read(tmp_path):
     """Captions from a table, a text beside the mesh, ShapeNet's numbers or the names; a table's faults are said."""
     for path in ("chairs/one.obj", "chairs/two.ply", "03001627/ab12/models/model_normalized.obj", "lamp_7.stl"):
@@ -504,7 +511,7 @@ def broken_files():
 def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
     """Each is named with the reason, the good one is prepared, twice the same; two of one name in two folders are two."""
     source = tmp_path / "source"
-    for folder in ("a", "b"):
+    for folder in ("one", "two"):
         (source / folder).mkdir(parents=True)
         trimesh.creation.icosphere(2).export(source / folder / "ball.obj")
     wrong = broken_files()
@@ -520,10 +527,10 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
     assert "7 of 9 shapes" in said and (tmp_path / "sheet.png").is_file()
     monkeypatch.setattr(data.Files, "mine", lambda self, text: True)          # not a tenth held out
     split = data.prepare(out=tmp_path / "cache", kinds=("surface", "pictures"), data=source, workers=1)
-    assert split.classes == ["a", "b"] and split.cloud(np.array([1]), 100, np.random.default_rng(0))[0].norm(dim=-1).min() > .89
+    assert split.classes == ["one", "two"] and split.cloud(np.array([1]), 100, np.random.default_rng(0))[0].norm(dim=-1).min() > .89
     monkeypatch.setattr(data, "sample_surface", lambda *_: 1 / 0)
     data.prepare_chunk(split.folder, split.source, 0, ["surface"])
-    assert "(ZeroDivisionError: division by zero)" in data.Prepared(split.folder, split.source, ["surface"]).broken["a/ball.obj"]
+    assert "(ZeroDivisionError: division by zero)" in data.Prepared(split.folder, split.source, ["surface"]).broken["one/ball.obj"]
 
 
 def test_files_are_judged_by_their_own_samples(tmp_path, monkeypatch):
