@@ -14,10 +14,13 @@ import csv
 import hashlib
 import json
 import os
+import re
 import signal
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +156,9 @@ class Files:
         self.count, self.seed, self.first = copies * len(self.items), 0, 0
         what = repr([[(i.key, i.captions, i.rotation, Path(i.file).stat().st_size) for i in self.items], copies, KINDS, soup.CELLS, soup.SKIN, CHUNK])
         self.name = f"{Path(path).resolve().stem}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+        draw = {item.key: int(hashlib.sha256(item.key.encode()).hexdigest(), 16) for item in self.items}
+        tenth = {key for key, number in draw.items() if number % 10 == 0}
+        self.held_out = tenth if len(tenth) > 1 else set(sorted(draw, key=draw.get)[:min(2, len(draw) // 2)])
 
     def shape(self, row):
         return real.shape(self.item(row), row // len(self.items))
@@ -164,7 +170,7 @@ class Files:
         return {"file": self.item(row).key, "copy": row // len(self.items), "licence": self.item(row).licence, "author": self.item(row).author}
 
     def mine(self, text):
-        held_out = int(hashlib.sha256(text["file"].encode()).hexdigest(), 16) % 10 == 0
+        held_out = text["file"] in self.held_out
         return held_out and not text["copy"] if self.split == "test" else not held_out
 
 
@@ -208,7 +214,9 @@ def prepare(split="train", count=None, seed=0, out="cache", workers=2, kinds=("s
     mark = lambda kind, chunk: folder / f"{kind}-{chunk:05d}.json"
     chunks = range(shard[0], -(-source.count // CHUNK), shard[1])
     todo = {chunk: missing for chunk in chunks if (missing := [kind for kind in kinds if not mark(kind, chunk).is_file()])}
-    for kind in dict.fromkeys(kind for missing in todo.values() for kind in missing):
+    for chunk in todo:                                        # whatever ended an earlier run, it may not have been the file
+        (folder / f"tried-{chunk:05d}").unlink(missing_ok=True)
+    for kind in [kind for kind in kinds if not any(folder.glob(f"{kind}-*.json"))]:
         for name, (dtype, shape) in KINDS[kind].items():
             if not (folder / f"{name}.npy").is_file():
                 lay_out(folder / f"{name}.npy", dtype, (source.count, *shape))
@@ -216,7 +224,7 @@ def prepare(split="train", count=None, seed=0, out="cache", workers=2, kinds=("s
     what = f"preparing {split if data is None else source.name} shapes: {', '.join(kinds)}"
     with tqdm(total=sum(map(size, todo)), unit="shape", desc=what, disable=not todo) as bar:
         while todo:
-            with ProcessPoolExecutor(workers, initializer=alone) as pool:
+            with ProcessPoolExecutor(workers, initializer=alone, initargs=(os.getpid(),)) as pool:
                 jobs = {pool.submit(prepare_chunk, folder, source, chunk, missing): chunk for chunk, missing in todo.items()}
                 try:
                     for job in as_completed(jobs):
@@ -225,15 +233,24 @@ def prepare(split="train", count=None, seed=0, out="cache", workers=2, kinds=("s
                 except BrokenProcessPool:                     # a file may end its reader; after two tries without it
                     if not any(folder.glob("tried-*")):
                         raise
-                except BaseException:
+                except BaseException:                         # Ctrl-C: what they are at is done again
+                    for worker in active_children():
+                        worker.kill()
                     pool.shutdown(cancel_futures=True)
                     raise
     return Prepared(folder, source, kinds)
 
 
-def alone():
-    """In a worker: Ctrl-C is for the parent to handle, and no file may take all memory."""
+def alone(parent):
+    """In a worker: Ctrl-C is for the parent to handle, without whom there is nothing to do; and no file may take all memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     with contextlib.suppress(ImportError, ValueError, OSError):                        # not on every system
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -270,7 +287,7 @@ class Prepared:
         self.text = [texts[0][row] for row in self.rows]
         self.classes, self.captions = [text["class"] for text in self.text], [text["captions"] for text in self.text]
         if source.skipped or self.broken:
-            with written(self.folder / "skipped.csv") as part, part.open("w", newline="") as file:
+            with written(self.folder / "skipped.csv") as part, part.open("w", newline="", errors="backslashreplace") as file:
                 csv.writer(file).writerows([("file", "reason"), *source.skipped, *self.broken.items()])
 
     def __len__(self):
@@ -334,6 +351,10 @@ def main():
     if args.data:
         print(f"left out: {len(train.broken)} of {len(train.source.items)} shapes, {len(train.source.skipped)} other files"
               + f", why is in {train.folder}/skipped.csv" * bool(train.broken or train.source.skipped))
+    if not len(train):
+        if train.broken:
+            raise UserError(f"no shape of {args.data} can be used")
+        return                                                # a share of few shapes may have none
     rows = np.linspace(0, len(train) - 1, min(4 * len(shapes.CLASSES), len(train))).astype(int)
     rows = sorted(rows, key=lambda row: train.classes[row])
     drawn = [render_mesh(*painted(train.shape(row)), size=160) for row in tqdm(rows, desc="drawing", unit="shape")]
@@ -344,10 +365,10 @@ def main():
 
 def part(text):
     """The type of --shard: "0/4" is the first of four."""
-    i, n = (int(x) for x in text.split("/"))
-    if not 0 <= i < n:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
         raise argparse.ArgumentTypeError(f"must be i/n with i from 0 to n - 1, not {text}")
-    return i, n
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ What the image tower sees is always the same kind of thing: one object that fill
 
     python images.py chair.png         # what is seen of it -> out/chair-seen.png
 """
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def read(path):
                 raise UserError(f"{path} has {file.width} x {file.height} pixels; at least {SMALLEST} a side are needed")
             picture = ImageOps.exif_transpose(file)                        # phones store which way is up
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}; --image takes a picture") from None
+        raise UserError(f"there is no picture {path}; give the name of a png, jpg or webp") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}); write it again as png, jpg or webp") from None
     if picture.mode.startswith(("I", "F")):                                # 16 bits and more a channel
@@ -48,6 +49,8 @@ def read(path):
             raise UserError(f"{path} is transparent all over; give it an opaque object")
         return pixels, None
     coverage = cut_out(pixels[..., :3])
+    if not coverage.any():
+        raise UserError(f"{path} shows nothing but its background; give a picture with a thing in it")
     guess = "no plain background was found: all of it is taken for the object" if coverage.all() else None
     return np.dstack([pixels[..., :3], coverage]), guess
 
@@ -68,7 +71,7 @@ def cut_out(picture, slope=.022):
     rim = np.unique(np.concatenate([label[0], label[-1], label[:, 0], label[:, -1]]))
     thing = ~np.isin(label, rim[rim > 0])
     thing = ndimage.binary_erosion(thing, iterations=2, border_value=1)                      # an edge is as wide as its blur
-    return (thing if .01 < thing.mean() < .95 else np.ones_like(thing)).astype(np.float32)
+    return (np.ones_like(thing) if 0 < thing.mean() < .01 or thing.mean() > .95 else thing).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------- framing
@@ -136,7 +139,9 @@ def main():
     image, guess = seen(args.file)
     out = args.out or Path("out") / f"{args.file.stem}-seen.png"
     save_png(out, (rearrange(image.numpy(), "c h w -> h w c").clip(0, 1) * 255).round().astype(np.uint8))
-    print(*([f"warning: {guess}"] if guess else []), out, sep="\n")
+    if guess:
+        print(f"warning: {guess}", file=sys.stderr)
+    print(out)
 
 
 if __name__ == "__main__":

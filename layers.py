@@ -231,7 +231,7 @@ def claim(folder):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to --out {folder}: {error.strerror}; name a folder that can be made") from None
+        raise UserError(f"cannot write to {folder}: {error.strerror}; name a folder that can be made") from None
     return Path(folder)
 
 

@@ -10,6 +10,7 @@ of all captions or pictures of a prepared set is computed once and kept beside i
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,9 @@ class Pretrained:
             self.model = getattr(transformers, self.FAMILIES[kind]).from_pretrained(name, local_files_only=True, dtype=half)
             self.prepare(transformers)
         except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-            raise UserError(f"'{name}' cannot be loaded ({' '.join(str(error).split())[:160]}); get it once with `hf download {name}`, "
-                            f"or give {self.flag} a folder that has it") from None
+            mend = (f"get it once with `hf download {name}`, or give {self.flag} a folder that has it" if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+                    and not Path(name).exists() else f"{self.flag} takes a hub name, or a folder with config.json and weights")
+            raise UserError(f"'{name}' cannot be loaded ({' '.join(str(error).split())[:160]}); {mend}") from None
         self.model = self.model.to(self.device).eval().requires_grad_(False)
         self.width = self.model.config.hidden_size            # e
 

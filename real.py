@@ -5,7 +5,6 @@ a worker, so that one that is broken, huge or endless costs itself and nothing e
 triangles with a colour each, in [-.9, .9]^3; soup.py makes a solid of them.
 
     python real.py path/to/shapes            # what is there, by whom, and who may use it
-    python real.py path/to/chair.obj         # what becomes of it: a picture
 """
 import csv
 import io
@@ -91,6 +90,8 @@ def listed(path):
             some, bad = sweet_home(library)
             items, skipped = items + some, skipped + bad
     elif path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{path} is none of {', '.join(SUFFIXES)} and .sh3f")
         items, skipped = [Item(path.name, str(path), captions=[tidy(path.stem)])], []
     else:
         items, skipped = folder(path)
@@ -103,23 +104,28 @@ def folder(path):
     """Meshes in folders, of any depth: captions from a CSV, from a text file beside the mesh, or else from the names.
     ShapeNetCore's synset/model/models/model_normalized.obj and Objaverse's uid.glb with a CSV of uid,caption are such folders."""
     told, skipped, items = {}, [], []
-    files = sorted(file for file in path.rglob("*") if file.is_file())
+    files = sorted(file for file in path.rglob("*") if not file.is_dir())
     tables = [file for file in files if file.suffix.lower() == ".csv" and file.parent == path]
     beside = {file.with_suffix(".txt") for file in files if file.suffix.lower() in SUFFIXES}
     for table in tables:
         try:
-            rows = list(csv.reader(io.StringIO(text(table.read_bytes()))))
+            rows = list(csv.reader(io.StringIO(text(table.read_bytes())), strict=True))
         except csv.Error as error:
             raise UserError(f"{table} cannot be read ({error}); is a quote open? Its lines are file,caption") from None
-        for row in rows:
-            if len(row) > 1 and row[0].strip() and row[1].strip() and row[:2] not in (["file", "caption"], ["uid", "caption"]):
-                told.setdefault(row[0].strip(), []).append(row[1].strip())
+        pairs = [(row[0].strip().removeprefix("./"), row[1].strip()) for row in rows if len(row) > 1 and row[0].strip() and row[1].strip()]
+        if not pairs:
+            raise UserError(f"{table} has no line of file,caption; write it with commas, in UTF-8, or put it elsewhere")
+        for name, caption in pairs[pairs[0][1].lower() == "caption":]:               # without the heading
+            told.setdefault(name, []).append(caption)
     missing = set(told)
     for file in files:
-        key = file.relative_to(path).as_posix()
+        key = file.relative_to(path).as_posix().encode(errors="backslashreplace").decode()       # old archives have names in other letters
         if file.suffix.lower() not in SUFFIXES:
             if file not in beside and file not in tables:
                 skipped.append((key, f"'{file.suffix}' is none of {', '.join(SUFFIXES)}"))
+            continue
+        if not file.is_file():
+            skipped.append((key, "it is a link to a file that is not there"))
             continue
         names = [key, file.name, file.stem] + [part for part in file.relative_to(path).parts[:-1]]
         synset = next((SYNSETS[name] for name in names if name in SYNSETS), None)

@@ -71,13 +71,23 @@ class LTM3D:
         if rep not in heads.HEADS:
             raise ValueError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
         seeds = [(seed, i) for i in range(n)]
+        if prompt is None and image is None:
+            raise ValueError("say what to make: a prompt, an image or both")
         prompts = None if prompt is None else [prompt] * n
-        pictures = None if image is None else images.seen(image)[0].expand(n, -1, -1, -1)
+        pictures = None if image is None else seen(image, n)
         return [self.decode(t, rep, s, resolution, points) for t, s in zip(self.tokens(prompts, seeds, pictures, **options), seeds)]
 
 
 def load(folder="checkpoints/tiny", device=None):
     return LTM3D(folder, device)
+
+
+def seen(path, n):
+    """A picture file, as the tower sees it, n times: n 3 s s; says what had to be guessed."""
+    picture, guess = images.seen(path)
+    if guess:
+        print(f"warning: {path}: {guess}", file=sys.stderr)
+    return picture.expand(n, -1, -1, -1)
 
 
 def arguments():
@@ -106,7 +116,7 @@ def arguments():
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--out", default="out", help="folder to write to")
     args = parser.parse_args()
-    if args.text is None and args.image is None:
+    if args.text is None and not args.image:
         parser.error("say what to make, with --text or --image")
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
     return args
@@ -133,13 +143,9 @@ def main():
         clock, before = time.perf_counter(), clock
         phases[phase] = phases.get(phase, 0) + clock - before
 
-    name = re.sub(r"[^a-z0-9]+", "-", (Path(args.image).stem if args.text is None else args.text).lower()).strip("-")[:60].strip("-") or "shape"
-    picture = None
-    if args.image:
-        picture, guess = images.seen(args.image)
-        picture = picture.expand(args.n, -1, -1, -1)
-        if guess:
-            print(f"warning: {args.image}: {guess}", file=sys.stderr)
+    asked = f"from {Path(args.image).stem}" if args.text is None else args.text        # else a picture in --out would be written over
+    name = re.sub(r"[^a-z0-9]+", "-", asked.lower()).strip("-")[:60].strip("-") or "shape"
+    picture = seen(args.image, args.n) if args.image else None
     model = load(args.checkpoint, args.device).ready(*args.rep)
     if args.steps > model.backbone.tokens:
         raise UserError(f"--steps {args.steps} is more than the {model.backbone.tokens} shape tokens of {args.checkpoint}; "

@@ -186,17 +186,21 @@ def main():
     for item in tqdm(items, unit="shape"):
         try:
             soup = Soup(*triangles(item))
-        except UserError as error:
+        except Exception as error:                            # what others wrote may go wrong in any way
             print(f"skipped: {item.key}: {error}")
             continue
         for way in args.ways:
             start = time.time()
             try:
                 solid = WAYS[way](soup)
+            except ImportError as error:
+                raise UserError(f"{way} cannot be tried ({error}); see --help for what to install") from None
             except (UserError, RuntimeError, ValueError):
                 solid = np.zeros((0, 3)), np.zeros((0, 3), int)
             seconds = time.time() - start
             results[way].append((*faithful((soup.vertices, soup.faces), solid), seconds))
+    if not results[args.ways[0]]:
+        raise UserError(f"none of the {len(items)} shapes of {args.path} can be read")
     print(f"{len(results[args.ways[0]])} shapes. there: the share of what is seen of the triangles that the solid has within {2 * SKIN:.3f};\n"
           "nothing else: the share of what is seen of the solid that the triangles have; usable: both at least 95 %")
     print("| inside is | there | nothing else | usable | seconds |\n| --- | --: | --: | --: | --: |")

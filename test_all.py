@@ -369,7 +369,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
     """Killed in the middle of a chunk and started again = never interrupted, byte by byte."""
     monkeypatch.setattr(data, "CHUNK", 3)
     monkeypatch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)   # so that the workers see all patches
-    monkeypatch.setattr(data, "alone", lambda: None)                       # which is for processes
+    monkeypatch.setattr(data, "alone", lambda parent: None)                     # which is for processes
     whole = data.prepare("train", 8, 0, tmp_path / "whole", workers=1)
     make = data.sample_surface
 
@@ -493,9 +493,10 @@ def test_folder_is_read(tmp_path):
     assert told == {"chairs/one.obj": ['a "red", chair', "a caf\xe9 chair", "chairs"], "chairs/two.ply": ["a blue chair", "chairs"],
                     "03001627/ab12/models/model_normalized.obj": ["chair"], "lamp_7.stl": ["lamp"]}
     assert sorted(name for name, _ in skipped) == ["none.obj", "picture.tiff"]
-    (tmp_path / "captions.csv").write_text('chairs/one.obj,"' + "never ending " * 20_000)
-    with pytest.raises(UserError, match="is a quote open"):
-        real.listed(tmp_path)
+    for table, fault in (('chairs/one.obj,"a chair\nlamp_7.stl,a lamp\n', "is a quote open"), ("lamp_7.stl;a lamp\n", "no line of file,caption")):
+        (tmp_path / "captions.csv").write_text(table)
+        with pytest.raises(UserError, match=fault):
+            real.listed(tmp_path)
 
 
 def broken_files():
@@ -585,12 +586,13 @@ def test_shards_are_the_whole(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "CHUNK", 2)
         patch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)
-        patch.setattr(data, "alone", lambda: None)
+        patch.setattr(data, "alone", lambda parent: None)
         patch.setattr(real, "limit", lambda _: contextlib.nullcontext())              # signals are for main threads
         whole = data.prepare(out=tmp_path / "whole", data=source, workers=1)
         for i in (1, 0):
             part = data.prepare(out=tmp_path / "part", data=source, workers=1, shard=(i, 2))
             assert len(part.rows) <= 2 or i == 0
+        assert not len(data.prepare(out=tmp_path / "none", data=source, workers=1, shard=(2, 3)))      # a share without a chunk
         held_out = data.prepare("test", out=tmp_path / "whole", data=source, workers=1)
     assert same_files(whole.folder, part.folder)
     assert held_out.folder == whole.folder and held_out.name != whole.name            # what is computed from them has a file each
@@ -800,17 +802,18 @@ def test_soft_shadow_and_gradient_are_background(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, complaint", [
-    ("text.png", b"not a picture", "cannot be read as a picture"), ("cut.png", -60, "cannot be read as a picture"), ("none.png", None, "no file"),
-    ("dot.png", (1, 1), "1 x 1 pixels"), ("huge.png", (30_000, 9000), "30000 x 9000 pixels"), ("clear.png", "clear", "transparent all over")])
+    ("text.png", b"not a picture", "cannot be read as a picture"), ("cut.png", -60, "cannot be read as a picture"), ("none.png", None, "no picture"),
+    ("dot.png", (1, 1), "1 x 1 pixels"), ("huge.png", (30_000, 9000), "30000 x 9000 pixels"), ("clear.png", "RGBA", "transparent all over"),
+    ("white.png", "1", "nothing but its background")])
 def test_bad_picture_is_one_line(overfitted, name, content, complaint, tmp_path, capsys):
-    """No picture, a truncated one, none at all, one pixel, a decompression bomb, an invisible one."""
+    """No picture, a truncated one, none at all, one pixel, a decompression bomb, an invisible one, an empty one."""
     path = tmp_path / name
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif isinstance(content, tuple):
         Image.new("1", content).save(path)
-    elif content == "clear":
-        Image.new("RGBA", (64, 64)).save(path)
+    elif isinstance(content, str):
+        Image.new(content, (64, 64)).save(path)
     elif content:
         path.write_bytes(saved(path, "RGB").read_bytes()[:content])
     assert run(sample.main, "--image", path, "--checkpoint", overfitted, "--out", tmp_path / "out") == 2
@@ -826,7 +829,7 @@ def test_picture_prompt_is_command_and_api(overfitted, tmp_path, capsys):
         assert run(sample.main, *flags, *more, "--out", tmp_path / out) == 0
         shape = sample.load(overfitted).generate(image=path, resolution=32, **options)[0]
         shape.save(tmp_path / "api.glb")
-        assert (tmp_path / "api.glb").read_bytes() == (tmp_path / out / ("a-table-0.glb" if more else "disc-1-0.glb")).read_bytes()
+        assert (tmp_path / "api.glb").read_bytes() == (tmp_path / out / ("a-table-0.glb" if more else "from-disc-1-0.glb")).read_bytes()
     model, seen = sample.load(overfitted), images.seen(path)[0][None]
     plain, guided, auto = (model.tokens(None, [0], seen, **options) for options in ({"alpha": None}, {"alpha": .1}, {}))
     assert torch.equal(auto, guided) and not torch.equal(auto, plain)           # a picture is sampled with RGS
@@ -1241,6 +1244,8 @@ def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
     monkeypatch.setattr(train, "fit", None)
     assert train_small(monkeypatch, overfitted, 2) == 0
     assert capsys.readouterr().out.count("already done") == 6
+    assert train_small(monkeypatch, overfitted, 2, "--size", "tiny") == 2           # of another size
+    assert_one_line(capsys.readouterr().err, "is of the size small")
 
 
 def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):

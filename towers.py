@@ -26,9 +26,14 @@ class Towers:
 
 def make(folder, text=None, image=None, device="cpu"):
     """The towers of these names, hub names or folders; None is ours, in the checkpoint folder."""
+    text, image = others(text, image, device)
+    return Towers(text or encoders.load(folder).to(device), image or vision.load(folder).to(device))
+
+
+def others(text=None, image=None, device="cpu"):
+    """Other people's towers of these names; None stays None."""
     import pretrained
-    return Towers(pretrained.Text(text, device) if text else encoders.load(folder).to(device),
-                  pretrained.Image(image, device) if image else vision.load(folder).to(device))
+    return pretrained.Text(text, device) if text else None, pretrained.Image(image, device) if image else None
 
 
 def load(folder, device="cpu"):

@@ -53,6 +53,7 @@ class Run:
         self.size, self.seed, self.folder, self.denoiser = args.size, args.seed, Path(folder), args.denoiser
         self.reps, self.first = reps, first              # to be able to decode; the heads that the encoder is trained with
         self.towers = {"text": args.text_encoder, "image": args.image_encoder}
+        towers_.others(**self.towers)                        # rather an error now than after the stages before
         self.device, self.autocast, reason = pick_device(args.device)
         print(f"{self.folder}, running on {reason}")
         self.settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
@@ -61,7 +62,7 @@ class Run:
         self.test = prepare("test", None, args.seed, args.cache, args.workers, kinds, args.data, args.copies)
         if min(len(self.train), len(self.test)) < 2:
             raise UserError(f"{args.data} has {len(self.train)} shapes to train on and {len(self.test)} held out, two of each are needed; "
-                            f"what was left out is in {self.train.folder}/skipped.csv")
+                            f"{len(self.train.broken)} were left out" + f", see {self.train.folder}/skipped.csv" * bool(self.train.broken))
         common = [name for name, _ in Counter(self.test.classes).most_common(len(CLASSES))]
         self.classes = common if args.data else [name for name in CLASSES if name in common]
         self.prompts = [article(name) for name in self.classes] + ["a round table"] * (args.data is None)       # drawn while training
@@ -320,6 +321,8 @@ def chain(run, args):
     for stage, entry in read_config(run.folder).items():
         if entry.get("towers", run.towers) != run.towers:
             raise UserError(f"the {stage} in {run.folder} is conditioned on the encoders {entry['towers']}; give the same ones, or another --out")
+        if entry["size"] != run.size:
+            raise UserError(f"the {stage} in {run.folder} is of the size {entry['size']}; give --size {entry['size']}, or another --out")
     for stage in [args.stage] if args.stage else STAGES:
         if stage == "vision" and args.image_encoder:
             continue
