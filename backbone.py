@@ -162,7 +162,9 @@ class Backbone(nn.Module):
     def loss(self, x, condition):
         """x: b n c shape tokens and their condition (prefix.py). The diffusion loss, on the hidden tokens only."""
         b, n, device = len(x), self.tokens, x.device
-        ratio = nn.init.trunc_normal_(torch.empty(1), 1., .25, .7, 1.).item()     # one for the batch, as MAR: no padding
+        # the share hidden is that of a random moment of generation, one for the batch: no padding. (MAR hides .7 and more. Here
+        # the tokens that are placed last, when all others are known, then never were learnt, and are torn.)
+        ratio = math.cos(math.pi / 2 * torch.rand(1).item())
         known = n - math.ceil(n * ratio)
         order = torch.rand(b, n, device=device).argsort(1)
         c = self.contexts(self.prefix(condition, drops(b, condition, device)), x, order, known)

@@ -1080,6 +1080,20 @@ def small_backbone(denoiser="flow"):
     return model, prompted()
 
 
+def test_training_sees_every_moment_of_generation(monkeypatch):
+    """From nothing known to one token missing; the share hidden is the cosine of a uniform angle, 2 / pi in the mean."""
+    model, condition = small_backbone()
+    known = []
+
+    def contexts(prefix, x, order, count):
+        known.append(count)
+        return torch.zeros(*x.shape[:2], prefix.shape[-1])
+    monkeypatch.setattr(model, "contexts", contexts)
+    for _ in range(300):
+        model.loss(torch.zeros(3, 27, 8), condition)
+    assert min(known) == 0 and max(known) == 26 and abs(1 - np.mean(known) / 27 - 2 / np.pi) < .08
+
+
 def test_schedules_place_every_token_once():
     """Steps follow on one another from none to all, each places at least one; impossible numbers are errors."""
     for n in (1, 2, 7, 64, 216, 512):
