@@ -1313,8 +1313,8 @@ def test_evaluations_write_their_tables(four, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "POINTS", 64)
     for rep, count in (("pc", 2), ("gs", 1)):
         assert run(evaluate.main, "tokenizer", "--rep", rep, "--shapes", count, *checkpoint) == 0
-    for name in ("images", "views"):
-        assert run(evaluate.main, name, "--shapes", 2, "--resolution", 32, *checkpoint) == 0
+    for name, count in (("images", 2), ("views", 1)):
+        assert run(evaluate.main, name, "--shapes", count, "--resolution", 32, *checkpoint) == 0
     assert run(evaluate.main, "cross", "--reps", "sdf", "pc", "--shapes", 1, *checkpoint) == 0
     assert run(evaluate.main, "retrieval", *checkpoint) == 0
     assert run(evaluate.main, "joint", "--checkpoints", four, "--shapes", 1, "--n", 1, "--resolution", 32, *checkpoint) == 0
