@@ -88,12 +88,12 @@ def sample_pictures(shape, rng):
 def pictures(shape, angles):
     """A picture from each of some sides, before any light: colours and normals as the eye sees them (times coverage), coverage."""
     vertices, faces, paint = painted(shape)
-    pictures = np.zeros((len(angles), 2 * SIZE, 2 * SIZE, 7), np.float32)
-    for picture, (azimuth, elevation) in zip(pictures, angles):
+    drawn = np.zeros((len(angles), 2 * SIZE, 2 * SIZE, 7), np.float32)
+    for picture, (azimuth, elevation) in zip(drawn, angles):
         eye = look(azimuth, elevation)
         pixel, _, normal, colour = see_mesh(tensor(vertices), tensor(faces, torch.int64), tensor(paint), eye, 2 * SIZE)
         picture.reshape(-1, 7)[pixel] = torch.cat([colour, normal @ eye.T, torch.ones_like(colour[:, :1])], 1)
-    seen = np.stack([framed(picture) for picture in pictures])
+    seen = np.stack([framed(picture) for picture in drawn])
     return {"looks": np.round(seen[..., :3] * 255), "facing": np.round(seen[..., 3:6] * 127), "covered": np.round(seen[..., 6] * 255)}
 
 

@@ -190,7 +190,7 @@ def evaluate_joint(args):
 
 
 def evaluate_ablate_rgs(args):
-    """x~ = a x + (1 - a) x_recon in the first quarter of the steps (section 3.3): what does a trade?"""
+    """x~ = a x + (1 - a) x_recon in the first steps (section 3.3): what does a trade?"""
     model, (references, classes) = LTM3D(args.checkpoint, args.device).ready(args.rep), references_of(held_out(args), args.seed)
     print(f"running on {model.reason}")
     rows = []

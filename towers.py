@@ -3,6 +3,8 @@
 A condition is a dict of what there is, {"text": (tokens b t e, mask b t), "image": ...}; the tower of either kind is ours
 (encoders.py, vision.py) or somebody else's (pretrained.py), and config.json remembers which.
 """
+import functools
+
 import encoders
 import vision
 from layers import read_stage
@@ -26,13 +28,16 @@ class Towers:
 
 def make(folder, text=None, image=None, device="cpu"):
     """The towers of these names, hub names or folders; None is ours, in the checkpoint folder."""
-    text, image = others(text, image, device)
+    text, image = others(text=text, image=image, device=device)
     return Towers(text or encoders.load(folder).to(device), image or vision.load(folder).to(device))
 
 
+@functools.cache
 def others(text=None, image=None, device="cpu"):
-    """Other people's towers of these names; None stays None."""
-    import pretrained
+    """Other people's towers of these names, loaded once; None stays None."""
+    if not text and not image:
+        return None, None
+    import pretrained                                         # few need it
     return pretrained.Text(text, device) if text else None, pretrained.Image(image, device) if image else None
 
 

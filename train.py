@@ -53,8 +53,8 @@ class Run:
         self.size, self.seed, self.folder, self.denoiser = args.size, args.seed, Path(folder), args.denoiser
         self.reps, self.first = reps, first              # to be able to decode; the heads that the encoder is trained with
         self.towers = {"text": args.text_encoder, "image": args.image_encoder}
-        towers_.others(**self.towers)                        # rather an error now than after the stages before
         self.device, self.autocast, reason = pick_device(args.device)
+        towers_.others(**self.towers, device=self.device)        # rather an error now than after the stages before
         print(f"{self.folder}, running on {reason}")
         self.settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
         kinds = dict.fromkeys(["surface", "pictures"] + [kind for rep in first + reps for kind in HEADS[rep].kinds])
