@@ -10,7 +10,6 @@ import contextlib
 import copy
 import csv
 import functools
-import inspect
 import io
 import json
 import os
@@ -69,9 +68,6 @@ from metrics import grid_iou
 from prefix import DROPS, Prefix, drops
 
 HERE = Path(__file__).parent
-if "PYTEST_XDIST_WORKER" in os.environ:                       # two processes, a thread each
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
 SMALL = {  # one size below tiny, for every stage
     encoders: dict(dim=64, depth=1, heads=4), vision: dict(dim=64, depth=1, heads=4), tokenizer: dict(side=4, channels=8, dim=64, heads=4),
     backbone: dict(dim=64, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2),
@@ -1628,8 +1624,3 @@ def test_readme_commands_run_as_written(tmp_path):
     assert (tmp_path / "out/table-0.glb").is_file() and all((tmp_path / line).is_file() for line in done.stdout.splitlines() if line.startswith("out"))
     found = subprocess.run(shlex.split(test, comments=True) + ["--collect-only"], **here)
     assert found.returncode == 0 and "test_readme_commands_run_as_written" in found.stdout
-
-
-for name, test in list(globals().items()):                     # who shares a trained checkpoint runs in one process, which trains it
-    if name.startswith("test_") and {"overfitted", "four"} & inspect.signature(test).parameters.keys():
-        pytest.mark.xdist_group("checkpoint")(test)
