@@ -62,6 +62,8 @@ class LTM3D:
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (export.py), a function of the tokens and the seed."""
+        if resolution not in RESOLUTIONS:
+            raise ValueError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
         head, rng = self.ready(rep).heads[rep], np.random.default_rng(seed)
         return head.decode(tokens, self.heads, rng, self.autocast, resolution, points or head.COUNT)
 

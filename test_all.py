@@ -1377,6 +1377,13 @@ def assert_one_line(err, complaint):
 
 # ---------------------------------------------------------------------------- sample
 
+@pytest.mark.parametrize("options, complaint", [({}, "a prompt, an image or both"), (dict(prompt="table", rep="obj"), "sdf, pc, mesh, gs"),
+                                                (dict(prompt="table", resolution=96), "32, 64, 128, 256, 512")])
+def test_python_api_names_a_wrong_argument(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        sample.load(device="cpu").generate(**options)
+
+
 def test_same_seed_same_bytes(overfitted, tmp_path):
     """The command twice = the same meshes and pictures; the Python API = the command; another seed is another mesh."""
     flags = ("--text", "a table", "--checkpoint", overfitted, "--resolution", 64, "--n", 2)
