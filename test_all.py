@@ -3,12 +3,13 @@
 In the order data flows: shapes, data, layers, encoders, tokenizer, prefix, backbone, train, sample, pictures
 and files, README. The models are tiny and trained here, in a temporary folder; nothing is downloaded.
 
-    python -m pytest -q test_all.py              # all of them, in three to six minutes on two cores
-    python -m pytest -q test_all.py -k prefix    # some of them
+    python -m pytest -q -n 2 --dist worksteal test_all.py      # all of them, in four minutes on two cores or less
+    python -m pytest -q test_all.py -k prefix                  # some of them
 """
 import contextlib
 import copy
 import csv
+import fcntl
 import functools
 import io
 import json
@@ -68,6 +69,10 @@ from metrics import grid_iou
 from prefix import DROPS, Prefix, drops
 
 HERE = Path(__file__).parent
+SHARED = "PYTEST_XDIST_WORKER" in os.environ                  # with others: one thread each
+if SHARED:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 SMALL = {  # one size below tiny, for every stage
     encoders: dict(dim=64, depth=1, heads=4), vision: dict(dim=64, depth=1, heads=4), tokenizer: dict(side=4, channels=8, dim=64, heads=4),
     backbone: dict(dim=64, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2),
@@ -114,9 +119,13 @@ def train_small(patch, folder, count, *args):
 
 @pytest.fixture(scope="session")
 def overfitted(tmp_path_factory):
-    """A checkpoint that train.py made of just two shapes, a table and a chair, every stage in some seconds."""
-    folder = tmp_path_factory.getbasetemp() / "overfitted"
-    with pytest.MonkeyPatch.context() as patch:
+    """A checkpoint that train.py made of just two shapes, a table and a chair, every stage in some seconds; by whoever needs it first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if SHARED else base) / "overfitted"
+    with pytest.MonkeyPatch.context() as patch, open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "reconstruct.safetensors").is_file():
+            return folder
         for stage, steps, batch, lr in (("encoders", 30, 2, 1e-3), ("tokenizer", 280, 2, 6e-3), ("vision", 30, 4, 1e-3),
                                         ("backbone", 180, 8, 4e-3), ("reconstruct", 60, 16, 4e-3)):
             assert train_small(patch, folder, 2, "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr) == 0
