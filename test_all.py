@@ -91,10 +91,23 @@ def one_precision():
         yield
 
 
+def once(tmp_path_factory, name, make):
+    """The folder that make(folder) fills: once, by whichever of the processes needs it first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if SHARED else base) / name
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.with_suffix(".done").exists():
+            make(folder)
+            folder.with_suffix(".done").touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """Two shapes of every class to train on, and two to test on."""
-    return [data.prepare(split, 26, 0, tmp_path_factory.getbasetemp() / "cache", kinds=data.KINDS) for split in ("train", "test")]
+    sets = lambda folder: [data.prepare(split, 26, 0, folder, kinds=data.KINDS) for split in ("train", "test")]
+    return sets(once(tmp_path_factory, "prepared", sets))
 
 
 def run(main, *args):
@@ -119,26 +132,23 @@ def train_small(patch, folder, count, *args):
 
 @pytest.fixture(scope="session")
 def overfitted(tmp_path_factory):
-    """A checkpoint that train.py made of just two shapes, a table and a chair, every stage in some seconds; by whoever needs it first."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if SHARED else base) / "overfitted"
-    with pytest.MonkeyPatch.context() as patch, open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (folder / "reconstruct.safetensors").is_file():
-            return folder
-        for stage, steps, batch, lr in (("encoders", 30, 2, 1e-3), ("tokenizer", 280, 2, 6e-3), ("vision", 30, 4, 1e-3),
-                                        ("backbone", 180, 8, 4e-3), ("reconstruct", 60, 16, 4e-3)):
-            assert train_small(patch, folder, 2, "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr) == 0
-    return folder
+    """A checkpoint that train.py made of just two shapes, a table and a chair, every stage in some seconds."""
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            for stage, steps, batch, lr in (("encoders", 30, 2, 1e-3), ("tokenizer", 280, 2, 6e-3), ("vision", 30, 4, 1e-3),
+                                            ("backbone", 180, 8, 4e-3), ("reconstruct", 60, 16, 4e-3)):
+                assert train_small(patch, folder, 2, "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr) == 0
+    return once(tmp_path_factory, "overfitted", make)
 
 
 @pytest.fixture(scope="session")
 def four(overfitted, tmp_path_factory):
     """The same with heads for all representations, hardly trained."""
-    folder = shutil.copytree(overfitted, tmp_path_factory.getbasetemp() / "four")
-    with pytest.MonkeyPatch.context() as patch:
-        assert train_small(patch, folder, 2, "--rep", "all", "--steps", 2, "--batch", 2) == 0
-    return folder
+    def make(folder):
+        shutil.copytree(overfitted, folder)
+        with pytest.MonkeyPatch.context() as patch:
+            assert train_small(patch, folder, 2, "--rep", "all", "--steps", 2, "--batch", 2) == 0
+    return once(tmp_path_factory, "four", make)
 
 
 CHAIN = ["encoders", "tokenizer", "vision", "backbone", "reconstruct"]     # the sdf head is trained with the tokenizer
