@@ -11,6 +11,7 @@ where it was, and any number of processes can share the work.
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -123,7 +124,8 @@ class BuiltIn:
     def __init__(self, split, count=None, seed=0):
         self.first, self.seed, self.skipped = TEST if split == "test" else 0, seed, []
         self.count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES)
-        self.name = f"shapes-{split}-{self.count}-{self.fingerprint()}"
+        what = json.dumps([seed, self.first, self.count, CHUNK, fingerprint()])
+        self.name = f"shapes-{split}-{self.count}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
     def shape(self, row):
         return shapes.make(self.seed, self.first + row)
@@ -134,18 +136,20 @@ class BuiltIn:
     def mine(self, text):                                     # all of them are of the split
         return True
 
-    def fingerprint(self):
-        """Names a set by what is in it: what the first 260 shapes are made of, samples of one of every class.
-        Other shapes or settings, other folder."""
-        digest, classes = hashlib.sha256(json.dumps([self.seed, self.first, self.count, CHUNK]).encode()), len(shapes.CLASSES)
-        for row in range(20 * classes):
-            shape = self.shape(row)
-            digest.update(repr((shape.parts, shape.captions)).encode())
-            if row < classes:
-                samples = [sample_surface, sample_faces] + [sample_views] * (row == 0)       # pictures take a while: one will do
-                for values in (v for kind in samples for v in kind(shape, np.random.default_rng(0)).values()):
-                    digest.update(np.float16(values).tobytes())
-        return digest.hexdigest()[:12]
+
+@functools.cache
+def fingerprint():
+    """Of the code that built-in samples come from: what the first 260 shapes are made of, samples of one of every class.
+    Other shapes, other folder."""
+    digest, classes = hashlib.sha256(), len(shapes.CLASSES)
+    for row in range(20 * classes):
+        shape = shapes.make(0, row)
+        digest.update(repr((shape.parts, shape.captions)).encode())
+        if row < classes:
+            samples = [sample_surface, sample_faces] + [sample_views, sample_pictures] * (row == 0)       # these take a while: one will do
+            for values in (v for kind in samples for v in kind(shape, np.random.default_rng(0)).values()):
+                digest.update(np.float16(values).tobytes())
+    return digest.hexdigest()
 
 
 class Files:
