@@ -371,6 +371,7 @@ def test_bad_meshes_are_one_line():
     ball_ = trimesh.creation.icosphere(3, .8)
     points, few, paint = meshes.fit(np.array(ball_.vertices), np.array(ball_.faces), np.random.default_rng(0).random((len(ball_.faces), 3)), 256)
     assert 200 < len(few) == len(paint) <= 256 and abs(np.linalg.norm(points, axis=1) - .8).max() < .1
+    assert (abs(points) <= abs(ball_.vertices).max(0)).all()            # no farther out than it was
 
 
 # ---------------------------------------------------------------------------- data
