@@ -33,7 +33,7 @@ CELLS = 128             # along a side of [-1, 1]^3
 CELL = 2 / CELLS
 SKIN = 1.25 * CELL      # what every triangle is given on either side: what a grid of 64 can still see
 DENSITY = 16            # points a cell face; a cell that a triangle crosses is missed once in 10^7
-POOL = 300_000          # surface points that are kept
+POOL = 150_000          # surface points that are kept
 FAR = .25               # distances beyond are not told apart
 REACH = 1.2, 1.8, 2.6   # cells from a point at which the flood is looked for
 
@@ -115,6 +115,20 @@ class Soup:
     def distance(self, x):
         return self.field(x)[0]
 
+    @cached_property
+    def _near(self):
+        """Cells that have surface within four, twice the step of a grid of 64."""
+        near = np.zeros((CELLS,) * 3, bool)
+        near[self._cell(self._solid[1])] = True
+        return ndimage.maximum_filter(near, 9)
+
+    def side(self, x):
+        """distance(x) near the surface; elsewhere just FAR, inside -FAR: all that a mesh of it needs, in an eighth of the time."""
+        cell = self._cell(x)
+        near, value = self._near[cell], np.where(self._solid[0][cell], FAR, -FAR)
+        value[near] = self.distance(x[near])
+        return value
+
     def mesh(self, fine=False):
         """Vertices v 3, faces f 3, colours f 3: the triangles as they are, no vertex with faces of two colours; or a closed
         mesh around the solid."""
@@ -124,7 +138,7 @@ class Soup:
             pairs = place.reshape(-1)[self.faces].astype(np.int64) * len(shade) + colour.reshape(-1, 1)
             _, first, faces = np.unique(pairs, return_index=True, return_inverse=True)
             return self.vertices[self.faces.reshape(-1)[first]], faces.reshape(-1, 3), self.colours
-        vertices, faces = surface_of(self.distance)
+        vertices, faces = surface_of(self.side)
         return vertices, faces, self.field(vertices[faces].mean(1))[1]
 
 
@@ -156,7 +170,7 @@ def surface_of(inside, side=64):
 
 
 def flood(soup):
-    return surface_of(soup.distance)
+    return surface_of(soup.side)
 
 
 def winding(soup):

@@ -456,6 +456,8 @@ def test_open_sheets_become_solid():
     assert inside(.5, 0, 0) and inside(0, .5, .1) and inside(0, .7, 0) and not inside(.3, 0, .3) and not inside(.6, 0, 0)
     square = soup.Soup(np.array([[-.5, 0, -.5], [.5, 0, -.5], [.5, 0, .5], [-.5, 0, .5]]), np.array([[0, 1, 2], [0, 2, 3]]), np.ones((2, 3)))
     assert (data.sample_faces(square, np.random.default_rng(0))["components"] >= 0).sum() > 10
+    for each in (solid, square):                              # asked near the surface only: the same mesh
+        assert all((a == b).all() for a, b in zip(soup.surface_of(each.side), soup.surface_of(each.distance)))
     vertices, faces, _ = square.mesh()
     assert meshes.watertight(faces) and abs(np.ptp(vertices, 0) - [1, 0, 1] - 2 * soup.SKIN).max() < .02
     assert [seen.any() for seen in data.pictures(square, [(0, 30), (0, 0)])["covered"]] == [True, False]
