@@ -125,7 +125,8 @@ class BuiltIn:
         self.first, self.seed, self.skipped = TEST if split == "test" else 0, seed, []
         self.count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES)
         what = json.dumps([seed, self.first, self.count, CHUNK, fingerprint()])
-        self.name = f"shapes-{split}-{self.count}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+        self.kind = "shapes-"
+        self.name = f"{self.kind}{split}-{self.count}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
     def shape(self, row):
         return shapes.make(self.seed, self.first + row)
@@ -159,7 +160,8 @@ class Files:
         self.split, self.copies, (self.items, self.skipped) = split, copies, real.listed(path)
         self.count, self.seed, self.first = copies * len(self.items), 0, 0
         what = repr([[(i.key, i.captions, i.rotation, Path(i.file).stat().st_size) for i in self.items], copies, KINDS, soup.CELLS, soup.SKIN, CHUNK])
-        self.name = f"{Path(path).resolve().stem}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+        self.kind = f"{Path(path).resolve().stem}-"
+        self.name = f"{self.kind}{hashlib.sha256(what.encode()).hexdigest()[:12]}"
         draw = {item.key: int(hashlib.sha256(item.key.encode()).hexdigest(), 16) for item in self.items}
         tenth = {key for key, number in draw.items() if number % 10 == 0}
         self.held_out = tenth if len(tenth) > 1 else set(sorted(draw, key=draw.get)[:min(2, len(draw) // 2)])

@@ -1276,13 +1276,17 @@ def test_run_folder_holds_curves_and_pictures(overfitted):
         assert float(rows[-1][key]) < float(rows[0][key]) or len(rows) == 1
 
 
-def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
-    """Started again, a finished run trains nothing."""
+def test_done_stages_are_skipped(overfitted, tmp_path, monkeypatch, capsys):
+    """Started again, a finished run trains nothing, and of another size or from other shapes it is another run."""
     monkeypatch.setattr(train, "fit", None)
     assert train_small(monkeypatch, overfitted, 2) == 0
     assert capsys.readouterr().out.count("already done") == 6
     assert train_small(monkeypatch, overfitted, 2, "--size", "tiny") == 2           # of another size
     assert_one_line(capsys.readouterr().err, "is of the size small")
+    folder = shutil.copytree(overfitted, tmp_path / "theirs")
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("shapes-train", "furniture"))
+    assert train_small(monkeypatch, folder, 2) == 2
+    assert_one_line(capsys.readouterr().err, "learnt from furniture")
 
 
 def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
@@ -1401,7 +1405,8 @@ def assert_one_line(err, complaint):
 # ---------------------------------------------------------------------------- sample
 
 @pytest.mark.parametrize("options, complaint", [({}, "a prompt, an image or both"), (dict(prompt="table", rep="obj"), "sdf, pc, mesh, gs"),
-                                                (dict(prompt="table", resolution=96), "32, 64, 128, 256, 512")])
+                                                (dict(prompt="table", resolution=96), "32, 64, 128, 256, 512"), (dict(prompt="table", n=0), "at least 1"),
+                                                (dict(prompt="table", alpha="none"), "None or 'auto'")])
 def test_python_api_names_a_wrong_argument(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         sample.load(device="cpu").generate(**options)

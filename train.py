@@ -323,6 +323,8 @@ def chain(run, args):
             raise UserError(f"the {stage} in {run.folder} is conditioned on the encoders {entry['towers']}; give the same ones, or another --out")
         if entry["size"] != run.size:
             raise UserError(f"the {stage} in {run.folder} is of the size {entry['size']}; give --size {entry['size']}, or another --out")
+        if run.train.source.kind != entry["data"][:len(run.train.source.kind)]:
+            raise UserError(f"the {stage} in {run.folder} learnt from {entry['data']}; give the same --data, or another --out")
     for stage in [args.stage] if args.stage else STAGES:
         if stage == "vision" and args.image_encoder:
             continue
