@@ -113,9 +113,16 @@ def to_srgb(linear):
     return np.where(linear <= .0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - .055)
 
 
+def named(path, suffix):
+    """Files are what their names say."""
+    if Path(path).suffix.lower() != suffix:
+        raise UserError(f"{path}: what is written is a {suffix} file; give it a name that ends so")
+
+
 def write_glb(path, vertices, faces, colours, smooth=True):
     """vertices (v 3), faces (f 3), sRGB colours (v 3) in 0..1; the same mesh gives the same bytes. Without normals
     (smooth=False) viewers shade every face flat."""
+    named(path, ".glb")
     if len(faces) == 0:
         raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
     mesh = trimesh.Trimesh(vertices, faces, process=False)          # process would merge and reorder vertices
@@ -163,6 +170,7 @@ def columns(names, array):
 
 def write_ply(path, fields):
     """fields: name -> k numbers, bytes as they are and the rest as floats; one vertex element, binary."""
+    named(path, ".ply")
     if len(next(iter(fields.values()))) == 0:
         raise UserError(f"{path}: there are no points to write; try another seed, or train longer")
     kinds = [(name, "u1" if values.dtype == np.uint8 else "<f4") for name, values in fields.items()]

@@ -53,6 +53,8 @@ class LTM3D:
     def tokens(self, prompts, seeds, pictures=None, alpha="auto", **options):
         """prompts (a list), pictures b 3 s s (images.py) or both, one seed each -> shape tokens b n c. alpha None: no RGS; auto: for
         pictures, which say nearly all there is to know about a shape."""
+        if isinstance(alpha, str) and alpha != "auto":
+            raise ValueError(f"alpha must be a number from 0 to 1, None or 'auto', not '{alpha}'")
         if alpha == "auto":
             alpha = None if pictures is None else .1
         with self.autocast():
@@ -75,6 +77,8 @@ class LTM3D:
         seeds = [(seed, i) for i in range(n)]
         if prompt is None and image is None:
             raise ValueError("say what to make: a prompt, an image or both")
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
         prompts = None if prompt is None else [prompt] * n
         pictures = None if image is None else seen(image, n)
         return [self.decode(t, rep, s, resolution, points) for t, s in zip(self.tokens(prompts, seeds, pictures, **options), seeds)]

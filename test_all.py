@@ -1502,6 +1502,8 @@ def test_glb_round_trip(tmp_path):
     again = export.read_glb(tmp_path / "a.glb")
     assert np.array_equal(again[0], vertices) and np.array_equal(again[1], faces) and abs(again[2] - colours).max() < 1e-5
     assert trimesh.load(tmp_path / "a.glb", force="mesh").is_watertight
+    with pytest.raises(UserError, match="ends so"):
+        export.write_glb(tmp_path / "a.obj", vertices, faces, colours)
 
 
 def test_glb_of_others(tmp_path):
