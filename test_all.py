@@ -3,7 +3,7 @@
 In the order data flows: shapes, data, layers, encoders, tokenizer, prefix, backbone, train, sample, pictures
 and files, README. The models are tiny and trained here, in a temporary folder; nothing is downloaded.
 
-    python -m pytest -q -n 2 --dist worksteal test_all.py      # all of them, in four minutes on two cores or less
+    python -m pytest -q -n 2 --dist worksteal test_all.py      # all of them, in three minutes on two cores
     python -m pytest -q test_all.py -k prefix                  # some of them
 """
 import contextlib
