@@ -31,89 +31,16 @@ from tqdm import tqdm
 import real
 import shapes
 import soup
-from images import SIZE, framed, lit
+from images import lit
+from kinds import KINDS, PICTURES, POINTS, QUERIES, TAKE, painted
 from layers import Parser, UserError, between, claim, command, written
-from light import look
-from meshes import canonical, fit
-from render import contact_sheet, flat, render_mesh, save_png
-from see import see_mesh, tensor
+from render import contact_sheet, render_mesh, save_png
 
-POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
 CHUNK = 130                   # shapes prepared between two marks of progress
 MEMORY = 12 << 30             # bytes that a worker may take
 TEST = 10_000_000             # test shapes are numbered from here on: they never meet the training shapes
 TRAIN_SHAPES = 10_400         # 800 of each class
 TEST_SHAPES = 520             # 40 of each class
-FACES = 256                   # most faces of a low-poly mesh
-PICTURES = 2                  # of a shape, as image prompts
-VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
-KINDS = {                     # kind of samples -> its arrays, a row a shape
-    "surface": {"points": (np.float16, (POINTS, 3)), "normals": (np.int8, (POINTS, 3)), "colours": (np.uint8, (POINTS, 3)),
-                "queries": (np.float16, (QUERIES, 3)), "distance": (np.float16, (QUERIES,))},              # 116 kB a shape
-    "faces": {"corners": (np.int16, (FACES, 3, 3)), "face_colours": (np.uint8, (FACES, 3)), "components": (np.int16, (FACES,))},   # 6 kB
-    "pictures": {"looks": (np.uint8, (PICTURES, SIZE, SIZE, 3)), "facing": (np.int8, (PICTURES, SIZE, SIZE, 3)),
-                 "covered": (np.uint8, (PICTURES, SIZE, SIZE))},                                           # 57 kB
-    "views": {"views": (np.uint8, (VIEW, VIEW, 4)), "angles": (np.float32, (2,))},                         # 66 kB
-}
-
-
-def sample_surface(shape, rng):
-    """Queries: 2/6 within .015 of the surface, 3/6 within .06, 1/6 anywhere."""
-    points, normals, colours = shape.surface(POINTS, rng)
-    k = QUERIES // 6
-    near = points[rng.permutation(POINTS)[:2 * k]] + rng.normal(0, .015, (2 * k, 3))
-    wide = points[rng.permutation(POINTS)[:3 * k]] + rng.normal(0, .06, (3 * k, 3))
-    queries = np.concatenate([near, wide, rng.uniform(-1, 1, (k, 3))]).clip(-1, 1).astype(np.float16)
-    return {"points": points, "normals": np.round(normals * 127), "colours": np.round(colours * 255),
-            "queries": queries, "distance": shape.distance(queries.astype(np.float32))}
-
-
-def sample_faces(shape, rng):
-    """A low-poly mesh in canonical order; -1 where there is no face."""
-    corners, colours, components = canonical(*fit(*shape.mesh(), FACES))
-    empty = FACES - len(corners)
-    return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
-            "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255),
-            "components": np.pad(components, (0, empty), constant_values=-1)}
-
-
-def sample_pictures(shape, rng):
-    """From random sides, a little above or below; the last is the one that came with the shape, if one did."""
-    drawn = pictures(shape, [(rng.uniform(0, 360), rng.uniform(-15, 50)) for _ in range(PICTURES)])
-    if shape.icon is not None:                                # its light is in its colours: no normals
-        seen = framed(shape.icon)
-        drawn["looks"][-1], drawn["facing"][-1], drawn["covered"][-1] = np.round(seen[..., :3] * 255), 0, np.round(seen[..., 3] * 255)
-    return drawn
-
-
-def pictures(shape, angles):
-    """A picture from each of some sides, before any light: colours and normals as the eye sees them (times coverage), coverage."""
-    vertices, faces, paint = painted(shape)
-    drawn = np.zeros((len(angles), 2 * SIZE, 2 * SIZE, 7), np.float32)
-    for picture, (azimuth, elevation) in zip(drawn, angles):
-        eye = look(azimuth, elevation)
-        pixel, _, normal, colour = see_mesh(tensor(vertices), tensor(faces, torch.int64), tensor(paint), eye, 2 * SIZE)
-        picture.reshape(-1, 7)[pixel] = torch.cat([colour, normal @ eye.T, torch.ones_like(colour[:, :1])], 1)
-    seen = np.stack([framed(picture) for picture in drawn])
-    return {"looks": np.round(seen[..., :3] * 255), "facing": np.round(seen[..., 3:6] * 127), "covered": np.round(seen[..., 6] * 255)}
-
-
-def sample_views(shape, rng):
-    """One picture from a random side, a little above or below: colour times coverage, coverage."""
-    angles = rng.uniform(0, 360), rng.uniform(-20, 60)
-    return {"views": (view(shape, *angles) * 255).round(), "angles": angles}
-
-
-def view(shape, azimuth, elevation, size=VIEW):
-    return flat(*painted(shape), azimuth, elevation, size).numpy()
-
-
-def painted(shape):
-    """Its fine mesh, with colours at the vertices: v 3, f 3, v 3."""
-    vertices, faces, colours = shape.mesh(fine=True)
-    paint = np.zeros_like(vertices)
-    paint[faces] = colours[:, None]                           # no vertex has faces of two colours
-    return vertices, faces, paint
 
 
 # ---------------------------------------------------------------------------- where shapes come from
@@ -147,9 +74,9 @@ def fingerprint():
         shape = shapes.make(0, row)
         digest.update(repr((shape.parts, shape.captions)).encode())
         if row < classes:
-            samples = [sample_surface, sample_faces] + [sample_views, sample_pictures] * (row == 0)       # these take a while: one will do
-            for values in (v for kind in samples for v in kind(shape, np.random.default_rng(0)).values()):
-                digest.update(np.float16(values).tobytes())
+            for kind in TAKE if row == 0 else ("surface", "faces"):          # pictures take a while: of one shape will do
+                for values in TAKE[kind](shape, np.random.default_rng(0)).values():
+                    digest.update(np.float16(values).tobytes())
     return digest.hexdigest()
 
 
@@ -198,7 +125,7 @@ def prepare_chunk(folder, source, chunk, kinds):
             shape = source.shape(row)
             for kind in kinds:
                 rng = np.random.default_rng((source.seed, source.first + row, 1 + list(KINDS).index(kind)))
-                for name, values in globals()[f"sample_{kind}"](shape, rng).items():
+                for name, values in TAKE[kind](shape, rng).items():
                     arrays[name][row] = values
             texts.append(source.about(shape, row) | {"class": shape.name, "attributes": shape.attributes, "captions": shape.captions})
         except Exception as error:

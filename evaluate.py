@@ -31,10 +31,11 @@ import heads
 import tokenizer
 import vision
 from attributes import ATTRIBUTES, holds, look
-from data import pictures, prepare
+from data import prepare
 from fit import plot_losses
 from heads import HEADS
 from images import lit
+from kinds import pictures
 from layers import Parser, between, claim, command, pick_device, read_config, written
 from metrics import JUDGES, chamfer, chamfer_matrix, decoded_field, diversity, emd, others, true_field
 from render import contact_sheet, save_png

@@ -13,8 +13,8 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from data import VIEW, view
 from heads import TRUNCATION, sdf_grid
+from kinds import VIEW, view
 from layers import grid_points
 from meshes import centres, closed_edges, quantise, sample_surface
 from render import splat

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import PICTURES
+from kinds import PICTURES
 from layers import Parser, UserError, command, written
 
 LENGTH = 64    # most tokens of a prompt that are read

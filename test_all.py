@@ -50,6 +50,7 @@ import export
 import fit
 import heads
 import images
+import kinds
 import layers
 import meshes
 import metrics
@@ -106,7 +107,7 @@ def once(tmp_path_factory, name, make):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """Two shapes of every class to train on, and two to test on."""
-    sets = lambda folder: [data.prepare(split, 26, 0, folder, kinds=data.KINDS) for split in ("train", "test")]
+    sets = lambda folder: [data.prepare(split, 26, 0, folder, kinds=kinds.KINDS) for split in ("train", "test")]
     return sets(once(tmp_path_factory, "prepared", sets))
 
 
@@ -339,7 +340,7 @@ def test_like_parts_may_come_in_any_order(prepared):
     corners, components = batch["corners"].flatten(2), batch["components"]
     sizes = components[components >= 0].bincount().tolist()
     first = next(i for i in range(len(sizes) - 1) if sizes[i] == sizes[i + 1])
-    start, size, rows = sum(sizes[:first]), sizes[first], torch.arange(data.FACES)[None]
+    start, size, rows = sum(sizes[:first]), sizes[first], torch.arange(kinds.FACES)[None]
     swapped = torch.cat([rows[:, :start], rows[:, start + size:start + 2 * size], rows[:, start:start + size], rows[:, start + 2 * size:]], 1)
     said = lambda rows: 5. * F.one_hot(corners[:, rows[0]].clamp(min=0), meshes.BINS)
     for order in (rows, swapped):
@@ -391,7 +392,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)   # so that the workers see all patches
     monkeypatch.setattr(data, "alone", lambda parent: None)                     # which is for processes
     whole = data.prepare("train", 8, 0, tmp_path / "whole", workers=1)
-    make = data.sample_surface
+    make = kinds.take_surface
 
     def stop_at_fifth(shape, rng):
         if rng.bit_generator.seed_seq.entropy == (0, 4, 1):
@@ -399,7 +400,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
         return make(shape, rng)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(data, "sample_surface", stop_at_fifth)
+        patch.setitem(kinds.TAKE, "surface", stop_at_fifth)
         data.prepare("train", 8, 0, tmp_path / "cut", workers=1)
     cut = tmp_path / "cut" / whole.folder.name
     assert (cut / "surface-00000.json").is_file() and not (cut / "surface-00001.json").is_file()
@@ -455,12 +456,12 @@ def test_open_sheets_become_solid():
     inside = lambda *x: solid.distance(np.array([x]))[0] < 0
     assert inside(.5, 0, 0) and inside(0, .5, .1) and inside(0, .7, 0) and not inside(.3, 0, .3) and not inside(.6, 0, 0)
     square = soup.Soup(np.array([[-.5, 0, -.5], [.5, 0, -.5], [.5, 0, .5], [-.5, 0, .5]]), np.array([[0, 1, 2], [0, 2, 3]]), np.ones((2, 3)))
-    assert (data.sample_faces(square, np.random.default_rng(0))["components"] >= 0).sum() > 10
+    assert (kinds.take_faces(square, np.random.default_rng(0))["components"] >= 0).sum() > 10
     for each in (solid, square):                              # asked near the surface only: the same mesh
         assert all((a == b).all() for a, b in zip(soup.surface_of(each.side), soup.surface_of(each.distance)))
     vertices, faces, _ = square.mesh()
     assert meshes.watertight(faces) and abs(np.ptp(vertices, 0) - [1, 0, 1] - 2 * soup.SKIN).max() < .02
-    assert [seen.any() for seen in data.pictures(square, [(0, 30), (0, 0)])["covered"]] == [True, False]
+    assert [seen.any() for seen in kinds.pictures(square, [(0, 30), (0, 0)])["covered"]] == [True, False]
 
 
 def library(path, models, entries):
@@ -552,7 +553,7 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data.Files, "mine", lambda self, text: True)          # not a tenth held out
     split = data.prepare(out=tmp_path / "cache", kinds=("surface", "pictures"), data=source, workers=1)
     assert split.classes == ["one", "two"] and split.cloud(np.array([1]), 100, np.random.default_rng(0))[0].norm(dim=-1).min() > .89
-    monkeypatch.setattr(data, "sample_surface", lambda *_: 1 / 0)
+    monkeypatch.setitem(kinds.TAKE, "surface", lambda *_: 1 / 0)
     data.prepare_chunk(split.folder, split.source, 0, ["surface"])
     assert "(ZeroDivisionError: division by zero)" in data.Prepared(split.folder, split.source, ["surface"]).broken["one/ball.obj"]
 
