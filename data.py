@@ -45,6 +45,11 @@ TEST_SHAPES = 520             # 40 of each class
 
 # ---------------------------------------------------------------------------- where shapes come from
 
+def begins(path):
+    """What the names of sets of those files begin with, of built-in shapes if None."""
+    return f"{Path(path).resolve().stem}-" if path else "shapes-"
+
+
 class BuiltIn:
     """The built-in shapes of a split: index `first` onwards."""
 
@@ -52,8 +57,7 @@ class BuiltIn:
         self.first, self.seed, self.skipped = TEST if split == "test" else 0, seed, []
         self.count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES)
         what = json.dumps([seed, self.first, self.count, CHUNK, fingerprint()])
-        self.kind = "shapes-"
-        self.name = f"{self.kind}{split}-{self.count}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+        self.name = f"{begins(None)}{split}-{self.count}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
     def shape(self, row):
         return shapes.make(self.seed, self.first + row)
@@ -87,8 +91,7 @@ class Files:
         self.split, self.copies, (self.items, self.skipped) = split, copies, real.listed(path)
         self.count, self.seed, self.first = copies * len(self.items), 0, 0
         what = repr([[(i.key, i.captions, i.rotation, Path(i.file).stat().st_size) for i in self.items], copies, KINDS, soup.CELLS, soup.SKIN, CHUNK])
-        self.kind = f"{Path(path).resolve().stem}-"
-        self.name = f"{self.kind}{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+        self.name = f"{begins(path)}{hashlib.sha256(what.encode()).hexdigest()[:12]}"
         draw = {item.key: int(hashlib.sha256(item.key.encode()).hexdigest(), 16) for item in self.items}
         tenth = {key for key, number in draw.items() if number % 10 == 0}
         self.held_out = tenth if len(tenth) > 1 else set(sorted(draw, key=draw.get)[:min(2, len(draw) // 2)])

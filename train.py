@@ -27,7 +27,7 @@ import reconstruct as reconstruct_
 import tokenizer as tokenizer_
 import towers as towers_
 import vision as vision_
-from data import TRAIN_SHAPES, prepare
+from data import TRAIN_SHAPES, begins, prepare
 from fit import fit, plot_losses
 from heads import HEADS
 from layers import Parser, UserError, between, command, digest, pick_device, read_config, save_weights, write_config, written
@@ -55,6 +55,7 @@ class Run:
         self.towers = {"text": args.text_encoder, "image": args.image_encoder}
         self.device, self.autocast, reason = pick_device(args.device)
         towers_.others(**self.towers, device=self.device)        # rather an error now than after the stages before
+        self.agree(args)
         print(f"{self.folder}, running on {reason}")
         self.settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
         kinds = dict.fromkeys(["surface", "pictures"] + [kind for rep in first + reps for kind in HEADS[rep].kinds])
@@ -66,6 +67,16 @@ class Run:
         common = [name for name, _ in Counter(self.test.classes).most_common(len(CLASSES))]
         self.classes = common if args.data else [name for name in CLASSES if name in common]
         self.prompts = [article(name) for name in self.classes] + ["a round table"] * (args.data is None)       # drawn while training
+
+    def agree(self, args):
+        """What the folder holds has to be of the same encoders, size and shapes."""
+        for stage, entry in read_config(self.folder).items():
+            if entry.get("towers", self.towers) != self.towers:
+                raise UserError(f"the {stage} in {self.folder} is conditioned on the encoders {entry['towers']}; give the same ones, or another --out")
+            if entry["size"] != self.size:
+                raise UserError(f"the {stage} in {self.folder} is of the size {entry['size']}; give --size {entry['size']}, or another --out")
+            if not entry["data"].startswith(begins(args.data)):
+                raise UserError(f"the {stage} in {self.folder} learnt from {entry['data']}; give the same --data, or another --out")
 
     def finish(self, stage, seconds, files, **entries):
         """Weights in half precision, then the entry of config.json that says the stage is done."""
@@ -318,13 +329,6 @@ def main():
 
 def chain(run, args):
     """All stages that are not done, or one."""
-    for stage, entry in read_config(run.folder).items():
-        if entry.get("towers", run.towers) != run.towers:
-            raise UserError(f"the {stage} in {run.folder} is conditioned on the encoders {entry['towers']}; give the same ones, or another --out")
-        if entry["size"] != run.size:
-            raise UserError(f"the {stage} in {run.folder} is of the size {entry['size']}; give --size {entry['size']}, or another --out")
-        if run.train.source.kind != entry["data"][:len(run.train.source.kind)]:
-            raise UserError(f"the {stage} in {run.folder} learnt from {entry['data']}; give the same --data, or another --out")
     for stage in [args.stage] if args.stage else STAGES:
         if stage == "vision" and args.image_encoder:
             continue
