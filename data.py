@@ -90,7 +90,7 @@ class Files:
     def __init__(self, split, path, copies=1):
         self.split, self.copies, (self.items, self.skipped) = split, copies, real.listed(path)
         self.count, self.seed, self.first = copies * len(self.items), 0, 0
-        what = repr([[(i.key, i.captions, i.rotation, Path(i.file).stat().st_size) for i in self.items], copies, KINDS, soup.CELLS, soup.SKIN, CHUNK])
+        what = repr([[(i.key, i.captions, i.rotation, Path(i.file).stat().st_size) for i in self.items], copies, KINDS, soup.CELLS, soup.SKIN, soup.POOL, CHUNK])
         self.name = f"{begins(path)}{hashlib.sha256(what.encode()).hexdigest()[:12]}"
         draw = {item.key: int(hashlib.sha256(item.key.encode()).hexdigest(), 16) for item in self.items}
         tenth = {key for key, number in draw.items() if number % 10 == 0}

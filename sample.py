@@ -53,8 +53,8 @@ class LTM3D:
     def tokens(self, prompts, seeds, pictures=None, alpha="auto", **options):
         """prompts (a list), pictures b 3 s s (images.py) or both, one seed each -> shape tokens b n c. alpha None: no RGS; auto: for
         pictures, which say nearly all there is to know about a shape."""
-        if isinstance(alpha, str) and alpha != "auto":
-            raise ValueError(f"alpha must be a number from 0 to 1, None or 'auto', not '{alpha}'")
+        if not (alpha in ("auto", None) or not isinstance(alpha, str) and 0 <= alpha <= 1):
+            raise ValueError(f"alpha must be a number from 0 to 1, None or 'auto', not {alpha!r}")
         if alpha == "auto":
             alpha = None if pictures is None else .1
         with self.autocast():

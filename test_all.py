@@ -1407,7 +1407,7 @@ def assert_one_line(err, complaint):
 
 @pytest.mark.parametrize("options, complaint", [({}, "a prompt, an image or both"), (dict(prompt="table", rep="obj"), "sdf, pc, mesh, gs"),
                                                 (dict(prompt="table", resolution=96), "32, 64, 128, 256, 512"), (dict(prompt="table", n=0), "at least 1"),
-                                                (dict(prompt="table", alpha="none"), "None or 'auto'")])
+                                                (dict(prompt="table", alpha="none"), "None or 'auto'"), (dict(prompt="table", alpha=5), "from 0 to 1")])
 def test_python_api_names_a_wrong_argument(options, complaint):
     with pytest.raises(ValueError, match=complaint):
         sample.load(device="cpu").generate(**options)
