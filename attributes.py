@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import binary_erosion, binary_fill_holes, label
 from scipy.signal import find_peaks
 
-from metrics import occupancy
+from judges import occupancy
 from shapes import COLOURS
 
 CELL = 2 / 64       # side of a cell of that grid; no part of a built-in shape is thinner than 2.8

@@ -65,6 +65,23 @@ def guided(net, x, t, c, guidance):
     return out[-1] + sum(g * (more - less) for g, more, less in zip(guidance, out, out[1:]))
 
 
+def branched(condition, b, cfg):
+    """The branches of guidance: all that is told, one kind less ..., nothing. -> the condition, once for each; what each is not
+    told; the strength of each kind, the last first. cfg: one strength, or {kind: strength}; if all are 1 there is one branch."""
+    kinds = list(condition)
+    strengths = [cfg.get(kind, 2.) if isinstance(cfg, dict) else cfg for kind in reversed(kinds)]
+    strengths = strengths if any(g != 1 for g in strengths) else []
+    hidden = [set(kinds[len(kinds) - i:]) for i in range(len(strengths) + 1)]
+    again = {kind: [repeat(x, "b ... -> (r b) ...", r=len(hidden)) for x in both] for kind, both in condition.items()}
+    return again, {kind: torch.tensor([kind in some for some in hidden], device=again[kind][1].device).repeat_interleave(b)
+                   for kind in kinds}, strengths
+
+
+def noise_of(draws, shape, device):
+    """Of every sample its own generator's: b ..."""
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in draws])).to(device)
+
+
 class Flow:
     """Rectified flow: x_t = (1 - t) noise + t x, the network gives the velocity x - noise."""
     steps = 16
@@ -144,19 +161,24 @@ class Backbone(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.net = DenoiseNet(channels, dim, head_dim, head_depth)
 
-    def contexts(self, prefix, x, order, known):
-        """prefix b p d, x b n c, order b n (a permutation: its first `known` are known) -> c_i, b n d."""
+    def told(self, condition, drop=None):
+        """What a prompt becomes: the prefix, b p d. (In baselines.py also what blocks read besides.)"""
+        return self.prefix(condition, drop),
+
+    def contexts(self, told, x, order, known):
+        """told: (prefix b p d,), x b n c, order b n (a permutation: its first `known` are known) -> c_i, b n d."""
+        prefix, *read = told
         b, p, d = prefix.shape
         seen = repeat(order[:, :known], "b k -> b k d", d=d)
         y = (self.token(x) + self.place_in).gather(1, seen)                       # b k d
         y = torch.cat([prefix, y], 1)
         for block in self.encoder:                                                # sees only what is known
-            y = block(y)
+            y = block(y, *read)
         y = self.norm_in(y)
         full = repeat(self.unknown, "d -> b n d", b=b, n=self.tokens).to(y.dtype).scatter(1, seen, y[:, p:])
         y = torch.cat([y[:, :p], full], 1) + self.place_out
         for block in self.decoder:                                                # sees all places
-            y = block(y)
+            y = block(y, *read)
         return self.norm_out(y[:, p:])
 
     def loss(self, x, condition):
@@ -167,7 +189,7 @@ class Backbone(nn.Module):
         ratio = math.cos(math.pi / 2 * torch.rand(1).item())
         known = n - math.ceil(n * ratio)
         order = torch.rand(b, n, device=device).argsort(1)
-        c = self.contexts(self.prefix(condition, drops(b, condition, device)), x, order, known)
+        c = self.contexts(self.told(condition, drops(b, condition, device)), x, order, known)
         hidden = order[:, known:]                                                 # b m, gathered before the head
         c = c.gather(1, repeat(hidden, "b m -> b m d", d=c.shape[-1]))
         x = x.gather(1, repeat(hidden, "b m -> b m c", c=self.channels))
@@ -187,23 +209,18 @@ class Backbone(nn.Module):
         draws = [np.random.default_rng(seed) for seed in seeds]
         order = torch.from_numpy(np.stack([rng.permutation(n) for rng in draws])).to(device)             # b n
         denoise_steps = denoise_steps or self.denoiser.steps
-        each = n, self.denoiser.draws(denoise_steps), self.channels
-        noise = torch.from_numpy(np.stack([rng.standard_normal(each, np.float32) for rng in draws])).to(device)   # b n r c
-        kinds = list(condition)
-        cfg = [cfg.get(kind, 2.) for kind in kinds] if isinstance(cfg, dict) else [cfg] * len(kinds)
-        branches = len(kinds) + 1 if any(g != 1 for g in cfg) else 1
-        told = [kinds[:len(kinds) - i] for i in range(branches)]                  # all, one kind less ..., nothing
-        prefix = torch.cat([self.prefix(condition, {kind: torch.full((b,), kind not in some, device=device) for kind in kinds})
-                            for some in told])
+        noise = noise_of(draws, (n, self.denoiser.draws(denoise_steps), self.channels), device)          # b n r c
+        condition, drop, strengths = branched(condition, b, cfg)
+        told, branches = self.told(condition, drop), len(strengths) + 1
         orders = order.repeat(branches, 1)
         guided_early = window if window >= 1 else math.ceil(window * steps)
         x = torch.zeros(b, n, self.channels, device=device)
         for step, (known, then) in enumerate(schedule(n, steps)):
             seen = x if recon is None or step >= guided_early else blend(x, recon, alpha, convention)     # RGS
-            c = self.contexts(prefix, seen.repeat(branches, 1, 1), orders, known)
+            c = self.contexts(told, seen.repeat(branches, 1, 1), orders, known)
             c = c.gather(1, repeat(orders[:, known:then], "b m -> b m d", d=c.shape[-1]))
             place = repeat(order[:, known:then], "b m -> b m c", c=self.channels)
-            guidance = [1 + (g - 1) * then / n for g in reversed(cfg)][:branches - 1]         # grows with the share known
+            guidance = [1 + (g - 1) * then / n for g in strengths]                     # grows with the share known
             fresh = noise.gather(1, repeat(place, "b m c -> b m r c", r=noise.shape[2]))
             new = self.denoiser.sample(self.net, rearrange(c, "b m d -> (b m) d"), rearrange(fresh, "b m r c -> (b m) r c"),
                                        denoise_steps, guidance, temperature)
@@ -226,4 +243,8 @@ def schedule(n, steps):
 
 def load(folder):
     """The backbone of a checkpoint folder, frozen."""
-    return load_model(Backbone, f"{folder}/backbone.safetensors", **read_stage(folder, "backbone")["settings"])
+    entry, kind = read_stage(folder, "backbone"), Backbone
+    if "generator" in entry:
+        from baselines import GENERATORS                      # few need it
+        kind = GENERATORS[entry["generator"]]
+    return load_model(kind, f"{folder}/backbone.safetensors", **entry["settings"])

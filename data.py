@@ -38,6 +38,7 @@ from render import contact_sheet, render_mesh, save_png
 
 CHUNK = 130                   # shapes prepared between two marks of progress
 MEMORY = 12 << 30             # bytes that a worker may take
+SEED = 0                      # another one, other built-in shapes
 TEST = 10_000_000             # test shapes are numbered from here on: they never meet the training shapes
 TRAIN_SHAPES = 10_400         # 800 of each class
 TEST_SHAPES = 520             # 40 of each class
@@ -51,19 +52,25 @@ def begins(path):
 
 
 class BuiltIn:
-    """The built-in shapes of a split: index `first` onwards."""
+    """The built-in shapes of a split, of all classes in turn or of some."""
 
-    def __init__(self, split, count=None, seed=0):
-        self.first, self.seed, self.skipped = TEST if split == "test" else 0, seed, []
-        self.count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES)
-        what = json.dumps([seed, self.first, self.count, CHUNK, fingerprint()])
+    def __init__(self, split, count=None, classes=None):
+        self.first, self.skipped, self.classes = TEST if split == "test" else 0, [], classes
+        self.count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES) * len(classes or shapes.CLASSES) // len(shapes.CLASSES)
+        what = json.dumps([SEED, self.first, self.count, CHUNK, fingerprint(), *(classes or ())])
         self.name = f"{begins(None)}{split}-{self.count}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
 
+    def index(self, row):
+        if not self.classes:
+            return self.first + row
+        turn, of = divmod(row, len(self.classes))
+        return self.first + turn * len(shapes.CLASSES) + (shapes.CLASSES.index(self.classes[of]) - self.first) % len(shapes.CLASSES)
+
     def shape(self, row):
-        return shapes.make(self.seed, self.first + row)
+        return shapes.make(SEED, self.index(row))
 
     def about(self, shape, row):
-        return {"index": self.first + row}
+        return {"index": self.index(row)}
 
     def mine(self, text):                                     # all of them are of the split
         return True
@@ -75,7 +82,7 @@ def fingerprint():
     Other shapes, other folder."""
     digest, classes = hashlib.sha256(), len(shapes.CLASSES)
     for row in range(20 * classes):
-        shape = shapes.make(0, row)
+        shape = shapes.make(SEED, row)
         digest.update(repr((shape.parts, shape.captions)).encode())
         if row < classes:
             for kind in TAKE if row == 0 else ("surface", "faces"):          # pictures take a while: of one shape will do
@@ -89,7 +96,7 @@ class Files:
 
     def __init__(self, split, path, copies=1):
         self.split, self.copies, (self.items, self.skipped) = split, copies, real.listed(path)
-        self.count, self.seed, self.first = copies * len(self.items), 0, 0
+        self.count, self.first = copies * len(self.items), 0
         what = repr([[(i.key, i.captions, i.rotation, Path(i.file).stat().st_size) for i in self.items], copies, KINDS, soup.CELLS, soup.SKIN, soup.POOL, CHUNK])
         self.name = f"{begins(path)}{hashlib.sha256(what.encode()).hexdigest()[:12]}"
         draw = {item.key: int(hashlib.sha256(item.key.encode()).hexdigest(), 16) for item in self.items}
@@ -127,7 +134,7 @@ def prepare_chunk(folder, source, chunk, kinds):
         try:
             shape = source.shape(row)
             for kind in kinds:
-                rng = np.random.default_rng((source.seed, source.first + row, 1 + list(KINDS).index(kind)))
+                rng = np.random.default_rng((SEED, source.first + row, 1 + list(KINDS).index(kind)))
                 for name, values in TAKE[kind](shape, rng).items():
                     arrays[name][row] = values
             texts.append(source.about(shape, row) | {"class": shape.name, "attributes": shape.attributes, "captions": shape.captions})
@@ -143,9 +150,9 @@ def prepare_chunk(folder, source, chunk, kinds):
     return len(texts)
 
 
-def prepare(split="train", count=None, seed=0, out="cache", workers=2, kinds=("surface",), data=None, copies=1, shard=(0, 1)):
+def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",), data=None, copies=1, shard=(0, 1), classes=None):
     """Prepare what is missing of a set, of built-in shapes or of the files of `data`, or every n-th chunk of it; -> Prepared."""
-    source = Files(split, data, copies) if data else BuiltIn(split, count, seed)
+    source = Files(split, data, copies) if data else BuiltIn(split, count, classes)
     folder, kinds = Path(out) / source.name, list(kinds)
     mark = lambda kind, chunk: folder / f"{kind}-{chunk:05d}.json"
     chunks = range(shard[0], -(-source.count // CHUNK), shard[1])
@@ -274,15 +281,14 @@ def main():
                         "representation, pictures for image prompts, faces for mesh, views for gs")
     parser.add_argument("--shard", type=part, default=(0, 1), metavar="i/n", help="only the i-th of n shares: so many machines, one folder")
     parser.add_argument("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many built-in training shapes to prepare")
-    parser.add_argument("--seed", type=between(0), default=0, help="another seed, other built-in shapes")
     parser.add_argument("--out", default="cache", help="folder of the prepared sets")
     parser.add_argument("--workers", type=between(1), default=2, help="processes to use")
     parser.add_argument("--picture", default="out/shapes.png", help="contact sheet to write")
     args = parser.parse_args()
     claim(Path(args.picture).parent)
     start = time.time()
-    train = prepare("train", args.shapes, args.seed, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
-    test = prepare("test", None, args.seed, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
+    train = prepare("train", args.shapes, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
+    test = prepare("test", None, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
     print(f"{train.folder}: {len(train)} shapes to train on, {len(test)} held out, {time.time() - start:.1f} s")
     if args.data:
         print(f"left out: {len(train.broken)} of {len(train.source.items)} shapes, {len(train.source.skipped)} other files"

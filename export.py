@@ -17,12 +17,13 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import torch
 import trimesh
 from trimesh.exchange.gltf import export_glb, load_glb
 
 from layers import Parser, UserError, command, written
 from meshes import check, closed_edges, components, sample_surface, watertight
-from render import render_gaussians, render_mesh, render_points
+from render import render_gaussians, render_mesh, render_points, turned
 
 
 @dataclass
@@ -40,9 +41,15 @@ class Mesh:
     def picture(self, size=320, **view):
         return render_mesh(self.vertices, self.faces, self.colours, size=size, **view)
 
-    def sample(self, k, rng):
-        """k points, uniform over what is visible of it: low-poly parts end inside each other."""
-        return sample_surface(self.vertices, self.faces, k, rng, hidden=self.smooth)
+    def surface(self, k, rng):
+        """k points, uniform over what is visible of it (low-poly parts end inside each other), their normals and colours: k 3 each."""
+        points, face, weights = sample_surface(self.vertices, self.faces, k, rng, hidden=self.smooth)
+        if not len(self.faces):
+            return points, np.zeros_like(points), np.zeros_like(points)
+        a, b, c = (self.vertices[self.faces[face][:, i]] for i in range(3))
+        normals = np.cross(b - a, c - a)
+        normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
+        return points, normals, np.einsum("kc,kci->ki", weights, self.colours[self.faces[face]])
 
     def soundness(self):
         """What can be wrong with a mesh of its kind."""
@@ -66,8 +73,9 @@ class Cloud:
     def picture(self, size=320, **view):
         return render_points(self.points, self.colours, .03 * (2048 / len(self.points)) ** .5, size=size, **view)
 
-    def sample(self, k, rng):
-        return self.points[rng.choice(len(self.points), k, replace=k > len(self.points))]
+    def surface(self, k, rng):
+        some = rng.choice(len(self.points), k, replace=k > len(self.points))
+        return self.points[some], self.normals[some], self.colours[some]
 
     def soundness(self):
         return {}
@@ -89,8 +97,13 @@ class Gaussians:
     def picture(self, size=320, **view):
         return render_gaussians(self.means, self.scales, self.rotations, self.opacities, self.colours, size=size, **view)
 
-    def sample(self, k, rng):
-        return self.means[rng.choice(len(self.means), k, replace=k > len(self.means))]
+    def surface(self, k, rng):
+        """A normal is the shortest axis, on the side that is away from the centre of all."""
+        some = rng.choice(len(self.means), k, replace=k > len(self.means))
+        axes = turned(torch.from_numpy(self.rotations[some])).numpy()                  # k 3 3, an axis a column
+        normals = axes[np.arange(k), :, self.scales[some].argmin(1)]
+        outward = ((self.means[some] - self.means.mean(0)) * normals).sum(1, keepdims=True) >= 0
+        return self.means[some], np.where(outward, normals, -normals), self.colours[some]
 
     def soundness(self):
         return {}

@@ -229,7 +229,7 @@ class GaussianHead(QueryDecoder):
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=COUNT):
         surface = heads["sdf"].decode(tokens, heads, rng, autocast, resolution)
-        x = torch.from_numpy(surface.sample(points, rng)).to(tokens.device)
+        x = torch.from_numpy(surface.surface(points, rng)[0]).to(tokens.device)
         with autocast():
             out = self.attributes(self.read(tokens[None]), x[None])
         means, scales, turns, opacities, colours = (y[0].float().cpu() for y in out)

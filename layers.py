@@ -67,7 +67,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def forward(self, x, context=None, mask=None, at=None):
-        """x: b q d; context: b k e; mask: b k, True = may be looked at; at: (b q 3, b k 3) positions."""
+        """x: b q d; context: b k e; mask: b k or b q k, True = may be looked at; at: (b q 3, b k 3) positions."""
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (rearrange(y, "b k (h e) -> b h k e", h=self.heads).contiguous() for y in (q, k, v))
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         if at is not None:
             q = torch.cat([q, distance_features(at[0], self.heads, "query").to(q.dtype)], -1)
             k = torch.cat([k, distance_features(at[1], self.heads, "key").to(k.dtype)], -1)
-        mask = None if mask is None else rearrange(mask, "b k -> b 1 1 k")
+        mask = None if mask is None else rearrange(mask, "b k -> b 1 1 k" if mask.ndim == 2 else "b q k -> b 1 q k")
         if q.is_cuda:
             v = F.pad(v, (0, q.shape[-1] - width))      # flash attention wants one width for all three
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.)[..., :width]

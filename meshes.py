@@ -208,11 +208,11 @@ def winding(points, vertices, faces):
 
 
 def sample_surface(vertices, faces, k, rng, hidden=True):
-    """k points uniform by area on a mesh: k 3; without those inside another part, unless `hidden`. Of an empty mesh, k times a
-    corner, far from any shape."""
+    """k points uniform by area on a mesh, k 3, the face that each is on, k, and its weights of that face's corners, k 3; without
+    those inside another part, unless `hidden`. Of an empty mesh, k times a corner of the cube, far from any shape, on face -1."""
     area = face_areas(vertices, faces)
     if area.sum() == 0:
-        return np.ones((k, 3), np.float32)
+        return np.ones((k, 3), np.float32), np.full(k, -1), np.zeros((k, 3))
     some = rng.choice(len(faces), k if hidden else 3 * k, p=area / area.sum())
     corners = vertices[faces[some]]                                                    # k 3 3
     u, v = np.sqrt(rng.random(len(some))), rng.random(len(some))                       # sqrt: uniform in a triangle
@@ -221,9 +221,9 @@ def sample_surface(vertices, faces, k, rng, hidden=True):
     if not hidden:
         normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         above = x + 1e-3 * normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-12)
-        seen = x[winding(above, vertices, faces) < .5]
-        x = seen[:k] if len(seen) >= k else x[:k]
-    return x
+        seen = np.flatnonzero(winding(above, vertices, faces) < .5)
+        x, some, weights = (y[seen if len(seen) >= k else slice(None)][:k] for y in (x, some, weights))
+    return x, some, weights
 
 
 def components(vertices, faces):

@@ -1,116 +1,216 @@
 """metrics.py - how well it works, each metric a plain function with its convention in the docstring.
 
 Papers differ in whether a Chamfer distance is squared, summed or averaged, so numbers can only be
-compared after reading which it is. Here, everywhere: unsquared distances, averaged over the points of
-a cloud, the two directions added, in a cube of side 2 that the shapes fill to 1.8.
+compared after reading which it is. Here, unless asked otherwise: unsquared distances, averaged over the
+points of a cloud, the two directions added, in a cube of side 2 that the shapes fill to 1.8.
 
-    python evaluate.py generate --rep sdf       # a command that prints most of them
+    python metrics.py out/table-0.glb out/chair-0.ply     # two files that sample.py wrote, compared
+    python evaluate.py generate --rep sdf                 # a command that prints most of them
 """
 import numpy as np
 import torch
+from scipy.linalg import eigvalsh, sqrtm
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from heads import TRUNCATION, sdf_grid
-from kinds import VIEW, view
-from layers import grid_points
-from meshes import centres, closed_edges, quantise, sample_surface
-from render import splat
+from layers import Parser, UserError, between, command
+
+
+def sound(x, what, least=1, shape="k 3"):
+    """x as an array that metrics can take; says what is wrong with any other."""
+    x = np.asarray(x)
+    if x.ndim != len(shape.split()) or shape.endswith("3") and x.shape[-1] != 3:
+        raise UserError(f"{what} has the shape {tuple(x.shape)}, not {shape}")
+    if len(x) < least or 0 in x.shape:
+        raise UserError(f"{what} has {len(x)}, at least {least} {'is' if least == 1 else 'are'} needed: nothing can be measured")
+    if not np.isfinite(x).all():
+        raise UserError(f"{what} holds numbers that are not finite: nothing can be measured")
+    return x
+
 
 # ---------------------------------------------------------------------------- solids
 
-
 def iou(a, b):
-    """Intersection over union of two occupancies, boolean arrays of one shape; 0 if both are empty."""
-    return (a & b).sum() / max((a | b).sum(), 1)
+    """Intersection over union of two occupancies, boolean arrays of one shape."""
+    if a.shape != b.shape or not (a | b).any():
+        raise UserError(f"IoU takes two occupancies of one shape, not both empty; got {a.sum()} of {a.shape} and {b.sum()} of {b.shape}")
+    return (a & b).sum() / (a | b).sum()
 
 
-def occupancy(field, resolution=64):
-    """Where the distance of a field (below) is negative: bool, (resolution + 1)^3 grid vertices of [-1, 1]^3.
-    Hierarchical, as meshes are extracted: a third of the time of asking every point at 64."""
-    return sdf_grid(lambda x: field(x)[:, 0], resolution) < 0
+# ---------------------------------------------------------------------------- two clouds
 
-
-def decoded_field(head, tokens, autocast):
-    """Tokens n c -> a function of points k 3 giving distance (in truncations) and colour, k 4, on the CPU."""
-    @torch.no_grad()
-    def ask(x):
-        with autocast():
-            return torch.cat([head.ask(memory, part[None].to(tokens.device))[0].cpu() for part in x.split(2 ** 15)])
-
-    with torch.no_grad(), autocast():
-        memory = head.read(tokens[None])
-    return ask
-
-
-def true_field(shape):
-    """What `decoded_field` gives, of a built-in shape itself."""
-    return lambda x: torch.from_numpy(np.column_stack(shape.field(x.numpy())) / [TRUNCATION, 1, 1, 1]).float()
-
-
-def grid_iou(head, tokens, shape, autocast, resolution=64):
-    """Volumetric IoU of a decoded sdf (tokens n c) and the true shape: occupancy at the resolution^3 cell
-    centres of [-1, 1]^3, every point asked. A flat face that lies near a layer of points flips all of it, so
-    that one shape's figure depends on the grid (by .05 and more at 64); compare means over the same one.
-    """
-    points = grid_points(resolution)
-    return iou((decoded_field(head, tokens, autocast)(points)[:, 0] < 0).numpy(), shape.distance(points.numpy()) < 0)
-
-
-# ---------------------------------------------------------------------------- clouds
-
-def chamfer(a, b):
-    """Chamfer distance of two clouds (k 3, l 3): mean_a min_b |a - b| + mean_b min_a |a - b|, unsquared."""
-    return cKDTree(b).query(a)[0].mean() + cKDTree(a).query(b)[0].mean()
+def chamfer(a, b, squared=False):
+    """Chamfer distance of two clouds (k 3, l 3): mean_a min_b |a - b| + mean_b min_a |a - b|; squared: of |a - b|^2."""
+    a, b = sound(a, "the first cloud"), sound(b, "the second cloud")
+    there, back = cKDTree(b).query(a)[0], cKDTree(a).query(b)[0]
+    return (there ** 2).mean() + (back ** 2).mean() if squared else there.mean() + back.mean()
 
 
 def emd(a, b):
     """Earth mover's distance of two clouds of one size (k 3): the mean distance of the best one-to-one assignment, exact."""
+    a, b = alike(a, b)
     distance = cdist(a, b)
     return distance[linear_sum_assignment(distance)].mean()
 
 
-@torch.no_grad()
-def chamfer_matrix(samples, references):
-    """`chamfer` of every pair: samples s k 3, references r l 3 -> s r.
+def emd_fast(a, b, rounds=8, size=128, seed=0):
+    """`emd` from above: an assignment that is best within blocks of points that are near each other, other blocks every round.
+    Of 1024 points it is 1 % too high, of 2048 2 %, 4 % where both are of the same surface; it takes a half, a fifth of the time."""
+    a, b = alike(a, b)
+    rng, to = np.random.default_rng(seed), np.empty(len(a), int)
+    direction = rng.normal(size=3)
+    to[(a @ direction).argsort()] = (b @ direction).argsort()                     # some assignment: a_i goes to b_to[i]
+    for _ in range(rounds):
+        for block in blocks((a + b[to]) / 2, np.arange(len(a)), size, rng):
+            to[block] = to[block][linear_sum_assignment(cdist(a[block], b[to[block]]))[1]]
+    return np.linalg.norm(a - b[to], axis=1).mean()
 
-    |a - b|^2 = [-2 a, |a|^2, 1] . [b, 1, |b|^2] is one small matrix product. In fp32 that rounds distances
-    below 3e-4 (points on top of each other); nearest points of two clouds of 1024 are some .03 apart.
-    """
-    square = lambda x: (x ** 2).sum(-1, keepdim=True)
-    left = torch.cat([-2 * samples, square(samples), torch.ones_like(samples[..., :1])], -1)             # s k 5
-    right = torch.cat([references, torch.ones_like(references[..., :1]), square(references)], -1).mT     # r 5 l
-    rows = samples.shape[1] if samples.is_cuda else 128   # 128 x 1024 distances stay in a core's cache: 3 times faster
-    mean = lambda x: x.clamp(min=0).sqrt().mean()
-    out = torch.empty(len(samples), len(references))
-    for i, a in enumerate(left):
-        for j, b in enumerate(right):
-            blocks = [(d.amin(1), d.amin(0)) for d in (part @ b for part in a.split(rows))]              # rows l
-            there, back = torch.cat([there for there, _ in blocks]), torch.stack([back for _, back in blocks]).amin(0)
-            out[i, j] = mean(there) + mean(back)
-    return out
+
+def alike(a, b):
+    a, b = sound(a, "the first cloud"), sound(b, "the second cloud")
+    if len(a) != len(b):
+        raise UserError(f"the earth mover's distance is of clouds of one size, not of {len(a)} and {len(b)} points")
+    return a, b
+
+
+def blocks(x, rows, size, rng):
+    """Rows of x (k 3), halved across random directions until there are at most `size` in each."""
+    if len(rows) <= size:
+        return [rows]
+    rows = rows[(x[rows] @ rng.normal(size=3)).argsort()]
+    return blocks(x, rows[:len(rows) // 2], size, rng) + blocks(x, rows[len(rows) // 2:], size, rng)
 
 
 def fscore(a, b, threshold):
     """Harmonic mean of precision (share of a's points within `threshold` of b) and recall (of b's, of a)."""
+    a, b = sound(a, "the first cloud"), sound(b, "the second cloud")
     precision, recall = ((cKDTree(y).query(x, distance_upper_bound=threshold)[0] < np.inf).mean() for x, y in ((a, b), (b, a)))
     return 2 * precision * recall / max(precision + recall, 1e-9)
 
 
+def normal_consistency(a, normals_a, b, normals_b):
+    """Mean |cosine| of the normal of a point (k 3) and that of the nearest point of the other cloud; mean of the two directions."""
+    there, back = cKDTree(sound(b, "the second cloud")).query(sound(a, "the first cloud"))[1], cKDTree(a).query(b)[1]
+    return (abs((normals_a * normals_b[there]).sum(1)).mean() + abs((normals_b * normals_a[back]).sum(1)).mean()) / 2
+
+
+# ---------------------------------------------------------------------------- sets of clouds
+
+@torch.no_grad()
+def chamfer_matrix(samples, references):
+    """`chamfer` of every pair: samples s k 3, references r l 3 -> s r. Twice the same set: half of the work.
+
+    |a - b|^2 = [-2 a, |a|^2, 1] . [b, 1, |b|^2] is one small matrix product. In fp32 that rounds distances
+    below 3e-4 (points on top of each other); nearest points of two clouds of 1024 are some .03 apart.
+    """
+    same = samples is references
+    samples, references = (torch.as_tensor(x, dtype=torch.float) for x in (samples, references))
+    square = lambda x: (x ** 2).sum(-1, keepdim=True)
+    left = torch.cat([-2 * samples, square(samples), torch.ones_like(samples[..., :1])], -1)             # s k 5
+    right = torch.cat([references, torch.ones_like(references[..., :1]), square(references)], -1).mT.contiguous()     # r 5 l
+    rows = samples.shape[1] if samples.is_cuda else 128       # so many rows of distances stay in a core's cache: 3 times faster
+    distances = torch.empty(rows, references.shape[1], device=samples.device)           # l: one place for all pairs, 3 times again
+    mean = lambda x: x.clamp(min=0).sqrt().mean()
+    out = torch.zeros(len(samples), len(references))
+    for i, a in enumerate(left):
+        for j in range(i if same else 0, len(references)):
+            there, back = [], []
+            for part in a.split(rows):
+                block = torch.mm(part, right[j], out=distances[:len(part)])
+                there.append(block.amin(1))
+                back.append(block.amin(0))
+            out[i, j] = mean(torch.cat(there)) + mean(torch.stack(back).amin(0))
+    return torch.maximum(out, out.T) if same else out
+
+
 def others(clouds):
     """`chamfer` from every cloud to every other: n k 3 -> n (n - 1)."""
-    n = len(clouds)
+    n = len(sound(clouds, "the set of clouds", 2, "n k 3"))
     return chamfer_matrix(clouds, clouds)[~torch.eye(n, dtype=torch.bool)].reshape(n, n - 1)
 
 
 def diversity(clouds):
-    """Mean Chamfer distance of all pairs of different clouds: n k 3, n at least 2."""
+    """Mean Chamfer distance of all pairs of different clouds: n k 3, n at least 2. Of samples of one prompt it is how different
+    they are; of what was made from several views of one shape, cross-view consistency, where less is better."""
     return others(clouds).mean().item()
 
 
-# ---------------------------------------------------------------------------- meshes
+def mmd_cov_1nna(samples, references):
+    """Two sets of clouds of one size, n k 3, under Chamfer distance (Achlioptas et al. 2018; Yang et al. 2019):
+    MMD: mean over references of the distance to the nearest sample; COV: share of references that are the nearest one of some
+    sample; 1-NNA: how often the nearest other cloud of the union is of the same set, .5 if nobody could tell them apart."""
+    n = len(sound(samples, "the set of samples", 2, "n k 3"))
+    if len(sound(references, "the set of references", 2, "n k 3")) != n:
+        raise UserError(f"1-NNA compares sets of one size, not {n} samples and {len(references)} references")
+    across = chamfer_matrix(samples, references)                                  # s r
+    within = [chamfer_matrix(x, x).fill_diagonal_(torch.inf).amin(1) for x in (samples, references)]
+    own = torch.cat([within[0] < across.amin(1), within[1] < across.amin(0)])
+    return {"MMD": across.amin(0).mean().item(), "COV": len(across.argmin(1).unique()) / n, "1-NNA": own.float().mean().item()}
+
+
+def nearest(clouds, references, tried=None):
+    """`chamfer` of each cloud (n k 3) to the nearest reference (r l 3): n. tried: n t, rows of references to look at, if not all."""
+    sound(clouds, "the set of clouds", 1, "n k 3"), sound(references, "the set of references", 1, "n k 3")
+    if tried is None:
+        return chamfer_matrix(clouds, references).amin(1)
+    return torch.cat([chamfer_matrix(clouds[i:i + 1], references[some]).amin(1) for i, some in enumerate(tried)])
+
+
+def memorisation(samples, held_out, train, tried=(None, None)):
+    """Mean Chamfer distance from samples (s k 3) to the nearest training shape (t k 3), over that from shapes held out (h k 3) to
+    theirs: 1 if samples are as new as those, near 0 if they are copies. tried: what `nearest` is to look at, of either."""
+    return (nearest(samples, train, tried[0]).mean() / nearest(held_out, train, tried[1]).mean()).item()
+
+
+# ---------------------------------------------------------------------------- features: of clouds and of what was asked for
+
+def frechet(a, b):
+    """Frechet distance of two sets of features (n d, m d) taken for Gaussians: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B
+    their covariances. With few more samples than channels it is too large; compare sets of one size only."""
+    a, b = sound(a, "the first set of features", 2, "n d").astype(float), sound(b, "the second set of features", 2, "n d").astype(float)
+    A, B = np.cov(a.T, ddof=1), np.cov(b.T, ddof=1)
+    root = sqrtm(A).real                                      # A B has the eigenvalues of A^(1/2) B A^(1/2), which is symmetric
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * np.sqrt(eigvalsh(root @ B @ root).clip(0)).sum()
+
+
+def kernel_distance(a, b):
+    """Squared maximum mean discrepancy of two sets of features (n d, m d), kernel (x . y / d + 1)^3, unbiased (Binkowski et al. 2018):
+    about 0, or a little below, if they come from one distribution."""
+    a, b = sound(a, "the first set of features", 2, "n d").astype(float), sound(b, "the second set of features", 2, "n d").astype(float)
+    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    within = lambda x: (kernel(x, x).sum() - np.trace(kernel(x, x))) / (len(x) * (len(x) - 1))
+    return within(a) + within(b) - 2 * kernel(a, b).mean()
+
+
+def cosine(a, b):
+    return (a / np.linalg.norm(a, axis=-1, keepdims=True)) @ (b / np.linalg.norm(b, axis=-1, keepdims=True)).T
+
+
+def prompt_score(prompts, shapes):
+    """Mean cosine of the features of a prompt and of the shape made from it, n e each (the ULIP score, of whatever aligner)."""
+    return np.diag(cosine(prompts, shapes)).mean()
+
+
+def r_precision(prompts, shapes, true):
+    """Share of shapes (n e) nearest, of all prompts (n e), to one that is true of them: true n n, [i, j] = prompt j of shape i."""
+    return true[np.arange(len(shapes)), cosine(shapes, prompts).argmax(1)].mean()
+
+
+# ---------------------------------------------------------------------------- pictures
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio of two pictures of one size with values in [0, 1], in dB: -10 log10 mean (a - b)^2."""
+    return peak_signal_noise_ratio(a, b, data_range=1)
+
+
+def ssim(a, b):
+    """Structural similarity of two pictures h w 3 with values in [0, 1]: windows of 7 x 7 pixels, mean of the channels."""
+    return structural_similarity(a, b, data_range=1, channel_axis=-1)
+
+
+# ---------------------------------------------------------------------------- meshes (meshes.py: components, watertight, closed_edges)
 
 def faces_within(found, true, bins):
     """Share of faces that agree in all nine coordinates to within `bins`: pairs of a best assignment of the faces found
@@ -120,58 +220,19 @@ def faces_within(found, true, bins):
     return right[linear_sum_assignment(right, maximize=True)].sum() / max(len(found), len(true))
 
 
-# ---------------------------------------------------------------------------- reconstruction, each representation its own way
-# (heads, tokens n c, a prepared set, row, rng, autocast, points) -> {name: number}: `tokens` decoded against the true shape
-
-def judge_sdf(heads, tokens, split, row, rng, autocast, points):
-    """IoU on a 64^3 grid; L1 of the distance, in truncations, at queries drawn as in training; F-score at .02 of the
-    surfaces, unless `points` a side is 0."""
-    shape, results = split.shape(row), {}
-    if points:
-        surface = heads["sdf"].decode(tokens, heads, rng, autocast).sample(points, rng)
-        results = {"F-score": fscore(surface, shape.surface(points, rng)[0], .02)}
-    queries, distance = (torch.tensor(split.arrays[name][split.rows[row]], dtype=torch.float) for name in ("queries", "distance"))
-    error = decoded_field(heads["sdf"], tokens, autocast)(queries)[:, 0] - (distance / TRUNCATION).clamp(-1, 1)
-    return {"IoU": grid_iou(heads["sdf"], tokens, shape, autocast), "L1": error.abs().mean().item()} | results
-
-
-def judge_pc(heads, tokens, split, row, rng, autocast, points):
-    """Chamfer distance of 2048 points to as many true ones, EMD of 1024; floors: of a second true cloud. Normals and colours
-    against those of the nearest true point."""
-    cloud = heads["pc"].decode(tokens, heads, rng, autocast, points=2048)
-    (true, normals, colours), other = split.shape(row).surface(2048, rng), split.shape(row).surface(2048, rng)[0]
-    near = cKDTree(true).query(cloud.points)[1]
-    return {"Chamfer": chamfer(cloud.points, true), "its floor": chamfer(other, true),
-            "EMD": emd(cloud.points[:1024], true[:1024]), "EMD floor": emd(other[:1024], true[:1024]),
-            "normal cosine": (cloud.normals * normals[near]).sum(1).mean(), "colour error": abs(cloud.colours - colours[near]).mean()}
+def main():
+    from export import read                                   # which no metric needs
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("files", nargs=2, metavar="FILE", help="what sample.py wrote, .glb or .ply")
+    parser.add_argument("--points", type=between(1, 100_000), default=2048, help="drawn from each")
+    parser.add_argument("--threshold", type=between(1e-6, 2, float), default=.02, help="of the F-score")
+    args = parser.parse_args()
+    a, b = (read(file).surface(args.points, np.random.default_rng(i))[0] for i, file in enumerate(args.files))
+    for name, value in (("Chamfer distance", chamfer(a, b)), ("the same, squared", chamfer(a, b, squared=True)),
+                        ("earth mover's distance", (emd if args.points <= 4096 else emd_fast)(a, b)),
+                        (f"F-score at {args.threshold:g}", fscore(a, b, args.threshold))):
+        print(f"{name:24} {value:.5f}")
 
 
-def judge_mesh(heads, tokens, split, row, rng, autocast, points):
-    """Faces within so many bins of the true ones in all nine coordinates; edges of the welded mesh that two faces share;
-    Chamfer distance of 2048 visible points to the true surface, and of the true low-poly mesh; floor: of a second true cloud."""
-    mesh, true = heads["mesh"].decode(tokens, heads, rng, autocast), split.arrays["corners"][split.rows[row]]
-    true = true[true[:, 0, 0] >= 0]
-    corners, best = quantise(mesh.vertices)[mesh.faces], (centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3))
-    surface, other = (split.shape(row).surface(2048, rng)[0] for _ in range(2))
-    return {"within 1 bin": faces_within(corners, true, 1), "within 2 bins": faces_within(corners, true, 2),
-            "closed edges": closed_edges(mesh.faces), "Chamfer": chamfer(mesh.sample(2048, rng), surface),
-            "of the true mesh": chamfer(sample_surface(*best, 2048, rng, hidden=False), surface), "its floor": chamfer(other, surface)}
-
-
-def judge_gs(heads, tokens, split, row, rng, autocast, points, views=4):
-    """PSNR, SSIM and the mean error of a colour channel where the true picture is all shape: 4 random views of
-    128 x 128 pixels, on white."""
-    g = heads["gs"].decode(tokens, heads, rng, autocast)
-    results = []
-    for _ in range(views):
-        angles = rng.uniform(0, 360), rng.uniform(-20, 60)
-        true = view(split.shape(row), *angles)
-        inside, true = true[..., 3] == 1, true[..., :3] + 1 - true[..., 3:]                             # on white
-        image = splat(*(torch.from_numpy(x) for x in (g.means, g.scales, g.rotations, g.opacities, g.colours)),
-                      *angles, size=VIEW).clamp(0, 1).numpy()
-        results.append((peak_signal_noise_ratio(true, image, data_range=1),
-                        structural_similarity(true, image, data_range=1, channel_axis=-1), abs(true - image)[inside].mean()))
-    return dict(zip(("PSNR", "SSIM", "colour error"), np.mean(results, 0)))
-
-
-JUDGES = {"sdf": judge_sdf, "pc": judge_pc, "mesh": judge_mesh, "gs": judge_gs}
+if __name__ == "__main__":
+    command(main)

@@ -10,6 +10,7 @@
     shapes[0].save("table.glb")
 """
 import argparse
+import functools
 import re
 import sys
 import time
@@ -38,10 +39,14 @@ class LTM3D:
         if not Path(folder).is_dir():
             raise UserError(f"there is no folder {folder}; --checkpoint takes checkpoints/tiny or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device)
-        stages = backbone.load(folder), reconstruct.load(folder)
-        self.backbone, self.reconstruct = (cast_once(stage.to(self.device), self.autocast) for stage in stages)
+        self.backbone = cast_once(backbone.load(folder).to(self.device), self.autocast)
         self.towers = towers.load(folder, self.device)
         self.folder, self.heads = folder, {}
+
+    @functools.cached_property
+    def reconstruct(self):
+        """Which only RGS needs."""
+        return cast_once(reconstruct.load(self.folder).to(self.device), self.autocast)
 
     def ready(self, *reps):
         """Loads the heads that decode these, once; -> self."""

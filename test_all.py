@@ -51,6 +51,7 @@ import fit
 import heads
 import images
 import kinds
+import judges
 import layers
 import meshes
 import metrics
@@ -66,7 +67,7 @@ import tokenizer
 import train
 import vision
 from layers import UserError, command
-from metrics import grid_iou
+from judges import grid_iou
 from prefix import DROPS, Prefix, drops
 
 HERE = Path(__file__).parent
@@ -107,7 +108,7 @@ def once(tmp_path_factory, name, make):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """Two shapes of every class to train on, and two to test on."""
-    sets = lambda folder: [data.prepare(split, 26, 0, folder, kinds=kinds.KINDS) for split in ("train", "test")]
+    sets = lambda folder: [data.prepare(split, 26, folder, kinds=kinds.KINDS) for split in ("train", "test")]
     return sets(once(tmp_path_factory, "prepared", sets))
 
 
@@ -256,7 +257,7 @@ def test_low_poly_meshes_are_closed_and_near(index):
     for (vertices, faces, colours), count, most, near in ((shape.mesh(), own, 256, .11), (shape.mesh(fine=True), len(shape.parts), 10_000, .006)):
         parts = trimesh.Trimesh(vertices, faces, process=False).split(only_watertight=True)
         assert len(faces) <= most and len(parts) == count and all(part.volume > 0 for part in parts)
-        seen = meshes.sample_surface(vertices, faces, 500, np.random.default_rng(0), hidden=False)
+        seen = meshes.sample_surface(vertices, faces, 500, np.random.default_rng(0), hidden=False)[0]
         assert abs(shape.distance(seen)).max() < near and len(colours) == len(faces)
 
 
@@ -391,7 +392,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 3)
     monkeypatch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)   # so that the workers see all patches
     monkeypatch.setattr(data, "alone", lambda parent: None)                     # which is for processes
-    whole = data.prepare("train", 8, 0, tmp_path / "whole", workers=1)
+    whole = data.prepare("train", 8, tmp_path / "whole", workers=1)
     make = kinds.take_surface
 
     def stop_at_fifth(shape, rng):
@@ -401,10 +402,10 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setitem(kinds.TAKE, "surface", stop_at_fifth)
-        data.prepare("train", 8, 0, tmp_path / "cut", workers=1)
+        data.prepare("train", 8, tmp_path / "cut", workers=1)
     cut = tmp_path / "cut" / whole.folder.name
     assert (cut / "surface-00000.json").is_file() and not (cut / "surface-00001.json").is_file()
-    assert len(data.prepare("train", 8, 0, tmp_path / "cut", workers=1)) == 8 and same_files(whole.folder, cut)
+    assert len(data.prepare("train", 8, tmp_path / "cut", workers=1)) == 8 and same_files(whole.folder, cut)
 
 
 def test_other_shapes_are_another_set(monkeypatch):
@@ -560,15 +561,15 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
 
 def test_files_are_judged_by_their_own_samples(tmp_path, monkeypatch):
     """A head that gives the true distances is right about a row's queries, also where files before it were left out."""
-    monkeypatch.setattr(metrics, "grid_iou", lambda *_: 1.)          # takes long, and asks the shape itself
+    monkeypatch.setattr(judges, "grid_iou", lambda *_: 1.)          # takes long, and asks the shape itself
     for i in range(4):
         trimesh.creation.box((1, 1, 1 + i)).export(tmp_path / f"box{i}.obj")
     (tmp_path / "a.obj").write_text("v 1 2 3")
     split = data.prepare("train", out=tmp_path / "cache", data=tmp_path, workers=1)
     assert len(split) > 1 and (split.rows > np.arange(len(split))).all()
-    true = metrics.true_field(split.shape(0))
+    true = judges.true_field(split.shape(0))
     head = SimpleNamespace(read=lambda tokens: None, ask=lambda memory, x: true(x[0])[None].clamp(-1, 1))
-    assert metrics.judge_sdf({"sdf": head}, torch.zeros(1, 1), split, 0, None, contextlib.nullcontext, 0)["L1"] < .01
+    assert judges.judge_sdf({"sdf": head}, torch.zeros(1, 1), split, 0, None, contextlib.nullcontext, 0)["L1"] < .01
 
 
 def test_file_that_ends_its_reader(tmp_path):
@@ -1048,7 +1049,7 @@ def test_heads_learn_and_decode(rep, prepared):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     shape = these[rep].decode(tokens[0], these, rng, resolution=32, points=200)
-    assert shape.sample(50, rng).shape == (50, 3) and shape.picture(32).shape == (32, 32, 3)
+    assert [x.shape for x in shape.surface(50, rng)] == 3 * [(50, 3)] and shape.picture(32).shape == (32, 32, 3)
 
 
 # ---------------------------------------------------------------------------- prefix
@@ -1257,7 +1258,7 @@ def test_reconstruction_guides_the_first_steps():
 def test_two_shapes_overfitted_through_all_stages(overfitted, tmp_path_factory):
     """train.py, then a prompt -> tokens -> field: the named or pictured one of two shapes comes back with IoU >= .9."""
     model = sample.load(overfitted).ready("sdf")
-    split = data.prepare("train", 2, 0, tmp_path_factory.getbasetemp() / "cache", kinds=("surface", "pictures"))
+    split = data.prepare("train", 2, tmp_path_factory.getbasetemp() / "cache", kinds=("surface", "pictures"))
     texts, pictures = ["a table", "a chair"], split.pictures(np.arange(2), np.random.default_rng(0), vary=False)
     for tokens in (model.tokens(texts, [0, 1]), model.tokens(None, [0, 1], pictures), model.tokens(texts, [0, 1], pictures)):
         for i in range(2):
@@ -1335,7 +1336,7 @@ def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
 def test_evaluations_write_their_tables(four, tmp_path, monkeypatch):
     """Representations are judged and compared; the figures are numbers and lie in Markdown and CSV."""
     monkeypatch.setattr(evaluate, "prepare", lambda split="test", count=None, *_, **more: data.prepare(
-        "train", 2, 0, tmp_path.parent / "cache", kinds=more.get("kinds", ["surface"])))
+        "train", 2, tmp_path.parent / "cache", kinds=more.get("kinds", ["surface"])))
     monkeypatch.setattr(evaluate, "CLASSES", ("table", "chair"))
     checkpoint = ("--checkpoint", four, "--out", tmp_path)
     monkeypatch.setattr(evaluate, "POINTS", 64)
@@ -1478,13 +1479,82 @@ def test_control_c_is_one_word(capsys):
 
 
 def test_metrics_by_hand():
-    """Cases small enough to work out: two points moved by 3 and 4; of three faces one is off by a bin and one by two."""
-    a = np.zeros((2, 3))
-    assert metrics.emd(a, a + [[3, 0, 0], [0, 4, 0]]) == 3.5 and metrics.chamfer(a[:1], a + [[3, 0, 0], [0, 4, 0]]) == 6.5
+    """Two points moved by 3 and by 4, and what each convention makes of that; of three faces one is off by a bin and one by two."""
+    a = np.array([[0., 0, 0], [10, 0, 0]])
+    b = a + [[3, 0, 0], [0, 4, 0]]
+    assert metrics.emd(a, b) == metrics.emd_fast(a, b) == 3.5 and metrics.chamfer(a[:1], b) == 3 + (3 + 116 ** .5) / 2
+    assert metrics.chamfer(a, b) == 7 and metrics.chamfer(a, b, squared=True) == 25
+    assert [metrics.fscore(a, b, threshold) for threshold in (1, 3.5, 5)] == [0, .5, 1]
+    up, side = np.array([[0., 0, 1]] * 2), np.array([[0., 0, -1], [1, 0, 0]])
+    assert metrics.normal_consistency(a, up, b, side) == .5                        # a normal and its opposite agree
+    assert metrics.iou(np.array([1, 1, 0], bool), np.array([0, 1, 1], bool)) == 1 / 3
+    image = np.zeros((16, 16, 3))
+    assert metrics.psnr(image, image + .1) == pytest.approx(20) and metrics.ssim(image, image) == 1 > metrics.ssim(image, image + .1)
+    text, shape = np.array([[1., 0], [0, 1]]), np.array([[0., 2], [3, 4]])         # cosines 0, 1; .6, .8
+    assert metrics.prompt_score(text, shape) == pytest.approx(.4)
+    assert metrics.r_precision(text, shape, np.eye(2, dtype=bool)) == .5 and metrics.r_precision(text, shape, np.ones((2, 2), bool)) == 1
     true = np.arange(27).reshape(3, 3, 3) * 4
     found = true[[2, 0, 1]] + np.array([0, 1, 2])[:, None, None] * np.eye(3, dtype=int)
     assert [metrics.faces_within(np.roll(found, 1, 1), true, bins) for bins in (0, 1, 2)] == [1 / 3, 2 / 3, 1]
     assert metrics.faces_within(found[:1], true, 2) == 1 / 3
+
+
+def test_fast_emd_is_nearly_exact():
+    """A little above the exact one, of two shapes and, where that is hardest, of two samplings of one."""
+    for one, other in ((0, 0), (0, 13), (1, 3)):
+        a, b = (shapes.make(0, index).surface(512, np.random.default_rng(i))[0] for i, index in enumerate((one, other)))
+        assert metrics.emd(a, b) <= metrics.emd_fast(a, b) + 1e-6 < 1.04 * metrics.emd(a, b)
+
+
+def test_distances_of_sets():
+    """The matrix has the distances of all pairs; copies, strangers and equals are told apart as the papers say."""
+    rng = np.random.default_rng(0)
+    balls = lambda n, where=0., k=300: torch.tensor(rng.normal(size=(n, k, 3)) * rng.uniform(.2, 1, (n, 1, 3)) + where, dtype=torch.float)
+    one, two, far = balls(20), balls(20), balls(20, 9.)
+    matrix = metrics.chamfer_matrix(one, two)
+    assert all(abs(matrix[i, j] - metrics.chamfer(one[i], two[j])) < 1e-3 for i in range(3) for j in range(20))
+    assert torch.allclose(metrics.chamfer_matrix(one, one), metrics.chamfer_matrix(one, one.clone()), atol=1e-3)
+    assert metrics.diversity(one[:2]) == pytest.approx(metrics.chamfer(one[0], one[1]), abs=1e-3)
+    same, equal, strange = (metrics.mmd_cov_1nna(x, one) for x in (one.clone(), two, far))
+    assert same["COV"] == 1 and same["MMD"] < 1e-2 and same["1-NNA"] == 0          # each is nearest to its copy
+    assert .3 < equal["1-NNA"] < .7 and equal["COV"] > .25 and strange["1-NNA"] == 1 and strange["MMD"] > 9
+    lazy = metrics.mmd_cov_1nna(torch.cat([one[:1]] * 20) + .001 * balls(20), one)
+    assert lazy["COV"] == 1 / 20                                                   # one shape again and again
+    train = balls(40)
+    assert metrics.memorisation(train[:20] + .001, one, train) < .1 < .7 < metrics.memorisation(two, one, train) < 1.4
+    near = metrics.chamfer_matrix(two, train).argsort(1)[:, :2]
+    assert torch.allclose(metrics.nearest(two, train, near), metrics.nearest(two, train), atol=1e-3)
+
+
+def test_distances_of_features():
+    """Frechet: of Gaussians whose covariances commute, sum (mu - nu)^2 + (sigma - tau)^2. Kernel distance: against its sum, term by term."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 4))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T         # mean 0, covariance 1 exactly
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    scales = np.array([1., 2, 3, 4])
+    assert metrics.frechet(x @ turn, x * scales @ turn + [1, 2, 0, 0]) == pytest.approx(5 + 0 + 1 + 4 + 9, rel=1e-6)
+    assert abs(metrics.frechet(x, x)) < 1e-6
+    a, b = x[:5], x[5:9]
+    k = lambda u, v: (u @ v / 4 + 1) ** 3
+    pairs = lambda z: np.mean([k(u, v) for i, u in enumerate(z) for j, v in enumerate(z) if i != j])
+    assert metrics.kernel_distance(a, b) == pytest.approx(pairs(a) + pairs(b) - 2 * np.mean([k(u, v) for u in a for v in b]))
+    assert abs(metrics.kernel_distance(x[:1000], x[1000:])) < .05 < metrics.kernel_distance(x[:1000], x[1000:] + .3)
+
+
+@pytest.mark.parametrize("measure, words", [
+    (lambda x: metrics.chamfer(x[:0], x), "the first cloud has 0, at least 1"), (lambda x: metrics.chamfer(x, x * np.nan), "second cloud holds numbers"),
+    (lambda x: metrics.emd(x, x[:3]), "of clouds of one size, not of 4 and 3"), (lambda x: metrics.emd_fast(x[:3], x), "of clouds of one size"),
+    (lambda x: metrics.fscore(x[:, :2], x, .1), "has the shape (4, 2), not k 3"), (lambda x: metrics.diversity(x[None]), "has 1, at least 2"),
+    (lambda x: metrics.mmd_cov_1nna(x[None], x[None]), "the set of samples has 1, at least 2"),
+    (lambda x: metrics.mmd_cov_1nna(np.stack([x, x]), np.stack([x] * 3)), "not 2 samples and 3"),
+    (lambda x: metrics.frechet(x[:1], x), "first set of features has 1"), (lambda x: metrics.kernel_distance(x, x[:, :0]), "second set of features has"),
+    (lambda x: metrics.iou(x > 99, x > 99), "not both empty"), (lambda x: metrics.memorisation(x[None], x[None], x[None][:0]), "of references has 0"),
+])
+def test_what_cannot_be_measured_is_said(measure, words):
+    with pytest.raises(UserError) as caught:
+        measure(np.arange(12.).reshape(4, 3))
+    assert words in str(caught.value)
 
 
 # ---------------------------------------------------------------------------- pictures and files

@@ -37,8 +37,10 @@ def others(text=None, image=None, device="cpu"):
     """Other people's towers of these names, loaded once; None stays None."""
     if not text and not image:
         return None, None
-    import pretrained                                         # few need it
-    return pretrained.Text(text, device) if text else None, pretrained.Image(image, device) if image else None
+    import baselines                                          # few need these
+    import pretrained
+    read = baselines.Bag(device) if text == "bag" else pretrained.Text(text, device) if text else None
+    return read, pretrained.Image(image, device) if image else None
 
 
 def load(folder, device="cpu"):

@@ -6,11 +6,13 @@
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
     python train.py --rep sdf --size base --device cuda
+    python train.py --from checkpoints/tiny --generator diffusion --out runs/diffusion     # a peer of the backbone (baselines.py)
 
 A stage that is done is skipped; one that was stopped goes on exactly where it was, because every
 step draws its randomness from (seed, stage, step) alone. runs/<name>/ holds what sample.py reads
 (safetensors, config.json) and what a person reads: <stage>.csv, losses.png, <stage>-<step>.png.
 """
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -27,11 +29,12 @@ import reconstruct as reconstruct_
 import tokenizer as tokenizer_
 import towers as towers_
 import vision as vision_
+import watch
+from baselines import GENERATORS
 from data import TRAIN_SHAPES, begins, prepare
 from fit import fit, plot_losses
 from heads import HEADS
-from layers import Parser, UserError, between, command, digest, pick_device, read_config, save_weights, write_config, written
-from metrics import JUDGES, chamfer_matrix
+from layers import Parser, UserError, between, claim, command, digest, pick_device, read_config, save_weights, write_config, written
 from render import contact_sheet
 from shapes import CLASSES, article
 
@@ -50,23 +53,26 @@ class Run:
     """What every stage is given: the settings, the data, the place to write, and the stages before it."""
 
     def __init__(self, args, reps, first, folder):
-        self.size, self.seed, self.folder, self.denoiser = args.size, args.seed, Path(folder), args.denoiser
+        self.size, self.seed, self.folder = args.size, args.seed, Path(folder)
+        self.generator, self.denoiser = args.generator, args.denoiser
         self.reps, self.first = reps, first              # to be able to decode; the heads that the encoder is trained with
         self.towers = {"text": args.text_encoder, "image": args.image_encoder}
         self.device, self.autocast, reason = pick_device(args.device)
         towers_.others(**self.towers, device=self.device)        # rather an error now than after the stages before
+        if args.source:
+            take_over(Path(args.source), claim(self.folder))
         self.agree(args)
         print(f"{self.folder}, running on {reason}")
         self.settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
         kinds = dict.fromkeys(["surface", "pictures"] + [kind for rep in first + reps for kind in HEADS[rep].kinds])
-        self.train = prepare("train", args.shapes, args.seed, args.cache, args.workers, kinds, args.data, args.copies)
-        self.test = prepare("test", None, args.seed, args.cache, args.workers, kinds, args.data, args.copies)
+        self.train, self.test = (prepare(split, count, args.cache, args.workers, kinds, args.data, args.copies, classes=args.classes)
+                                 for split, count in (("train", args.shapes), ("test", None)))
         if min(len(self.train), len(self.test)) < 2:
             raise UserError(f"{args.data} has {len(self.train)} shapes to train on and {len(self.test)} held out, two of each are needed; "
                             f"{len(self.train.broken)} were left out" + f", see {self.train.folder}/skipped.csv" * bool(self.train.broken))
         common = [name for name, _ in Counter(self.test.classes).most_common(len(CLASSES))]
         self.classes = common if args.data else [name for name in CLASSES if name in common]
-        self.prompts = [article(name) for name in self.classes] + ["a round table"] * (args.data is None)       # drawn while training
+        self.prompts = [article(name) for name in self.classes] + ["a round table"] * ("table" in self.classes and args.data is None)       # drawn while training
 
     def agree(self, args):
         """What the folder holds has to be of the same encoders, size and shapes."""
@@ -75,6 +81,8 @@ class Run:
                 raise UserError(f"the {stage} in {self.folder} is conditioned on the encoders {entry['towers']}; give the same ones, or another --out")
             if entry["size"] != self.size:
                 raise UserError(f"the {stage} in {self.folder} is of the size {entry['size']}; give --size {entry['size']}, or another --out")
+            if entry.get("generator", self.generator) != self.generator:
+                raise UserError(f"the backbone in {self.folder} is {entry['generator']}; give --generator {entry['generator']}, or another --out")
             if not entry["data"].startswith(begins(args.data)):
                 raise UserError(f"the {stage} in {self.folder} learnt from {entry['data']}; give the same --data, or another --out")
 
@@ -96,6 +104,17 @@ class Run:
 
     def to(self, *arrays):
         return [a.to(self.device, non_blocking=True) for a in arrays]
+
+
+def take_over(source, folder):
+    """All stages that a backbone stands on, and the heads."""
+    if "tokenizer" not in heads_.trained(source):
+        raise UserError(f"there is no trained tokenizer in {source}; --from takes checkpoints/tiny or a folder that train.py made")
+    for stage in set(heads_.trained(source)) - {"backbone", "reconstruct", *heads_.trained(folder)}:
+        with written(folder / f"{stage}.safetensors") as part:
+            shutil.copyfile(source / f"{stage}.safetensors", part)
+        if stage in read_config(source):                      # else it was trained with the encoder only
+            write_config(folder, stage, **read_config(source)[stage])
 
 
 def train_encoders(run):
@@ -123,11 +142,12 @@ def train_tokenizer(run):
         tokens = model["tokenizer"](*run.to(*split.cloud(rows, 1024, rng)))
         return heads_loss(run, model, run.first, tokens, split, rows, rng)
 
-    model, seconds = fit(run, "tokenizer", model, loss_of, lambda model: reconstructions(run, model["tokenizer"], model, run.first[-1]))
+    model, seconds = fit(run, "tokenizer", model, loss_of,
+                         lambda model: watch.reconstructions(run, model, tokenise(run, model["tokenizer"], run.test, limit=14), run.first[-1]))
     tokenizer, heads = model["tokenizer"], {rep: model[rep] for rep in run.first}
     # tokens of the training set: zero mean, unit variance per channel from here on
     tokenizer_.standardise(tokenizer, heads.values(), tokenise(run, tokenizer, run.train, limit=2000).to(run.device))
-    metrics = judged(run, heads, tokenise(run, tokenizer, run.test, limit=JUDGED), run.first[-1])
+    metrics = watch.judged(run, heads, tokenise(run, tokenizer, run.test, limit=JUDGED), run.first[-1])
     run.finish("tokenizer", seconds, {"tokenizer": tokenizer} | {f"head-{rep}": head for rep, head in heads.items()}, settings=settings,
                heads=list(run.first), metrics=metrics)
 
@@ -167,15 +187,15 @@ def train_head(run, rep):
         return heads_loss(run, model, [rep], x + tokenizer_.NOISE * torch.randn_like(x), split, rows, rng)
 
     model, seconds = fit(run, f"head-{rep}", model, loss_of,
-                         lambda model: reconstructions(run, tokenizer, heads | dict(model.items()), rep))
+                         lambda model: watch.reconstructions(run, heads | dict(model.items()), tokens[run.test][:14], rep))
     run.finish(f"head-{rep}", seconds, {f"head-{rep}": model[rep]},
-               metrics=judged(run, heads | dict(model.items()), tokens[run.test][:JUDGED], rep))
+               metrics=watch.judged(run, heads | dict(model.items()), tokens[run.test][:JUDGED], rep))
 
 
 def train_backbone(run):
     towers, heads, tokens, common = conditioned(run)
     settings = backbone_.SIZES[run.size] | common | {"denoiser": run.denoiser}
-    model = backbone_.Backbone(**settings)
+    model = GENERATORS[run.generator](**settings)
 
     def loss_of(model, split, rng):
         return model.loss(*paired(run, towers, split, tokens[split], rng, run.settings["backbone"][1])), {}
@@ -183,11 +203,11 @@ def train_backbone(run):
     def show(model):
         with run.autocast():
             x = model.generate(towers.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
-        return contact_sheet([picture(run, heads, t) for t in x], 7, run.prompts)
+        return contact_sheet([watch.picture(run, heads, t) for t in x], 7, run.prompts)
 
     model, seconds = fit(run, "backbone", model, loss_of, show)
-    run.finish("backbone", seconds, {"backbone": model}, settings=settings, towers=run.towers,
-               metrics={"nearest held-out shape is of the class asked for": class_accuracy(run, towers, model, heads)})
+    run.finish("backbone", seconds, {"backbone": model}, generator=run.generator, settings=settings, towers=run.towers,
+               metrics={"nearest held-out shape is of the class asked for": watch.class_accuracy(run, towers, model, heads)})
 
 
 def train_reconstruct(run):
@@ -201,7 +221,7 @@ def train_reconstruct(run):
     def show(model):
         with run.autocast():
             x = model(towers.encode(run.prompts))
-        return contact_sheet([picture(run, heads, t) for t in x], 7, run.prompts)
+        return contact_sheet([watch.picture(run, heads, t) for t in x], 7, run.prompts)
 
     model, seconds = fit(run, "reconstruct", model, loss_of, show)
     run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.towers)
@@ -226,9 +246,9 @@ def heads_loss(run, model, reps, tokens, split, rows, rng):
 
 @torch.no_grad()
 def tokenise(run, tokenizer, split, limit=None):
-    """Tokens n n c of a prepared set, kept beside the weights: the tokenizer is frozen, so once is enough."""
+    """Tokens n n c of a prepared set, kept beside its other arrays: the tokenizer is frozen, so once is enough."""
     weights = run.folder / "tokenizer.safetensors"
-    path = run.folder / f"tokens-{digest(weights)}-{split.name}.npy" if weights.is_file() and limit is None else None
+    path = split.folder / f"tokens-{digest(weights)}-{split.name}.npy" if weights.is_file() and limit is None else None
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float()
     out, count = [], min(limit or len(split), len(split))
@@ -258,40 +278,6 @@ def paired(run, towers, split, tokens, rng, batch):
     return tokens[rows].to(run.device), towers.drawn(split, rows, rng)
 
 
-def class_accuracy(run, towers, model, heads, n=4, points=1024):
-    """n samples of every class name: the share whose nearest held-out shape, under Chamfer distance, is of that class."""
-    names, rng = [name for name in run.classes for _ in range(n)], np.random.default_rng(0)
-    with run.autocast():
-        tokens = model.generate(towers.encode(names), seeds=[(0, i) for i in range(len(names))])
-    clouds = [torch.from_numpy(decoded(run, heads, t).sample(points, rng)) for t in tokens]
-    references = run.test.cloud(range(len(run.test)), points, np.random.default_rng(0))[0]
-    nearest = chamfer_matrix(torch.stack(clouds), references).argmin(1)
-    return round(float(np.mean([run.test.classes[row] == name for row, name in zip(nearest, names)])), 4)
-
-
-def judged(run, heads, tokens, rep):
-    """The head's own figures on held-out shapes, rows 0 ... of the set."""
-    each = [JUDGES[rep](heads, t.to(run.device), run.test, row, np.random.default_rng(row), run.autocast, points=0)
-            for row, t in enumerate(tqdm(tokens, desc="held-out shapes", leave=False))]
-    return {"shapes": len(each)} | {name: round(float(np.mean([one[name] for one in each])), 4) for name in each[0]}
-
-
-def decoded(run, heads, tokens):
-    """Tokens n c -> a shape, by the head that the encoder was trained for, small."""
-    return heads[run.first[-1]].decode(tokens.to(run.device), heads, np.random.default_rng(0), run.autocast, resolution=64, points=2048)
-
-
-def picture(run, heads, tokens):
-    return decoded(run, heads, tokens).picture(160)
-
-
-def reconstructions(run, tokenizer, heads, rep):
-    """Fourteen held-out shapes, encoded and decoded."""
-    shapes = (heads[rep].decode(t.to(run.device), heads, np.random.default_rng(0), run.autocast, resolution=64, points=2048)
-              for t in tokenise(run, tokenizer, run.test, limit=14))
-    return contact_sheet([shape.picture(160) for shape in shapes], 7)
-
-
 def main():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations to train")
@@ -304,6 +290,8 @@ def main():
     for kind in towers_.KINDS:
         parser.add_argument(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers to condition on, a hub name that "
                             "is in its cache or a folder (pretrained.py); default: the built-in one, which is trained here")
+    parser.add_argument("--generator", choices=list(GENERATORS), default="masked", help="LTM3D's masked backbone, or a peer to measure it "
+                        "against (baselines.py)")
     parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     for i, (name, kind, what) in enumerate((("steps", between(1), "training steps of a stage"), ("batch", between(1), "batch size"),
                                             ("lr", between(1e-9, 1, float), "peak learning rate"))):
@@ -311,9 +299,12 @@ def main():
         parser.add_argument(f"--{name}", type=kind, help=f"{what} (default: {defaults})")
     parser.add_argument("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
     parser.add_argument("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
-    parser.add_argument("--shapes", type=between(len(CLASSES)), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
+    parser.add_argument("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
+    parser.add_argument("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="learn from built-in shapes of these alone (default: of all)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--seed", type=between(0), default=0, help="of shapes, weights and noise")
+    parser.add_argument("--seed", type=between(0), default=0, help="of weights and noise")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help="a trained folder, whose encoders, tokenizer, vision and heads are taken "
+                        "over where --out has none")
     parser.add_argument("--out", help="run folder (default: runs/<size>); for own tokens, what -<rep> is added to")
     parser.add_argument("--cache", default="cache", help="folder of the prepared data")
     parser.add_argument("--workers", type=between(1), default=2, help="processes that prepare data")

@@ -1,0 +1,113 @@
+"""experiments.py - the papers' questions: what does it cost to leave a part out, or to put another in its place?
+
+Every variant is trained by train.py on the same tokens, prompts and shapes, with the same steps and several seeds; what is trained
+already is not trained again, so the experiments share their first row. Then all are asked the same (samples.py).
+
+    python evaluate.py versus            # LTM3D against other generators of the same size
+    python evaluate.py ablate-prefix     # the prefix against other ways to say what is wanted
+    python evaluate.py ablate-encoder    # the text tower against a bag of words, and hub encoders: --text-encoders NAME ...
+    python evaluate.py ablate-denoiser   # flow against ddpm, by the number of steps
+    python evaluate.py data-scaling      # the number of shapes to learn from: what is new, what is copied?
+    python evaluate.py overfit           # ten shapes of one class: does the prompt reach the shape?
+"""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data import prepare
+from fit import plot_losses
+from kinds import painted
+from layers import UserError, read_config, read_weights
+from metrics import chamfer, chamfer_matrix
+from render import contact_sheet, render_mesh, save_png
+from results import intervals, report
+from samples import POINTS, Exam, Job, clouds, kept, made, parts, shape
+from sample import LTM3D
+
+VARIANTS = {  # name of the variant: flags of train.py, options of sampling
+    "versus": {"LTM3D": ("", {}), "latent diffusion": ("--generator diffusion", {}), "autoregressive": ("--generator autoregressive", {})},
+    "ablate-prefix": {"prefix": ("", {}), "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})},
+    "ablate-encoder": {"text tower": ("", {}), "bag of words": ("--text-encoder bag", {})},
+    "ablate-denoiser": {f"{name}, {steps} steps": (flags, {"denoise_steps": steps})
+                        for name, flags, counts in (("flow", "", (4, 8, 16, 32)), ("ddpm", "--denoiser ddpm", (25, 50, 100))) for steps in counts},
+    "data-scaling": {f"{count} shapes": (f"--shapes {count}", {}) for count in (130, 1300, 5200, 20800)},
+}
+
+
+QUESTIONS = {
+    "versus": "LTM3D against other generators: same shape tokens, number of parameters and steps.", "ablate-prefix": "A learnt prefix against "
+    "plain cross-attention and mean-pooled conditioning.", "ablate-encoder": "The text tower against a bag of words, and against text encoders of "
+    "others.", "ablate-denoiser": "Flow against DDPM, by the number of denoising steps.", "data-scaling": "How many shapes to learn from: what is "
+    "new, what is copied?", "overfit": "The paper's first experiment, ten shapes of one class: does the prompt reach the shape?"}
+
+
+def train(args, flags, seed):
+    """A backbone on the first stages of --checkpoint, unless it is there; -> its folder."""
+    name = re.sub(r"[^\w.]+", "-", flags).strip("-") or "ltm3d"
+    folder = Path(args.runs) / f"{name}-{seed}"
+    steps = read_config(folder).get("backbone", {}).get("steps", args.steps)
+    if steps != args.steps:
+        raise UserError(f"{folder} was trained for {steps} steps; give --steps {steps}, or another --runs")
+    if "backbone" not in read_config(folder):
+        print(f"training {folder}")
+        told = {"--from": args.checkpoint[0], "--stage": "backbone", "--shapes": args.train_shapes, "--steps": args.steps, "--seed": seed,
+                "--cache": args.cache, "--out": folder} | ({"--device": args.device} if args.device else {})
+        told = [str(x) for name, value in told.items() if name not in flags for x in (name, value)]
+        ended = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *told, *flags.split()]).returncode
+        if ended == 130:
+            raise KeyboardInterrupt
+        if ended:
+            raise UserError(f"training {folder} ended with status {ended}; see above")
+    return folder
+
+
+def compare_variants(args):
+    """Every metric of every variant, with 95 % confidence intervals over the seeds."""
+    variants = dict(VARIANTS[args.command])
+    if args.command == "ablate-encoder":
+        variants |= {name: (f"--text-encoder {name}", {}) for name in args.text_encoders}
+    folders = {name: [train(args, flags, seed) for seed in range(args.seeds)] for name, (flags, _) in variants.items()}
+    exam, rows = Exam(args, args.n, args.shapes), []
+    for name, (_, options) in variants.items():
+        scores = []
+        for folder in folders[name]:
+            slug = "-".join([folder.name, *(f"{value}" for value in options.values())])
+            keep = kept(args, slug, folder, *parts(args.rep), options=options)
+            scores.append(exam.scores(folder, keep, **options)[0])
+        count = sum(x.numel() for x in read_weights(folders[name][0] / "backbone.safetensors").values()) / 1e6
+        minutes = np.mean([read_config(folder)["backbone"]["seconds"] for folder in folders[name]]) / 60
+        rows.append({"variant": name, "M parameters": count, "minutes": minutes} | intervals(scores))
+    real = exam.real()
+    print(f"{args.steps} steps, {args.seeds} seeds: means and 95 % confidence intervals; else as evaluate.py generate says")
+    report(args.out, args.command, [{"variant": "held-out shapes"} | {key: real.get(key, "") for key in list(rows[0])[1:]}, *rows])
+    curves = {name: [(f"{name}, {folder.name[-1]}", folder / "backbone.csv", "held_out") for folder in each] for name, each in folders.items()}
+    plot_losses(curves, Path(args.out) / f"{args.command}-losses.png")
+    print(f"{args.out}/{args.command}-losses.png")
+
+
+def overfit(args):
+    """Does the fullest caption of each give that shape?"""
+    folder = train(args, f"--classes {args.of} --shapes {args.train_shapes}", 0)
+    split = prepare("train", args.train_shapes, args.cache, classes=[args.of])
+    captions, model = [max(each, key=len) for each in split.captions], LTM3D(folder, args.device)
+    jobs = [Job(f"shape-{row}", text, None, (args.seed, row)) for row, text in enumerate(captions)]
+    results = made(model, jobs, kept(args, folder.name, folder, *parts(args.rep)), shape(model, args.rep, args.resolution))
+    draw = split.cloud(range(len(split)), 2 * POINTS, np.random.default_rng(args.seed))[0]
+    true, again = draw[:, :POINTS].contiguous(), draw[:, POINTS:]
+    distance = chamfer_matrix(clouds(results), true)
+    rows = [{"caption": text, "Chamfer": distance[i, i].item(), "its floor": chamfer(true[i], again[i]), "nearest of the others":
+             distance[i, torch.arange(len(split)) != i].min().item(), "nearest is its own": float(captions[distance[i].argmin()] == text)}
+            for i, text in enumerate(captions)]
+    report(args.out, args.command, rows, mean_row=True)
+    drawn = [render_mesh(*painted(split.shape(row)), size=192) for row in range(len(split))]
+    drawn += [model.decode(torch.from_numpy(t), args.rep, job.seed, args.resolution).picture(192) for t, job in zip(results["tokens"], jobs)]
+    save_png(f"{args.out}/overfit-shapes.png", contact_sheet(drawn, len(split)))
+    print(f"{args.out}/overfit-shapes.png")
+
+
+TRAINED = [*VARIANTS, "overfit"]
+EXPERIMENTS = {name: compare_variants for name in VARIANTS} | {"overfit": overfit}

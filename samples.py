@@ -1,0 +1,187 @@
+"""samples.py - what a checkpoint makes of many prompts: sampled in batches, decoded, kept one by one, scored.
+
+    python evaluate.py generate --rep sdf       # a command that needs them
+"""
+import importlib.util
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import encoders
+from data import BuiltIn, Files, prepare
+from heads import with_needs
+from layers import UserError, digest, read_config
+from metrics import (chamfer, chamfer_matrix, cosine, diversity, frechet, kernel_distance, memorisation, mmd_cov_1nna, others,
+                     prompt_score, r_precision)
+from results import Kept, mean, weights
+from sample import LTM3D
+from shapes import CLASSES
+
+POINTS = 1024       # of a cloud under Chamfer distance
+BATCH = 64          # prompts sampled at once
+
+
+class Job(NamedTuple):
+    """One sample to make; with the seed (s, i) it is what `sample.py --n ... --seed s` calls i."""
+    name: str
+    text: str | None
+    picture: torch.Tensor | None          # 3 s s (images.py)
+    seed: tuple
+
+
+def made(model, jobs, kept, look, **options):
+    """What look(tokens n c, job) gives of each of some jobs of one kind, kept one by one: {key: values, a row a job}."""
+    todo = [job for job in jobs if job.name not in kept]
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=jobs[0].name.split("-")[0], unit="sample") as bar:
+        for some in (todo[i:i + BATCH] for i in range(0, len(todo), BATCH)):
+            start, (_, texts, pictures, seeds) = time.time(), zip(*some)
+            tokens = model.tokens(None if texts[0] is None else list(texts), list(seeds), None if pictures[0] is None else torch.stack(pictures), **options)
+            seconds = (time.time() - start) / len(some)
+            for job, each in zip(some, tokens):
+                kept(job.name, lambda: {"seconds": seconds} | look(each, job))
+                bar.update()
+    each = [kept(job.name, None) for job in jobs]
+    return {key: np.stack([one[key] for one in each]) for key in each[0]}
+
+
+def shape(model, rep, resolution, points=POINTS):
+    """The shape itself: its tokens, points on it, and what is sound of it."""
+    def look(tokens, job):
+        shape = model.decode(tokens, rep, job.seed, resolution)
+        cloud = (np.float32(x) for x in shape.surface(points, np.random.default_rng(job.seed)))
+        return {"tokens": tokens.cpu().numpy(), **dict(zip(("points", "normals", "colours"), cloud)), **shape.soundness()}
+    return look
+
+
+def parts(rep):
+    """The stages that a sample of a representation comes from."""
+    return "encoders", "backbone", "reconstruct", *(f"head-{name}" for name in with_needs([rep]))
+
+
+def kept(args, label, folder, *stages, **settings):
+    """Where the single results of a command and a checkpoint are, if of these stages and settings."""
+    rep = f"-{args.rep}" if "rep" in args else ""
+    return Kept(f"{args.out}/{args.command}{rep}/{label}", seed=args.seed, weights=weights(folder, *stages), data=args.data, copies=args.copies, **settings)
+
+
+def clouds(made):
+    return torch.from_numpy(made["points"])                   # n k 3
+
+
+# ---------------------------------------------------------------------------- features
+
+class Scorer:
+    """What says how near a cloud is to a prompt: the text and cloud towers of a checkpoint folder, or a Python file with
+    cloud(points, normals, colours) -> b e, of tensors b k 3, and, unless scores of prompts are not wanted, text(prompts) -> b e."""
+
+    def __init__(self, source, device="cpu"):
+        self.device = device
+        if Path(source).suffix != ".py":
+            self.weights = weights(source, "encoders")
+            model = encoders.load(source).to(device)
+            # trained on so many points; times the root of their number, channels have about unit variance
+            self.cloud = lambda *cloud: model.embed_cloud(*(x[:, :encoders.POINTS] for x in cloud)) * model.width ** .5
+            self.text = lambda prompts: model.embed_text(*model.tokenise(prompts))
+            return
+        try:
+            spec = importlib.util.spec_from_file_location("scorer", source)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            self.weights, self.cloud, self.text = digest(source), module.cloud, getattr(module, "text", None)
+        except Exception as error:                            # it may do anything
+            raise UserError(f"{source} gives no features ({type(error).__name__}: {error}); it has to define cloud(points, normals, colours)") from None
+
+    @torch.no_grad()
+    def clouds(self, *cloud):
+        """points, normals, colours, n k 3 each -> n e."""
+        parts = zip(*(torch.as_tensor(x, dtype=torch.float).split(BATCH) for x in cloud))
+        return torch.cat([self.cloud(*(x.to(self.device) for x in part)).float().cpu() for part in parts]).numpy()
+
+    @torch.no_grad()
+    def texts(self, prompts):                                 # -> n e
+        return torch.cat([self.text(prompts[i:i + BATCH]).float().cpu() for i in range(0, len(prompts), BATCH)]).numpy()
+
+
+def copied(folder, args, scorer, held_out, *sets):
+    """`memorisation` of sets of clouds (points, normals, colours), by the training shapes of a checkpoint; None if they are not at hand.
+    Chamfer distance is taken to the 16 training shapes of the nearest features."""
+    count = read_config(folder)["backbone"]["data"].split("-")[2]
+    source = Files("train", args.data, args.copies) if args.data else BuiltIn("train", int(count))
+    if not (Path(args.cache) / source.name).is_dir():
+        print(f"memorisation is left out: the training shapes of {folder} are not in {args.cache}; make them with: python data.py --shapes {count}")
+        return [None] * len(sets)
+    train = prepare("train", source.count, args.cache, data=args.data, copies=args.copies)
+    kept = Kept(f"{args.out}/{train.name}", scorer=scorer.weights)
+    draw = lambda rows: train.cloud(rows, POINTS, np.random.default_rng(0))
+    rows = np.array_split(np.arange(len(train)), -(-len(train) // BATCH))
+    features = kept("features", lambda: {"train": np.concatenate([scorer.clouds(*draw(some)) for some in tqdm(rows, desc="training shapes")])})["train"]
+    near = lambda cloud: cosine(scorer.clouds(*cloud), features).argsort(1)[:, :-17:-1]
+    tried = [near(cloud) for cloud in (held_out, *sets)]
+    some, place = np.unique(np.concatenate(tried), return_inverse=True)          # only those are read from disk
+    place, points = place.reshape(-1, 16), draw(some)[0]
+    first, results = len(tried[0]), []
+    for cloud, own in zip(sets, np.split(place[first:], np.cumsum([len(x) for x in tried[1:-1]]))):
+        results.append(memorisation(torch.as_tensor(cloud[0]), torch.as_tensor(held_out[0]), points, (own, place[:first])))
+    return results
+
+
+# ---------------------------------------------------------------------------- what generators are asked
+
+class Exam:
+    """Prompts for every generator alike, with what its shapes are measured by: held-out shapes, which it has not seen."""
+
+    def __init__(self, args, n, shapes):
+        self.args, self.n, self.scorer = args, n, Scorer(args.scorer, args.device or "cpu")
+        self.test = prepare("test", out=args.cache, data=args.data, copies=args.copies)
+        self.classes, count = np.array(self.test.classes), min(shapes, len(self.test) // 2)
+        self.names = [name for name in CLASSES if name in self.classes] if args.data is None else sorted(set(self.test.classes))
+        draw = self.test.cloud(range(len(self.test)), 2 * POINTS, np.random.default_rng(args.seed))
+        self.cloud, self.again = ([x[:, some] for x in draw] for some in (slice(POINTS), slice(POINTS, None)))
+        self.truth, self.rest = ([x[some] for x in self.cloud] for some in (slice(count), slice(count, 2 * count)))
+        self.captions = [max(captions, key=len) for captions in self.test.captions[:count]]        # the fullest
+        self.named = [Job(f"name-{name}-{i}", name, None, (args.seed, i)) for name in self.names for i in range(n)]
+        self.captioned = [Job(f"caption-{row}", text, None, (args.seed, row)) for row, text in enumerate(self.captions)]
+        if self.scorer.text:
+            self.asked, self.true = self.scorer.texts(self.captions), np.array([[a == b for b in self.captions] for a in self.captions])
+        self.features = self.scorer.clouds(*self.rest)
+
+    def told(self, features):
+        """How well shapes of these features obey the captions."""
+        return {"prompt score": prompt_score(self.asked, features), "R-precision": r_precision(self.asked, features, self.true)} if self.scorer.text else {}
+
+    def like(self, points, features):
+        """How much a set is like held-out shapes, not those described: of these, each of its samples has a twin."""
+        return {"Frechet": frechet(features, self.features), "kernel": kernel_distance(features, self.features),
+                **mmd_cov_1nna(torch.as_tensor(points), self.rest[0])}
+
+    def real(self):
+        """What the shapes described score themselves."""
+        near, features = np.mean([chamfer(*pair) for pair in zip(self.truth[0], self.again[0])]), self.scorer.clouds(*self.truth)
+        return {**self.told(features), "Chamfer to described": near, **self.like(self.truth[0], features), "memorisation": 1., "diversity": 1.}
+
+    def scores(self, folder, kept, **options):
+        """A checkpoint's -> a dict of all metrics, another of every class name, and its shapes from those names."""
+        args, model = self.args, LTM3D(folder, self.args.device).ready(self.args.rep)
+        print(f"{folder}, running on {model.reason}")
+        told, named = (made(model, jobs, kept, shape(model, args.rep, args.resolution), **options) for jobs in (self.captioned, self.named))
+        cloud = [torch.from_numpy(told[key]) for key in ("points", "normals", "colours")]
+        features, copies = self.scorer.clouds(*cloud), copied(folder, args, self.scorer, self.truth, cloud)[0]
+        near, by_class = [chamfer(*pair) for pair in zip(told["points"], self.truth[0])], []
+        distance = torch.cat([chamfer_matrix(part, self.cloud[0]) for part in tqdm(clouds(named).split(8), desc="Chamfer", unit="batch")])
+        sound = [key for key in ("one piece", "watertight", "closed edges") if key in named]
+        for i, name in enumerate(self.names):
+            own, same = slice(i * self.n, (i + 1) * self.n), self.classes == name
+            ours, real = diversity(clouds(named)[own]), others(self.cloud[0][same])
+            by_class.append({"class": name, "right class": np.mean(self.classes[distance[own].argmin(1)] == name)}
+                            | {key: named[key][own].mean() for key in sound}
+                            | {"Chamfer to nearest": distance[own][:, same].amin(1).mean().item(), "of held-out": real.amin(1).mean().item(),
+                               "diversity": ours, "diversity of held-out": real.mean().item(), "ratio": ours / real.mean().item()})
+        means = mean(by_class)
+        return {**self.told(features), "Chamfer to described": np.mean(near), **self.like(told["points"], features),
+                "memorisation": "" if copies is None else copies, "right class": means["right class"],
+                **{key: means[key] for key in sound}, "diversity": means["ratio"],
+                "seconds": np.mean([*told["seconds"], *named["seconds"]])}, by_class, named
