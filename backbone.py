@@ -18,7 +18,6 @@ from torch import nn
 
 from layers import Block, load_model, read_stage, time_embedding
 from prefix import Prefix, drops
-from reconstruct import blend
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
     "tiny": dict(dim=256, encoder=4, decoder=4, heads=8, prefix=8, head_dim=256, head_depth=3),
@@ -198,11 +197,11 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def generate(self, condition, seeds, steps=16, denoise_steps=None, cfg=2., temperature=1.,
-                 recon=None, alpha=.1, convention="figure", window=.75):
+                 steer=None, window=.75):
         """condition (prefix.py), one seed a sample -> shape tokens b n c. cfg: the strength of guidance, or one for each kind.
 
-        recon: b n c, the reconstructor's first guess, blended in during the first `window` of the
-        steps (a share if below 1, else a number of steps); None is sampling only.
+        steer: RGS, a function of the tokens sampled so far that gives what the MAE sees of them (reconstruct.py), during the first
+        `window` of the steps (a share if below 1, else a number of steps); None is sampling only.
         """
         b, n, device = len(seeds), self.tokens, self.unknown.device
         # a sample's randomness is its own, so that it does not depend on who else is in the batch
@@ -216,7 +215,7 @@ class Backbone(nn.Module):
         guided_early = window if window >= 1 else math.ceil(window * steps)
         x = torch.zeros(b, n, self.channels, device=device)
         for step, (known, then) in enumerate(schedule(n, steps)):
-            seen = x if recon is None or step >= guided_early else blend(x, recon, alpha, convention)     # RGS
+            seen = x if steer is None or step >= guided_early else steer(x)                               # RGS
             c = self.contexts(told, seen.repeat(branches, 1, 1), orders, known)
             c = c.gather(1, repeat(orders[:, known:then], "b m -> b m d", d=c.shape[-1]))
             place = repeat(order[:, known:then], "b m -> b m c", c=self.channels)

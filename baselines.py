@@ -57,9 +57,9 @@ class Diffusion(nn.Module):
         return self.denoiser.loss(self.net, rearrange(x, "b n c -> b (n c)"), prefix)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, denoise_steps=STEPS, cfg=2., temperature=1., recon=None, **_):
+    def generate(self, condition, seeds, denoise_steps=STEPS, cfg=2., temperature=1., steer=None, **_):
         """As Backbone.generate; there are no known tokens that RGS could blend, nor steps of unmasking."""
-        if recon is not None:
+        if steer:
             raise UserError("RGS blends known tokens, and this checkpoint denoises all at once; give --alpha none")
         device, steps = self.place.device, denoise_steps or STEPS
         noise = noise_of(map(np.random.default_rng, seeds), (self.denoiser.draws(steps), self.tokens * self.channels), device)
@@ -97,9 +97,9 @@ class Autoregressive(nn.Module):
         return self.denoiser.loss(self.net, x, c)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., recon=None, **_):
+    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., steer=None, **_):
         """As Backbone.generate, in n steps of one token each."""
-        if recon is not None:
+        if steer:
             raise UserError("RGS was made for tokens in random order, and this checkpoint makes them in turn; give --alpha none")
         b, n, steps = len(seeds), self.tokens, denoise_steps or self.denoiser.steps
         noise = noise_of(map(np.random.default_rng, seeds), (n, self.denoiser.draws(steps), self.channels), self.place.device)

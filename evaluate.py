@@ -44,6 +44,7 @@ from layers import Parser, between, claim, command, pick_device, read_config
 from metrics import chamfer, chamfer_matrix, emd
 from render import contact_sheet, save_png
 from results import Kept, compare, labels, mean, report
+from rgs import PROMPTS, ablate_rgs
 from sample import LTM3D, RESOLUTIONS, alpha
 from samples import POINTS, Exam, Job, clouds, kept, made, parts, shape
 from shapes import CLASSES
@@ -268,7 +269,7 @@ def evaluate_attributes(args):
 # ---------------------------------------------------------------------------- the commands
 
 COMMANDS = {"tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate,
-            "attributes": evaluate_attributes, "retrieval": evaluate_retrieval, "images": evaluate_images, "cross-view": evaluate_views} | EXPERIMENTS
+            "attributes": evaluate_attributes, "retrieval": evaluate_retrieval, "images": evaluate_images, "cross-view": evaluate_views, "ablate-rgs": ablate_rgs} | EXPERIMENTS
 
 
 def main():
@@ -288,17 +289,17 @@ def main():
         for name in names.split():
             sub[name].add_argument(*flags, **settings)
 
-    flag("tokenizer generate images cross-view " + " ".join(TRAINED), "--rep", type=heads.spelling, choices=list(HEADS), default="sdf",
+    flag("tokenizer generate images cross-view ablate-rgs " + " ".join(TRAINED), "--rep", type=heads.spelling, choices=list(HEADS), default="sdf",
          help="the representation to judge")
-    for names, shapes in (("tokenizer", 260), ("cross generate images", 208), ("joint", 52), ("cross-view", 26), (" ".join(TRAINED), 104)):
+    for names, shapes in (("tokenizer", 260), ("cross generate images", 208), ("joint", 52), ("cross-view ablate-rgs", 26), (" ".join(TRAINED), 104)):
         flag(names, "--shapes", type=between(2, 520), default=shapes, help="how many held-out shapes, all classes alike")
-    for names, n in (("generate", 16), ("attributes", 8), ("joint " + " ".join(TRAINED), 4)):
+    for names, n in (("generate", 16), ("attributes", 8), ("joint ablate-rgs " + " ".join(TRAINED), 4)):
         flag(names, "--n", type=between(2, 1000), default=n, help="samples of every prompt, where there are several")
-    flag("joint generate images cross-view " + " ".join(TRAINED), "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
+    flag("joint generate images cross-view ablate-rgs " + " ".join(TRAINED), "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     flag("tokenizer", "--points", type=between(100, 10 ** 7), default=100_000, help="surface points a side of the F-score")
     flag("cross", "--reps", nargs="+", choices=list(HEADS), default=list(HEADS), help="representations to compare")
     flag("generate", "--quick", action="store_true", help="a quarter of it: --n 4 --shapes 104")
-    flag("generate " + " ".join(TRAINED), "--scorer", default="checkpoints/tiny", help="what gives features of clouds and prompts: a trained folder, "
+    flag("generate ablate-rgs " + " ".join(TRAINED), "--scorer", default="checkpoints/tiny", help="what gives features of clouds and prompts: a trained folder, "
          "or a Python file that defines cloud(points, normals, colours) and text(prompts), e.g. with ULIP's weights")
     flag("attributes", "--check", action="store_true", help="only try the checkers, on the held-out shapes themselves")
     flag("generate attributes images", "--alpha", type=alpha, default="auto", help="RGS weight of the sampled tokens; 'none' is sampling only "
@@ -310,7 +311,11 @@ def main():
     flag(names, "--steps", type=between(1), default=1200, help="training steps of every variant")
     flag(names, "--train-shapes", type=between(2), default=20_800, help="built-in shapes that every variant learns from")
     flag(names, "--runs", default="runs/experiments", help="folder of the variants, which the experiments share")
-    flag(" ".join(VARIANTS), "--seeds", type=between(1, 100), default=3, help="trainings of every variant")
+    flag("ablate-rgs " + " ".join(VARIANTS), "--seeds", type=between(1, 100), default=3, help="samplings of every rule, or trainings of every variant")
+    flag("ablate-rgs", "--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS), help="what to ask with")
+    flag("ablate-rgs", "--alphas", nargs="*", type=between(0, 1, float), default=[0, .05, .1, .2, .3, .5, .9], help="weights of the sampled tokens")
+    flag("ablate-rgs", "--windows", nargs="*", type=between(.01, .99, float), default=[.25, .5], help="shares of the steps besides .75, at a = .1")
+    flag("ablate-rgs", "--within", nargs="*", type=between(0, 100, float), default=[1, 1.5, 2], help="reaches of our rule, in standard deviations")
     flag("overfit", "--of", choices=CLASSES, default="chair", help="the class")
     sub["overfit"].set_defaults(train_shapes=10, steps=400)
     flag("ablate-encoder", "--text-encoders", nargs="+", default=[], metavar="NAME", help="text encoders of transformers to try as well (pretrained.py)")

@@ -6,10 +6,12 @@ A deterministic first guess of all shape tokens, trained apart from the backbone
 tokenizer's tokens: the mean of what the prompt allows. While generating, the first steps show the
 backbone known tokens that are blended with it (`blend`, RGS), and so keep to what was asked for.
 
+Showing a mean costs diversity. So the reconstructor also says how far a token may be from its guess,
+log sigma^2 by maximum likelihood of N(x_recon, sigma^2), and `within` only calls back what strays.
+
     python train.py --rep sdf --stage reconstruct
 """
 import torch
-import torch.nn.functional as F
 from einops import repeat
 from torch import nn
 
@@ -30,16 +32,20 @@ class Reconstructor(nn.Module):
         self.cross = Block(dim, heads, context_dim=dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
+        self.doubt = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, channels))
 
-    def forward(self, condition, drop=None):                                      # -> b n c
+    def forward(self, condition, drop=None):                                      # -> x_recon, log sigma^2, b n c each
         context, mask = self.conditions(condition, drop)
         x = self.cross(repeat(self.query, "n d -> b n d", b=len(context)), context, mask)
         for block in self.blocks:
             x = block(x)
-        return self.out(x).float()
+        return self.out(x).float(), self.doubt(x.detach()).float()                # the guess is that of MSE alone
 
     def loss(self, tokens, condition):
-        return F.mse_loss(self(condition, drops(len(tokens), condition, tokens.device)), tokens)
+        recon, doubt = self(condition, drops(len(tokens), condition, tokens.device))
+        error = (recon - tokens) ** 2
+        unlikely = (doubt + error.detach() / doubt.exp()).mean() / 2              # -log N(x; x_recon, sigma^2), but for a constant
+        return error.mean() + unlikely, {"error": error.mean().detach(), "unlikely": unlikely.detach()}
 
 
 def blend(sampled, recon, alpha, convention="figure"):
@@ -50,6 +56,12 @@ def blend(sampled, recon, alpha, convention="figure"):
     """
     weight = alpha if convention == "figure" else 1 - alpha                       # of the sampled tokens
     return torch.lerp(recon, sampled, weight)
+
+
+def within(sampled, recon, doubt, reach):
+    """RGS that keeps diversity: sampled tokens as they are, as long as they are within `reach` standard deviations of the guess."""
+    far = reach * (doubt / 2).exp()
+    return recon + (sampled - recon).clamp(-far, far)
 
 
 def load(folder):

@@ -55,17 +55,21 @@ class LTM3D:
         return self
 
     @torch.no_grad()
-    def tokens(self, prompts, seeds, pictures=None, alpha="auto", **options):
-        """prompts (a list), pictures b 3 s s (images.py) or both, one seed each -> shape tokens b n c. alpha None: no RGS; auto: for
-        pictures, which say nearly all there is to know about a shape."""
+    def tokens(self, prompts, seeds, pictures=None, alpha="auto", convention="figure", within=None, **options):
+        """prompts (a list), pictures b 3 s s (images.py) or both, one seed each -> shape tokens b n c. RGS (reconstruct.py): alpha None is
+        none, auto blends for pictures, which say nearly all there is to know about a shape; within is the other rule, in its place."""
         if not (alpha in ("auto", None) or not isinstance(alpha, str) and 0 <= alpha <= 1):
             raise ValueError(f"alpha must be a number from 0 to 1, None or 'auto', not {alpha!r}")
         if alpha == "auto":
-            alpha = None if pictures is None else .1
+            alpha = None if pictures is None or not isinstance(self.backbone, backbone.Backbone) else .1
         with self.autocast():
-            condition = self.towers.encode(prompts, pictures)
-            recon = None if alpha is None else self.reconstruct(condition)
-            return self.backbone.generate(condition, seeds, recon=recon, alpha=alpha, **options).float()
+            condition, steer = self.towers.encode(prompts, pictures), None
+            if within is not None:
+                recon, doubt = self.reconstruct(condition)
+                steer = functools.partial(reconstruct.within, recon=recon, doubt=doubt, reach=within)
+            elif alpha is not None:
+                steer = functools.partial(reconstruct.blend, recon=self.reconstruct(condition)[0], alpha=alpha, convention=convention)
+            return self.backbone.generate(condition, seeds, steer=steer, **options).float()
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (export.py), a function of the tokens and the seed."""
@@ -76,7 +80,7 @@ class LTM3D:
 
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, **options):
         """n shapes of one prompt, a picture file or both; options as for `tokens`: steps, denoise_steps, cfg, temperature, alpha,
-        window, convention."""
+        window, convention, within."""
         if rep not in heads.HEADS:
             raise ValueError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
         seeds = [(seed, i) for i in range(n)]
@@ -119,6 +123,8 @@ def arguments():
     parser.add_argument("--window", type=between(0, 10_000, float), default=.75, help="how long RGS lasts: a share of the steps below 1, else a number of steps")
     parser.add_argument("--convention", choices=["figure", "text"], default="figure",
                         help="alpha weighs the sampled tokens (figure) or the reconstruction (text)")
+    parser.add_argument("--within", type=between(0, 100, float), help="RGS by another rule, in alpha's place: in the first steps, tokens may be so many "
+                        "standard deviations from the reconstruction (1.5 keeps nearly all variety)")
     parser.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side when the surface is extracted")
     parser.add_argument("--points", type=between(1, 1_000_000), help=f"of a point cloud or of Gaussians (default: {heads.PointHead.COUNT}, "
                                                        f"{heads.GaussianHead.COUNT})")
@@ -166,7 +172,7 @@ def main():
     prompts = None if args.text is None else [args.text] * args.n
     tokens = model.tokens(prompts, [(args.seed, i) for i in range(args.n)], picture, args.alpha, steps=args.steps,
                           denoise_steps=args.denoise_steps, cfg={"text": args.cfg, "image": args.cfg_image}, temperature=args.temperature,
-                          window=args.window, convention=args.convention)
+                          window=args.window, convention=args.convention, within=args.within)
     lap("tokens")
     out, pictures = claim(args.out), []
     for i, t in enumerate(tokens):

@@ -106,27 +106,23 @@ class Scorer:
         return torch.cat([self.text(prompts[i:i + BATCH]).float().cpu() for i in range(0, len(prompts), BATCH)]).numpy()
 
 
-def copied(folder, args, scorer, held_out, *sets):
-    """`memorisation` of sets of clouds (points, normals, colours), by the training shapes of a checkpoint; None if they are not at hand.
+def copied(folder, args, scorer, held_out, cloud):
+    """`memorisation` of a set of clouds (points, normals, colours), by the training shapes of a checkpoint, "" if they are not at hand.
     Chamfer distance is taken to the 16 training shapes of the nearest features."""
     count = read_config(folder)["backbone"]["data"].split("-")[2]
     source = Files("train", args.data, args.copies) if args.data else BuiltIn("train", int(count))
     if not (Path(args.cache) / source.name).is_dir():
         print(f"memorisation is left out: the training shapes of {folder} are not in {args.cache}; make them with: python data.py --shapes {count}")
-        return [None] * len(sets)
+        return ""
     train = prepare("train", source.count, args.cache, data=args.data, copies=args.copies)
     kept = Kept(f"{args.out}/{train.name}", scorer=scorer.weights)
     draw = lambda rows: train.cloud(rows, POINTS, np.random.default_rng(0))
     rows = np.array_split(np.arange(len(train)), -(-len(train) // BATCH))
     features = kept("features", lambda: {"train": np.concatenate([scorer.clouds(*draw(some)) for some in tqdm(rows, desc="training shapes")])})["train"]
-    near = lambda cloud: cosine(scorer.clouds(*cloud), features).argsort(1)[:, :-17:-1]
-    tried = [near(cloud) for cloud in (held_out, *sets)]
-    some, place = np.unique(np.concatenate(tried), return_inverse=True)          # only those are read from disk
-    place, points = place.reshape(-1, 16), draw(some)[0]
-    first, results = len(tried[0]), []
-    for cloud, own in zip(sets, np.split(place[first:], np.cumsum([len(x) for x in tried[1:-1]]))):
-        results.append(memorisation(torch.as_tensor(cloud[0]), torch.as_tensor(held_out[0]), points, (own, place[:first])))
-    return results
+    tried = [cosine(scorer.clouds(*some), features).argsort(1)[:, :-17:-1] for some in (cloud, held_out)]
+    rows, place = np.unique(np.concatenate(tried), return_inverse=True)          # only those are read from disk
+    ours, theirs = np.split(place.reshape(-1, tried[0].shape[1]), [len(tried[0])])
+    return memorisation(cloud[0], held_out[0], draw(rows)[0], (ours, theirs))
 
 
 # ---------------------------------------------------------------------------- what generators are asked
@@ -138,7 +134,7 @@ class Exam:
         self.args, self.n, self.scorer = args, n, Scorer(args.scorer, args.device or "cpu")
         self.test = prepare("test", out=args.cache, data=args.data, copies=args.copies)
         self.classes, count = np.array(self.test.classes), min(shapes, len(self.test) // 2)
-        self.names = [name for name in CLASSES if name in self.classes] if args.data is None else sorted(set(self.test.classes))
+        self.names = [name for name in (CLASSES if args.data is None else sorted(set(self.classes))) if (self.classes == name).sum() > 1]
         draw = self.test.cloud(range(len(self.test)), 2 * POINTS, np.random.default_rng(args.seed))
         self.cloud, self.again = ([x[:, some] for x in draw] for some in (slice(POINTS), slice(POINTS, None)))
         self.truth, self.rest = ([x[some] for x in self.cloud] for some in (slice(count), slice(count, 2 * count)))
@@ -169,7 +165,7 @@ class Exam:
         print(f"{folder}, running on {model.reason}")
         told, named = (made(model, jobs, kept, shape(model, args.rep, args.resolution), **options) for jobs in (self.captioned, self.named))
         cloud = [torch.from_numpy(told[key]) for key in ("points", "normals", "colours")]
-        features, copies = self.scorer.clouds(*cloud), copied(folder, args, self.scorer, self.truth, cloud)[0]
+        features, copies = self.scorer.clouds(*cloud), copied(folder, args, self.scorer, self.truth, cloud)
         near, by_class = [chamfer(*pair) for pair in zip(told["points"], self.truth[0])], []
         distance = torch.cat([chamfer_matrix(part, self.cloud[0]) for part in tqdm(clouds(named).split(8), desc="Chamfer", unit="batch")])
         sound = [key for key in ("one piece", "watertight", "closed edges") if key in named]
@@ -182,6 +178,6 @@ class Exam:
                                "diversity": ours, "diversity of held-out": real.mean().item(), "ratio": ours / real.mean().item()})
         means = mean(by_class)
         return {**self.told(features), "Chamfer to described": np.mean(near), **self.like(told["points"], features),
-                "memorisation": "" if copies is None else copies, "right class": means["right class"],
+                "memorisation": copies, "right class": means["right class"],
                 **{key: means[key] for key in sound}, "diversity": means["ratio"],
                 "seconds": np.mean([*told["seconds"], *named["seconds"]])}, by_class, named

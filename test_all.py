@@ -43,9 +43,11 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import backbone
+import baselines
 import data
 import encoders
 import evaluate
+import experiments
 import export
 import fit
 import heads
@@ -60,12 +62,14 @@ import real
 import reconstruct
 import render
 import sample
+import samples
 import shapes
 import solids
 import soup
 import tokenizer
 import train
 import vision
+import watch
 from layers import UserError, command
 from judges import grid_iou
 from prefix import DROPS, Prefix, drops
@@ -127,7 +131,7 @@ def train_small(patch, folder, count, *args):
     """train.py at the size SMALL on `count` shapes, which are also those it is tested on -> exit status."""
     for module, size in SMALL.items():
         patch.setitem(module.SIZES, "small", size)
-    patch.setattr(train, "prepare", lambda split, _, *rest: data.prepare("train", count, *rest))
+    patch.setattr(train, "prepare", lambda split, _, *rest, **more: data.prepare("train", count, *rest, **more))
     patch.setattr(train, "CLASSES", ("table", "chair"))
     return run(train.main, "--size", "small", "--shapes", count, "--out", folder, "--cache", folder.parent / "cache", *args)
 
@@ -1096,11 +1100,11 @@ def test_training_drops_as_often_as_said():
 
 # ---------------------------------------------------------------------------- backbone
 
-def small_backbone(denoiser="flow"):
+def small_backbone(denoiser="flow", generator="masked"):
     """Random weights everywhere, also where training starts with zeros."""
     torch.manual_seed(0)
-    model = backbone.Backbone(27, 8, WIDTHS, **SMALL[backbone], denoiser=denoiser).eval()
-    for p in model.net.parameters():
+    model = baselines.GENERATORS[generator](tokens=27, channels=8, widths=WIDTHS, **SMALL[backbone], denoiser=denoiser).eval()
+    for p in model.net.parameters() if isinstance(model.net, nn.Module) else ():
         nn.init.normal_(p, std=.15)
     return model, prompted()
 
@@ -1110,9 +1114,9 @@ def test_training_sees_every_moment_of_generation(monkeypatch):
     model, condition = small_backbone()
     known = []
 
-    def contexts(prefix, x, order, count):
+    def contexts(told, x, order, count):
         known.append(count)
-        return torch.zeros(*x.shape[:2], prefix.shape[-1])
+        return torch.zeros(*x.shape[:2], told[0].shape[-1])
     monkeypatch.setattr(model, "contexts", contexts)
     for _ in range(300):
         model.loss(torch.zeros(3, 27, 8), condition)
@@ -1136,7 +1140,7 @@ def test_schedules_place_every_token_once():
 def test_contexts_ignore_unknown_tokens():
     """Whatever stands in places that are not known, every context vector stays; known places matter."""
     model, condition = small_backbone()
-    prefix, x = model.prefix(condition), torch.randn(3, 27, 8)
+    prefix, x = model.told(condition), torch.randn(3, 27, 8)
     order, known = torch.rand(3, 27).argsort(1), 10
     unknown = order[:, known:, None].expand(-1, -1, 8)
     c = model.contexts(prefix, x, order, known)
@@ -1182,10 +1186,11 @@ def test_guidance_shares_its_noise():
     assert torch.equal(backbone.guided(net, x, t, c[:6], []), both)
 
 
-@pytest.mark.parametrize("denoiser", backbone.DENOISERS)
-def test_a_sample_does_not_depend_on_its_batch(denoiser):
+@pytest.mark.parametrize("denoiser, generator", [(denoiser, "masked") for denoiser in backbone.DENOISERS]
+                         + [("flow", name) for name in baselines.GENERATORS if name != "masked"])
+def test_a_sample_does_not_depend_on_its_batch(denoiser, generator):
     """Three samples together = each alone, whatever was drawn before; another seed is another sample."""
-    model, condition = small_backbone(denoiser)
+    model, condition = small_backbone(denoiser, generator)
     options = dict(steps=5, denoise_steps=4)
     together = model.generate(condition, [7, 8, 9], **options)
     for i in range(3):
@@ -1244,13 +1249,93 @@ def test_reconstruction_guides_the_first_steps():
     model, condition = small_backbone()
     recon = 3 * torch.randn(3, 27, 8)
     make = functools.partial(model.generate, condition, [0, 1, 2], steps=8, denoise_steps=4)
+    blend = lambda alpha=.1, convention="figure": lambda x: reconstruct.blend(x, recon, alpha, convention)
     plain = make()
-    assert torch.equal(plain, make(recon=recon, alpha=1.)) and torch.equal(plain, make(recon=recon, alpha=0., convention="text"))
-    assert torch.equal(make(recon=recon, window=2), make(recon=recon, window=.25))
-    assert torch.equal(plain, make(recon=recon, window=1))             # nothing is known yet in the first step
-    changed = (make(recon=recon, window=2) != plain).any(-1).sum(1)
+    assert torch.equal(plain, make(steer=blend(1.))) and torch.equal(plain, make(steer=blend(0., "text")))
+    assert torch.equal(make(steer=blend(), window=2), make(steer=blend(), window=.25))
+    assert torch.equal(plain, make(steer=blend(), window=1))           # nothing is known yet in the first step
+    changed = (make(steer=blend(), window=2) != plain).any(-1).sum(1)
     placed = backbone.schedule(27, 8)[0][1]
     assert (changed == 27 - placed).all()
+
+
+def test_what_is_near_the_guess_is_left_alone():
+    """within: nothing nearer than `reach` standard deviations moves; what strays is called back just so far, and 0 is the guess."""
+    x, recon, doubt = torch.tensor([0., .9, -3, 5]), torch.tensor([0., 0, 0, 4]), 2 * torch.tensor([0., 0, 0, 2])
+    assert torch.equal(reconstruct.within(x, recon, doubt, 1.), torch.tensor([0., .9, -1, 5]))       # sigmas 1, 1, 1, e^2
+    assert torch.equal(reconstruct.within(x, recon, doubt, 0.), recon) and torch.equal(reconstruct.within(x, recon, doubt, 9.), x)
+
+
+def test_the_reconstructor_knows_its_doubt():
+    """Tokens that a prompt decides get a small sigma, tokens that it leaves open their true one; the guess is the mean of what may be."""
+    torch.manual_seed(0)
+    model = reconstruct.Reconstructor(2, 1, {"text": 8}, dim=32, depth=1, heads=2)
+    told = torch.randn(4, 1, 8)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(400):
+        which = torch.randint(4, (64,))
+        tokens = torch.stack([which - 1.5, .7 * torch.randn(64)], 1)[..., None]          # the first says which, the second is noise
+        model.loss(tokens, {"text": (told[which], torch.ones(64, 1, dtype=torch.bool))})[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    recon, doubt = model({"text": (told, torch.ones(4, 1, dtype=torch.bool))})
+    assert (recon[:, 0, 0] - (torch.arange(4) - 1.5)).abs().max() < .3 and recon[:, 1].abs().max() < .3
+    sigma = (doubt / 2).exp()[..., 0]
+    assert abs(sigma[:, 1].mean() - .7) < .1 and sigma[:, 0].max() < .45 * sigma[:, 1].min()
+
+
+# ---------------------------------------------------------------------------- baselines
+
+@pytest.mark.parametrize("size", backbone.SIZES)
+def test_peers_are_as_large(size):
+    """Of every size, all generators have the same number of parameters, to 6 %."""
+    with torch.device("meta"):
+        settings = dict(tokens=64, channels=16, widths=WIDTHS, **backbone.SIZES[size])
+        count = {name: sum(p.numel() for p in kind(**settings).parameters()) for name, kind in baselines.GENERATORS.items()}
+    assert all(abs(each / count["masked"] - 1) < .06 for each in count.values()), count
+
+
+@pytest.mark.parametrize("generator", baselines.GENERATORS)
+def test_every_generator_learns_what_belongs_to_a_prompt(generator):
+    """Two prompts, two sets of tokens: after some steps each prompt gives its own."""
+    torch.manual_seed(0)
+    model = baselines.GENERATORS[generator](tokens=6, channels=3, widths={"text": 8}, dim=32, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2)
+    x, condition = torch.randn(2, 6, 3).repeat(16, 1, 1), {"text": (torch.randn(2, 4, 8).repeat(16, 1, 1), torch.ones(32, 4, dtype=torch.bool))}
+    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    for _ in range(250):
+        model.loss(x, condition).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    made = model.eval().generate({"text": tuple(y[:2] for y in condition["text"])}, [0, 1], steps=4, cfg=1.)
+    far = ((made[:, None] - x[None, :2]) ** 2).mean((2, 3)).sqrt()
+    assert far.diag().max() < .35 < .7 < far[0, 1] and far[1, 0] > .7
+
+
+def test_a_chain_does_not_look_ahead():
+    """autoregressive: c_i depends on every token before i and on none from it on."""
+    model, condition = small_backbone(generator="autoregressive")
+    prefix, x = model.prefix(condition), torch.randn(3, 26, 8)
+    c, other = model.contexts(prefix, x), x.clone()
+    other[:, 10] += 1
+    same = torch.isclose(c, model.contexts(prefix, other), atol=1e-6).all(-1).all(0)
+    assert same[:11].all() and not same[11:].any()                     # x_11 is the first token that may know of the 11th
+
+
+def test_ways_to_tell_differ_in_what_they_hear():
+    """pooled and bag of words do not hear an order of what they are told, a prefix does not either, the text tower does; nobody hears what
+    is masked."""
+    condition = prompted()
+    turned = {kind: (x.flip(1), mask.flip(1)) for kind, (x, mask) in condition.items()}
+    noisy = {kind: (x.masked_fill(~mask[..., None], 9.), mask) for kind, (x, mask) in condition.items()}
+    for generator in ("masked", "pooled", "cross"):
+        model, _ = small_backbone(generator=generator)
+        x, order = torch.randn(3, 27, 8), torch.rand(3, 27).argsort(1)
+        say = lambda told: model.contexts(model.told(told), x, order, 9)
+        assert torch.allclose(say(condition), say(turned), atol=1e-5) and torch.allclose(say(condition), say(noisy), atol=1e-5)
+        assert not torch.allclose(say(condition), say({kind: (-y, mask) for kind, (y, mask) in condition.items()}), atol=1e-3)
+    bag = baselines.Bag("cpu")
+    one, same, other = (bag.tokens([text])[0] for text in ("a red chair with a blue lamp", "blue with lamp red chair", "a blue chair"))
+    assert torch.allclose(one, same, atol=1e-5) and not torch.allclose(one, other, atol=.1)
 
 
 # ---------------------------------------------------------------------------- train
@@ -1333,28 +1418,106 @@ def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
     assert isinstance(export.read(tmp_path / "out/a-table-0-gs.ply"), export.Gaussians)
 
 
-def test_evaluations_write_their_tables(four, tmp_path, monkeypatch):
-    """Representations are judged and compared; the figures are numbers and lie in Markdown and CSV."""
-    monkeypatch.setattr(evaluate, "prepare", lambda split="test", count=None, *_, **more: data.prepare(
-        "train", 2, tmp_path.parent / "cache", kinds=more.get("kinds", ["surface"])))
-    monkeypatch.setattr(evaluate, "CLASSES", ("table", "chair"))
-    checkpoint = ("--checkpoint", four, "--out", tmp_path)
-    monkeypatch.setattr(evaluate, "POINTS", 64)
-    assert run(evaluate.main, "tokenizer", "--rep", "pc", "--shapes", 2, *checkpoint) == 0            # joint does the others
-    for name, count in (("images", 2), ("views", 1)):
-        assert run(evaluate.main, name, "--shapes", count, "--resolution", 32, *checkpoint) == 0
-    assert run(evaluate.main, "cross", "--reps", "sdf", "pc", "--shapes", 1, *checkpoint) == 0
-    assert run(evaluate.main, "retrieval", *checkpoint) == 0
-    assert run(evaluate.main, "joint", "--checkpoints", four, "--shapes", 1, "--n", 1, "--resolution", 32, *checkpoint) == 0
-    assert [row["rep"] for row in csv.DictReader((tmp_path / "joint.csv").open())] == ["sdf", "pc", "mesh", "gs"]
-    assert (tmp_path / "joint.png").is_file()
-    assert (tmp_path / "images-sdf.png").is_file()
-    told = {row.pop("told"): float(row["Chamfer"]) for row in csv.DictReader((tmp_path / "images-sdf.csv").open())}
+@pytest.fixture
+def examined(tmp_path_factory, monkeypatch):
+    """Four tables and four chairs in the place of the held-out shapes, few points of each."""
+    def prepare(split="test", count=None, *_, kinds=("surface",), **more):
+        return data.prepare("train", 8, tmp_path_factory.getbasetemp() / "examined", kinds=kinds, classes=["table", "chair"], workers=1)
+    for module in (evaluate, samples, experiments):
+        for name, value in (("prepare", prepare), ("CLASSES", ("table", "chair")), ("POINTS", 64)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+
+
+def rows_of(path):
+    """A table's rows; it is there in all three forms, and its numbers are numbers."""
+    assert path.with_suffix(".md").is_file() and path.with_suffix(".png").is_file()
+    rows = list(csv.DictReader(path.with_suffix(".csv").open()))
+    assert rows and all(np.isfinite(float(v)) for row in rows for k, v in list(row.items())[1:] if v and k not in ("rep", "checkpoint", "reconstruction"))
+    return rows
+
+
+def test_evaluations_write_their_tables(four, tmp_path, examined):
+    """Representations are judged and compared; what is done is not done again."""
+    flags = ("--checkpoint", four, "--out", tmp_path)
+    assert run(evaluate.main, "tokenizer", "--rep", "pc", "--shapes", 2, *flags) == 0            # joint does the others
+    for name, count in (("images", 2), ("cross-view", 2)):
+        assert run(evaluate.main, name, "--shapes", count, "--resolution", 32, *flags) == 0
+    assert run(evaluate.main, "cross", "--reps", "sdf", "pc", "--shapes", 2, *flags) == 0
+    assert run(evaluate.main, "retrieval", *flags) == 0
+    assert run(evaluate.main, "joint", "--shapes", 2, "--n", 2, "--resolution", 32, *flags) == 0
+    assert [row["rep"] for row in rows_of(tmp_path / "joint")] == ["sdf", "pc", "mesh", "gs"]
+    assert (tmp_path / "joint-losses.png").is_file() and (tmp_path / f"images-sdf-{four.name}.png").is_file()
+    told = {row.pop("told"): float(row["Chamfer"]) for row in rows_of(tmp_path / "images-sdf")}
     floor = told.pop("(two samplings of the true surface)")
-    assert len(told) == 5 and all(floor < other < .5 for other in told.values())
-    for name in ("tokenizer-pc", "cross", "retrieval", "views-sdf"):
-        rows = list(csv.DictReader((tmp_path / f"{name}.csv").open()))
-        assert rows and (tmp_path / f"{name}.md").is_file() and all(np.isfinite(float(v)) for row in rows[:-1] for v in list(row.values())[1:])
+    assert len(told) == 5 and all(floor < other < 1.5 for other in told.values())
+    for name in ("tokenizer-pc", "cross", "retrieval", "cross-view-sdf"):
+        assert rows_of(tmp_path / name)
+
+
+def test_a_stopped_evaluation_goes_on(four, overfitted, tmp_path, examined, monkeypatch, capsys):
+    """generate: stopped at a sample it makes only the others, with the same table as one that was not; several checkpoints stand side by
+    side; results of other settings are one clear line, a damaged one too."""
+    decode, seen = sample.LTM3D.decode, []
+
+    def counted(self, *args, stop=None):
+        seen.append(args)
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        return decode(self, *args)
+
+    generate = lambda out, *more: run(evaluate.main, "generate", "--n", 2, "--shapes", 4, "--resolution", 32, "--scorer", overfitted,
+                                      "--checkpoint", four, *more, "--out", tmp_path / out)
+    monkeypatch.setattr(evaluate, "draw", lambda *_: None)
+    monkeypatch.setattr(sample.LTM3D, "decode", counted)
+    assert generate("whole") == 0 and len(seen) == 8                   # four captions, twice two names
+    seen.clear()
+    monkeypatch.setattr(sample.LTM3D, "decode", functools.partialmethod(counted, stop=6))
+    assert generate("cut") == 130
+    monkeypatch.setattr(sample.LTM3D, "decode", counted)
+    seen.clear()
+    assert generate("cut") == 0 and len(seen) == 3
+    one, other = ([{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path / out / "generate-sdf")] for out in ("whole", "cut"))
+    assert one == other and [row["checkpoint"] for row in one] == ["held-out shapes", "four"]
+    seen.clear()
+    assert generate("cut", overfitted) == 0 and len(seen) == 8         # the second checkpoint's
+    assert [row["checkpoint"] for row in rows_of(tmp_path / "cut/generate-sdf")] == ["held-out shapes", "four", "overfitted"]
+    capsys.readouterr()
+    assert generate("cut", "--seed", 1) == 2
+    assert "holds results of other settings (seed: 0, now 1); delete it, or give another --out" in capsys.readouterr().err
+    (tmp_path / "cut/generate-sdf/four/caption-0.npz").write_bytes(b"torn")
+    assert generate("cut") == 2 and "caption-0.npz is damaged" in capsys.readouterr().err
+
+
+def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, monkeypatch, capsys):
+    """versus: variants with the same shapes, prompts and steps, trained once; one that was trained otherwise is an error."""
+    def trained(command):
+        flags = dict(zip(command[2::2], command[3::2]))
+        calls.append(flags)
+        with pytest.MonkeyPatch.context() as patch:
+            return subprocess.CompletedProcess(command, train_small(patch, Path(flags["--out"]), 2, *command[2:], "--batch", 2))
+    calls = []
+    monkeypatch.setattr(experiments.subprocess, "run", trained)
+    versus = lambda *flags: run(evaluate.main, "versus", "--checkpoint", overfitted, "--seeds", 1, "--n", 2, "--shapes", 4, "--resolution", 32, "--steps", 2,
+                                "--train-shapes", 2, "--scorer", overfitted, "--runs", tmp_path / "runs", "--cache", tmp_path / "cache", "--out", tmp_path / "out", *flags)
+    assert versus() == 0
+    assert [row["variant"] for row in rows_of(tmp_path / "out/versus")] == ["held-out shapes", "LTM3D", "latent diffusion", "autoregressive"]
+    assert (tmp_path / "out/versus-losses.png").is_file()
+    assert len(calls) == 3 and versus() == 0 and len(calls) == 3
+    assert versus("--steps", 3) == 2 and "was trained for 2 steps" in capsys.readouterr().err
+
+
+def test_features_of_somebody_else(tmp_path, capsys):
+    """--scorer FILE.py: whatever it says counts; a file that gives no features is one clear line."""
+    (tmp_path / "mine.py").write_text("def cloud(points, normals, colours):\n    return points.mean(1)\n")
+    scorer = samples.Scorer(str(tmp_path / "mine.py"))
+    points = np.random.default_rng(0).random((100, 8, 3))
+    assert np.allclose(scorer.clouds(points, points, points), points.mean(1), atol=1e-6) and scorer.text is None
+    for text, words in (("x = 1", "no attribute 'cloud'"), ("1 +", "SyntaxError"), ("import ulip", "No module named 'ulip'")):
+        (tmp_path / "bad.py").write_text(text)
+        assert run(evaluate.main, "generate", "--scorer", tmp_path / "bad.py", "--out", tmp_path) == 2
+        assert words in capsys.readouterr().err
+    assert run(evaluate.main, "generate", "--scorer", tmp_path / "none.py", "--out", tmp_path) == 2
 
 
 def test_a_module_may_learn_faster():
@@ -1368,8 +1531,8 @@ def test_a_module_may_learn_faster():
 
 def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
-    monkeypatch.setattr(train, "class_accuracy", lambda *_: 0.)
-    monkeypatch.setattr(train, "picture", lambda *_: np.zeros((160, 160, 3), np.uint8))
+    monkeypatch.setattr(watch, "class_accuracy", lambda *_: 0.)
+    monkeypatch.setattr(watch, "picture", lambda *_: np.zeros((160, 160, 3), np.uint8))
     assert train_small(monkeypatch, tmp_path / "own", 2, "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2) == 0
     assert layers.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
     assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}

@@ -216,11 +216,11 @@ def train_reconstruct(run):
     model = reconstruct_.Reconstructor(**settings)
 
     def loss_of(model, split, rng):
-        return model.loss(*paired(run, towers, split, tokens[split], rng, run.settings["reconstruct"][1])), {}
+        return model.loss(*paired(run, towers, split, tokens[split], rng, run.settings["reconstruct"][1]))
 
     def show(model):
         with run.autocast():
-            x = model(towers.encode(run.prompts))
+            x, _ = model(towers.encode(run.prompts))
         return contact_sheet([watch.picture(run, heads, t) for t in x], 7, run.prompts)
 
     model, seconds = fit(run, "reconstruct", model, loss_of, show)

@@ -68,7 +68,7 @@ class Vision(nn.Module):
     def loss(self, pictures, clouds, own, reader, tokens):
         """clouds: k e, of all shapes; own: b, the row of each picture's shape; tokens: b n c, of each picture's shape."""
         condition = self.condition(pictures)
-        picture, error = self.embed(condition[0]), F.mse_loss(reader({"image": condition}), tokens)
+        picture, error = self.embed(condition[0]), F.mse_loss(reader({"image": condition})[0], tokens)
         with torch.autocast(picture.device.type, enabled=False):
             score = picture @ clouds.T * self.scale.exp().clamp(max=100)
             loss = F.cross_entropy(score, own)
