@@ -45,6 +45,11 @@ QUESTIONS = {
     "new, what is copied?", "overfit": "The paper's first experiment, ten shapes of one class: does the prompt reach the shape?"}
 
 
+def launch(flags):
+    """train.py in a process of its own -> its exit status."""
+    return subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *flags]).returncode
+
+
 def train(args, flags, seed):
     """A backbone on the first stages of --checkpoint, unless it is there; -> its folder."""
     name = re.sub(r"[^\w.]+", "-", flags).strip("-") or "ltm3d"
@@ -56,8 +61,7 @@ def train(args, flags, seed):
         print(f"training {folder}")
         told = {"--from": args.checkpoint[0], "--stage": "backbone", "--shapes": args.train_shapes, "--steps": args.steps, "--seed": seed,
                 "--cache": args.cache, "--out": folder} | ({"--device": args.device} if args.device else {})
-        told = [str(x) for name, value in told.items() if name not in flags for x in (name, value)]
-        ended = subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *told, *flags.split()]).returncode
+        ended = launch([str(x) for name, value in told.items() if name not in flags for x in (name, value)] + flags.split())
         if ended == 130:
             raise KeyboardInterrupt
         if ended:

@@ -7,6 +7,8 @@ points of a cloud, the two directions added, in a cube of side 2 that the shapes
     python metrics.py out/table-0.glb out/chair-0.ply     # two files that sample.py wrote, compared
     python evaluate.py generate --rep sdf                 # a command that prints most of them
 """
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from scipy.linalg import eigvalsh, sqrtm
@@ -57,7 +59,7 @@ def emd(a, b):
 
 def emd_fast(a, b, rounds=8, size=128, seed=0):
     """`emd` from above: an assignment that is best within blocks of points that are near each other, other blocks every round.
-    Of 1024 points it is 1 % too high, of 2048 2 %, 4 % where both are of the same surface; it takes a half, a fifth of the time."""
+    At most 4 % too high for clouds of 1024 (test_fast_emd_is_nearly_exact), and of 2048 points in a fifth of the time."""
     a, b = alike(a, b)
     rng, to = np.random.default_rng(seed), np.empty(len(a), int)
     direction = rng.normal(size=3)
@@ -98,30 +100,32 @@ def normal_consistency(a, normals_a, b, normals_b):
 
 # ---------------------------------------------------------------------------- sets of clouds
 
-@torch.no_grad()
 def chamfer_matrix(samples, references):
     """`chamfer` of every pair: samples s k 3, references r l 3 -> s r. Twice the same set: half of the work.
 
     |a - b|^2 = [-2 a, |a|^2, 1] . [b, 1, |b|^2] is one small matrix product. In fp32 that rounds distances
     below 3e-4 (points on top of each other); nearest points of two clouds of 1024 are some .03 apart.
     """
-    same = samples is references
-    samples, references = (torch.as_tensor(x, dtype=torch.float) for x in (samples, references))
+    same, n = samples is references, torch.get_num_threads()
+    samples, references = (torch.as_tensor(x, dtype=torch.float).detach() for x in (samples, references))
     square = lambda x: (x ** 2).sum(-1, keepdim=True)
     left = torch.cat([-2 * samples, square(samples), torch.ones_like(samples[..., :1])], -1)             # s k 5
     right = torch.cat([references, torch.ones_like(references[..., :1]), square(references)], -1).mT.contiguous()     # r 5 l
     rows = samples.shape[1] if samples.is_cuda else 128       # so many rows of distances stay in a core's cache: 3 times faster
-    distances = torch.empty(rows, references.shape[1], device=samples.device)           # l: one place for all pairs, 3 times again
-    mean = lambda x: x.clamp(min=0).sqrt().mean()
-    out = torch.zeros(len(samples), len(references))
-    for i, a in enumerate(left):
+    out, mean = torch.zeros(len(samples), len(references)), lambda x: x.clamp(min=0).sqrt().mean()
+
+    def row(i):
+        block = torch.empty(rows, references.shape[1], device=samples.device)            # one place for all distances: 3 times again
         for j in range(i if same else 0, len(references)):
-            there, back = [], []
-            for part in a.split(rows):
-                block = torch.mm(part, right[j], out=distances[:len(part)])
-                there.append(block.amin(1))
-                back.append(block.amin(0))
+            there, back = zip(*((d.amin(1), d.amin(0)) for d in (torch.mm(part, right[j], out=block[:len(part)]) for part in left[i].split(rows))))
             out[i, j] = mean(torch.cat(there)) + mean(torch.stack(back).amin(0))
+
+    torch.set_num_threads(1)                                  # a core a row: less waiting than two cores a product
+    try:
+        with ThreadPoolExecutor(n) as pool:
+            list(pool.map(row, range(len(samples))))
+    finally:
+        torch.set_num_threads(n)
     return torch.maximum(out, out.T) if same else out
 
 
