@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from scipy.linalg import eigvalsh, sqrtm
+from scipy.linalg import eigh, eigvalsh
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
@@ -165,7 +165,10 @@ def nearest(clouds, references, tried=None):
 def memorisation(samples, held_out, train, tried=(None, None)):
     """Mean Chamfer distance from samples (s k 3) to the nearest training shape (t k 3), over that from shapes held out (h k 3) to
     theirs: 1 if samples are as new as those, near 0 if they are copies. tried: what `nearest` is to look at, of either."""
-    return (nearest(samples, train, tried[0]).mean() / nearest(held_out, train, tried[1]).mean()).item()
+    ours, theirs = nearest(samples, train, tried[0]).mean(), nearest(held_out, train, tried[1]).mean()
+    if theirs < 1e-3:
+        raise UserError("the clouds held out are training clouds: memorisation cannot be measured")
+    return (ours / theirs).item()
 
 
 # ---------------------------------------------------------------------------- features: of clouds and of what was asked for
@@ -175,7 +178,8 @@ def frechet(a, b):
     their covariances. With few more samples than channels it is too large; compare sets of one size only."""
     a, b = sound(a, "the first set of features", 2, "n d").astype(float), sound(b, "the second set of features", 2, "n d").astype(float)
     A, B = np.cov(a.T, ddof=1), np.cov(b.T, ddof=1)
-    root = sqrtm(A).real                                      # A B has the eigenvalues of A^(1/2) B A^(1/2), which is symmetric
+    values, vectors = eigh(A)
+    root = vectors * values.clip(0) ** .5 @ vectors.T         # A B has the eigenvalues of A^(1/2) B A^(1/2), which is symmetric
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * np.sqrt(eigvalsh(root @ B @ root).clip(0)).sum()
 
 
