@@ -40,7 +40,7 @@ from heads import HEADS
 from images import lit
 from judges import JUDGES, decoded_field, true_field
 from kinds import pictures
-from layers import Parser, between, claim, command, pick_device, read_config
+from layers import Parser, UserError, between, claim, command, pick_device, read_config
 from metrics import chamfer, chamfer_matrix, emd
 from render import contact_sheet, save_png
 from results import Kept, compare, labels, mean, report
@@ -323,6 +323,8 @@ def main():
     start = time.time()
     claim(args.out)
     for folder in args.checkpoint:
+        if not read_config(folder):
+            raise UserError(f"there is nothing trained in {folder}; --checkpoint takes checkpoints/tiny or folders that train.py made")
         for stage, entry in read_config(folder).items():
             print(f"{folder}: {stage}, {entry.get('steps', '?')} steps, git revision {entry.get('revision', '?')}")
     COMMANDS[args.command](args)

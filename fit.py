@@ -142,10 +142,13 @@ def plot_losses(panels, out):
     panels = {title: there for title, curves in panels.items() if (there := [curve for curve in curves if curve[1].is_file()])}
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, layout="constrained")
     for axis, (title, curves) in zip(axes[0], panels.items()):
+        lowest = 1
         for label, path, column in curves:
             rows = list(csv.DictReader(path.open()))
-            axis.plot([int(r["step"]) for r in rows], [float(r[column]) for r in rows], label=label)
-        axis.set(title=title, xlabel="step", yscale="log")
+            values = [float(r[column]) for r in rows]
+            axis.plot([int(r["step"]) for r in rows], values, label=label)
+            lowest = min(lowest, *values)
+        axis.set(title=title, xlabel="step", yscale="log" if lowest > 0 else "linear")     # a likelihood may be negative
         axis.legend()
     with written(out) as part:
         figure.savefig(part, dpi=100)

@@ -21,7 +21,7 @@ class Kept:
 
     def __init__(self, folder, **settings):
         self.folder, path = Path(folder), Path(folder) / "settings.json"
-        settings = json.loads(json.dumps(settings))
+        self.settings = settings = json.loads(json.dumps(settings))
         try:
             before = json.loads(path.read_text()) if path.is_file() else settings
             other = [f"{key}: {before.get(key)}, now {settings.get(key)}" for key in before | settings if before.get(key) != settings.get(key)]
@@ -29,9 +29,6 @@ class Kept:
             raise UserError(f"{path} is damaged ({error}); delete {folder}, and it is made again") from None
         if other:
             raise UserError(f"{folder} holds results of other settings ({'; '.join(other)}); delete it, or give another --out")
-        if not path.is_file():
-            with written(path) as part:
-                part.write_text(json.dumps(settings, indent=1) + "\n")
 
     def __contains__(self, name):
         return (self.folder / f"{name}.npz").is_file()
@@ -39,8 +36,12 @@ class Kept:
     def __call__(self, name, make):
         path = self.folder / f"{name}.npz"
         if name not in self:
+            made = make()
+            if not (self.folder / "settings.json").is_file():
+                with written(self.folder / "settings.json") as part:
+                    part.write_text(json.dumps(self.settings, indent=1) + "\n")
             with written(path) as part:
-                np.savez(part, **make())
+                np.savez(part, **made)
         try:
             with np.load(path) as file:
                 return dict(file)
