@@ -46,7 +46,8 @@ def ablate_rgs(args):
     model, sight = LTM3D(folder, args.device), vision.load(args.scorer)
     pictures, captions = test.pictures(rows, np.random.default_rng(args.seed)), [max(test.captions[row], key=len) for row in rows]
     told = {"name": ([test.classes[row] for row in rows], None), "caption": (captions, None), "picture": (None, pictures)}
-    true, table = test.cloud(rows, POINTS, np.random.default_rng(args.seed))[0], []
+    real = test.cloud(rows, POINTS, np.random.default_rng(args.seed))
+    true, table = real[0], []
     print(f"{folder}, running on {model.reason}")
     for kind, (rule, (figure, text, window, options)) in product(args.prompts, rules(args).items()):
         said, seen = told[kind]
@@ -62,8 +63,11 @@ def ablate_rgs(args):
             apart, floor = pairs(points, args.n)
             seeds.append({"prompt score": np.diag(cosine(np.repeat(asked, args.n, 0), features)).mean(), "Chamfer to described": near,
                           "diversity": apart, "diversity less floor": apart - floor})
-        if rule == "sampling only":
+        if rule == "sampling only":                           # the first
             plain = seeds
+            table.append({"prompt": kind, "rule": "(the shapes themselves)", "a, figure": "", "a, text": "", "window": "",
+                          "prompt score": np.diag(cosine(asked, scorer.clouds(*real))).mean(), "Chamfer to described": "",
+                          "share of diversity": "", "share of diversity less floor": ""})
         row = {"prompt": kind, "rule": rule, "a, figure": figure, "a, text": text, "window": window}
         row |= {key: interval([one[key] for one in seeds]) for key in ("prompt score", "Chamfer to described")}
         table.append(row | {f"share of {key}": interval([one[key] / base[key] for one, base in zip(seeds, plain)])
@@ -78,7 +82,10 @@ def draw(plt, rows):
     kinds = list(dict.fromkeys(row["prompt"] for row in rows))
     drawn, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.2), squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], kinds):
-        for row in (row for row in rows if row["prompt"] == kind):
+        of = [row for row in rows if row["prompt"] == kind]
+        axis.axhline(of[0]["prompt score"], color="grey", linewidth=.5, linestyle="dashed", label="the shapes themselves")
+        axis.legend(loc="lower left", fontsize="x-small")
+        for row in of[1:]:
             (x, dx), (y, dy) = (row[key] if isinstance(row[key], tuple) else (row[key], 0) for key in ("share of diversity less floor", "prompt score"))
             colour = {"s": "black", "a": "#4c72b0", "w": "#c44e52"}[row["rule"][0]]
             axis.errorbar(x, y, dy, dx, "o", color=colour, elinewidth=.5, markersize=4)

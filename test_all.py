@@ -1300,7 +1300,7 @@ def test_every_generator_learns_what_belongs_to_a_prompt(generator):
     """Two prompts, two sets of tokens: after some steps each prompt gives its own."""
     torch.manual_seed(0)
     model = baselines.GENERATORS[generator](tokens=6, channels=3, widths={"text": 8}, dim=32, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2)
-    x, condition = torch.randn(2, 6, 3).repeat(16, 1, 1), {"text": (torch.randn(2, 4, 8).repeat(16, 1, 1), torch.ones(32, 4, dtype=torch.bool))}
+    x, condition = torch.randn(2, 6, 3).repeat(4, 1, 1), {"text": (torch.randn(2, 4, 8).repeat(4, 1, 1), torch.ones(8, 4, dtype=torch.bool))}
     optimizer = torch.optim.Adam(model.parameters(), 4e-3)
     for _ in range(250):
         model.loss(x, condition).backward()
@@ -1380,9 +1380,9 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     """Every stage killed once (SIGTERM) between two log lines and started again = never killed: losses and weights."""
     monkeypatch.setattr(fit, "CHECK", 4)
     for slow in ("judged", "class_accuracy"):                          # these only look on
-        monkeypatch.setattr(train, slow, lambda *_, **__: 0.)
+        monkeypatch.setattr(watch, slow, lambda *_, **__: 0.)
     for slow in ("picture", "reconstructions"):
-        monkeypatch.setattr(train, slow, lambda *_: np.zeros((160, 160, 3), np.uint8))
+        monkeypatch.setattr(watch, slow, lambda *_: np.zeros((160, 160, 3), np.uint8))
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     assert train_small(monkeypatch, whole, 26, *flags) == 0
     rate, handler = fit.learning_rate, signal.getsignal(signal.SIGTERM)
@@ -1499,10 +1499,11 @@ def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, mon
             return train_small(patch, Path(flags[flags.index("--out") + 1]), 2, *flags, "--batch", 2)
     calls = []
     monkeypatch.setattr(experiments, "launch", trained)
+    monkeypatch.setitem(experiments.VARIANTS["versus"], "LTM3D, a token a step", ("", {"steps": 8}))
     versus = lambda *flags: run(evaluate.main, "versus", "--checkpoint", overfitted, "--seeds", 1, "--n", 2, "--shapes", 4, "--resolution", 32, "--steps", 2,
                                 "--train-shapes", 2, "--scorer", overfitted, "--runs", tmp_path / "runs", "--cache", tmp_path / "cache", "--out", tmp_path / "out", *flags)
     assert versus() == 0
-    assert [row["variant"] for row in rows_of(tmp_path / "out/versus")] == ["held-out shapes", "LTM3D", "latent diffusion", "autoregressive"]
+    assert [row["variant"] for row in rows_of(tmp_path / "out/versus")] == ["held-out shapes", *experiments.VARIANTS["versus"]]
     assert (tmp_path / "out/versus-losses.png").is_file()
     assert len(calls) == 3 and versus() == 0 and len(calls) == 3
     assert versus("--steps", 3) == 2 and "was trained for 2 steps" in capsys.readouterr().err
@@ -1623,7 +1624,7 @@ def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp
     """Truncated, foreign, missing, exchanged and other-sized files of a checkpoint are named."""
     folder = shutil.copytree(overfitted, tmp_path / "checkpoint")
     (folder / name).write_bytes(damage((folder / name).read_bytes())) if damage else (folder / name).unlink()
-    assert run(sample.main, "--text", "a table", "--checkpoint", folder, "--out", tmp_path / "out") == 2
+    assert run(sample.main, "--text", "a table", "--alpha", .1, "--checkpoint", folder, "--out", tmp_path / "out") == 2
     assert_one_line(capsys.readouterr().err, complaint)
     assert not (tmp_path / "out").exists()
 
