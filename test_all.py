@@ -1509,6 +1509,25 @@ def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, mon
     assert versus("--steps", 3) == 2 and "was trained for 2 steps" in capsys.readouterr().err
 
 
+def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypatch, capsys):
+    """--from: all but the backbone is taken over; what is there stays, and a backbone of another kind is an error, as a folder without any."""
+    folder, flags = tmp_path / "peer", ("--stage", "backbone", "--steps", 2, "--batch", 2)
+    assert train_small(monkeypatch, folder, 2, "--from", overfitted, "--generator", "diffusion", *flags) == 0
+    config, theirs = layers.read_config(folder), layers.read_config(overfitted)
+    assert config["backbone"]["generator"] == "diffusion" and {**config, "backbone": 0} == {**theirs, "backbone": 0}
+    assert all((folder / f"{stage}.safetensors").read_bytes() == (overfitted / f"{stage}.safetensors").read_bytes() for stage in theirs if stage != "backbone")
+    assert run(sample.main, "--text", "a table", "--checkpoint", folder, "--resolution", 32, "--out", tmp_path / "out") == 0
+    capsys.readouterr()
+    assert run(sample.main, "--text", "a table", "--alpha", .1, "--checkpoint", folder, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err, "give --alpha none")
+    assert train_small(monkeypatch, folder, 2, *flags) == 2
+    assert_one_line(capsys.readouterr().err, "is diffusion; give --generator diffusion")
+    assert train_small(monkeypatch, tmp_path / "other", 2, "--from", tmp_path, *flags) == 2
+    assert_one_line(capsys.readouterr().err, "there is no trained tokenizer in")
+    assert train_small(monkeypatch, tmp_path / "bag", 2, "--from", overfitted, "--text-encoder", "bag", *flags) == 0
+    assert "reconstruct" not in layers.read_config(tmp_path / "bag")          # that one was told by another tower
+
+
 def test_features_of_somebody_else(tmp_path, capsys):
     """--scorer FILE.py: whatever it says counts; a file that gives no features is one clear line."""
     (tmp_path / "mine.py").write_text("def cloud(points, normals, colours):\n    return points.mean(1)\n")

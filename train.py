@@ -60,7 +60,7 @@ class Run:
         self.device, self.autocast, reason = pick_device(args.device)
         towers_.others(**self.towers, device=self.device)        # rather an error now than after the stages before
         if args.source:
-            take_over(Path(args.source), claim(self.folder))
+            take_over(Path(args.source), claim(self.folder), self.towers)
         self.agree(args)
         print(f"{self.folder}, running on {reason}")
         self.settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
@@ -106,15 +106,18 @@ class Run:
         return [a.to(self.device, non_blocking=True) for a in arrays]
 
 
-def take_over(source, folder):
-    """All stages that a backbone stands on, and the heads."""
+def take_over(source, folder, towers):
+    """All stages but the backbone, which those stand on or beside; a reconstructor only if it was conditioned on the same encoders."""
     if "tokenizer" not in heads_.trained(source):
         raise UserError(f"there is no trained tokenizer in {source}; --from takes checkpoints/tiny or a folder that train.py made")
-    for stage in set(heads_.trained(source)) - {"backbone", "reconstruct", *heads_.trained(folder)}:
+    config = read_config(source)
+    for stage in set(heads_.trained(source)) - {"backbone", *heads_.trained(folder)}:
+        if config.get(stage, {}).get("towers", towers) != towers:
+            continue
         with written(folder / f"{stage}.safetensors") as part:
             shutil.copyfile(source / f"{stage}.safetensors", part)
-        if stage in read_config(source):                      # else it was trained with the encoder only
-            write_config(folder, stage, **read_config(source)[stage])
+        if stage in config:                                   # else it was trained with the encoder only
+            write_config(folder, stage, **config[stage])
 
 
 def train_encoders(run):
@@ -303,8 +306,8 @@ def main():
     parser.add_argument("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="learn from built-in shapes of these alone (default: of all)")
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     parser.add_argument("--seed", type=between(0), default=0, help="of weights and noise")
-    parser.add_argument("--from", dest="source", metavar="FOLDER", help="a trained folder, whose encoders, tokenizer, vision and heads are taken "
-                        "over where --out has none")
+    parser.add_argument("--from", dest="source", metavar="FOLDER", help="a trained folder, whose stages other than the backbone are taken over "
+                        "where --out has none")
     parser.add_argument("--out", help="run folder (default: runs/<size>); for own tokens, what -<rep> is added to")
     parser.add_argument("--cache", default="cache", help="folder of the prepared data")
     parser.add_argument("--workers", type=between(1), default=2, help="processes that prepare data")
