@@ -1492,20 +1492,20 @@ def test_a_stopped_evaluation_goes_on(four, overfitted, tmp_path, examined, monk
 
 
 def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, monkeypatch, capsys):
-    """versus: variants with the same shapes, prompts and steps, trained once; one that was trained otherwise is an error."""
+    """versus: variants with the same shapes, prompts and steps, each trained once; one that was trained otherwise is an error."""
     def trained(flags):
         calls.append(flags)
         with pytest.MonkeyPatch.context() as patch:
             return train_small(patch, Path(flags[flags.index("--out") + 1]), 2, *flags, "--batch", 2)
     calls = []
     monkeypatch.setattr(experiments, "launch", trained)
-    monkeypatch.setitem(experiments.VARIANTS["versus"], "LTM3D, a token a step", ("", {"steps": 8}))
+    monkeypatch.setitem(experiments.VARIANTS, "versus", {"one": ("", {}), "in fewer steps": ("", {"steps": 8}), "other": ("--generator pooled", {})})
     versus = lambda *flags: run(evaluate.main, "versus", "--checkpoint", overfitted, "--seeds", 1, "--n", 2, "--shapes", 4, "--resolution", 32, "--steps", 2,
                                 "--train-shapes", 2, "--scorer", overfitted, "--runs", tmp_path / "runs", "--cache", tmp_path / "cache", "--out", tmp_path / "out", *flags)
     assert versus() == 0
     assert [row["variant"] for row in rows_of(tmp_path / "out/versus")] == ["held-out shapes", *experiments.VARIANTS["versus"]]
     assert (tmp_path / "out/versus-losses.png").is_file()
-    assert len(calls) == 3 and versus() == 0 and len(calls) == 3
+    assert len(calls) == 2 and versus() == 0 and len(calls) == 2
     assert versus("--steps", 3) == 2 and "was trained for 2 steps" in capsys.readouterr().err
 
 
