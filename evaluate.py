@@ -292,7 +292,7 @@ def main():
     flag("tokenizer generate images cross-view ablate-rgs " + " ".join(TRAINED), "--rep", type=heads.spelling, choices=list(HEADS), default="sdf",
          help="the representation to judge")
     for names, shapes in (("tokenizer", 260), ("cross generate images", 208), ("joint", 52), ("cross-view ablate-rgs", 26), (" ".join(TRAINED), 104)):
-        flag(names, "--shapes", type=between(2, 520), default=shapes, help="how many held-out shapes, all classes alike")
+        flag(names, "--shapes", type=between(1, 520), default=shapes, help="how many held-out shapes, all classes alike")
     for names, n in (("generate", 16), ("attributes", 8), ("joint ablate-rgs " + " ".join(TRAINED), 4)):
         flag(names, "--n", type=between(2, 1000), default=n, help="samples of every prompt, where there are several")
     flag("joint generate images cross-view ablate-rgs " + " ".join(TRAINED), "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
