@@ -243,7 +243,7 @@ def schedule(n, steps):
 def load(folder):
     """The backbone of a checkpoint folder, frozen."""
     entry, kind = read_stage(folder, "backbone"), Backbone
-    if "generator" in entry:
-        from baselines import GENERATORS                      # few need it
+    if entry.get("generator", "masked") != "masked":
+        from baselines import GENERATORS                      # few need them
         kind = GENERATORS[entry["generator"]]
     return load_model(kind, f"{folder}/backbone.safetensors", **entry["settings"])

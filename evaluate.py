@@ -12,12 +12,12 @@ metrics.py says what each number means; experiments.py holds the commands that t
     python evaluate.py retrieval                 # the built-in aligner: does a caption or a picture find its shape?
     python evaluate.py images --rep sdf          # from a caption, from a picture, from both: how near to the true shape?
     python evaluate.py cross-view --rep sdf      # eight views of one shape: is it the same shape eight times?
-    python evaluate.py --rep sdf      # Reconstruction-Guided Sampling, its rules and weights
+    python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its rules and weights
     python evaluate.py versus                    # LTM3D against its peers; also overfit, ablate-prefix, ablate-encoder,
                                                  # ablate-denoiser, data-scaling: these train first
 
 Each prints a Markdown table and writes it, a CSV and a plot to --out, where what is done is kept: a run that was stopped
-goes on. Most take several checkpoints and put them side by side: --checkpoint checkpoints/tiny runs/mine.
+goes on. All but ablate-rgs and those that train take several checkpoints, side by side: --checkpoint checkpoints/tiny runs/mine.
 """
 import time
 from itertools import combinations
@@ -111,7 +111,8 @@ def evaluate_joint(args):
             keep = kept(args, f"{label}-{rep}", folder, "tokenizer", "backbone", *(f"head-{rep}" for rep in heads.with_needs([rep])))
             judged = mean([one for _, one in encoded(args, folder, [rep], keep, lambda *what: JUDGES[rep](*what, 0))])
             jobs = [Job(f"name-{name}-{i}", name, None, (args.seed, i)) for name in CLASSES for i in range(args.n)]
-            distance, names = chamfer_matrix(clouds(made(model, jobs, keep, shape(model, rep, args.resolution))), references), [job.text for job in jobs]
+            points, names = clouds(made(model, jobs, keep, shape(model, rep, args.resolution))), [job.text for job in jobs]
+            distance = chamfer_matrix(points, references)
             seconds = sum(config[stage]["seconds"] for stage in ("tokenizer", f"head-{rep}", "backbone") if stage in config)
             rows[list(HEADS).index(rep), folder] = {
                 "rep": rep, "checkpoint": label, "reconstruction": ", ".join(f"{name} {value:.3f}" for name, value in judged.items()),
@@ -131,6 +132,7 @@ def references_of(test, seed):
     """The clouds of all held-out shapes, r k 3, and their classes."""
     return test.cloud(range(len(test)), POINTS, np.random.default_rng(seed))[0], np.array(test.classes)
 
+
 EXPLAINED = """From the fullest captions of {shapes} held-out shapes, one sample each. prompt score: cosine of the features of caption and shape.
 R-precision: share of samples whose features are nearest, of all captions, to their own. Chamfer distance to the shape described. Frechet
 and kernel distance of features, MMD, COV and 1-NNA: to as many other held-out shapes. memorisation: how near training shapes are,
@@ -143,10 +145,10 @@ def evaluate_generate(args):
     """From the fullest captions of held-out shapes and from class names: faithful, like real shapes, whole, diverse, new?"""
     exam, rows, tables = Exam(args, *((4, 104) if args.quick else (args.n, args.shapes))), [], {}
     for folder, label in labels(args.checkpoint).items():
-        keep = kept(args, label, folder, *parts(args.rep), alpha=args.alpha, resolution=args.resolution)
-        row, tables[label], named = exam.scores(folder, keep, alpha=args.alpha)
+        keep, model = kept(args, label, folder, *parts(args.rep), alpha=args.alpha), LTM3D(folder, args.device)
+        row, tables[label], named = exam.scores(model, keep, alpha=args.alpha)
         rows.append({"checkpoint": label} | row)
-        draw(args, f"{args.command}-{args.rep}-{label}", LTM3D(folder, args.device), exam, named)
+        draw(args, f"{args.command}-{args.rep}-{label}", model, exam, named)
     print(EXPLAINED.format(shapes=len(exam.captions), names=len(exam.names), n=exam.n))
     compare(args.out, f"{args.command}-{args.rep}-names", tables)
     real = exam.real()
@@ -158,7 +160,8 @@ def draw(args, name, model, exam, named):
     each = min(4, exam.n)
     some = [i * exam.n + (i * each + j) % exam.n for i in range(len(exam.names)) for j in range(each)]
     tokens = torch.from_numpy(named["tokens"][some])
-    pictures = [model.decode(t, args.rep, exam.named[i].seed, args.resolution).picture(160) for i, t in zip(tqdm(some, desc="pictures", unit="picture"), tokens)]
+    pictures = [model.decode(t, args.rep, exam.named[i].seed, args.resolution).picture(160)
+                for i, t in zip(tqdm(some, desc="pictures", unit="picture"), tokens)]
     save_png(f"{args.out}/{name}.png", contact_sheet(pictures, 2 * each, [exam.named[i].text for i in some]))
     print(f"{args.out}/{name}.png")
 
@@ -190,8 +193,9 @@ def evaluate_images(args):
     prompts = {"name": (classes[rows].tolist(), None), "any caption": (any_, None), "longest caption": (captions, None),
                "picture": (None, pictures), "picture and longest caption": (captions, pictures)}
     for folder, label in labels(args.checkpoint).items():
-        keep, model = kept(args, label, folder, *parts(args.rep), "vision", alpha=args.alpha, resolution=args.resolution), LTM3D(folder, args.device)
-        tables[label] = [{"told": "(two samplings of the true surface)", "Chamfer": np.mean([chamfer(*pair) for pair in zip(*true)]), "right class": ""}]
+        keep, model = kept(args, label, folder, *parts(args.rep), "vision", alpha=args.alpha), LTM3D(folder, args.device)
+        floor = np.mean([chamfer(*pair) for pair in zip(*true)])
+        tables[label] = [{"told": "(two samplings of the true surface)", "Chamfer": floor, "right class": ""}]
         shown = [list(repeat((pictures[:len(CLASSES)].clamp(0, 1) * 255).byte().numpy(), "b c h w -> b (h i) (w j) c", i=3, j=3))]
         for told, (said, seen) in prompts.items():
             jobs = [Job(f"{told}-{row}", said and said[row], None if seen is None else seen[row], (args.seed, int(row))) for row in rows]
@@ -211,7 +215,7 @@ def evaluate_views(args):
     """Eight views of one held-out shape, eight shapes: how far apart are they? With and without RGS."""
     test, tables = held_out(args), {}
     for folder, label in labels(args.checkpoint).items():
-        keep, model = kept(args, label, folder, *parts(args.rep), "vision", resolution=args.resolution), LTM3D(folder, args.device)
+        keep, model = kept(args, label, folder, *parts(args.rep), "vision"), LTM3D(folder, args.device)
         print(f"{folder}, running on {model.reason}")
         look, tables[label] = shape(model, args.rep, args.resolution), []
         for row in range(min(args.shapes, len(test))):
@@ -239,7 +243,7 @@ def check(args):
             seen = look(true_field(test.shape(row)))
             return {f"{name}: {attribute}": holds(seen, attribute, checker, test.text[row]["attributes"][attribute])
                     for name, attribute, checker, prompts in ATTRIBUTES if test.classes[row] == name
-                    and (test.text[row]["attributes"].get(attribute) in prompts or attribute == "colour")}    # all colours, though few are asked for
+                    and (test.text[row]["attributes"].get(attribute) in prompts or attribute == "colour")}    # all, though few are asked for
         for key, value in keep(f"{row}", result).items():
             right.setdefault(key, []).append(value)
     return right
@@ -258,10 +262,13 @@ def evaluate_attributes(args):
         for prompt, value, name, attribute, checker in asked:
             jobs += [Job(f"{prompt}-{i}", prompt, None, (args.seed, i)) for i in range(args.n)]
             meant |= {prompt: (attribute, checker, value)}
-        results = made(model, jobs, keep, lambda tokens, job: {"obeyed": holds(look(decoded_field(model.heads["sdf"], tokens, model.autocast)),
-                                                                               *meant[job.text])}, alpha=args.alpha)
-        tables[label] = [{"prompt": prompt, "obeyed": results["obeyed"][i * args.n:(i + 1) * args.n].mean(), "checker": np.mean(right[f"{name}: {attribute}"])}
-                         for i, (prompt, _, name, attribute, _) in enumerate(asked)]
+
+        def obeyed(tokens, job):
+            return {"obeyed": holds(look(decoded_field(model.heads["sdf"], tokens, model.autocast)), *meant[job.text])}
+
+        each = made(model, jobs, keep, obeyed, alpha=args.alpha)["obeyed"].reshape(-1, args.n).mean(1)
+        tables[label] = [{"prompt": prompt, "obeyed": share, "checker": np.mean(right[f"{name}: {attribute}"])}
+                         for (prompt, _, name, attribute, _), share in zip(asked, each)]
     print(f"{args.n} samples a prompt. obeyed: the share that has it; checker: how often the checker is right about held-out shapes")
     compare(args.out, args.command, tables)
 
@@ -269,7 +276,8 @@ def evaluate_attributes(args):
 # ---------------------------------------------------------------------------- the commands
 
 COMMANDS = {"tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate,
-            "attributes": evaluate_attributes, "retrieval": evaluate_retrieval, "images": evaluate_images, "cross-view": evaluate_views, "ablate-rgs": ablate_rgs} | EXPERIMENTS
+            "attributes": evaluate_attributes, "retrieval": evaluate_retrieval, "images": evaluate_images, "cross-view": evaluate_views,
+            "ablate-rgs": ablate_rgs} | EXPERIMENTS
 
 
 def main():
@@ -295,12 +303,13 @@ def main():
         flag(names, "--shapes", type=between(1, 520), default=shapes, help="how many held-out shapes, all classes alike")
     for names, n in (("generate", 16), ("attributes", 8), ("joint ablate-rgs " + " ".join(TRAINED), 4)):
         flag(names, "--n", type=between(2, 1000), default=n, help="samples of every prompt, where there are several")
-    flag("joint generate images cross-view ablate-rgs " + " ".join(TRAINED), "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
+    flag("joint generate images cross-view ablate-rgs " + " ".join(TRAINED), "--resolution", type=int, choices=RESOLUTIONS, default=64,
+         help="of surfaces")
     flag("tokenizer", "--points", type=between(100, 10 ** 7), default=100_000, help="surface points a side of the F-score")
     flag("cross", "--reps", nargs="+", choices=list(HEADS), default=list(HEADS), help="representations to compare")
     flag("generate", "--quick", action="store_true", help="a quarter of it: --n 4 --shapes 104")
-    flag("generate ablate-rgs " + " ".join(TRAINED), "--scorer", default="checkpoints/tiny", help="what gives features of clouds and prompts: a trained folder, "
-         "or a Python file that defines cloud(points, normals, colours) and text(prompts), e.g. with ULIP's weights")
+    flag("generate ablate-rgs " + " ".join(TRAINED), "--scorer", default="checkpoints/tiny", help="what gives features of clouds and prompts: a "
+         "trained folder, or a Python file that defines cloud(points, normals, colours) and text(prompts), e.g. with ULIP's weights")
     flag("attributes", "--check", action="store_true", help="only try the checkers, on the held-out shapes themselves")
     flag("generate attributes images", "--alpha", type=alpha, default="auto", help="RGS weight of the sampled tokens; 'none' is sampling only "
                                                                                    "(default: .1 with a picture, none without)")
@@ -313,7 +322,8 @@ def main():
     flag(names, "--runs", default="runs/experiments", help="folder of the variants, which the experiments share")
     flag("ablate-rgs " + " ".join(VARIANTS), "--seeds", type=between(1, 100), default=3, help="samplings of every rule, or trainings of every variant")
     flag("ablate-rgs", "--prompts", nargs="+", choices=PROMPTS, default=list(PROMPTS), help="what to ask with")
-    flag("ablate-rgs", "--alphas", nargs="*", type=between(0, 1, float), default=[0, .05, .1, .2, .3, .5, .9], help="weights of the sampled tokens")
+    flag("ablate-rgs", "--alphas", nargs="*", type=between(0, 1, float), default=[0, .05, .1, .2, .3, .5, .9],
+         help="weights of the sampled tokens")
     flag("ablate-rgs", "--windows", nargs="*", type=between(.01, .99, float), default=[.25, .5], help="shares of the steps besides .75, at a = .1")
     flag("ablate-rgs", "--within", nargs="*", type=between(0, 100, float), default=[1, 1.5, 2], help="reaches of our rule, in standard deviations")
     flag("overfit", "--of", choices=CLASSES, default="chair", help="the class")
@@ -322,6 +332,8 @@ def main():
     args = parser.parse_args()
     start = time.time()
     claim(args.out)
+    if len(args.checkpoint) > 1 and args.command in ("ablate-rgs", *TRAINED):
+        raise UserError(f"{args.command} takes one --checkpoint")
     for folder in args.checkpoint:
         if not read_config(folder):
             raise UserError(f"there is nothing trained in {folder}; --checkpoint takes checkpoints/tiny or folders that train.py made")

@@ -30,15 +30,14 @@ from sample import LTM3D
 
 VARIANTS = {  # name of the variant: flags of train.py, options of sampling
     "versus": {"LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, RGS": ("", {"alpha": .1}),
-               "LTM3D, RGS within 1.5 sigma": ("", {"within": 1.5}), "latent diffusion": ("--generator diffusion", {}), "autoregressive": ("--generator autoregressive", {})},
+               "LTM3D, RGS within 1.5 sigma": ("", {"within": 1.5}), "latent diffusion": ("--generator diffusion", {}),
+               "autoregressive": ("--generator autoregressive", {})},
     "ablate-prefix": {"prefix": ("", {}), "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})},
     "ablate-encoder": {"text tower": ("", {}), "bag of words": ("--text-encoder bag", {})},
     "ablate-denoiser": {f"{name}, {steps} steps": (flags, {"denoise_steps": steps})
                         for name, flags, counts in (("flow", "", (4, 8, 16, 32)), ("ddpm", "--denoiser ddpm", (25, 50, 100))) for steps in counts},
-    "data-scaling": {f"{count} shapes": (f"--shapes {count}", {}) for count in (130, 1300, 5200, 20800)},
+    "data-scaling": {f"{count} shapes": (f"--shapes {count}", {}) for count in (130, 1300, 5200)} | {"all shapes": ("", {})},
 }
-
-
 QUESTIONS = {
     "versus": "LTM3D against other generators: same shape tokens, number of parameters and steps.", "ablate-prefix": "A learnt prefix against "
     "plain cross-attention and mean-pooled conditioning.", "ablate-encoder": "The text tower against a bag of words, and against text encoders of "
@@ -54,15 +53,17 @@ def launch(flags):
 def train(args, flags, seed):
     """A backbone on the first stages of --checkpoint, unless it is there; -> its folder."""
     name = re.sub(r"[^\w.]+", "-", flags).strip("-") or "ltm3d"
-    folder = Path(args.runs) / f"{name}-{seed}"
-    steps = read_config(folder).get("backbone", {}).get("steps", args.steps)
-    if steps != args.steps:
-        raise UserError(f"{folder} was trained for {steps} steps; give --steps {steps}, or another --runs")
-    if "backbone" not in read_config(folder):
+    folder, words = Path(args.runs) / f"{name}-{seed}", flags.split()
+    told = {"--from": args.checkpoint[0], "--stage": "backbone", "--shapes": args.train_shapes, "--steps": args.steps, "--seed": seed,
+            "--cache": args.cache, "--out": folder} | ({"--device": args.device} if args.device else {}) | dict(zip(words[::2], words[1::2]))
+    if entry := read_config(folder).get("backbone"):
+        steps, shapes = entry["steps"], entry["data"].split("-")[2]                # shapes-train-COUNT-...
+        if (str(steps), shapes) != (str(told["--steps"]), str(told["--shapes"])):
+            raise UserError(f"{folder} was trained for {steps} steps with {shapes} shapes; give --steps {steps} --train-shapes {shapes}, "
+                            "or another --runs")
+    else:
         print(f"training {folder}")
-        told = {"--from": args.checkpoint[0], "--stage": "backbone", "--shapes": args.train_shapes, "--steps": args.steps, "--seed": seed,
-                "--cache": args.cache, "--out": folder} | ({"--device": args.device} if args.device else {})
-        ended = launch([str(x) for name, value in told.items() if name not in flags for x in (name, value)] + flags.split())
+        ended = launch([str(word) for flag in told.items() for word in flag])
         if ended == 130:
             raise KeyboardInterrupt
         if ended:
@@ -82,14 +83,15 @@ def compare_variants(args):
         for folder in folders[name]:
             slug = "-".join([folder.name, *(f"{value}" for value in options.values())])
             keep = kept(args, slug, folder, *parts(args.rep), options=options)
-            scores.append(exam.scores(folder, keep, **options)[0])
+            scores.append(exam.scores(LTM3D(folder, args.device), keep, **options)[0])
         count = sum(x.numel() for x in read_weights(folders[name][0] / "backbone.safetensors").values()) / 1e6
         minutes = np.mean([read_config(folder)["backbone"]["seconds"] for folder in folders[name]]) / 60
         rows.append({"variant": name, "M parameters": count, "minutes": minutes} | intervals(scores))
     real = exam.real()
     print(f"{args.steps} steps, {args.seeds} seeds: means and 95 % confidence intervals; else as evaluate.py generate says")
     report(args.out, args.command, [{"variant": "held-out shapes"} | {key: real.get(key, "") for key in list(rows[0])[1:]}, *rows])
-    curves = {name: [(f"{name}, {folder.name[-1]}", folder / "backbone.csv", "held_out") for folder in each] for name, each in folders.items()}
+    panels = {tuple(each): name for name, each in reversed(folders.items())}      # one for variants that are the same weights
+    curves = {name: [(f"seed {folder.name[-1]}", folder / "backbone.csv", "held_out") for folder in each] for each, name in panels.items()}
     plot_losses(curves, Path(args.out) / f"{args.command}-losses.png")
     print(f"{args.out}/{args.command}-losses.png")
 

@@ -9,12 +9,14 @@ distance of pairs of samples of a prompt, over that of sampling only.
     python evaluate.py ablate-rgs --rep sdf
 """
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import vision
 from data import prepare
+from layers import UserError
 from metrics import chamfer_matrix, cosine
 from results import interval, labels, report
 from sample import LTM3D
@@ -27,7 +29,8 @@ def rules(args):
     """Name of the rule -> its a in either reading, its window, options of sampling."""
     blends = [(a, .75) for a in args.alphas] + [(.1, window) for window in args.windows]
     return {"sampling only": ("", "", "", {"alpha": None})} \
-        | {f"a = {a:g}" + f", {window:g} of the steps" * (window != .75): (f"{a:g}", f"{1 - a:g}", f"{window:g}", {"alpha": a, "window": window}) for a, window in blends} \
+        | {f"a = {a:g}" + f", {window:g} of the steps" * (window != .75):
+           (f"{a:g}", f"{1 - a:g}", f"{window:g}", {"alpha": a, "window": window}) for a, window in blends} \
         | {f"within {reach:g} sigma": ("", "", ".75", {"within": reach}) for reach in args.within}
 
 
@@ -41,9 +44,11 @@ def pairs(points, n):
 
 def ablate_rgs(args):
     """Reconstruction-Guided Sampling, the paper's rule and ours: fidelity against diversity."""
+    if Path(args.scorer).suffix == ".py" and "picture" in args.prompts:
+        raise UserError(f"{args.scorer} has no features of pictures; give --prompts name caption, or a trained folder for --scorer")
     test = prepare("test", out=args.cache, kinds=("surface", "pictures"))
     rows, scorer, (folder, label) = np.arange(args.shapes), Scorer(args.scorer, args.device or "cpu"), *labels(args.checkpoint[:1]).items()
-    model, sight = LTM3D(folder, args.device), vision.load(args.scorer)
+    model, sight = LTM3D(folder, args.device), vision.load(args.scorer) if "picture" in args.prompts else None
     pictures, captions = test.pictures(rows, np.random.default_rng(args.seed)), [max(test.captions[row], key=len) for row in rows]
     told = {"name": ([test.classes[row] for row in rows], None), "caption": (captions, None), "picture": (None, pictures)}
     real = test.cloud(rows, POINTS, np.random.default_rng(args.seed))
@@ -55,7 +60,8 @@ def ablate_rgs(args):
         seeds = []
         for seed in range(args.seed, args.seed + args.seeds):
             keep = kept(args, f"{label}/{kind}, {rule}, {seed}", folder, *parts(args.rep), "vision", options=options, sample=seed)
-            jobs = [Job(f"{kind}-{row}-{i}", said and said[row], None if seen is None else seen[row], (seed, int(row), i)) for row in rows for i in range(args.n)]
+            jobs = [Job(f"{kind}-{row}-{i}", said and said[row], None if seen is None else seen[row], (seed, int(row), i))
+                    for row in rows for i in range(args.n)]
             results = made(model, jobs, keep, shape(model, args.rep, args.resolution, 2 * POINTS), **options)
             features = scorer.clouds(*(results[key][:, :POINTS] for key in ("points", "normals", "colours")))
             points = torch.from_numpy(results["points"])
@@ -72,8 +78,8 @@ def ablate_rgs(args):
         row |= {key: interval([one[key] for one in seeds]) for key in ("prompt score", "Chamfer to described")}
         table.append(row | {f"share of {key}": interval([one[key] / base[key] for one, base in zip(seeds, plain)])
                             for key in ("diversity", "diversity less floor")})
-    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {args.seeds} seeds: means and 95 % confidence intervals. share of diversity: mean Chamfer\n"
-          "distance of pairs of samples of one prompt over that of sampling only; less floor: less that of two samplings of one surface")
+    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {args.seeds} seeds: means and 95 % confidence intervals. share of diversity:\n"
+          "mean Chamfer distance of pairs of samples of one prompt over that of sampling only; less floor: less that of two samplings of one surface")
     report(args.out, args.command, table, draw=draw)
 
 
@@ -86,7 +92,8 @@ def draw(plt, rows):
         axis.axhline(of[0]["prompt score"], color="grey", linewidth=.5, linestyle="dashed", label="the shapes themselves")
         axis.legend(loc="lower left", fontsize="x-small")
         for row in of[1:]:
-            (x, dx), (y, dy) = (row[key] if isinstance(row[key], tuple) else (row[key], 0) for key in ("share of diversity less floor", "prompt score"))
+            place = (row[key] for key in ("share of diversity less floor", "prompt score"))
+            (x, dx), (y, dy) = (each if isinstance(each, tuple) else (each, 0) for each in place)
             colour = {"s": "black", "a": "#4c72b0", "w": "#c44e52"}[row["rule"][0]]
             axis.errorbar(x, y, dy, dx, "o", color=colour, elinewidth=.5, markersize=4)
             axis.annotate(row["rule"], (x, y), xytext=(4, 4), textcoords="offset points", size="x-small", color=colour)

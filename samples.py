@@ -18,7 +18,6 @@ from layers import UserError, digest, read_config
 from metrics import (chamfer, chamfer_matrix, cosine, diversity, frechet, kernel_distance, memorisation, mmd_cov_1nna, others,
                      prompt_score, r_precision)
 from results import Kept, mean, weights
-from sample import LTM3D
 from shapes import CLASSES
 
 POINTS = 1024       # of a cloud under Chamfer distance
@@ -39,7 +38,8 @@ def made(model, jobs, kept, look, **options):
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=jobs[0].name.split("-")[0], unit="sample") as bar:
         for some in (todo[i:i + BATCH] for i in range(0, len(todo), BATCH)):
             start, (_, texts, pictures, seeds) = time.time(), zip(*some)
-            tokens = model.tokens(None if texts[0] is None else list(texts), list(seeds), None if pictures[0] is None else torch.stack(pictures), **options)
+            said, seen = None if texts[0] is None else list(texts), None if pictures[0] is None else torch.stack(pictures)
+            tokens = model.tokens(said, list(seeds), seen, **options)
             seconds = (time.time() - start) / len(some)
             for job, each in zip(some, tokens):
                 kept(job.name, lambda: {"seconds": seconds} | look(each, job))
@@ -65,7 +65,8 @@ def parts(rep):
 def kept(args, label, folder, *stages, **settings):
     """Where the single results of a command and a checkpoint are, if of these stages and settings."""
     rep = f"-{args.rep}" if "rep" in args else ""
-    return Kept(f"{args.out}/{args.command}{rep}/{label}", seed=args.seed, weights=weights(folder, *stages), data=args.data, copies=args.copies, **settings)
+    return Kept(f"{args.out}/{args.command}{rep}/{label}", seed=args.seed, weights=weights(folder, *stages), data=args.data, copies=args.copies,
+                resolution=getattr(args, "resolution", None), **settings)
 
 
 def clouds(made):
@@ -109,16 +110,18 @@ class Scorer:
 def copied(folder, args, scorer, held_out, cloud):
     """`memorisation` of a set of clouds (points, normals, colours), by the training shapes of a checkpoint, "" if they are not at hand.
     Chamfer distance is taken to the 16 training shapes of the nearest features."""
-    count = read_config(folder)["backbone"]["data"].split("-")[2]
-    source = Files("train", args.data, args.copies) if args.data else BuiltIn("train", int(count))
+    source = Files("train", args.data, args.copies) if args.data else \
+        BuiltIn("train", int(read_config(folder)["backbone"]["data"].split("-")[2]))              # shapes-train-COUNT-...
     if not (Path(args.cache) / source.name).is_dir():
-        print(f"memorisation is left out: the training shapes of {folder} are not in {args.cache}; make them with: python data.py --shapes {count}")
+        how = f"--data {args.data} --copies {args.copies}" if args.data else f"--shapes {source.count}"
+        print(f"memorisation is left out: the training shapes of {folder} are not in {args.cache}; make them with: python data.py {how}")
         return ""
     train = prepare("train", source.count, args.cache, data=args.data, copies=args.copies)
     kept = Kept(f"{args.out}/{train.name}", scorer=scorer.weights)
     draw = lambda rows: train.cloud(rows, POINTS, np.random.default_rng(0))
     rows = np.array_split(np.arange(len(train)), -(-len(train) // BATCH))
-    features = kept("features", lambda: {"train": np.concatenate([scorer.clouds(*draw(some)) for some in tqdm(rows, desc="training shapes")])})["train"]
+    features = kept("features", lambda: {"train": np.concatenate([scorer.clouds(*draw(some)) for some in tqdm(rows, desc="training shapes")])})
+    features = features["train"]
     tried = [cosine(scorer.clouds(*some), features).argsort(1)[:, :-17:-1] for some in (cloud, held_out)]
     rows, place = np.unique(np.concatenate(tried), return_inverse=True)          # only those are read from disk
     ours, theirs = np.split(place.reshape(-1, tried[0].shape[1]), [len(tried[0])])
@@ -159,13 +162,13 @@ class Exam:
         near, features = np.mean([chamfer(*pair) for pair in zip(self.truth[0], self.again[0])]), self.scorer.clouds(*self.truth)
         return {**self.told(features), "Chamfer to described": near, **self.like(self.truth[0], features), "memorisation": 1., "diversity": 1.}
 
-    def scores(self, folder, kept, **options):
+    def scores(self, model, kept, **options):
         """A checkpoint's -> a dict of all metrics, another of every class name, and its shapes from those names."""
-        args, model = self.args, LTM3D(folder, self.args.device).ready(self.args.rep)
-        print(f"{folder}, running on {model.reason}")
-        told, named = (made(model, jobs, kept, shape(model, args.rep, args.resolution), **options) for jobs in (self.captioned, self.named))
+        args = self.args
+        print(f"{model.folder}, running on {model.reason}")
+        told, named = (made(model, jobs, kept, shape(model.ready(args.rep), args.rep, args.resolution), **options) for jobs in (self.captioned, self.named))
         cloud = [torch.from_numpy(told[key]) for key in ("points", "normals", "colours")]
-        features, copies = self.scorer.clouds(*cloud), copied(folder, args, self.scorer, self.truth, cloud)
+        features, copies = self.scorer.clouds(*cloud), copied(model.folder, args, self.scorer, self.truth, cloud)
         near, by_class = [chamfer(*pair) for pair in zip(told["points"], self.truth[0])], []
         distance = torch.cat([chamfer_matrix(part, self.cloud[0]) for part in tqdm(clouds(named).split(8), desc="Chamfer", unit="batch")])
         sound = [key for key in ("one piece", "watertight", "closed edges") if key in named]

@@ -61,6 +61,7 @@ import pretrained
 import real
 import reconstruct
 import render
+import rgs
 import sample
 import samples
 import shapes
@@ -1423,7 +1424,7 @@ def examined(tmp_path_factory, monkeypatch):
     """Four tables and four chairs in the place of the held-out shapes, and others to learn from; few points of each."""
     def prepare(split="test", count=None, *_, kinds=("surface",), **more):
         return data.prepare("test" if split == "train" else "train", 8, tmp_path_factory.getbasetemp() / "examined", kinds=kinds, classes=["table", "chair"], workers=1)
-    for module in (evaluate, samples, experiments):
+    for module in (evaluate, samples, experiments, rgs):
         for name, value in (("prepare", prepare), ("CLASSES", ("table", "chair")), ("POINTS", 64)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
@@ -1506,7 +1507,27 @@ def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, mon
     assert [row["variant"] for row in rows_of(tmp_path / "out/versus")] == ["held-out shapes", *experiments.VARIANTS["versus"]]
     assert (tmp_path / "out/versus-losses.png").is_file()
     assert len(calls) == 2 and versus() == 0 and len(calls) == 2
-    assert versus("--steps", 3) == 2 and "was trained for 2 steps" in capsys.readouterr().err
+    for flags, words in ((("--steps", 3), "was trained for 2 steps with 2 shapes"), (("--train-shapes", 3), "give --steps 2 --train-shapes 2"),
+                         (("--checkpoint", overfitted, overfitted), "versus takes one --checkpoint")):
+        assert versus(*flags) == 2 and words in capsys.readouterr().err
+    assert run(evaluate.main, "overfit", "--checkpoint", overfitted, "--steps", 2, "--train-shapes", 2, "--resolution", 32,
+               "--runs", tmp_path / "runs", "--cache", tmp_path / "cache", "--out", tmp_path / "out") == 0
+    *each, mean = rows_of(tmp_path / "out/overfit")
+    assert len(each) == 8 and all(float(row["its floor"]) < float(row["Chamfer"]) for row in each)
+    assert float(mean["nearest is its own"]) == np.mean([float(row["nearest is its own"]) for row in each])
+    assert (tmp_path / "out/overfit-shapes.png").is_file()
+
+
+def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined):
+    """ablate-rgs: every rule with every kind of prompt; one that reaches everywhere is sampling only, that of weight 0 is less diverse."""
+    assert run(evaluate.main, "ablate-rgs", "--checkpoint", overfitted, "--scorer", overfitted, "--shapes", 2, "--n", 2, "--seeds", 2, "--resolution", 32,
+               "--alphas", 0, "--windows", "--within", 100, "--prompts", "name", "caption", "--out", tmp_path) == 0
+    rows = rows_of(tmp_path / "ablate-rgs")
+    rules = ["(the shapes themselves)", "sampling only", "a = 0", "within 100 sigma"]
+    assert [(row["prompt"], row["rule"]) for row in rows] == [(kind, rule) for kind in ("name", "caption") for rule in rules]
+    for _, plain, blended, wide in (rows[:4], rows[4:]):
+        assert {**wide, "rule": "", "window": ""} == {**plain, "rule": "", "window": ""}
+        assert float(plain["share of diversity"]) == 1 > float(blended["share of diversity"])
 
 
 def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypatch, capsys):
@@ -1539,6 +1560,9 @@ def test_features_of_somebody_else(tmp_path, capsys):
         assert run(evaluate.main, "generate", "--scorer", tmp_path / "bad.py", "--out", tmp_path) == 2
         assert words in capsys.readouterr().err
     assert run(evaluate.main, "generate", "--scorer", tmp_path / "none.py", "--out", tmp_path) == 2
+    capsys.readouterr()
+    assert run(evaluate.main, "ablate-rgs", "--scorer", tmp_path / "mine.py", "--out", tmp_path) == 2
+    assert "has no features of pictures; give --prompts name caption" in capsys.readouterr().err
 
 
 def test_a_module_may_learn_faster():
