@@ -25,7 +25,7 @@ from encoders import words
 from layers import Block, UserError, time_embedding
 from prefix import Conditions, Prefix, drops
 
-STEPS = 64    # of denoising all tokens at once; more do not help
+STEPS = 64    # of denoising all tokens at once
 
 
 # ---------------------------------------------------------------------------- other generators

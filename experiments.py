@@ -81,8 +81,8 @@ def compare_variants(args):
     for name, (_, options) in variants.items():
         scores = []
         for folder in folders[name]:
-            slug = "-".join([folder.name, *(f"{value}" for value in options.values())])
-            keep = kept(args, slug, folder, *parts(args.rep), options=options)
+            slug = "-".join([folder.name, *(f"{key}-{value}" for key, value in options.items())])
+            keep = kept(args, slug, folder, *parts(args.rep), what="variants", options=options)
             scores.append(exam.scores(LTM3D(folder, args.device), keep, **options)[0])
         count = sum(x.numel() for x in read_weights(folders[name][0] / "backbone.safetensors").values()) / 1e6
         minutes = np.mean([read_config(folder)["backbone"]["seconds"] for folder in folders[name]]) / 60
@@ -90,8 +90,10 @@ def compare_variants(args):
     real = exam.real()
     print(f"{args.steps} steps, {args.seeds} seeds: means and 95 % confidence intervals; else as evaluate.py generate says")
     report(args.out, args.command, [{"variant": "held-out shapes"} | {key: real.get(key, "") for key in list(rows[0])[1:]}, *rows])
-    panels = {tuple(each): name for name, each in reversed(folders.items())}      # one for variants that are the same weights
-    curves = {name: [(f"seed {folder.name[-1]}", folder / "backbone.csv", "held_out") for folder in each] for each, name in panels.items()}
+    panels = {}
+    for name, each in folders.items():
+        panels.setdefault(tuple(each), name)                  # one for variants that are the same weights
+    curves = {name: [(f"seed {i}", folder / "backbone.csv", "held_out") for i, folder in enumerate(each)] for each, name in panels.items()}
     plot_losses(curves, Path(args.out) / f"{args.command}-losses.png")
     print(f"{args.out}/{args.command}-losses.png")
 

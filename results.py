@@ -97,7 +97,7 @@ def shown(value):
 
 
 def report(out, name, rows, mean_row=False, draw=None):
-    """Prints a table; writes it as Markdown, as CSV and as a plot: bars, or what draw(axes, rows) draws."""
+    """Prints a table; writes it as Markdown, as CSV and as a plot: dots, or what draw(plt, rows) draws."""
     keys = list(rows[0])
     if mean_row:
         rows = rows + [{key: "" for key in keys} | mean(rows) | {keys[0]: "mean"}]
@@ -113,7 +113,7 @@ def report(out, name, rows, mean_row=False, draw=None):
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
         writer.writeheader()
         writer.writerows(flat)
-    figure(f"{out}/{name}.png", rows, draw or bars)
+    figure(f"{out}/{name}.png", rows, draw or dots)
     print(*(f"{out}/{name}.{suffix}" for suffix in ("md", "csv", "png")), sep="\n")
 
 
@@ -127,8 +127,8 @@ def figure(path, rows, draw):
     plt.close(drawn)
 
 
-def bars(plt, rows):
-    """A panel a number, a bar a row."""
+def dots(plt, rows):
+    """A panel a number, a dot a row, with its interval."""
     keys = [key for key in rows[0] if not all(isinstance(row[key], str) for row in rows)]
     labels = [" ".join(value for value in row.values() if isinstance(value, str)) for row in rows]
     columns = min(4, len(keys))
@@ -138,7 +138,8 @@ def bars(plt, rows):
         axis.axis("off")
     for axis, key in zip(axes.flat, keys):
         values = [row[key] if isinstance(row[key], tuple) else (np.nan if isinstance(row[key], str) else row[key], 0) for row in rows]
-        axis.barh(range(len(rows)), [value for value, _ in values], xerr=[reach for _, reach in values], color="#4c72b0")
+        axis.errorbar([value for value, _ in values], range(len(rows)), xerr=[reach for _, reach in values], fmt="o", color="#4c72b0", elinewidth=1)
+        axis.grid(axis="y", linewidth=.3)
         axis.set(yticks=range(len(rows)), yticklabels=labels, title=key)
         axis.title.set_size("medium")
         axis.tick_params(labelsize="small")

@@ -62,10 +62,10 @@ def parts(rep):
     return "encoders", "backbone", "reconstruct", *(f"head-{name}" for name in with_needs([rep]))
 
 
-def kept(args, label, folder, *stages, **settings):
-    """Where the single results of a command and a checkpoint are, if of these stages and settings."""
+def kept(args, label, folder, *stages, what=None, **settings):
+    """Where the single results of a command (or of `what` several share) and a checkpoint are, if of these stages and settings."""
     rep = f"-{args.rep}" if "rep" in args else ""
-    return Kept(f"{args.out}/{args.command}{rep}/{label}", seed=args.seed, weights=weights(folder, *stages), data=args.data, copies=args.copies,
+    return Kept(f"{args.out}/{what or args.command}{rep}/{label}", seed=args.seed, weights=weights(folder, *stages), data=args.data, copies=args.copies,
                 resolution=getattr(args, "resolution", None), **settings)
 
 
@@ -148,9 +148,14 @@ class Exam:
             self.asked, self.true = self.scorer.texts(self.captions), np.array([[a == b for b in self.captions] for a in self.captions])
         self.features = self.scorer.clouds(*self.rest)
 
-    def told(self, features):
-        """How well shapes of these features obey the captions."""
-        return {"prompt score": prompt_score(self.asked, features), "R-precision": r_precision(self.asked, features, self.true)} if self.scorer.text else {}
+    def told(self, points, normals, features):
+        """How well a shape for each caption obeys it; and in the colours of the shape described, so that its form alone counts."""
+        if not self.scorer.text:
+            return {}
+        nearest = [torch.cdist(one, true).argmin(1) for one, true in zip(points, self.truth[0])]
+        colours = torch.stack([true[some] for true, some in zip(self.truth[2], nearest)])
+        return {"prompt score": prompt_score(self.asked, features), "of form": prompt_score(self.asked, self.scorer.clouds(points, normals, colours)),
+                "R-precision": r_precision(self.asked, features, self.true)}
 
     def like(self, points, features):
         """How much a set is like held-out shapes, not those described: of these, each of its samples has a twin."""
@@ -160,7 +165,7 @@ class Exam:
     def real(self):
         """What the shapes described score themselves."""
         near, features = np.mean([chamfer(*pair) for pair in zip(self.truth[0], self.again[0])]), self.scorer.clouds(*self.truth)
-        return {**self.told(features), "Chamfer to described": near, **self.like(self.truth[0], features), "memorisation": 1., "diversity": 1.}
+        return {**self.told(*self.truth[:2], features), "Chamfer to described": near, **self.like(self.truth[0], features), "memorisation": 1., "diversity": 1.}
 
     def scores(self, model, kept, **options):
         """A checkpoint's -> a dict of all metrics, another of every class name, and its shapes from those names."""
@@ -180,7 +185,7 @@ class Exam:
                             | {"Chamfer to nearest": distance[own][:, same].amin(1).mean().item(), "of held-out": real.amin(1).mean().item(),
                                "diversity": ours, "diversity of held-out": real.mean().item(), "ratio": ours / real.mean().item()})
         means = mean(by_class)
-        return {**self.told(features), "Chamfer to described": np.mean(near), **self.like(told["points"], features),
+        return {**self.told(*cloud[:2], features), "Chamfer to described": np.mean(near), **self.like(told["points"], features),
                 "memorisation": copies, "right class": means["right class"],
                 **{key: means[key] for key in sound}, "diversity": means["ratio"],
                 "seconds": np.mean([*told["seconds"], *named["seconds"]])}, by_class, named
