@@ -145,8 +145,8 @@ def evaluate_generate(args):
     """From the fullest captions of held-out shapes and from class names: faithful, like real shapes, whole, diverse, new?"""
     exam, rows, tables = Exam(args, *((4, 104) if args.quick else (args.n, args.shapes))), [], {}
     for folder, label in labels(args.checkpoint).items():
-        keep, model = kept(args, label, folder, *parts(args.rep), alpha=args.alpha), LTM3D(folder, args.device)
-        row, tables[label], named = exam.scores(model, keep, alpha=args.alpha)
+        keep, model = kept(args, label, folder, *parts(args.rep), alpha=args.alpha, cfg=args.cfg), LTM3D(folder, args.device)
+        row, tables[label], named = exam.scores(model, keep, alpha=args.alpha, cfg=args.cfg)
         rows.append({"checkpoint": label} | row)
         draw(args, f"{args.command}-{args.rep}-{label}", model, exam, named)
     print(EXPLAINED.format(shapes=len(exam.captions), names=len(exam.names), n=exam.n))
@@ -310,6 +310,7 @@ def main():
     flag("generate", "--quick", action="store_true", help="a quarter of it: --n 4 --shapes 104")
     flag("generate ablate-rgs " + " ".join(TRAINED), "--scorer", default="checkpoints/tiny", help="what gives features of clouds and prompts: a "
          "trained folder, or a Python file that defines cloud(points, normals, colours) and text(prompts), e.g. with ULIP's weights")
+    flag("generate", "--cfg", type=between(0, 100, float), default=2., help="classifier-free guidance by the text; 1 is none")
     flag("attributes", "--check", action="store_true", help="only try the checkers, on the held-out shapes themselves")
     flag("generate attributes images", "--alpha", type=alpha, default="auto", help="RGS weight of the sampled tokens; 'none' is sampling only "
                                                                                    "(default: .1 with a picture, none without)")
