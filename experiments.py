@@ -84,8 +84,9 @@ def compare_variants(args):
             slug = "-".join([folder.name, *(f"{key}-{value}" for key, value in options.items())])
             keep = kept(args, slug, folder, *parts(args.rep), what="variants", options=options)
             scores.append(exam.scores(LTM3D(folder, args.device), keep, **options)[0])
-        count = sum(x.numel() for x in read_weights(folders[name][0] / "backbone.safetensors").values()) / 1e6
-        minutes = np.mean([read_config(folder)["backbone"]["seconds"] for folder in folders[name]]) / 60
+        stages = ["backbone"] + ["reconstruct"] * bool({"alpha", "within"} & options.keys())         # RGS has a network of its own
+        count = sum(x.numel() for stage in stages for x in read_weights(folders[name][0] / f"{stage}.safetensors").values()) / 1e6
+        minutes = np.mean([sum(read_config(folder)[stage]["seconds"] for stage in stages) for folder in folders[name]]) / 60
         rows.append({"variant": name, "M parameters": count, "minutes": minutes} | intervals(scores))
     real = exam.real()
     print(f"{args.steps} steps, {args.seeds} seeds: means and 95 % confidence intervals; else as evaluate.py generate says")

@@ -97,5 +97,5 @@ def draw(plt, rows):
             colour = {"s": "black", "a": "#4c72b0", "w": "#c44e52"}[row["rule"][0]]
             axis.errorbar(x, y, dy, dx, "o", color=colour, elinewidth=.5, markersize=4)
             axis.annotate(row["rule"], (x, y), xytext=(4, 4), textcoords="offset points", size="x-small", color=colour)
-        axis.set(title=f"asked with a {kind}", xlabel="share of the diversity of sampling only", ylabel="prompt score")
+        axis.set(title=f"asked with a {kind}", xlabel="share of the diversity of sampling only, less floor", ylabel="prompt score")
     return drawn

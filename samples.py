@@ -154,7 +154,8 @@ class Exam:
             return {}
         nearest = [torch.cdist(one, true).argmin(1) for one, true in zip(points, self.truth[0])]
         colours = torch.stack([true[some] for true, some in zip(self.truth[2], nearest)])
-        return {"prompt score": prompt_score(self.asked, features), "of form": prompt_score(self.asked, self.scorer.clouds(points, normals, colours)),
+        form = self.scorer.clouds(points, normals, colours)
+        return {"prompt score": prompt_score(self.asked, features), "of form": prompt_score(self.asked, form),
                 "R-precision": r_precision(self.asked, features, self.true)}
 
     def like(self, points, features):
@@ -165,13 +166,14 @@ class Exam:
     def real(self):
         """What the shapes described score themselves."""
         near, features = np.mean([chamfer(*pair) for pair in zip(self.truth[0], self.again[0])]), self.scorer.clouds(*self.truth)
-        return {**self.told(*self.truth[:2], features), "Chamfer to described": near, **self.like(self.truth[0], features), "memorisation": 1., "diversity": 1.}
+        return {**self.told(*self.truth[:2], features), "Chamfer to described": near, **self.like(self.truth[0], features),
+                "memorisation": 1., "diversity": 1.}
 
     def scores(self, model, kept, **options):
         """A checkpoint's -> a dict of all metrics, another of every class name, and its shapes from those names."""
-        args = self.args
+        args, look = self.args, shape(model.ready(self.args.rep), self.args.rep, self.args.resolution)
         print(f"{model.folder}, running on {model.reason}")
-        told, named = (made(model, jobs, kept, shape(model.ready(args.rep), args.rep, args.resolution), **options) for jobs in (self.captioned, self.named))
+        told, named = (made(model, jobs, kept, look, **options) for jobs in (self.captioned, self.named))
         cloud = [torch.from_numpy(told[key]) for key in ("points", "normals", "colours")]
         features, copies = self.scorer.clouds(*cloud), copied(model.folder, args, self.scorer, self.truth, cloud)
         near, by_class = [chamfer(*pair) for pair in zip(told["points"], self.truth[0])], []

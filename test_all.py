@@ -1442,7 +1442,7 @@ def rows_of(path):
 
 
 def test_evaluations_write_their_tables(four, tmp_path, examined):
-    """Representations are judged and compared; what is done is not done again."""
+    """Representations are judged and compared."""
     flags = ("--checkpoint", four, "--out", tmp_path)
     assert run(evaluate.main, "tokenizer", "--rep", "pc", "--shapes", 2, *flags) == 0            # joint does the others
     for name, count in (("images", 2), ("cross-view", 1)):
