@@ -3,7 +3,7 @@
 In the order data flows: shapes, data, layers, encoders, tokenizer, prefix, backbone, train, sample, pictures
 and files, README. The models are tiny and trained here, in a temporary folder; nothing is downloaded.
 
-    python -m pytest -q -n 2 --dist worksteal test_all.py      # all of them, in three minutes on two cores
+    python -m pytest -q -n 2 --dist worksteal test_all.py      # all of them, in two and a half minutes on two cores
     python -m pytest -q test_all.py -k prefix                  # some of them
 """
 import contextlib
@@ -128,8 +128,13 @@ def run(main, *args):
     return 0
 
 
-def train_small(patch, folder, count, *args):
+def train_small(patch, folder, count, *args, watched=False):
     """train.py at the size SMALL on `count` shapes, which are also those it is tested on -> exit status."""
+    if not watched:                                             # what a run shows of itself costs more than a few steps
+        black = np.zeros((160, 160, 3), np.uint8)
+        for name, value in dict(judged={}, class_accuracy=0., picture=black, reconstructions=black).items():
+            patch.setattr(watch, name, lambda *_, value=value, **__: value)
+        patch.setattr(train, "plot_losses", lambda panels, out: None)
     for module, size in SMALL.items():
         patch.setitem(module.SIZES, "small", size)
     patch.setattr(train, "prepare", lambda split, _, *rest, **more: data.prepare("train", count, *rest, **more))
@@ -144,7 +149,7 @@ def overfitted(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             for stage, steps, batch, lr in (("encoders", 30, 2, 1e-3), ("tokenizer", 280, 2, 6e-3), ("vision", 30, 4, 1e-3),
                                             ("backbone", 180, 8, 4e-3), ("reconstruct", 60, 16, 4e-3)):
-                assert train_small(patch, folder, 2, "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr) == 0
+                assert train_small(patch, folder, 2, "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr, watched=True) == 0
     return once(tmp_path_factory, "overfitted", make)
 
 
@@ -1381,10 +1386,6 @@ def test_done_stages_are_skipped(overfitted, tmp_path, monkeypatch, capsys):
 def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     """Every stage killed once (SIGTERM) between two log lines and started again = never killed: losses and weights."""
     monkeypatch.setattr(fit, "CHECK", 4)
-    for slow in ("judged", "class_accuracy"):                          # these only look on
-        monkeypatch.setattr(watch, slow, lambda *_, **__: 0.)
-    for slow in ("picture", "reconstructions"):
-        monkeypatch.setattr(watch, slow, lambda *_: np.zeros((160, 160, 3), np.uint8))
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     assert train_small(monkeypatch, whole, 26, *flags) == 0
     rate, handler = fit.learning_rate, signal.getsignal(signal.SIGTERM)
@@ -1577,8 +1578,6 @@ def test_a_module_may_learn_faster():
 
 def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
-    monkeypatch.setattr(watch, "class_accuracy", lambda *_: 0.)
-    monkeypatch.setattr(watch, "picture", lambda *_: np.zeros((160, 160, 3), np.uint8))
     assert train_small(monkeypatch, tmp_path / "own", 2, "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2) == 0
     assert layers.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
     assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
