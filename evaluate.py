@@ -136,7 +136,7 @@ def references_of(test, seed):
 EXPLAINED = """From the fullest captions of {shapes} held-out shapes, one sample each. prompt score: cosine of the features of caption and shape;
 of form: the same in the colours of the shape described. R-precision: share of samples whose features are nearest, of all captions, to
 their own. Chamfer distance to the shape described. Frechet and kernel distance of features, MMD, COV and 1-NNA: to as many other held-out
-shapes. memorisation: how near training shapes are, 1 as near as to shapes held out, 0 copies.
+shapes. memorisation: how near training shapes are, 1 as near as to shapes held out; of copies: what training shapes themselves score.
 From {names} class names, {n} samples each. right class: share whose nearest held-out shape is of it. one piece: share with at least
 99 % of the surface in one component. diversity: mean Chamfer distance of pairs, over that of held-out shapes. seconds a sample, without decoding."""
 
@@ -299,8 +299,9 @@ def main():
 
     flag("tokenizer generate images cross-view ablate-rgs " + " ".join(TRAINED), "--rep", type=heads.spelling, choices=list(HEADS), default="sdf",
          help="the representation to judge")
-    for names, shapes in (("tokenizer", 260), ("cross generate images", 208), ("joint", 52), ("cross-view ablate-rgs", 26), (" ".join(TRAINED), 104)):
-        flag(names, "--shapes", type=between(1, 520), default=shapes, help="how many held-out shapes, all classes alike")
+    for names, least, shapes in (("tokenizer", 1, 260), ("cross images", 1, 208), ("generate", 2, 208), ("joint", 1, 52), ("cross-view ablate-rgs", 1, 26),
+                                 (" ".join(TRAINED), 2, 104)):
+        flag(names, "--shapes", type=between(least, 520), default=shapes, help="how many held-out shapes, all classes alike")
     for names, n in (("generate", 16), ("attributes", 8), ("joint ablate-rgs " + " ".join(TRAINED), 4)):
         flag(names, "--n", type=between(2, 1000), default=n, help="samples of every prompt, where there are several")
     flag("joint generate images cross-view ablate-rgs " + " ".join(TRAINED), "--resolution", type=int, choices=RESOLUTIONS, default=64,
@@ -332,7 +333,7 @@ def main():
     flag("ablate-encoder", "--text-encoders", nargs="+", default=[], metavar="NAME", help="text encoders of transformers to try as well (pretrained.py)")
     args = parser.parse_args()
     start = time.time()
-    claim(args.out)
+    claim(args.out), pick_device(args.device)
     if len(args.checkpoint) > 1 and args.command in ("ablate-rgs", *TRAINED):
         raise UserError(f"{args.command} takes one --checkpoint")
     for folder in args.checkpoint:

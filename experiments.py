@@ -11,6 +11,7 @@ already is not trained again, so the experiments share their first row. Then all
     python evaluate.py overfit           # ten shapes of one class: does the prompt reach the shape?
 """
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,10 @@ import torch
 from data import prepare
 from fit import plot_losses
 from kinds import painted
-from layers import UserError, read_config, read_weights
+from layers import UserError, read_config, read_stage, read_weights
 from metrics import chamfer, chamfer_matrix
 from render import contact_sheet, render_mesh, save_png
-from results import intervals, report
+from results import intervals, report, weights
 from samples import POINTS, Exam, Job, clouds, kept, made, parts, shape
 from sample import LTM3D
 
@@ -36,7 +37,7 @@ VARIANTS = {  # name of the variant: flags of train.py, options of sampling
     "ablate-encoder": {"text tower": ("", {}), "bag of words": ("--text-encoder bag", {})},
     "ablate-denoiser": {f"{name}, {steps} steps": (flags, {"denoise_steps": steps})
                         for name, flags, counts in (("flow", "", (4, 8, 16, 32)), ("ddpm", "--denoiser ddpm", (25, 50, 100))) for steps in counts},
-    "data-scaling": {f"{count} shapes": (f"--shapes {count}", {}) for count in (130, 1300, 5200)} | {"all shapes": ("", {})},
+    "data-scaling": {f"{count} shapes": (f"--shapes {count}", {}) for count in (130, 1300)} | {"all shapes": ("", {})},
 }
 QUESTIONS = {
     "versus": "LTM3D against other generators: same shape tokens, number of parameters and steps.", "ablate-prefix": "A learnt prefix against "
@@ -46,8 +47,13 @@ QUESTIONS = {
 
 
 def launch(flags):
-    """train.py in a process of its own -> its exit status."""
-    return subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *flags]).returncode
+    """train.py in a process of its own -> its exit status. If we are stopped, it is, and has time to save."""
+    with subprocess.Popen([sys.executable, Path(__file__).with_name("train.py"), *flags]) as child:
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:
+                child.send_signal(signal.SIGINT)
 
 
 def train(args, flags, seed):
@@ -61,6 +67,9 @@ def train(args, flags, seed):
         if (str(steps), shapes) != (str(told["--steps"]), str(told["--shapes"])):
             raise UserError(f"{folder} was trained for {steps} steps with {shapes} shapes; give --steps {steps} --train-shapes {shapes}, "
                             "or another --runs")
+        other = [name for name, made in entry["made_with"].items() if weights(args.checkpoint[0], name) != {name: made}]
+        if other:
+            raise UserError(f"{folder} was trained with another {other[0]} than that in {args.checkpoint[0]}; give another --runs")
     else:
         print(f"training {folder}")
         ended = launch([str(word) for flag in told.items() for word in flag])
@@ -76,8 +85,10 @@ def compare_variants(args):
     variants = dict(VARIANTS[args.command])
     if args.command == "ablate-encoder":
         variants |= {name: (f"--text-encoder {name}", {}) for name in args.text_encoders}
-    folders = {name: [train(args, flags, seed) for seed in range(args.seeds)] for name, (flags, _) in variants.items()}
+    if any({"alpha", "within"} & options.keys() for _, options in variants.values()):
+        read_stage(args.checkpoint[0], "reconstruct")         # rather an error now than after hours
     exam, rows = Exam(args, args.n, args.shapes), []
+    folders = {name: [train(args, flags, seed) for seed in range(args.seeds)] for name, (flags, _) in variants.items()}
     for name, (_, options) in variants.items():
         scores = []
         for folder in folders[name]:
@@ -89,7 +100,8 @@ def compare_variants(args):
         minutes = np.mean([sum(read_config(folder)[stage]["seconds"] for stage in stages) for folder in folders[name]]) / 60
         rows.append({"variant": name, "M parameters": count, "minutes": minutes} | intervals(scores))
     real = exam.real()
-    print(f"{args.steps} steps, {args.seeds} seeds: means and 95 % confidence intervals; else as evaluate.py generate says")
+    of = f"means of {args.seeds} trainings and 95 % confidence intervals" if args.seeds > 1 else "one training of each"
+    print(f"{args.steps} steps, {of}; else as evaluate.py generate says")
     report(args.out, args.command, [{"variant": "held-out shapes"} | {key: real.get(key, "") for key in list(rows[0])[1:]}, *rows])
     panels = {}
     for name, each in folders.items():

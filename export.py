@@ -22,7 +22,7 @@ import trimesh
 from trimesh.exchange.gltf import export_glb, load_glb
 
 from layers import Parser, UserError, command, written
-from meshes import check, closed_edges, components, sample_surface, watertight
+from meshes import check, closed_edges, components, face_areas, sample_surface, watertight
 from render import render_gaussians, render_mesh, render_points, turned
 
 
@@ -155,7 +155,7 @@ def write_glb(path, vertices, faces, colours, smooth=True):
 
 
 def read_glb(path):
-    """What write_glb wrote -> vertices (v 3), faces (f 3), colours (v 3)."""
+    """What write_glb wrote -> vertices (v 3), faces (f 3), colours (v 3), smooth."""
     data = content(path)
     try:
         # not trimesh.load, which would round the colours to 8 bits
@@ -167,8 +167,10 @@ def read_glb(path):
         raise UserError(f"{path} {what}; one mesh with a colour at each vertex is read, as sample.py writes")
     vertices, faces, linear = (np.array(meshes[0][name]) for name in ("vertices", "faces", "vertex_colors"))
     check(vertices, faces)
+    if face_areas(vertices, faces).sum() == 0:
+        raise UserError(f"{path}: its faces have no area")
     linear = linear[:, :3] / (np.iinfo(linear.dtype).max if linear.dtype.kind == "u" else 1.)       # 8 and 16 bits are shares of 1
-    return vertices, faces.astype(np.int64), to_srgb(linear.astype(np.float64)).astype(np.float32)
+    return vertices, faces.astype(np.int64), to_srgb(linear.astype(np.float64)).astype(np.float32), "vertex_normals" in meshes[0]
 
 
 # ---------------------------------------------------------------------------- ply
@@ -206,7 +208,7 @@ def read_ply(path, needed):
     if ["format", "binary_little_endian", "1.0"] not in words:
         raise UserError(f"{path}: only binary little-endian PLY files are read; write it again as binary")
     elements = [i for i, word in enumerate(words) if word[0] == "element"] + [len(words)]
-    if len(elements) < 2 or words[elements[0]][1:2] != ["vertex"] or not "".join(words[elements[0]][2:]).isdigit():
+    if len(elements) < 2 or words[elements[0]][1:2] != ["vertex"] or not "".join(words[elements[0]][2:]).isdecimal():
         raise UserError(f"{path}: its first element is not 'vertex' and how many there are")
     fields = [word for word in words[elements[0] + 1:elements[1]] if word[0] == "property"]
     missing = [name for name in needed if name not in [word[-1] for word in fields]]

@@ -256,7 +256,7 @@ def main():
     args = parser.parse_args()
     from export import read_glb
     from render import render_mesh, save_png
-    vertices, faces, colours = read_glb(args.file)
+    vertices, faces, colours, _ = read_glb(args.file)
     corners, colours, _ = canonical(*fit(vertices, faces, colours[faces].mean(1), args.faces, args.many))
     x = centres(corners).reshape(-1, 3).astype(np.float32)
     save_png(args.out, render_mesh(x, np.arange(len(x)).reshape(-1, 3), np.repeat(colours, 3, 0)))

@@ -8,6 +8,7 @@ same keys, texts first; a number may be a pair, a mean and how far its 95 % conf
 import csv
 import json
 import zipfile
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ class Kept:
             raise UserError(f"{path} is damaged ({error}); delete {folder}, and it is made again") from None
         if other:
             raise UserError(f"{folder} holds results of other settings ({'; '.join(other)}); delete it, or give another --out")
+        if not path.is_file() and any(self.folder.glob("*.npz")):
+            raise UserError(f"{folder} holds results, but not their {path.name}; delete it, and they are made again")
 
     def __contains__(self, name):
         return (self.folder / f"{name}.npz").is_file()
@@ -45,7 +48,7 @@ class Kept:
         try:
             with np.load(path) as file:
                 return dict(file)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from None
 
 
@@ -77,9 +80,10 @@ def intervals(each):
 # ---------------------------------------------------------------------------- tables and plots
 
 def labels(folders):
-    """Short names of checkpoint folders, no two alike."""
-    names = [Path(folder).name for folder in folders]
-    return {folder: name if names.count(name) == 1 else "-".join(Path(folder).parts[-2:]) for folder, name in zip(folders, names)}
+    """Short names of checkpoint folders, no two alike: as many of their last parts as that takes."""
+    folders = list(dict.fromkeys(map(Path, folders)))
+    k = next(k for k in count(1) if len({folder.parts[-k:] for folder in folders}) == len(folders))
+    return {folder: "-".join(folder.parts[-k:]).replace("/", "") for folder in folders}
 
 
 def compare(out, name, tables, means=True):

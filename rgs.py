@@ -78,8 +78,8 @@ def ablate_rgs(args):
         row |= {key: interval([one[key] for one in seeds]) for key in ("prompt score", "Chamfer to described")}
         table.append(row | {f"share of {key}": interval([one[key] / base[key] for one, base in zip(seeds, plain)])
                             for key in ("diversity", "diversity less floor")})
-    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {args.seeds} seeds: means and 95 % confidence intervals. share of diversity:\n"
-          "mean Chamfer distance of pairs of samples of one prompt over that of sampling only; less floor: less that of two samplings of one surface")
+    of = f"means of {args.seeds} samplings of the same prompts and 95 % confidence intervals" if args.seeds > 1 else "one sampling"
+    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {of}. share of diversity:\nmean Chamfer distance of pairs of samples of one prompt over that of sampling only; less floor: less that of two samplings of one surface")
     report(args.out, args.command, table, draw=draw)
 
 

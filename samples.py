@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 import encoders
-from data import BuiltIn, Files, prepare
+from data import BuiltIn, Files, begins, prepare
 from heads import with_needs
 from layers import UserError, digest, read_config
 from metrics import (chamfer, chamfer_matrix, cosine, diversity, frechet, kernel_distance, memorisation, mmd_cov_1nna, others,
@@ -45,7 +45,10 @@ def made(model, jobs, kept, look, **options):
                 kept(job.name, lambda: {"seconds": seconds} | look(each, job))
                 bar.update()
     each = [kept(job.name, None) for job in jobs]
-    return {key: np.stack([one[key] for one in each]) for key in each[0]}
+    try:
+        return {key: np.stack([one[key] for one in each]) for key in each[0]}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{kept.folder} holds a result that is unlike the others ({error}); delete it, and it is made again") from None
 
 
 def shape(model, rep, resolution, points=POINTS):
@@ -93,39 +96,64 @@ class Scorer:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             self.weights, self.cloud, self.text = digest(source), module.cloud, getattr(module, "text", None)
-        except Exception as error:                            # it may do anything
+        except (Exception, SystemExit) as error:              # it may do anything
             raise UserError(f"{source} gives no features ({type(error).__name__}: {error}); it has to define cloud(points, normals, colours)") from None
 
     @torch.no_grad()
+    def features(self, what, some):
+        """Batches of arguments of self.cloud or self.text -> n e; of a file, whatever it does wrong is one line."""
+        made = []
+        for part in some:
+            try:
+                each = getattr(self, what)(*part).float().cpu()
+                fits = each.ndim == 2 and len(each) == len(part[0]) and each.isfinite().all() and each.norm(dim=1).all()
+            except (Exception, SystemExit) as error:
+                raise UserError(f"{what} of the scorer failed ({type(error).__name__}: {error}); it has to give a tensor b e") from None
+            if not fits:
+                raise UserError(f"{what} of the scorer gave a tensor of the shape {tuple(each.shape)} for {len(part[0])}: rows of "
+                                "finite numbers that are not all 0 are wanted, one each")
+            made.append(each)
+        return torch.cat(made).numpy()
+
     def clouds(self, *cloud):
         """points, normals, colours, n k 3 each -> n e."""
-        parts = zip(*(torch.as_tensor(x, dtype=torch.float).split(BATCH) for x in cloud))
-        return torch.cat([self.cloud(*(x.to(self.device) for x in part)).float().cpu() for part in parts]).numpy()
+        return self.features("cloud", zip(*(torch.as_tensor(x, dtype=torch.float).to(self.device).split(BATCH) for x in cloud)))
 
-    @torch.no_grad()
     def texts(self, prompts):                                 # -> n e
-        return torch.cat([self.text(prompts[i:i + BATCH]).float().cpu() for i in range(0, len(prompts), BATCH)]).numpy()
+        return self.features("text", [(prompts[i:i + BATCH],) for i in range(0, len(prompts), BATCH)])
 
 
-def copied(folder, args, scorer, held_out, cloud):
-    """`memorisation` of a set of clouds (points, normals, colours), by the training shapes of a checkpoint, "" if they are not at hand.
-    Chamfer distance is taken to the 16 training shapes of the nearest features."""
-    source = Files("train", args.data, args.copies) if args.data else \
-        BuiltIn("train", int(read_config(folder)["backbone"]["data"].split("-")[2]))              # shapes-train-COUNT-...
+def learnt_from(folder, args):
+    """The prepared shapes that a checkpoint learnt from, or None with a word why, if they are not at hand."""
+    name = read_config(folder)["backbone"]["data"]
+    if not name.startswith(begins(args.data)):
+        raise UserError(f"the backbone in {folder} learnt from {name}; give the --data that it was trained on")
+    source = Files("train", args.data, args.copies) if args.data else BuiltIn("train", int(name.split("-")[2]))     # shapes-train-COUNT-...
     if not (Path(args.cache) / source.name).is_dir():
         how = f"--data {args.data} --copies {args.copies}" if args.data else f"--shapes {source.count}"
-        print(f"memorisation is left out: the training shapes of {folder} are not in {args.cache}; make them with: python data.py {how}")
-        return ""
-    train = prepare("train", source.count, args.cache, data=args.data, copies=args.copies)
+        print(f"memorisation is left out: {source.name} is not in {args.cache}; make it with: python data.py {how}")
+        return None
+    if source.name != name:
+        print(f"memorisation is by {source.name}, where {folder} learnt from {name}")
+    return prepare("train", source.count, args.cache, data=args.data, copies=args.copies)
+
+
+def copied(train, args, scorer, held_out, cloud):
+    """`memorisation` of a set of clouds (points, normals, colours), and what it would be of copies: of as many training shapes, drawn
+    anew. Chamfer distance is taken to the 16 training shapes of the nearest features."""
+    if train is None:
+        return {"memorisation": "", "of copies": ""}
     kept = Kept(f"{args.out}/{train.name}", scorer=scorer.weights)
-    draw = lambda rows: train.cloud(rows, POINTS, np.random.default_rng(0))
+    draw = lambda rows, seed=0: train.cloud(rows, POINTS, np.random.default_rng(seed))
     rows = np.array_split(np.arange(len(train)), -(-len(train) // BATCH))
     features = kept("features", lambda: {"train": np.concatenate([scorer.clouds(*draw(some)) for some in tqdm(rows, desc="training shapes")])})
-    features = features["train"]
-    tried = [cosine(scorer.clouds(*some), features).argsort(1)[:, :-17:-1] for some in (cloud, held_out)]
+    copies = draw(np.arange(len(held_out[0])) % len(train), 1)
+    tried = [cosine(scorer.clouds(*some), features["train"]).argsort(1)[:, :-17:-1] for some in (cloud, copies, held_out)]
     rows, place = np.unique(np.concatenate(tried), return_inverse=True)          # only those are read from disk
-    ours, theirs = np.split(place.reshape(-1, tried[0].shape[1]), [len(tried[0])])
-    return memorisation(cloud[0], held_out[0], draw(rows)[0], (ours, theirs))
+    ours, theirs, real = np.split(place.reshape(-1, tried[0].shape[1]), np.cumsum([len(some) for some in tried[:2]]))
+    true = draw(rows)[0]
+    return {name: memorisation(some[0], held_out[0], true, (near, real)) for name, some, near in
+            (("memorisation", cloud, ours), ("of copies", copies, theirs))}
 
 
 # ---------------------------------------------------------------------------- what generators are asked
@@ -147,6 +175,8 @@ class Exam:
         if self.scorer.text:
             self.asked, self.true = self.scorer.texts(self.captions), np.array([[a == b for b in self.captions] for a in self.captions])
         self.features = self.scorer.clouds(*self.rest)
+        if self.scorer.text and self.asked.shape[1] != self.features.shape[1]:
+            raise UserError(f"{args.scorer} has {self.asked.shape[1]} features of a prompt and {self.features.shape[1]} of a cloud")
 
     def told(self, points, normals, features):
         """How well a shape for each caption obeys it; and in the colours of the shape described, so that its form alone counts."""
@@ -167,15 +197,16 @@ class Exam:
         """What the shapes described score themselves."""
         near, features = np.mean([chamfer(*pair) for pair in zip(self.truth[0], self.again[0])]), self.scorer.clouds(*self.truth)
         return {**self.told(*self.truth[:2], features), "Chamfer to described": near, **self.like(self.truth[0], features),
-                "memorisation": 1., "diversity": 1.}
+                "memorisation": 1., "of copies": "", "diversity": 1.}
 
     def scores(self, model, kept, **options):
         """A checkpoint's -> a dict of all metrics, another of every class name, and its shapes from those names."""
         args, look = self.args, shape(model.ready(self.args.rep), self.args.rep, self.args.resolution)
         print(f"{model.folder}, running on {model.reason}")
+        train = learnt_from(model.folder, args)
         told, named = (made(model, jobs, kept, look, **options) for jobs in (self.captioned, self.named))
         cloud = [torch.from_numpy(told[key]) for key in ("points", "normals", "colours")]
-        features, copies = self.scorer.clouds(*cloud), copied(model.folder, args, self.scorer, self.truth, cloud)
+        features = self.scorer.clouds(*cloud)
         near, by_class = [chamfer(*pair) for pair in zip(told["points"], self.truth[0])], []
         distance = torch.cat([chamfer_matrix(part, self.cloud[0]) for part in tqdm(clouds(named).split(8), desc="Chamfer", unit="batch")])
         sound = [key for key in ("one piece", "watertight", "closed edges") if key in named]
@@ -188,6 +219,6 @@ class Exam:
                                "diversity": ours, "diversity of held-out": real.mean().item(), "ratio": ours / real.mean().item()})
         means = mean(by_class)
         return {**self.told(*cloud[:2], features), "Chamfer to described": np.mean(near), **self.like(told["points"], features),
-                "memorisation": copies, "right class": means["right class"],
+                **copied(train, args, self.scorer, self.truth, cloud), "right class": means["right class"],
                 **{key: means[key] for key in sound}, "diversity": means["ratio"],
                 "seconds": np.mean([*told["seconds"], *named["seconds"]])}, by_class, named

@@ -61,6 +61,7 @@ import pretrained
 import real
 import reconstruct
 import render
+import results
 import rgs
 import sample
 import samples
@@ -1510,8 +1511,11 @@ def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, mon
     assert [row["variant"] for row in rows_of(tmp_path / "out/versus")] == ["held-out shapes", *experiments.VARIANTS["versus"]]
     assert (tmp_path / "out/versus-losses.png").is_file()
     assert len(calls) == 2 and versus() == 0 and len(calls) == 2
+    other = shutil.copytree(overfitted, tmp_path / "other")
+    layers.save_weights(other / "tokenizer.safetensors", {"x": torch.zeros(1)})
     for flags, words in ((("--steps", 3), "was trained for 2 steps with 2 shapes"), (("--train-shapes", 3), "give --steps 2 --train-shapes 2"),
-                         (("--checkpoint", overfitted, overfitted), "versus takes one --checkpoint")):
+                         (("--checkpoint", overfitted, overfitted), "versus takes one --checkpoint"),
+                         (("--checkpoint", other), "was trained with another tokenizer than that in"), (("--scorer", "none.py"), "gives no features")):
         assert versus(*flags) == 2 and words in capsys.readouterr().err
     assert run(evaluate.main, "overfit", "--checkpoint", overfitted, "--steps", 2, "--train-shapes", 2, "--resolution", 32,
                "--runs", tmp_path / "runs", "--cache", tmp_path / "cache", "--out", tmp_path / "out") == 0
@@ -1519,6 +1523,53 @@ def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, mon
     assert len(each) == 8 and all(float(row["its floor"]) < float(row["Chamfer"]) for row in each)
     assert float(mean["nearest is its own"]) == np.mean([float(row["nearest is its own"]) for row in each])
     assert (tmp_path / "out/overfit-shapes.png").is_file()
+
+
+def test_a_stopped_experiment_lets_training_save(tmp_path, monkeypatch):
+    """Ctrl-C while a variant is trained: train.py is told, and has the seconds that it takes to save."""
+    (tmp_path / "train.py").write_text("import pathlib, sys, time\n"
+        "try:\n    pathlib.Path(sys.argv[1], 'begun').touch(); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1); pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit(130)\n")
+    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "experiments.py"))
+
+    def stop():
+        while not (tmp_path / "begun").exists():
+            time.sleep(.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(stop)
+        assert experiments.launch([str(tmp_path)]) == 130 and (tmp_path / "saved").is_file()
+
+
+def test_copies_are_known(overfitted, prepared, tmp_path):
+    """Memorisation of training shapes, drawn anew, is what a table says copies would have; that of other shapes is more, of held-out ones 1."""
+    train, test = prepared
+    args, scorer = SimpleNamespace(out=tmp_path), samples.Scorer(overfitted)
+    clouds = {name: split.cloud(range(26), samples.POINTS, np.random.default_rng(seed)) for name, split, seed in (("copies", train, 2), ("real", test, 2))}
+    held_out = test.cloud(range(26), samples.POINTS, np.random.default_rng(0))
+    known, new = (samples.copied(train, args, scorer, held_out, cloud) for cloud in clouds.values())
+    assert known["memorisation"] == pytest.approx(known["of copies"], rel=.03) and known["of copies"] == new["of copies"] < .9
+    assert new["memorisation"] == pytest.approx(1, rel=.03)
+
+
+def test_kept_results_are_told_apart(tmp_path):
+    """Checkpoints of one name get labels of their own, one that is named twice a single one; results without settings, an array where
+    several are meant and results that are unlike are one clear line."""
+    assert list(results.labels(["a/tiny", "a/tiny/", "b/tiny", "b/x/tiny"]).values()) == ["a-tiny", "b-tiny", "x-tiny"]
+    assert list(results.labels(["runs/tiny/", "checkpoints/small"]).values()) == ["tiny", "small"]
+    keep = results.Kept(tmp_path / "kept", seed=0)
+    keep("one", lambda: {"x": np.zeros(3)})
+    np.save(tmp_path / "kept/two.npy", np.zeros(3))
+    (tmp_path / "kept/two.npy").rename(tmp_path / "kept/two.npz")
+    with pytest.raises(UserError, match="two.npz is damaged"):
+        keep("two", None)
+    keep("three", lambda: {"x": np.zeros(4)})
+    with pytest.raises(UserError, match="unlike the others"):
+        samples.made(None, [samples.Job(name, "", None, ()) for name in ("one", "three")], keep, None)
+    (tmp_path / "kept/settings.json").unlink()
+    with pytest.raises(UserError, match="not their settings.json"):
+        results.Kept(tmp_path / "kept", seed=1)
 
 
 def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined):
@@ -1561,6 +1612,11 @@ def test_features_of_somebody_else(tmp_path, capsys):
         (tmp_path / "bad.py").write_text(text)
         assert run(evaluate.main, "generate", "--scorer", tmp_path / "bad.py", "--out", tmp_path) == 2
         assert words in capsys.readouterr().err
+    for does, words in (("return points.mean(1) * float('nan')", "finite numbers"), ("return points[:1, 0]", r"\(1, 3\) for 64"), ("return 3", "failed"),
+                        ("return points.mean(1) * 0", "not all 0"), ("exit(3)", "SystemExit"), ("return points", r"\(64, 8, 3\)")):
+        (tmp_path / "bad.py").write_text(f"def cloud(points, normals, colours):\n    {does}\n")
+        with pytest.raises(UserError, match=words):
+            samples.Scorer(str(tmp_path / "bad.py")).clouds(points, points, points)
     assert run(evaluate.main, "generate", "--scorer", tmp_path / "none.py", "--out", tmp_path) == 2
     capsys.readouterr()
     assert run(evaluate.main, "ablate-rgs", "--scorer", tmp_path / "mine.py", "--out", tmp_path) == 2
@@ -1797,8 +1853,11 @@ def test_glb_of_others(tmp_path):
     trimesh.Trimesh(vertices, faces, process=False).export(tmp_path / "grey.glb")
     trimesh.Scene([trimesh.Trimesh(vertices + i, faces) for i in range(2)]).export(tmp_path / "two.glb")
     assert abs(export.read(tmp_path / "ours.glb").colours - export.read(tmp_path / "theirs.glb").colours).max() < .02
+    export.Mesh(vertices, faces, colours, smooth=False).save(tmp_path / "flat.glb")
+    assert export.read(tmp_path / "ours.glb").smooth and not export.read(tmp_path / "flat.glb").smooth
+    export.write_glb(tmp_path / "thin.glb", vertices * [1, 0, 0], faces, colours)
     for name, complaint in (("grey", "no vertex colours"), ("two", "holds 2 meshes"), ("nan", "not finite"), ("far", "reaches to"),
-                            ("none", "cannot read")):
+                            ("none", "cannot read"), ("thin", "no area")):
         with pytest.raises(UserError, match=complaint):
             export.read(tmp_path / f"{name}.glb")
 
