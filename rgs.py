@@ -31,7 +31,7 @@ def rules(args):
     return {"sampling only": ("", "", "", {"alpha": None})} \
         | {f"a = {a:g}" + f", {window:g} of the steps" * (window != .75):
            (f"{a:g}", f"{1 - a:g}", f"{window:g}", {"alpha": a, "window": window}) for a, window in blends} \
-        | {f"within {reach:g} sigma": ("", "", ".75", {"within": reach}) for reach in args.within}
+        | {f"within {reach:g} sigma": ("", "", "0.75", {"within": reach}) for reach in args.within}
 
 
 def pairs(points, n):
@@ -79,7 +79,8 @@ def ablate_rgs(args):
         table.append(row | {f"share of {key}": interval([one[key] / base[key] for one, base in zip(seeds, plain)])
                             for key in ("diversity", "diversity less floor")})
     of = f"means of {args.seeds} samplings of the same prompts and 95 % confidence intervals" if args.seeds > 1 else "one sampling"
-    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {of}. share of diversity:\nmean Chamfer distance of pairs of samples of one prompt over that of sampling only; less floor: less that of two samplings of one surface")
+    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {of}. share of diversity:\n"
+          "mean Chamfer distance of pairs of samples of one prompt over that of sampling only; less floor: less that of two samplings of one surface")
     report(args.out, args.command, table, draw=draw)
 
 
@@ -96,6 +97,7 @@ def draw(plt, rows):
             (x, dx), (y, dy) = (each if isinstance(each, tuple) else (each, 0) for each in place)
             colour = {"s": "black", "a": "#4c72b0", "w": "#c44e52"}[row["rule"][0]]
             axis.errorbar(x, y, dy, dx, "o", color=colour, elinewidth=.5, markersize=4)
-            axis.annotate(row["rule"], (x, y), xytext=(4, 4), textcoords="offset points", size="x-small", color=colour)
+            aside = dict(xytext=(-1, -3), ha="right", va="top") if row["rule"][0] == "w" else dict(xytext=(1, 3))
+            axis.annotate(row["rule"], (x, y), textcoords="offset points", size="x-small", color=colour, rotation=55, **aside)
         axis.set(title=f"asked with a {kind}", xlabel="share of the diversity of sampling only, less floor", ylabel="prompt score")
     return drawn

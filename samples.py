@@ -144,10 +144,11 @@ def copied(train, args, scorer, held_out, cloud):
     if train is None:
         return {"memorisation": "", "of copies": ""}
     kept = Kept(f"{args.out}/{train.name}", scorer=scorer.weights)
-    draw = lambda rows, seed=0: train.cloud(rows, POINTS, np.random.default_rng(seed))
+    draw = lambda rows: train.cloud(rows, POINTS, np.random.default_rng(0))
     rows = np.array_split(np.arange(len(train)), -(-len(train) // BATCH))
     features = kept("features", lambda: {"train": np.concatenate([scorer.clouds(*draw(some)) for some in tqdm(rows, desc="training shapes")])})
-    copies = draw(np.arange(len(held_out[0])) % len(train), 1)
+    anew = [train.shape(row % len(train)).surface(POINTS, np.random.default_rng(row)) for row in range(len(held_out[0]))]
+    copies = [torch.from_numpy(np.float32(x)) for x in map(np.stack, zip(*anew))]
     tried = [cosine(scorer.clouds(*some), features["train"]).argsort(1)[:, :-17:-1] for some in (cloud, copies, held_out)]
     rows, place = np.unique(np.concatenate(tried), return_inverse=True)          # only those are read from disk
     ours, theirs, real = np.split(place.reshape(-1, tried[0].shape[1]), np.cumsum([len(some) for some in tried[:2]]))
