@@ -136,7 +136,7 @@ def references_of(test, seed):
 EXPLAINED = """From the fullest captions of {shapes} held-out shapes, one sample each. prompt score: cosine of the features of caption and shape;
 of form: the same in the colours of the shape described. R-precision: share of samples whose features are nearest, of all captions, to
 their own. Chamfer distance to the shape described. Frechet and kernel distance of features, MMD, COV and 1-NNA: to as many other held-out
-shapes. memorisation: how near training shapes are, 1 as near as to shapes held out; of copies: what training shapes themselves score.
+shapes. memorisation: how near training shapes are, in tokens, 1 as near as to shapes held out; of copies: what training shapes score.
 From {names} class names, {n} samples each. right class: share whose nearest held-out shape is of it. one piece: share with at least
 99 % of the surface in one component. diversity: mean Chamfer distance of pairs, over that of held-out shapes. seconds a sample, without decoding."""
 

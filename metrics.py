@@ -154,21 +154,15 @@ def mmd_cov_1nna(samples, references):
     return {"MMD": across.amin(0).mean().item(), "COV": len(across.argmin(1).unique()) / n, "1-NNA": own.float().mean().item()}
 
 
-def nearest(clouds, references, tried=None):
-    """`chamfer` of each cloud (n k 3) to the nearest reference (r l 3): n. tried: n t, rows of references to look at, if not all."""
-    sound(clouds, "the set of clouds", 1, "n k 3"), sound(references, "the set of references", 1, "n k 3")
-    if tried is None:
-        return chamfer_matrix(clouds, references).amin(1)
-    return torch.cat([chamfer_matrix(clouds[i:i + 1], references[some]).amin(1) for i, some in enumerate(tried)])
-
-
-def memorisation(samples, held_out, train, tried=(None, None)):
-    """Mean Chamfer distance from samples (s k 3) to the nearest training shape (t k 3), over that from shapes held out (h k 3) to
-    theirs: 1 if samples are as new as those, near 0 if they are copies. tried: what `nearest` is to look at, of either."""
-    ours, theirs = nearest(samples, train, tried[0]).mean(), nearest(held_out, train, tried[1]).mean()
-    if theirs < 1e-3:
-        raise UserError("the clouds held out are training clouds: memorisation cannot be measured")
-    return (ours / theirs).item()
+def memorisation(samples, held_out, train):
+    """Mean Euclidean distance from samples (s d; shape tokens, all of a shape in one vector) to the nearest of the training shapes (t d),
+    over that from shapes held out (h d) to theirs: 1 if samples are as new as those, 0 if they are training shapes."""
+    known = torch.as_tensor(sound(train, "the set of training shapes", 1, "n d"))
+    near = [torch.cdist(torch.as_tensor(sound(x, f"the set of {what}", 1, "n d")), known).amin(1).mean().item()
+            for x, what in ((samples, "samples"), (held_out, "shapes held out"))]
+    if near[1] < 1e-6:
+        raise UserError("the shapes held out are training shapes: memorisation cannot be measured")
+    return near[0] / near[1]
 
 
 # ---------------------------------------------------------------------------- features: of clouds and of what was asked for

@@ -12,10 +12,11 @@ import torch
 from tqdm import tqdm
 
 import encoders
+import tokenizer
 from data import BuiltIn, Files, begins, prepare
 from heads import with_needs
 from layers import UserError, digest, read_config
-from metrics import (chamfer, chamfer_matrix, cosine, diversity, frechet, kernel_distance, memorisation, mmd_cov_1nna, others,
+from metrics import (chamfer, chamfer_matrix, diversity, frechet, kernel_distance, memorisation, mmd_cov_1nna, others,
                      prompt_score, r_precision)
 from results import Kept, mean, weights
 from shapes import CLASSES
@@ -138,23 +139,17 @@ def learnt_from(folder, args):
     return prepare("train", source.count, args.cache, data=args.data, copies=args.copies)
 
 
-def copied(train, args, scorer, held_out, cloud):
-    """`memorisation` of a set of clouds (points, normals, colours), and what it would be of copies: of as many training shapes, drawn
-    anew. Chamfer distance is taken to the 16 training shapes of the nearest features."""
+def copied(train, model, test, tokens):
+    """`memorisation` of samples, in the space of their tokens (s n c), and what it would be of copies: training shapes, encoded anew."""
     if train is None:
         return {"memorisation": "", "of copies": ""}
-    kept = Kept(f"{args.out}/{train.name}", scorer=scorer.weights)
-    draw = lambda rows: train.cloud(rows, POINTS, np.random.default_rng(0))
-    rows = np.array_split(np.arange(len(train)), -(-len(train) // BATCH))
-    features = kept("features", lambda: {"train": np.concatenate([scorer.clouds(*draw(some)) for some in tqdm(rows, desc="training shapes")])})
-    anew = [train.shape(row % len(train)).surface(POINTS, np.random.default_rng(row)) for row in range(len(held_out[0]))]
-    copies = [torch.from_numpy(np.float32(x)) for x in map(np.stack, zip(*anew))]
-    tried = [cosine(scorer.clouds(*some), features["train"]).argsort(1)[:, :-17:-1] for some in (cloud, copies, held_out)]
-    rows, place = np.unique(np.concatenate(tried), return_inverse=True)          # only those are read from disk
-    ours, theirs, real = np.split(place.reshape(-1, tried[0].shape[1]), np.cumsum([len(some) for some in tried[:2]]))
-    true = draw(rows)[0]
-    return {name: memorisation(some[0], held_out[0], true, (near, real)) for name, some, near in
-            (("memorisation", cloud, ours), ("of copies", copies, theirs))}
+    weights, encoder = Path(model.folder) / "tokenizer.safetensors", tokenizer.load(model.folder).to(model.device)
+    known, held_out = (tokenizer.tokenise(encoder, split, model.device, model.autocast, weights) for split in (train, test))
+    anew = [train.shape(row).surface(2048, np.random.default_rng(row)) for row in range(min(len(train), BATCH))]
+    with torch.no_grad(), model.autocast():
+        again = encoder(*(torch.from_numpy(np.float32(x)).to(model.device) for x in map(np.stack, zip(*anew)))).float().cpu()
+    vectors = [x.flatten(1) for x in (held_out[:len(tokens)], known)]
+    return {"memorisation": memorisation(torch.from_numpy(tokens).flatten(1), *vectors), "of copies": memorisation(again.flatten(1), *vectors)}
 
 
 # ---------------------------------------------------------------------------- what generators are asked
@@ -220,6 +215,6 @@ class Exam:
                                "diversity": ours, "diversity of held-out": real.mean().item(), "ratio": ours / real.mean().item()})
         means = mean(by_class)
         return {**self.told(*cloud[:2], features), "Chamfer to described": np.mean(near), **self.like(told["points"], features),
-                **copied(train, args, self.scorer, self.truth, cloud), "right class": means["right class"],
+                **copied(train, model, self.test, told["tokens"]), "right class": means["right class"],
                 **{key: means[key] for key in sound}, "diversity": means["ratio"],
                 "seconds": np.mean([*told["seconds"], *named["seconds"]])}, by_class, named

@@ -9,11 +9,13 @@ unordered: anchors give the backbone a canonical order and attention a sense of 
     python train.py --rep sdf --stage tokenizer      # trains it
     python evaluate.py tokenizer --rep sdf           # how well it reconstructs held-out shapes
 """
+import numpy as np
 import torch
 from einops import repeat
 from torch import nn
+from tqdm import tqdm
 
-from layers import Block, fourier, grid_points, load_model, read_stage
+from layers import Block, digest, fourier, grid_points, load_model, read_stage, written
 
 SIZES = {  # n = side^3 tokens of c channels
     "tiny": dict(side=4, channels=16, dim=128, heads=4),
@@ -62,6 +64,26 @@ def standardise(tokenizer, heads, tokens):
     for head in heads:
         head.token.bias.add_(head.token.weight @ mean)
         head.token.weight.mul_(std)
+
+
+@torch.no_grad()
+def tokenise(tokenizer, split, device, autocast, weights=None, limit=None):
+    """Tokens n n c of a prepared set. If the file of the weights is named, they are kept beside the set's other arrays: the
+    tokenizer is frozen then, so once is enough."""
+    path = split.folder / f"tokens-{digest(weights)}-{split.name}.npy" if weights and limit is None else None
+    if path and path.is_file():
+        return torch.from_numpy(np.load(path)).float()
+    out, count = [], min(limit or len(split), len(split))
+    for rows in tqdm(np.array_split(np.arange(count), -(-count // 64)), desc="tokens", unit="batch", leave=False):
+        cloud = [x.to(device, non_blocking=True) for x in split.cloud(rows, 2048, np.random.default_rng(rows[0]))]
+        with autocast():
+            out.append(tokenizer(*cloud).float().cpu())
+    tokens = torch.cat(out)
+    if path:
+        tokens = tokens.half()  # also now, so that a resumed run sees the same numbers
+        with written(path) as part:
+            np.save(part, tokens.numpy())
+    return tokens.float()
 
 
 def load(folder):

@@ -17,10 +17,8 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import backbone as backbone_
 import encoders as encoders_
@@ -247,23 +245,10 @@ def heads_loss(run, model, reps, tokens, split, rows, rng):
     return sum(losses), logs
 
 
-@torch.no_grad()
 def tokenise(run, tokenizer, split, limit=None):
-    """Tokens n n c of a prepared set, kept beside its other arrays: the tokenizer is frozen, so once is enough."""
+    """Tokens n n c of a prepared set."""
     weights = run.folder / "tokenizer.safetensors"
-    path = split.folder / f"tokens-{digest(weights)}-{split.name}.npy" if weights.is_file() and limit is None else None
-    if path and path.is_file():
-        return torch.from_numpy(np.load(path)).float()
-    out, count = [], min(limit or len(split), len(split))
-    for rows in tqdm(np.array_split(np.arange(count), -(-count // 64)), desc="tokens", unit="batch", leave=False):
-        with run.autocast():
-            out.append(tokenizer(*run.to(*split.cloud(rows, 2048, np.random.default_rng(rows[0])))).float().cpu())
-    tokens = torch.cat(out)
-    if path:
-        tokens = tokens.half()  # also now, so that a resumed run sees the same numbers
-        with written(path) as part:
-            np.save(part, tokens.numpy())
-    return tokens.float()
+    return tokenizer_.tokenise(tokenizer, split, run.device, run.autocast, weights if weights.is_file() else None, limit)
 
 
 def conditioned(run):
