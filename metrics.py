@@ -157,8 +157,8 @@ def mmd_cov_1nna(samples, references):
 def memorisation(samples, held_out, train):
     """Mean Euclidean distance from samples (s d; shape tokens, all of a shape in one vector) to the nearest of the training shapes (t d),
     over that from shapes held out (h d) to theirs: 1 if samples are as new as those, 0 if they are training shapes."""
-    known = torch.as_tensor(sound(train, "the set of training shapes", 1, "n d"))
-    near = [torch.cdist(torch.as_tensor(sound(x, f"the set of {what}", 1, "n d")), known).amin(1).mean().item()
+    known = torch.as_tensor(sound(train, "the set of training shapes", 1, "n d")).double()
+    near = [torch.cdist(torch.as_tensor(sound(x, f"the set of {what}", 1, "n d")).double(), known).amin(1).mean().item()
             for x, what in ((samples, "samples"), (held_out, "shapes held out"))]
     if near[1] < 1e-6:
         raise UserError("the shapes held out are training shapes: memorisation cannot be measured")
