@@ -1533,7 +1533,9 @@ def test_a_stopped_experiment_lets_training_save(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "__file__", str(tmp_path / "experiments.py"))
 
     def stop():
-        while not (tmp_path / "begun").exists():
+        for _ in range(400):                                    # 20 seconds at most
+            if (tmp_path / "begun").exists():
+                break
             time.sleep(.05)
         os.kill(os.getpid(), signal.SIGINT)
 
