@@ -134,7 +134,7 @@ def figure(path, rows, draw):
 def dots(plt, rows):
     """A panel a number, a dot a row, with its interval."""
     keys = [key for key in rows[0] if not all(isinstance(row[key], str) for row in rows)]
-    labels = [" ".join(value for value in row.values() if isinstance(value, str)) for row in rows]
+    labels = [" ".join(value for value in row.values() if isinstance(value, str) and value) for row in rows]
     columns = min(4, len(keys))
     drawn, axes = plt.subplots(-(-len(keys) // columns), columns, squeeze=False, layout="constrained", sharey=True,
                                figsize=(2 + 2.4 * columns, -(-len(keys) // columns) * (.8 + .22 * len(rows))))
@@ -147,5 +147,6 @@ def dots(plt, rows):
         axis.set(yticks=range(len(rows)), yticklabels=labels, title=key)
         axis.title.set_size("medium")
         axis.tick_params(labelsize="small")
+        axis.locator_params(axis="x", nbins=4)
     axes[0, 0].invert_yaxis()
     return drawn

@@ -99,5 +99,6 @@ def draw(plt, rows):
             axis.errorbar(x, y, dy, dx, "o", color=colour, elinewidth=.5, markersize=4)
             aside = dict(xytext=(-1, -3), ha="right", va="top") if row["rule"][0] == "w" else dict(xytext=(1, 3))
             axis.annotate(row["rule"], (x, y), textcoords="offset points", size="x-small", color=colour, rotation=55, **aside)
+        axis.margins(.16, .24)                                # room for the labels
         axis.set(title=f"asked with a {kind}", xlabel="share of the diversity of sampling only, less floor", ylabel="prompt score")
     return drawn
