@@ -197,8 +197,9 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def generate(self, condition, seeds, steps=16, denoise_steps=None, cfg=2., temperature=1.,
-                 steer=None, window=.75):
-        """condition (prefix.py), one seed a sample -> shape tokens b n c. cfg: the strength of guidance, or one for each kind.
+                 growth=1., steer=None, window=.75):
+        """condition (prefix.py), one seed a sample -> shape tokens b n c. cfg: the strength of guidance, or one for each kind, which
+        grows with the share of tokens known to this power; 0 is guidance all along.
 
         steer: RGS, a function of the tokens sampled so far that gives what the MAE sees of them (reconstruct.py), during the first
         `window` of the steps (a share if below 1, else a number of steps); None is sampling only.
@@ -219,7 +220,7 @@ class Backbone(nn.Module):
             c = self.contexts(told, seen.repeat(branches, 1, 1), orders, known)
             c = c.gather(1, repeat(orders[:, known:then], "b m -> b m d", d=c.shape[-1]))
             place = repeat(order[:, known:then], "b m -> b m c", c=self.channels)
-            guidance = [1 + (g - 1) * then / n for g in strengths]                     # grows with the share known
+            guidance = [1 + (g - 1) * (then / n) ** growth for g in strengths]
             fresh = noise.gather(1, repeat(place, "b m c -> b m r c", r=noise.shape[2]))
             new = self.denoiser.sample(self.net, rearrange(c, "b m d -> (b m) d"), rearrange(fresh, "b m r c -> (b m) r c"),
                                        denoise_steps, guidance, temperature)

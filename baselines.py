@@ -97,7 +97,7 @@ class Autoregressive(nn.Module):
         return self.denoiser.loss(self.net, x, c)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., steer=None, **_):
+    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., growth=1., steer=None, **_):
         """As Backbone.generate, in n steps of one token each."""
         if steer:
             raise UserError("RGS was made for tokens in random order, and this checkpoint makes them in turn; give --alpha none")
@@ -107,7 +107,7 @@ class Autoregressive(nn.Module):
         prefix, x = self.prefix(condition, drop), torch.zeros(b, 0, self.channels, device=self.place.device)
         for i in range(n):
             c = self.contexts(prefix, x.repeat(len(strengths) + 1, 1, 1))[:, -1]
-            guidance = [1 + (g - 1) * (i + 1) / n for g in strengths]                      # grows with the share known
+            guidance = [1 + (g - 1) * ((i + 1) / n) ** growth for g in strengths]
             new = self.denoiser.sample(self.net, c, noise[:, i], steps, guidance, temperature)
             x = torch.cat([x, rearrange(new, "b c -> b 1 c")], 1)
         return x

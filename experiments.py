@@ -30,9 +30,10 @@ from samples import POINTS, Exam, Job, clouds, kept, made, parts, shape
 from sample import LTM3D
 
 VARIANTS = {  # name of the variant: flags of train.py, options of sampling
-    "versus": {"LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, RGS": ("", {"alpha": .1}),
-               "LTM3D, RGS within 1.5 sigma": ("", {"within": 1.5}), "latent diffusion": ("--generator diffusion", {}),
-               "autoregressive": ("--generator autoregressive", {})},
+    "versus": {"LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, guided all along": ("", {"growth": 0.}),
+               "LTM3D, RGS": ("", {"alpha": .1}), "LTM3D, RGS within 1.5 sigma": ("", {"within": 1.5}),
+               "latent diffusion": ("--generator diffusion", {}), "autoregressive": ("--generator autoregressive", {}),
+               "autoregressive, guided all along": ("--generator autoregressive", {"growth": 0.})},
     "ablate-prefix": {"prefix": ("", {}), "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})},
     "ablate-encoder": {"text tower": ("", {}), "bag of words": ("--text-encoder bag", {})},
     "ablate-denoiser": {f"{name}, {steps} steps": (flags, {"denoise_steps": steps})

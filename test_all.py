@@ -1181,6 +1181,8 @@ def test_guidance_grows_with_the_share_known(monkeypatch):
     model.generate(condition, [0, 1, 2], steps=9, cfg={"text": 4., "image": 2.})
     assert np.allclose(seen, [[1 + then / 27, 1 + 3 * then / 27] for _, then in backbone.schedule(27, 9)])
     assert seen[0][1] < 1.2 and seen[-1] == [2, 4]
+    model.generate(condition, [0, 1, 2], steps=9, cfg={"text": 4., "image": 2.}, growth=0)
+    assert seen[9:] == [[2, 4]] * 9
 
 
 def test_guidance_shares_its_noise():
