@@ -1,10 +1,11 @@
 """fit.py - the training loop that every stage shares: optimizers, schedule, log, exact resume.
 
-Every step draws its randomness from (seed, stage, step) alone and the state holds all the rest, so that a run that
-was stopped goes on as if it had not been.
+Every part of a step's batch draws its randomness from (seed, stage, step, part) alone and the state holds all the rest, so
+that a run that was stopped goes on as if it had not been, and many processes (many.py) learn what one does.
 
     python train.py --rep sdf        # what runs it
 """
+import copy
 import csv
 import signal
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import many
 from layers import EMA, UserError, claim, read_weights, save_weights, written
 from render import save_png
 
@@ -44,7 +46,7 @@ def save_state(path, step, model, ema, opts, sums):
     state = {f"model.{k}": v for k, v in model.state_dict().items()} | {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
     state |= {f"opt.{i}.{j}.{k}": v for i, opt in enumerate(opts) for j, s in opt.state_dict()["state"].items() for k, v in s.items()}
     state |= {f"sums.{k}": torch.as_tensor(v) for k, v in sums.items()} | {"step": torch.tensor(step)}
-    save_weights(path, {k: v.clone() for k, v in state.items()})
+    many.by_the_first(save_weights)(path, {k: many.whole(v).clone() for k, v in state.items()})
 
 
 def load_state(path, model, ema, opts):
@@ -53,32 +55,54 @@ def load_state(path, model, ema, opts):
         return 0, {}
     state = read_weights(path, "delete it to start the stage again")
     try:
-        model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
-        ema.model.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
-    except RuntimeError:
+        for name, each in (("model.", model), ("ema.", ema.model)):
+            own = each.state_dict()
+            each.load_state_dict({k: many.like(state[name + k], v) for k, v in own.items()})
+    except (KeyError, RuntimeError):
         raise UserError(f"{path} is of a model of another size; use another --out, or delete it to start again") from None
     for i, opt in enumerate(opts):
-        slots = {}
+        slots, params = {}, [p for group in opt.param_groups for p in group["params"]]
         for key in (k for k in state if k.startswith(f"opt.{i}.")):
             j, name = key.split(".")[2:]
-            slots.setdefault(int(j), {})[name] = state[key]
+            slots.setdefault(int(j), {})[name] = many.like(state[key], params[int(j)])
         opt.load_state_dict({"state": slots, "param_groups": opt.state_dict()["param_groups"]})
     return int(state["step"]), {k[5:]: v for k, v in state.items() if k.startswith("sums.")}
+
+
+def gradients(run, stage, step, model, loss_of):
+    """Forward and backward passes of a step; -> its loss and logs. The parts of the batch are shared by all processes."""
+    total = {}
+    for part in range(many.rank(), run.parts, many.world()):
+        # the randomness of a part is a function of (seed, stage, step, part): resumed = uninterrupted, one process = many
+        rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step, part))
+        torch.manual_seed(int(rng.integers(2 ** 62)))
+        with run.autocast():
+            loss, logs = loss_of(model, run.train, rng)
+        (loss / run.parts).backward()
+        for key, value in ({"loss": loss.detach()} | logs).items():
+            total[key] = total.get(key, 0) + value.float().to(run.device) / run.parts
+    many.add_up([p.grad for p in model.parameters() if type(p.grad) is torch.Tensor] + list(total.values()))      # not those in shares
+    return total
 
 
 def fit(run, stage, model, loss_of, show=None):
     """Train `model` on loss_of(model, split, rng) -> loss, logs; -> its moving average, frozen."""
     steps, batch, lr = run.settings[stage]
     state_path, csv_path = claim(run.folder) / f"{stage}.state.safetensors", run.folder / f"{stage}.csv"
-    model, opts = model.to(run.device).train(), optimizers(model, lr)
+    model = model.to(run.device).train()
     ema = EMA(model)
+    result, sharded = ema.model, run.shard and stage == "backbone"
+    if sharded:
+        result = copy.deepcopy(ema.model)
+        many.shard(model, run.device), many.shard(ema.model, run.device)
+    opts = optimizers(model, lr)
     first, sums = load_state(state_path, model, ema, opts)
     rows = [r for r in csv.DictReader(csv_path.open()) if int(r["step"]) <= first] if first and csv_path.is_file() else []
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
           + (f", going on from step {first}" if first else ""))
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1., disable=many.rank() > 0)
     start = time.time() - (float(rows[-1]["seconds"]) if rows else 0)
-    stop = []  # Ctrl-C and kill are obeyed when a step is complete
+    stop, stopped = [], False  # Ctrl-C and kill are obeyed when a step is complete
 
     def obey(*_):
         bar.write(f"stopping {stage} after this step")
@@ -86,25 +110,20 @@ def fit(run, stage, model, loss_of, show=None):
 
     before = {name: signal.signal(name, obey) for name in (signal.SIGINT, signal.SIGTERM)}
     for step in bar:
-        # --- the step's randomness is a function of (seed, stage, step): resumed = uninterrupted
-        rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step))
-        torch.manual_seed(int(rng.integers(2 ** 62)))
         # --- forward, backward, update
         now = learning_rate(step, steps, lr)
         for group in (group for opt in opts for group in opt.param_groups):
             group["lr"] = group["rate"] * now
-        with run.autocast():
-            loss, logs = loss_of(model, run.train, rng)
-        loss.backward()
+        logs = gradients(run, stage, step, model, loss_of)
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for opt in opts:
             opt.step()
             opt.zero_grad()
         ema.update(model, step)
-        for key, value in ({"loss": loss.detach()} | logs).items():
-            sums[key] = sums.get(key, torch.zeros((), device=value.device)).to(value.device) + value
-        # --- log, look at held-out shapes, save, draw
-        done, last = step + 1, step + 1 == steps
+        for key, value in logs.items():
+            sums[key] = sums.get(key, torch.zeros(())).to(value.device) + value
+        # --- log, look at held-out shapes, save, draw; of many processes the first writes
+        done, last, stopped = step + 1, step + 1 == steps, many.any_of(stop)
         if done % CHECK == 0 or last:
             count = (done - 1) % CHECK + 1
             row = {"step": done} | {k: f"{float(v) / count:.5f}" for k, v in sums.items()}
@@ -113,25 +132,32 @@ def fit(run, stage, model, loss_of, show=None):
                 held = loss_of(ema.model, run.test, np.random.default_rng(0))[0].item()
             row |= {"held_out": f"{held:.5f}", "lr": f"{now:.2e}", "seconds": f"{time.time() - start:.1f}"}
             rows, sums = rows + [row], {}
-            with written(csv_path) as part, part.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0].keys())
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(csv_path, rows)
             bar.set_postfix({k: row[k] for k in ("loss", "held_out", "lr")})
-        if done % SAVE == 0 or last or stop:
+        if done % SAVE == 0 or last or stopped:
             save_state(state_path, done, model, ema, opts, sums)
-        if show and not stop and (done % SHOW == 0 or last):
+        if show and not stopped and (done % SHOW == 0 or last):
             with torch.no_grad():
-                save_png(run.folder / f"{stage}-{done:06d}.png", show(ema.model))
-        if stop:
+                many.by_the_first(save_png)(run.folder / f"{stage}-{done:06d}.png", show(ema.model))
+        if stopped:
             bar.close()
             print(f"{stage} is saved at step {done} of {steps}; the same command goes on from there")
             break
     for name, handler in before.items():
         signal.signal(name, handler)
-    if stop:
+    if stopped:
         raise KeyboardInterrupt
-    return ema.model, time.time() - start
+    if sharded:
+        result.load_state_dict({k: many.whole(v) for k, v in ema.model.state_dict().items()})
+    return result, time.time() - start
+
+
+@many.by_the_first
+def write_rows(path, rows):
+    with written(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot_losses(panels, out):

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from skimage.measure import marching_cubes
 from torch import nn
 
 from export import Cloud, Gaussians, Mesh
@@ -28,6 +27,7 @@ from light import baked
 from meshes import BINS, centres, close, like_parts, parts, weld
 from render import splat
 from solids import TRUNCATION
+from surface import chunks, extract
 
 BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
 
@@ -89,57 +89,6 @@ class SdfHead(QueryDecoder):
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
         return Mesh(*extract(self, tokens, resolution, autocast))
-
-
-# ---------------------------------------------------------------------------- tokens -> mesh
-
-COARSE = 32  # the first grid; a resolution is 32 times a power of two
-
-
-@torch.no_grad()
-def sdf_grid(ask, resolution, hierarchical=True):
-    """Distances (units of the truncation) on a (resolution + 1)^3 grid over [-1, 1]^3: numpy r r r.
-
-    `ask` maps points k 3 to distances k. Coarse to fine: distances are interpolated to the double resolution and
-    asked again where the surface may be near; elsewhere their sign is all that marching cubes needs.
-    """
-    side = COARSE if hierarchical else resolution
-    index = torch.stack(torch.meshgrid(*[torch.arange(side + 1)] * 3, indexing="ij"), -1)
-    grid = ask(index.reshape(-1, 3) * 2 / side - 1).reshape(index.shape[:3])
-    while side < resolution:
-        side *= 2
-        grid = F.interpolate(grid[None, None], size=(side + 1,) * 3, mode="trilinear", align_corners=True)[0, 0]
-        # an edge that the surface cuts has its ends within its length, 2 / side, of it; the interpolated
-        # distance is off by less than a coarse cell's curvature: together less than a fine cell's diagonal
-        near = grid.abs() < 2 * 3 ** .5 / side / TRUNCATION
-        grid[near] = ask(near.nonzero() * 2 / side - 1)
-    for face in (grid, grid.transpose(0, 1), grid.transpose(0, 2)):
-        face[0] = face[-1] = 1.  # nothing leaves the cube: every mesh is closed
-    return grid.numpy()
-
-
-def chunks(x):
-    """k 3 in parts: what fits a core's cache is a quarter faster."""
-    return x.split(2 ** 17 if x.is_cuda else 2 ** 13)
-
-
-@torch.no_grad()
-def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=True):
-    """tokens n c -> vertices v 3, faces f 3 (outward), colours v 3 in [0, 1]: numpy arrays."""
-    with autocast():
-        memory = head.read(tokens[None])
-
-    def ask(x):                                               # k 3 -> k 4, chunk by chunk
-        with autocast():
-            return torch.cat([head.ask(memory, part[None])[0] for part in chunks(x.to(tokens.device))]).cpu()
-
-    grid = sdf_grid(lambda x: ask(x)[:, 0], resolution, hierarchical)
-    if grid.min() >= 0:
-        return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64), np.zeros((0, 3), np.float32)
-    vertices, faces, _, _ = marching_cubes(grid, 0., gradient_direction="descent")
-    vertices = np.ascontiguousarray(vertices * 2 / resolution - 1, dtype=np.float32)
-    colours = ask(torch.from_numpy(vertices))[:, 1:].clamp(0, 1).numpy()
-    return vertices, np.ascontiguousarray(faces, dtype=np.int64), colours
 
 
 # ---------------------------------------------------------------------------- pc

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
-from heads import TRUNCATION, sdf_grid
 from kinds import VIEW, view
 from layers import grid_points
 from meshes import centres, closed_edges, quantise, sample_surface
 from metrics import chamfer, emd, faces_within, fscore, iou, psnr, ssim
 from render import splat
+from solids import TRUNCATION
+from surface import sdf_grid
 
 # ---------------------------------------------------------------------------- fields
 

@@ -200,7 +200,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **rest)
 
     def error(self, message):
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        alone = os.environ.get("RANK", "0") == "0"            # of many processes (many.py), which all have these flags, one says it
+        self.exit(2, f"error: {message}; see {self.prog} --help\n" if alone else None)
 
 
 def between(low, high=2 ** 63 - 1, kind=int):

@@ -7,9 +7,10 @@
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
     python train.py --rep sdf --size base --device cuda
     python train.py --from checkpoints/tiny --generator diffusion --out runs/diffusion     # a peer of the backbone (baselines.py)
+    torchrun --nproc_per_node=8 train.py --rep sdf --size large                        # many GPUs (many.py)
 
 A stage that is done is skipped; one that was stopped goes on exactly where it was, because every
-step draws its randomness from (seed, stage, step) alone. runs/<name>/ holds what sample.py reads
+step draws its randomness from (seed, stage, step, part) alone. runs/<name>/ holds what sample.py reads
 (safetensors, config.json) and what a person reads: <stage>.csv, losses.png, <stage>-<step>.png.
 """
 import shutil
@@ -23,6 +24,7 @@ from torch import nn
 import backbone as backbone_
 import encoders as encoders_
 import heads as heads_
+import many
 import reconstruct as reconstruct_
 import tokenizer as tokenizer_
 import towers as towers_
@@ -53,9 +55,14 @@ class Run:
     def __init__(self, args, reps, first, folder):
         self.size, self.seed, self.folder = args.size, args.seed, Path(folder)
         self.generator, self.denoiser = args.generator, args.denoiser
+        self.parts, self.shard = args.parts or many.world(), args.shard
+        if self.shard and many.world() == 1:
+            raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun (many.py), or without --shard")
+        if self.parts % many.world():
+            raise UserError(f"{self.parts} parts cannot be shared by {many.world()} processes; give --parts {many.world()} or a multiple")
         self.reps, self.first = reps, first              # to be able to decode; the heads that the encoder is trained with
         self.towers = {"text": args.text_encoder, "image": args.image_encoder}
-        self.device, self.autocast, reason = pick_device(args.device)
+        self.device, self.autocast, reason = pick_device(many.own(args.device))
         towers_.others(**self.towers, device=self.device)        # rather an error now than after the stages before
         if args.source:
             take_over(Path(args.source), claim(self.folder), self.towers)
@@ -84,6 +91,7 @@ class Run:
             if not entry["data"].startswith(begins(args.data)):
                 raise UserError(f"the {stage} in {self.folder} learnt from {entry['data']}; give the same --data, or another --out")
 
+    @many.by_the_first
     def finish(self, stage, seconds, files, **entries):
         """Weights in half precision, then the entry of config.json that says the stage is done."""
         for name, module in files.items():
@@ -99,6 +107,13 @@ class Run:
         plot_losses({stage: [(label, self.folder / f"{stage}.csv", column) for label, column in curves] for stage in DEFAULTS},
                     self.folder / "losses.png")
         print(f"{stage}: done in {seconds / 60:.1f} minutes  {entries.get('metrics', '')}")
+
+    def share(self, stage):
+        """Shapes of a part of the batch."""
+        batch = self.settings[stage][1]
+        if batch % self.parts:
+            raise UserError(f"a batch of {batch} ({stage}) cannot be shared by {self.parts} parts; give --batch {-(-batch // self.parts) * self.parts}")
+        return batch // self.parts
 
     def to(self, *arrays):
         return [a.to(self.device, non_blocking=True) for a in arrays]
@@ -123,7 +138,7 @@ def train_encoders(run):
     model = encoders_.Encoders(words, **settings)
 
     def loss_of(model, split, rng):
-        ids, mask, cloud, true = encoders_.training_batch(split, model, rng, run.settings["encoders"][1])
+        ids, mask, cloud, true = encoders_.training_batch(split, model, rng, run.share("encoders"))
         ids, mask, true = run.to(ids, mask, true)
         return model.loss(ids, mask, run.to(*cloud), true)
 
@@ -139,7 +154,7 @@ def train_tokenizer(run):
     model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)} | {rep: HEADS[rep](**settings) for rep in run.first})
 
     def loss_of(model, split, rng):
-        rows = rng.integers(len(split), size=run.settings["tokenizer"][1])
+        rows = rng.integers(len(split), size=run.share("tokenizer"))
         tokens = model["tokenizer"](*run.to(*split.cloud(rows, 1024, rng)))
         return heads_loss(run, model, run.first, tokens, split, rows, rng)
 
@@ -164,7 +179,7 @@ def train_vision(run):
         clouds = {split: vision_.embedded(encoders, split) for split in (run.train, run.test)}
 
     def loss_of(model, split, rng):
-        rows = rng.integers(len(split), size=run.settings["vision"][1])
+        rows = rng.integers(len(split), size=run.share("vision"))
         pictures, own, x = run.to(split.pictures(rows, rng), torch.from_numpy(rows), tokens[split][rows])
         return model["vision"].loss(pictures, clouds[split], own, model["reader"], x)
 
@@ -183,7 +198,7 @@ def train_head(run, rep):
     tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
 
     def loss_of(model, split, rng):
-        rows = rng.integers(len(split), size=run.settings[f"head-{rep}"][1])
+        rows = rng.integers(len(split), size=run.share(f"head-{rep}"))
         x = tokens[split][rows].to(run.device)
         return heads_loss(run, model, [rep], x + tokenizer_.NOISE * torch.randn_like(x), split, rows, rng)
 
@@ -199,7 +214,7 @@ def train_backbone(run):
     model = GENERATORS[run.generator](**settings)
 
     def loss_of(model, split, rng):
-        return model.loss(*paired(run, towers, split, tokens[split], rng, run.settings["backbone"][1])), {}
+        return model.loss(*paired(run, towers, split, tokens[split], rng, run.share("backbone"))), {}
 
     def show(model):
         with run.autocast():
@@ -217,7 +232,7 @@ def train_reconstruct(run):
     model = reconstruct_.Reconstructor(**settings)
 
     def loss_of(model, split, rng):
-        return model.loss(*paired(run, towers, split, tokens[split], rng, run.settings["reconstruct"][1]))
+        return model.loss(*paired(run, towers, split, tokens[split], rng, run.share("reconstruct")))
 
     def show(model):
         with run.autocast():
@@ -235,7 +250,7 @@ def heads_loss(run, model, reps, tokens, split, rows, rng):
     takes. Several heads pull equally hard at an encoder, however large their losses are."""
     losses, logs = [], {}
     for rep in reps:
-        some = slice(run.settings[f"head-{rep}"][1])
+        some = slice(run.share(f"head-{rep}"))
         batch = {k: v.to(run.device) for k, v in HEADS[rep].samples(split, rows[some], rng).items()}
         read = tokens[some].clone()
         if read.requires_grad and len(reps) > 1:
@@ -285,6 +300,10 @@ def main():
                                             ("lr", between(1e-9, 1, float), "peak learning rate"))):
         defaults = ", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items())
         parser.add_argument(f"--{name}", type=kind, help=f"{what} (default: {defaults})")
+    parser.add_argument("--parts", type=between(1), help="a step's batch comes in so many parts, one after the other or shared by processes: more "
+                        "take less memory (default: one for each process)")
+    parser.add_argument("--shard", action="store_true", help="every process holds a share of the backbone, not a copy of it: for models that "
+                        "are too large for one GPU")
     parser.add_argument("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
     parser.add_argument("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
     parser.add_argument("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
@@ -297,29 +316,35 @@ def main():
     parser.add_argument("--cache", default="cache", help="folder of the prepared data")
     parser.add_argument("--workers", type=between(1), default=2, help="processes that prepare data")
     args = parser.parse_args()
+    many.start()
     folder, reps = args.out or f"runs/{args.size}", heads_.with_needs(args.rep)
     if args.tokens == "own":
         for rep in HEADS if "all" in args.rep else args.rep:
             own = heads_.with_needs([rep])
-            chain(Run(args, own, own, f"{folder}-{rep}"), args)
+            chain(args, own, own, f"{folder}-{rep}")
     else:
-        chain(Run(args, reps, ["sdf"] if args.tokens == "shared" else reps, folder), args)
+        chain(args, reps, ["sdf"] if args.tokens == "shared" else reps, folder)
+    many.end()
 
 
-def chain(run, args):
+def chain(args, reps, first, folder):
     """All stages that are not done, or one."""
-    for stage in [args.stage] if args.stage else STAGES:
-        if stage == "vision" and args.image_encoder:
+    with many.in_turn():
+        run = Run(args, reps, first, folder)
+        names = [name for stage in ([args.stage] if args.stage else STAGES) if not (stage == "vision" and args.image_encoder)
+                 for name in ([f"head-{rep}" for rep in reps] if stage == "head" else [stage])]
+        for name in set(names) - set(heads_.trained(run.folder)):
+            run.share(name)                                   # rather an error now than after the stages before
+    for name in names:
+        more = args.stage and name.removeprefix("head-") in args.rep                          # a head that was begun goes on
+        if name in (read_config(run.folder) if more else heads_.trained(run.folder)):
+            print(f"{name}: already done in {run.folder}")
             continue
-        for name in [f"head-{rep}" for rep in run.reps] if stage == "head" else [stage]:
-            torch.manual_seed(run.seed)  # initial weights, the same whichever stages came before
-            more = args.stage and name.removeprefix("head-") in args.rep                      # a head that was begun goes on
-            if name in (read_config(run.folder) if more else heads_.trained(run.folder)):
-                print(f"{name}: already done in {run.folder}")
-            elif stage == "head":
-                train_head(run, name.removeprefix("head-"))
-            else:
-                globals()[f"train_{stage}"](run)
+        torch.manual_seed(run.seed)  # initial weights, the same whichever stages came before
+        if name.startswith("head-"):
+            train_head(run, name.removeprefix("head-"))
+        else:
+            globals()[f"train_{name}"](run)
 
 
 if __name__ == "__main__":
