@@ -79,7 +79,10 @@ def any_of(wish):
 def in_turn():
     """The first process goes ahead: what it writes, the others find, and what is wrong, it alone says."""
     if rank():
-        any_of(False)
+        try:
+            any_of(False)
+        except UserError:
+            raise SystemExit(2) from None
     yield
     if not rank():
         any_of(False)
