@@ -126,8 +126,8 @@ def bench_decode(bench):
             return run
         each = turns({"dense": way("dense", False), "refined": way("refined", True)}, bench)
         same = np.mean([all(map(np.array_equal, *pair)) for pair in zip(*meshes.values())])
-        rows += [{"resolution": f"{resolution}"} | row | {"seconds": row["seconds"] / len(some), "points asked": asked[row["way"]] / len(some), "times fewer": asked["dense"] / asked[row["way"]],
-                                                         "same mesh": same} for row in each]
+        rows += [{"resolution": f"{resolution}"} | row | {"seconds": row["seconds"] / len(some), "points asked": asked[row["way"]] / len(some),
+                                                         "times fewer": asked["dense"] / asked[row["way"]], "same mesh": same} for row in each]
         del head.ask
     return rows
 
@@ -170,7 +170,7 @@ def bench_train(bench):
 
 def bench_data(bench):
     """Preparing built-in shapes, surface and pictures: by their number, with one process and with all cores."""
-    rows, cores = [], len(os.sched_getaffinity(0))
+    rows, cores = [], os.cpu_count()
     for count in bench.args.counts:
         used = {}
 
@@ -253,7 +253,8 @@ def curves(plt, rows):
     for axis, what in zip(axes, whats):
         of = [row for row in rows if row["what"] == what]
         axis.loglog([int(row["how many"]) for row in of], [row["seconds"] for row in of], "o-")
-        axis.set(xlabel=what, yticks=ticks, yticklabels=[f"{tick:g} s" for tick in ticks], xticks=[int(row["how many"]) for row in of], xticklabels=[row["how many"] for row in of])
+        axis.set(xlabel=what, xticks=[int(row["how many"]) for row in of], xticklabels=[row["how many"] for row in of],
+                 yticks=ticks, yticklabels=[f"{tick:g} s" for tick in ticks])
         axis.minorticks_off()
         axis.grid(linewidth=.3)
     axes[0].set_ylim(.8 * min(row["seconds"] for row in rows), 1.25 * max(row["seconds"] for row in rows))

@@ -61,9 +61,9 @@ def add_up(tensors):
     flat = torch.cat([x.flatten() for x in tensors])
     try:
         dist.all_reduce(flat)
-    except RuntimeError:
+    except RuntimeError as error:
         raise UserError(f"process {rank()} of {world()} waits for one that has ended, see above; the same command goes on from what was "
-                        "saved last") from None
+                        f"saved last ({str(error).splitlines()[0]})") from None
     for x, summed in zip(tensors, flat.split([x.numel() for x in tensors])):
         x.copy_(summed.view_as(x))
 

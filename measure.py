@@ -6,6 +6,7 @@ On a machine that others use too, seconds do not hold, but the ratio of two ways
 """
 import contextlib
 import ctypes
+import math
 import resource
 import statistics
 import threading
@@ -17,13 +18,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class Peak:
-    """The most memory that the process holds above what it held before, MB; of a GPU, what torch allocates there."""
+    """The most memory that the process holds above what it held before, MB; of a GPU, what torch allocates there. nan where /proc is not."""
 
     def __init__(self, device):
         self.device = device
 
     def held(self):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        pages = Path("/proc/self/statm")
+        return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.is_file() else math.nan
 
     def __enter__(self):
         if self.device.type == "cuda":
@@ -80,15 +82,15 @@ def flops(way):
 
 def turns(ways, bench, work=None):
     """{name: function} take turns -> a row each. work: {name: its FLOPs}."""
-    times, memory, warm = {name: [] for name in ways}, {name: 0 for name in ways}, bench.rounds > 1
+    times, memory, warm = {name: [] for name in ways}, {name: [] for name in ways}, bench.rounds > 1
     for i in range(bench.rounds + warm):
         for name, way in ways.items():
             taken, most = seconds(way, bench.device)
-            memory[name] = max(memory[name], most)
+            memory[name].append(most)
             if i >= warm:
                 times[name].append(taken)
     median = {name: statistics.median(each) for name, each in times.items()}
     first = median[next(iter(ways))]
     return [{"way": name, "seconds": median[name], "spread": (max(each) - min(each)) / median[name], "times as fast": first / median[name],
-             "peak MB": memory[name]} | ({"share of matmul peak": work[name] / median[name] / bench.peak} if work else {})
+             "peak MB": max(memory[name])} | ({"share of matmul peak": work[name] / median[name] / bench.peak} if work else {})
             for name, each in times.items()]

@@ -1491,6 +1491,7 @@ def test_two_processes_learn_what_one_does(overfitted, tmp_path, monkeypatch):
     assert train_small(monkeypatch, tmp_path / "one", 2, "--from", overfitted, *BACKBONE, "--parts", 2) == 0
     for each in two:
         each.join(100)
+        each.kill()                                              # should it hang: the statuses below then tell
     for end, (statuses, step) in ENDS.items():
         found = [path.read_text() if path.is_file() else "" for path in (tmp_path / f"{end}-{rank}.status" for rank in range(2))]
         assert found == statuses, [(tmp_path / f"{end}-{rank}.txt").read_text() for rank in range(2)]

@@ -333,8 +333,9 @@ def chain(args, reps, first, folder):
         run = Run(args, reps, first, folder)
         names = [name for stage in ([args.stage] if args.stage else STAGES) if not (stage == "vision" and args.image_encoder)
                  for name in ([f"head-{rep}" for rep in reps] if stage == "head" else [stage])]
-        for name in set(names) - set(heads_.trained(run.folder)):
-            run.share(name)                                   # rather an error now than after the stages before
+        for name in names:
+            if name not in heads_.trained(run.folder):
+                run.share(name)                               # rather an error now than after the stages before
     for name in names:
         more = args.stage and name.removeprefix("head-") in args.rep                          # a head that was begun goes on
         if name in (read_config(run.folder) if more else heads_.trained(run.folder)):
