@@ -97,7 +97,7 @@ class Autoregressive(nn.Module):
         return self.denoiser.loss(self.net, x, c)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., growth=1., steer=None, **_):
+    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., growth=0., steer=None, **_):
         """As Backbone.generate, in n steps of one token each."""
         if steer:
             raise UserError("RGS was made for tokens in random order, and this checkpoint makes them in turn; give --alpha none")

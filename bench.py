@@ -2,6 +2,7 @@
 on a machine that others use too, do not.
 
     python bench.py sample --size base          # MAR's published sampling, then one trick after the other
+    python bench.py quality                     # what it costs: samples of the trained weights, with ever fewer steps
     python bench.py decode                      # a dense grid against one that is refined near the surface
     python bench.py train --size small          # a training step in fp32, and as train.py takes it
     python bench.py data                        # preparing shapes: by their number, with one process and with more
@@ -9,7 +10,7 @@ on a machine that others use too, do not.
     python bench.py sizes                       # what everything costs, by tokens, batch, resolution and points
 
 Each writes a table and a plot. Models have random weights where that does not matter: to know what they cost nothing has to be
-trained. How good the samples of the faster way are, evaluate.py says (README, Speed).
+trained.
 """
 import contextlib
 import functools
@@ -33,12 +34,14 @@ from light import look
 from measure import flops, matmul_peak, turns
 from render import flatten, splat
 from results import report
-from sample import LTM3D
+from sample import LTM3D, RESOLUTIONS
+from samples import Exam, kept, parts
 from shapes import CLASSES
 
 # ---------------------------------------------------------------------------- sampling
 
 PUBLISHED = dict(steps=64, denoise_steps=100)                 # of MAR
+SCORES = "prompt score", "of form", "R-precision", "Frechet", "kernel", "1-NNA", "right class", "one piece", "diversity"
 
 
 def untrained(size, denoiser, device, **changes):
@@ -55,7 +58,7 @@ def told(b, device):
 
 @torch.no_grad()
 def published(model, condition, seeds, steps, denoise_steps, cfg=2.):
-    """MAR's sampling: many steps of both kinds, and in every one a pass with the prompt and a pass without."""
+    """MAR's sampling: many steps of both kinds, in every one a pass with the prompt and a pass without, and guidance that grows."""
     b, n, device = len(seeds), model.tokens, model.unknown.device
     draws = [np.random.default_rng(seed) for seed in seeds]
     order = torch.from_numpy(np.stack([rng.permutation(n) for rng in draws])).to(device)
@@ -104,6 +107,26 @@ def bench_sample(bench):
         each = turns({name: functools.partial(sample, name, b, bench.device, models[name]) for name in ways}, bench, work)
         rows += [{"batch": f"{b}"} | row for row in each]
     return rows
+
+
+def bench_quality(bench):
+    """Shapes of the same captions and class names, sampled with ever fewer steps, by the metrics of evaluate.py."""
+    args, rows = bench.args, []
+    args.scorer = args.checkpoint
+    exam, model = Exam(args, args.n, args.shapes), LTM3D(args.checkpoint, args.device)
+    generate = model.backbone.generate
+
+    def reference(condition, seeds, steer):
+        return published(model.backbone, condition, seeds, **PUBLISHED)
+    counts = [tuple(PUBLISHED.values()), (16, 16), (10, 16), (10, 4), (10, 2), (8, 4), (5, 4)]
+    ways = {f"as published, {PUBLISHED['steps']} steps of {PUBLISHED['denoise_steps']}, two passes": (reference, {})} \
+        | {f"{steps} steps of {few}": (generate, dict(steps=steps, denoise_steps=few)) for steps, few in (counts[3:4] if args.ends else counts)}
+    for name, (model.backbone.generate, options) in ways.items():
+        scores = exam.scores(model, kept(args, name, args.checkpoint, *parts(args.rep), **options), **options)[0]
+        first = rows[0]["seconds"] if rows else scores["seconds"]
+        rows.append({"way": name} | {key: scores[key] for key in SCORES} | {"seconds": scores["seconds"], "times as fast": first / scores["seconds"]})
+    real = exam.real()
+    return [*rows, {"way": "(held-out shapes)"} | {key: real.get(key, "") for key in list(rows[0])[1:]}]
 
 
 # ---------------------------------------------------------------------------- decoding
@@ -263,7 +286,8 @@ def curves(plt, rows):
 
 # ---------------------------------------------------------------------------- the commands
 
-BENCHES = {"sample": bench_sample, "decode": bench_decode, "train": bench_train, "data": bench_data, "render": bench_render, "sizes": bench_sizes}
+BENCHES = {"sample": bench_sample, "quality": bench_quality, "decode": bench_decode, "train": bench_train, "data": bench_data,
+           "render": bench_render, "sizes": bench_sizes}
 
 
 class Bench:
@@ -277,24 +301,29 @@ class Bench:
 
 def main():
     common = Parser(add_help=False)
-    common.add_argument("--rounds", type=between(1, 1000), default=3, help="turns of every way; of several a first one is not timed")
     common.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     common.add_argument("--out", default="out/bench", help="folder for table and plot")
     parser = Parser(__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = {name: commands.add_parser(name, parents=[common], help=bench.__doc__, description=bench.__doc__) for name, bench in BENCHES.items()}
     for names, flag, settings in (
+            ("sample decode train data render sizes", "--rounds",
+             dict(type=between(1, 1000), default=3, help="turns of every way; of several a first one is not timed")),
             ("sample train sizes", "--size", dict(choices=list(backbone.SIZES), default="tiny", help="of the untrained model")),
-            ("sample", "--ends", dict(action="store_true", help="only the first way and the last")),
+            ("sample quality", "--ends", dict(action="store_true", help="only as published and as sample.py does it")),
             ("sample", "--batch", dict(nargs="+", type=between(1, 4096), default=[1, 16], help="shapes at once")),
             ("train", "--batch", dict(nargs=1, type=between(1, 4096), default=[64], help="shapes a step")),
-            ("decode sizes", "--checkpoint", dict(default="checkpoints/tiny", help="folder of trained weights")),
+            ("quality", "--n", dict(type=between(2, 1000), default=16, help="samples of every class name")),
+            ("quality", "--shapes", dict(type=between(2, 520), default=208, help="captions, of held-out shapes")),
+            ("quality", "--resolution", dict(type=int, choices=RESOLUTIONS, default=64, help="of surfaces")),
+            ("quality decode sizes", "--checkpoint", dict(default="checkpoints/tiny", help="folder of trained weights")),
             ("decode", "--shapes", dict(type=between(1, len(CLASSES)), default=2, help="how many, a class each")),
             ("decode", "--resolutions", dict(nargs="+", type=int, choices=(64, 128, 256, 512), default=[64, 128, 256], help="cells along a side")),
             ("data", "--counts", dict(nargs="+", type=between(1, 10 ** 6), default=[260, 520, 1040], help="shapes to prepare")),
             ("render", "--points", dict(nargs="+", type=between(1, 10 ** 6), default=[1024, 4096, 16384], help="Gaussians"))):
         for name in names.split():
             sub[name].add_argument(flag, **settings)
+    sub["quality"].set_defaults(rounds=1, rep="sdf", seed=0, data=None, copies=1, cache="cache")
     args = parser.parse_args()
     claim(args.out)
     bench = Bench(args)

@@ -30,14 +30,14 @@ from samples import POINTS, Exam, Job, clouds, kept, made, parts, shape
 from sample import LTM3D
 
 VARIANTS = {  # name of the variant: flags of train.py, options of sampling
-    "versus": {"LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, guided all along": ("", {"growth": 0.}),
+    "versus": {"LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, growing guidance": ("", {"growth": 1.}),
                "LTM3D, RGS": ("", {"alpha": .1}), "LTM3D, RGS within 1.5 sigma": ("", {"within": 1.5}),
                "latent diffusion": ("--generator diffusion", {}), "autoregressive": ("--generator autoregressive", {}),
-               "autoregressive, guided all along": ("--generator autoregressive", {"growth": 0.})},
+               "autoregressive, growing guidance": ("--generator autoregressive", {"growth": 1.})},
     "ablate-prefix": {"prefix": ("", {}), "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})},
     "ablate-encoder": {"text tower": ("", {}), "bag of words": ("--text-encoder bag", {})},
     "ablate-denoiser": {f"{name}, {steps} steps": (flags, {"denoise_steps": steps})
-                        for name, flags, counts in (("flow", "", (4, 8, 16, 32)), ("ddpm", "--denoiser ddpm", (25, 50, 100))) for steps in counts},
+                        for name, flags, counts in (("flow", "", (2, 4, 8, 16)), ("ddpm", "--denoiser ddpm", (25, 50, 100))) for steps in counts},
     "data-scaling": {f"{count} shapes": (f"--shapes {count}", {}) for count in (130, 1300)} | {"all shapes": ("", {})},
 }
 QUESTIONS = {

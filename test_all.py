@@ -1206,25 +1206,34 @@ def test_guidance_one_is_conditional_only(denoiser):
     assert torch.allclose(near, alone, atol=.01)                       # the guided path, at guidance 1
 
 
-def test_guidance_grows_with_the_share_known(monkeypatch):
-    """From nearly 1 in the first step to cfg in the last, linear in the tokens that will be known."""
+def test_guidance_is_constant_or_grows(monkeypatch):
+    """By MAR's rule it is linear in the tokens that will be known, up to cfg in the last step."""
     model, condition = small_backbone()
     seen = []
     monkeypatch.setattr(backbone.Flow, "sample", lambda net, c, noise, steps, guidance, *_: (seen.append(guidance), noise[:, 0])[1])
-    model.generate(condition, [0, 1, 2], steps=9, cfg={"text": 4., "image": 2.})
-    assert np.allclose(seen, [[1 + then / 27, 1 + 3 * then / 27] for _, then in backbone.schedule(27, 9)])
-    assert seen[0][1] < 1.2 and seen[-1] == [2, 4]
-    model.generate(condition, [0, 1, 2], steps=9, cfg={"text": 4., "image": 2.}, growth=0)
-    assert seen[9:] == [[2, 4]] * 9
+    for options in ({}, {"growth": 1}):
+        model.generate(condition, [0, 1, 2], steps=9, cfg={"text": 4., "image": 2.}, **options)
+    assert seen[:9] == [[2, 4]] * 9
+    assert np.allclose(seen[9:], [[1 + then / 27, 1 + 3 * then / 27] for _, then in backbone.schedule(27, 9)])
+    assert seen[9][1] < 1.2 and seen[-1] == [2, 4]
 
 
 @pytest.mark.parametrize("denoiser", backbone.DENOISERS)
 def test_guidance_in_one_batch_is_two_passes(denoiser):
-    """The plain way to sample, that bench.py measures ours against, gives the same tokens."""
+    """The plain way to sample, that bench.py measures ours against, gives the same tokens if guidance grows in both."""
     model, condition = small_backbone(denoiser)
     condition = {"text": condition["text"]}
-    plain = bench.published(model, condition, [0, 1, 2], steps=5, denoise_steps=4)
-    assert (plain - model.generate(condition, [0, 1, 2], steps=5, denoise_steps=4)).abs().mean() < 1e-3        # ddpm swells rounding
+    plain, ours, grown = (make(condition, [0, 1, 2], steps=5, denoise_steps=4)
+                          for make in (functools.partial(bench.published, model), model.generate, functools.partial(model.generate, growth=1)))
+    assert (plain - grown).abs().mean() < 1e-3 < (plain - ours).abs().mean()       # ddpm swells rounding
+
+
+def test_flow_steps_are_of_second_order():
+    """Twice the steps, about a quarter of the error, where Euler's would be half."""
+    net, c, noise = exact_net("flow", 1., .5), torch.zeros(1000, 1), torch.randn(1000, 1, 1, generator=torch.Generator().manual_seed(0))
+    truth = 1 + .5 * noise[:, 0]                                       # what becomes of noise in the end, for this distribution
+    errors = [(backbone.Flow.sample(net, c, noise, steps) - truth).abs().mean() for steps in (16, 32, 64)]
+    assert all(3 < coarse / fine < 5 for coarse, fine in zip(errors, errors[1:]))
 
 
 def test_guidance_shares_its_noise():
@@ -1598,6 +1607,15 @@ def test_a_stopped_evaluation_goes_on(four, overfitted, tmp_path, examined, monk
     assert "holds results of other settings (seed: 0, now 1); delete it, or give another --out" in capsys.readouterr().err
     (tmp_path / "cut/generate-sdf/four/caption-0.npz").write_bytes(b"torn")
     assert generate("cut") == 2 and "caption-0.npz is damaged" in capsys.readouterr().err
+
+
+def test_fewer_steps_are_scored(overfitted, tmp_path, examined, monkeypatch):
+    """bench.py quality: the same prompts by both ways, which give other samples."""
+    monkeypatch.setattr(bench, "PUBLISHED", dict(steps=20, denoise_steps=20))
+    assert run(bench.main, "quality", "--ends", "--n", 2, "--shapes", 4, "--resolution", 32, "--checkpoint", overfitted, "--out", tmp_path) == 0
+    plain, fast, true = rows_of(tmp_path / "quality")
+    assert [row["way"] for row in (plain, fast, true)] == ["as published, 20 steps of 20, two passes", "10 steps of 4", "(held-out shapes)"]
+    assert float(plain["times as fast"]) == 1 < float(fast["times as fast"]) and plain["prompt score"] != fast["prompt score"]
 
 
 def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, monkeypatch, capsys):
