@@ -171,8 +171,10 @@ class Bag:
         out = torch.tensor(np.array([[np.sum(some, 0)] for some in vectors]), dtype=torch.float, device=self.device)
         return out, torch.ones(out.shape[:2], dtype=torch.bool, device=self.device)
 
-    def drawn(self, split, rows, rng):
-        return self.tokens(split.told(rows, rng))
+    def draw(self, split, rows, rng):
+        return split.told(rows, rng)
+
+    read = tokens
 
 
 GENERATORS = {"masked": Backbone, "diffusion": Diffusion, "autoregressive": Autoregressive, "pooled": Pooled, "cross": Cross}

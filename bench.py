@@ -98,13 +98,13 @@ def bench_sample(bench):
     def model(name, device):
         return untrained(bench.args.size, ways[name][1], device).eval().requires_grad_(False)
 
-    models = {name: cast_once(model(name, bench.device), bench.autocast) for name in ways}
+    models, work = {name: cast_once(model(name, bench.device), bench.autocast) for name in ways}, {}
+    for name, (_, denoiser, options) in ways.items():         # of a shape; linear in the denoising steps: to count them all would take minutes
+        one, two = (flops(lambda device: sample(name, 1, device, model(name, device), denoise_steps=k)) for k in (1, 2))
+        work[name] = one + (options.get("denoise_steps", backbone.DENOISERS[denoiser].steps) - 1) * (two - one)
     for b in bench.args.batch:
-        work = {}
-        for name, (_, denoiser, options) in ways.items():     # linear in the denoising steps: to count them all would take minutes
-            one, two = (flops(lambda device: sample(name, b, device, model(name, device), denoise_steps=k)) for k in (1, 2))
-            work[name] = one + (options.get("denoise_steps", backbone.DENOISERS[denoiser].steps) - 1) * (two - one)
-        each = turns({name: functools.partial(sample, name, b, bench.device, models[name]) for name in ways}, bench, work)
+        each = turns({name: functools.partial(sample, name, b, bench.device, models[name]) for name in ways}, bench,
+                     {name: b * each for name, each in work.items()})
         rows += [{"batch": f"{b}"} | row for row in each]
     return rows
 
@@ -123,8 +123,7 @@ def bench_quality(bench):
         | {f"{steps} steps of {few}": (generate, dict(steps=steps, denoise_steps=few)) for steps, few in (counts[3:4] if args.ends else counts)}
     for name, (model.backbone.generate, options) in ways.items():
         scores = exam.scores(model, kept(args, name, args.checkpoint, *parts(args.rep), **options), **options)[0]
-        first = rows[0]["seconds"] if rows else scores["seconds"]
-        rows.append({"way": name} | {key: scores[key] for key in SCORES} | {"seconds": scores["seconds"], "times as fast": first / scores["seconds"]})
+        rows.append({"way": name} | {key: scores[key] for key in SCORES})
     real = exam.real()
     return [*rows, {"way": "(held-out shapes)"} | {key: real.get(key, "") for key in list(rows[0])[1:]}]
 
@@ -160,14 +159,17 @@ def bench_decode(bench):
 def bench_train(bench):
     """A step of the backbone, on random tokens: model FLOPs are those of forward and backward passes alone."""
     batch, seeds = bench.args.batch[-1], range(3)             # the share of tokens that is hidden is a step's own
-    ways = {"fp32": contextlib.nullcontext, "as train.py does it": bench.autocast}
+    ways = {"fp32": (contextlib.nullcontext, {}), "as train.py does it": (bench.autocast, {}),
+            "with --recompute": (bench.autocast, {"recompute": True})}
+    ways |= {"with --compile": (bench.autocast, {"compiled": True})} if bench.args.compile else {}
 
     def forward(device, model, autocast):
         with autocast():
             return model.loss(torch.randn(batch, model.tokens, model.channels, device=device), told(batch, device))
 
-    def way(autocast):
+    def way(autocast, arranged):
         model = untrained(bench.args.size, "flow", bench.device)
+        fit.arrange(model, **arranged)
         opts = fit.optimizers(model, 1e-4)
 
         def run():
@@ -184,8 +186,10 @@ def bench_train(bench):
         for seed in seeds:
             torch.manual_seed(seed)
             forward(device, untrained(bench.args.size, "flow", device), contextlib.nullcontext).backward()
-    work = dict.fromkeys(ways, flops(count))
-    each = turns({name: way(autocast) for name, autocast in ways.items()}, bench, work)
+    work, steps = dict.fromkeys(ways, flops(count)), {name: way(*how) for name, how in ways.items()}
+    if bench.args.compile:
+        steps["with --compile"]()                             # minutes go by
+    each = turns(steps, bench, work)
     return [{"size": bench.args.size, "batch": f"{batch}"} | row | {"seconds": row["seconds"] / len(seeds)} for row in each]
 
 
@@ -313,6 +317,7 @@ def main():
             ("sample quality", "--ends", dict(action="store_true", help="only as published and as sample.py does it")),
             ("sample", "--batch", dict(nargs="+", type=between(1, 4096), default=[1, 16], help="shapes at once")),
             ("train", "--batch", dict(nargs=1, type=between(1, 4096), default=[64], help="shapes a step")),
+            ("train", "--compile", dict(action="store_true", help="also compiled, which takes minutes")),
             ("quality", "--n", dict(type=between(2, 1000), default=16, help="samples of every class name")),
             ("quality", "--shapes", dict(type=between(2, 520), default=208, help="captions, of held-out shapes")),
             ("quality", "--resolution", dict(type=int, choices=RESOLUTIONS, default=64, help="of surfaces")),

@@ -139,9 +139,10 @@ class Encoders(nn.Module):
         ids, mask = self.tokenise(prompts)
         return self.text(ids, mask), mask
 
-    def drawn(self, split, rows, rng):
-        """The same of one caption of each of some training shapes."""
-        return self.tokens(split.told(rows, rng))
+    def draw(self, split, rows, rng):
+        return split.told(rows, rng)
+
+    read = tokens                                             # of what was drawn
 
 
 # ---------------------------------------------------------------------------- training and evaluation

@@ -7,16 +7,21 @@ that a run that was stopped goes on as if it had not been, and many processes (m
 """
 import copy
 import csv
+import functools
 import signal
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, product
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import many
-from layers import EMA, UserError, claim, read_weights, save_weights, written
+from layers import EMA, Block, UserError, claim, read_weights, save_weights, written
 from render import save_png
 
 SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
@@ -69,29 +74,66 @@ def load_state(path, model, ema, opts):
     return int(state["step"]), {k[5:]: v for k, v in state.items() if k.startswith("sums.")}
 
 
-def gradients(run, stage, step, model, loss_of):
-    """Forward and backward passes of a step; -> its loss and logs. The parts of the batch are shared by all processes."""
-    total = {}
-    for part in range(many.rank(), run.parts, many.world()):
-        # the randomness of a part is a function of (seed, stage, step, part): resumed = uninterrupted, one process = many
+def arrange(model, recompute=False, compiled=False):
+    """What --recompute and --compile do to the blocks of a model, in training."""
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        if recompute:                                         # what is inside is not kept for the way back, but made again
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if compiled:
+            block.compile(dynamic=True)                       # how many tokens are known is another number every step
+
+
+def batches(run, stage, draw, first, steps):
+    """The parts of the batches of all steps to come, with a seed each; threads draw them while others are learnt from. Of a part
+    all randomness is a function of (seed, stage, step, part): resumed = uninterrupted, one process = many."""
+    def drawn(step, part):
         rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step, part))
-        torch.manual_seed(int(rng.integers(2 ** 62)))
+        return int(rng.integers(2 ** 62)), draw(run.train, rng)
+
+    todo, threads = product(range(first, steps), range(many.rank(), run.parts, many.world())), 4 if run.device.type == "cuda" else 1
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque(pool.submit(drawn, *each) for each in islice(todo, 2 * threads))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(pool.submit(drawn, *each) for each in islice(todo, 1))
+
+
+def moved(batch, device):
+    """Whatever of it is a tensor, onto the device."""
+    if isinstance(batch, torch.Tensor):
+        pinned = batch.pin_memory() if device.type == "cuda" and not batch.is_cuda else batch            # else the copy is waited for
+        return pinned.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: moved(value, device) for key, value in batch.items()}
+    return [moved(each, device) for each in batch] if isinstance(batch, (list, tuple)) else batch
+
+
+def gradients(run, model, loss_of, ready):
+    """Forward and backward passes of a step; -> its loss and logs, and how long it waited for its batch. The parts of the batch
+    are shared by all processes."""
+    total, waited = {}, 0
+    for _ in range(run.parts // many.world()):
+        start = time.perf_counter()
+        seed, batch = next(ready)
+        waited += time.perf_counter() - start
+        torch.manual_seed(seed)
         with run.autocast():
-            loss, logs = loss_of(model, run.train, rng)
+            loss, logs = loss_of(model, moved(batch, run.device))
         (loss / run.parts).backward()
         for key, value in ({"loss": loss.detach()} | logs).items():
             total[key] = total.get(key, 0) + value.float().to(run.device) / run.parts
     many.add_up([p.grad for p in model.parameters() if type(p.grad) is torch.Tensor] + list(total.values()))      # not those in shares
-    return total
+    return total, waited
 
 
-def fit(run, stage, model, loss_of, show=None):
-    """Train `model` on loss_of(model, split, rng) -> loss, logs; -> its moving average, frozen."""
+def fit(run, stage, model, draw, loss_of, show=None):
+    """Train `model` on loss_of(model, draw(split, rng)) -> loss, logs; -> its moving average, frozen."""
     steps, batch, lr = run.settings[stage]
     state_path, csv_path = claim(run.folder) / f"{stage}.state.safetensors", run.folder / f"{stage}.csv"
     model = model.to(run.device).train()
     ema = EMA(model)
     result, sharded = ema.model, run.shard and stage == "backbone"
+    arrange(model, run.recompute, run.compile)
     if sharded:
         result = copy.deepcopy(ema.model)
         many.shard(model, run.device), many.shard(ema.model, run.device)
@@ -109,12 +151,14 @@ def fit(run, stage, model, loss_of, show=None):
         stop.append(True)
 
     before = {name: signal.signal(name, obey) for name in (signal.SIGINT, signal.SIGTERM)}
+    ready, idle, shown = batches(run, stage, draw, first, steps), 0, time.time()
     for step in bar:
         # --- forward, backward, update
         now = learning_rate(step, steps, lr)
         for group in (group for opt in opts for group in opt.param_groups):
             group["lr"] = group["rate"] * now
-        logs = gradients(run, stage, step, model, loss_of)
+        logs, waited = gradients(run, model, loss_of, ready)
+        idle += waited
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for opt in opts:
             opt.step()
@@ -129,9 +173,10 @@ def fit(run, stage, model, loss_of, show=None):
             row = {"step": done} | {k: f"{float(v) / count:.5f}" for k, v in sums.items()}
             torch.manual_seed(0)
             with torch.no_grad(), run.autocast():
-                held = loss_of(ema.model, run.test, np.random.default_rng(0))[0].item()
-            row |= {"held_out": f"{held:.5f}", "lr": f"{now:.2e}", "seconds": f"{time.time() - start:.1f}"}
-            rows, sums = rows + [row], {}
+                held = loss_of(ema.model, moved(draw(run.test, np.random.default_rng(0)), run.device))[0].item()
+            row |= {"held_out": f"{held:.5f}", "lr": f"{now:.2e}", "seconds": f"{time.time() - start:.1f}",
+                    "waited": f"{idle / (time.time() - shown):.4f}"}                      # share of the time, for batches
+            rows, sums, idle, shown = rows + [row], {}, 0, time.time()
             write_rows(csv_path, rows)
             bar.set_postfix({k: row[k] for k in ("loss", "held_out", "lr")})
         if done % SAVE == 0 or last or stopped:
@@ -143,6 +188,7 @@ def fit(run, stage, model, loss_of, show=None):
             bar.close()
             print(f"{stage} is saved at step {done} of {steps}; the same command goes on from there")
             break
+    ready.close()
     for name, handler in before.items():
         signal.signal(name, handler)
     if stopped:

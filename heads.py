@@ -271,6 +271,19 @@ def with_needs(reps):
     return list(dict.fromkeys(name for rep in reps for name in (*HEADS[rep].needs, rep)))
 
 
+def loss(heads, tokens, samples):
+    """The sum of the heads' losses on the same tokens, each on its own samples. Several heads pull equally hard at an encoder,
+    however large their losses are."""
+    losses, logs = [], {}
+    for rep, batch in samples.items():
+        read = tokens[:len(next(iter(batch.values())))].clone()
+        if read.requires_grad and len(samples) > 1:
+            read.register_hook(lambda gradient: gradient / gradient.norm())
+        error, parts = heads[rep].loss(read, batch)
+        losses, logs = losses + [error], logs | {f"{rep} {name}": value for name, value in parts.items()}
+    return sum(losses), logs
+
+
 def trained(folder):
     """The stages that a checkpoint folder holds; a head is one, also when it was trained with the encoder."""
     config = read_config(folder)

@@ -48,16 +48,20 @@ class Pretrained:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
         self.width = self.model.config.hidden_size            # e
 
-    def drawn(self, split, rows, rng):
+    def draw(self, split, rows, rng):
         """Condition tokens of one caption, or one picture, of each of some training shapes: b t e and their mask b t."""
         if split.name not in self.kept:
             self.kept[split.name] = self.keep(split)
         tokens, start, index = self.kept[split.name]
-        which = [index[question] for question in self.draw(split, rows, rng)]
+        which = [index[question] for question in self.choose(split, rows, rng)]
         each = [torch.from_numpy(tokens[start[i]:start[i + 1]]) for i in which]
         length = torch.tensor([len(one) for one in each])
         tokens = pad_sequence(each, batch_first=True)
-        return tokens.to(self.device).float(), (torch.arange(tokens.shape[1]) < length[:, None]).to(self.device)
+        return tokens, torch.arange(tokens.shape[1]) < length[:, None]
+
+    def read(self, drawn):
+        tokens, mask = drawn
+        return tokens.float(), mask
 
     def keep(self, split, batch=64):
         """All it can be asked about a prepared set -> the tokens of one answer after another, memory-mapped, where each starts, which is which."""
@@ -103,7 +107,7 @@ class Text(Pretrained):
     def asked(self, split, captions):
         return captions
 
-    def draw(self, split, rows, rng):
+    def choose(self, split, rows, rng):
         return split.told(rows, rng)
 
 
@@ -132,7 +136,7 @@ class Image(Pretrained):
         which = np.array(questions)
         return split.pictures(which // PICTURES, np.random.default_rng(which[0]), which % PICTURES)
 
-    def draw(self, split, rows, rng):
+    def choose(self, split, rows, rng):
         return rows * PICTURES + rng.integers(PICTURES, size=len(rows))
 
 

@@ -21,9 +21,13 @@ class Towers:
         """b strings, pictures b 3 s s, or both -> what the backbone and the reconstructor are conditioned on."""
         return {kind: self.of[kind].tokens(what) for kind, what in (("text", prompts), ("image", pictures)) if what is not None}
 
-    def drawn(self, split, rows, rng):
-        """The same of some training shapes, one caption and one picture of each."""
-        return {kind: tower.drawn(split, rows, rng) for kind, tower in self.of.items()}
+    def draw(self, split, rows, rng):
+        """One caption and one picture of each of some training shapes."""
+        return {kind: tower.draw(split, rows, rng) for kind, tower in self.of.items()}
+
+    def read(self, drawn):
+        """The same as `encode`, of what was drawn."""
+        return {kind: tower.read(drawn[kind]) for kind, tower in self.of.items()}
 
 
 def make(folder, text=None, image=None, device="cpu"):

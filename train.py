@@ -18,6 +18,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -55,7 +56,7 @@ class Run:
     def __init__(self, args, reps, first, folder):
         self.size, self.seed, self.folder = args.size, args.seed, Path(folder)
         self.generator, self.denoiser = args.generator, args.denoiser
-        self.parts, self.shard = args.parts or many.world(), args.shard
+        self.parts, self.shard, self.recompute, self.compile = args.parts or many.world(), args.shard, args.recompute, args.compile
         if self.shard and many.world() == 1:
             raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun (many.py), or without --shard")
         if self.parts % many.world():
@@ -63,6 +64,8 @@ class Run:
         self.reps, self.first = reps, first              # to be able to decode; the heads that the encoder is trained with
         self.towers = {"text": args.text_encoder, "image": args.image_encoder}
         self.device, self.autocast, reason = pick_device(many.own(args.device))
+        if self.compile and self.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
+            raise UserError("--compile needs a C++ compiler, and there is none; install one (g++), or leave --compile out")
         towers_.others(**self.towers, device=self.device)        # rather an error now than after the stages before
         if args.source:
             take_over(Path(args.source), claim(self.folder), self.towers)
@@ -115,9 +118,6 @@ class Run:
             raise UserError(f"a batch of {batch} ({stage}) cannot be shared by {self.parts} parts; give --batch {-(-batch // self.parts) * self.parts}")
         return batch // self.parts
 
-    def to(self, *arrays):
-        return [a.to(self.device, non_blocking=True) for a in arrays]
-
 
 def take_over(source, folder, towers):
     """All stages but the backbone, which those stand on or beside; a reconstructor only if it was conditioned on the same encoders."""
@@ -137,12 +137,10 @@ def train_encoders(run):
     settings, words = encoders_.SIZES[run.size], encoders_.vocabulary(c for split in (run.train, run.test) for captions in split.captions for c in captions)
     model = encoders_.Encoders(words, **settings)
 
-    def loss_of(model, split, rng):
-        ids, mask, cloud, true = encoders_.training_batch(split, model, rng, run.share("encoders"))
-        ids, mask, true = run.to(ids, mask, true)
-        return model.loss(ids, mask, run.to(*cloud), true)
+    def draw(split, rng):
+        return encoders_.training_batch(split, model, rng, run.share("encoders"))
 
-    model, seconds = fit(run, "encoders", model, loss_of)
+    model, seconds = fit(run, "encoders", model, draw, lambda model, batch: model.loss(*batch))
     with run.autocast():
         metrics = encoders_.retrieval(model, run.test)
     run.finish("encoders", seconds, {"encoders": model}, settings=settings, vocabulary=words, metrics=metrics)
@@ -153,12 +151,15 @@ def train_tokenizer(run):
     settings = tokenizer_.SIZES[run.size]
     model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)} | {rep: HEADS[rep](**settings) for rep in run.first})
 
-    def loss_of(model, split, rng):
+    def draw(split, rng):
         rows = rng.integers(len(split), size=run.share("tokenizer"))
-        tokens = model["tokenizer"](*run.to(*split.cloud(rows, 1024, rng)))
-        return heads_loss(run, model, run.first, tokens, split, rows, rng)
+        return split.cloud(rows, 1024, rng), samples(run, run.first, split, rows, rng)
 
-    model, seconds = fit(run, "tokenizer", model, loss_of,
+    def loss_of(model, batch):
+        cloud, each = batch
+        return heads_.loss(model, model["tokenizer"](*cloud), each)
+
+    model, seconds = fit(run, "tokenizer", model, draw, loss_of,
                          lambda model: watch.reconstructions(run, model, tokenise(run, model["tokenizer"], run.test, limit=14), run.first[-1]))
     tokenizer, heads = model["tokenizer"], {rep: model[rep] for rep in run.first}
     # tokens of the training set: zero mean, unit variance per channel from here on
@@ -178,12 +179,15 @@ def train_vision(run):
     with run.autocast():
         clouds = {split: vision_.embedded(encoders, split) for split in (run.train, run.test)}
 
-    def loss_of(model, split, rng):
+    def draw(split, rng):
         rows = rng.integers(len(split), size=run.share("vision"))
-        pictures, own, x = run.to(split.pictures(rows, rng), torch.from_numpy(rows), tokens[split][rows])
-        return model["vision"].loss(pictures, clouds[split], own, model["reader"], x)
+        return split.pictures(rows, rng), clouds[split], torch.from_numpy(rows), tokens[split][rows]
 
-    model, seconds = fit(run, "vision", model, loss_of)
+    def loss_of(model, batch):
+        pictures, every, own, x = batch
+        return model["vision"].loss(pictures, every, own, model["reader"], x)
+
+    model, seconds = fit(run, "vision", model, draw, loss_of)
     with run.autocast():
         metrics = vision_.retrieval(model["vision"], encoders, run.test)
     run.finish("vision", seconds, {"vision": model["vision"]}, settings=settings, metrics=metrics)
@@ -197,12 +201,15 @@ def train_head(run, rep):
     model = nn.ModuleDict(heads_.load(run.folder, [rep]) if begun else {rep: HEADS[rep](**tokenizer_.SIZES[run.size])}).requires_grad_()
     tokens = {split: tokenise(run, tokenizer, split) for split in (run.train, run.test)}
 
-    def loss_of(model, split, rng):
+    def draw(split, rng):
         rows = rng.integers(len(split), size=run.share(f"head-{rep}"))
-        x = tokens[split][rows].to(run.device)
-        return heads_loss(run, model, [rep], x + tokenizer_.NOISE * torch.randn_like(x), split, rows, rng)
+        return tokens[split][rows], samples(run, [rep], split, rows, rng)
 
-    model, seconds = fit(run, f"head-{rep}", model, loss_of,
+    def loss_of(model, batch):
+        x, each = batch
+        return heads_.loss(model, x + tokenizer_.NOISE * torch.randn_like(x), each)
+
+    model, seconds = fit(run, f"head-{rep}", model, draw, loss_of,
                          lambda model: watch.reconstructions(run, heads | dict(model.items()), tokens[run.test][:14], rep))
     run.finish(f"head-{rep}", seconds, {f"head-{rep}": model[rep]},
                metrics=watch.judged(run, heads | dict(model.items()), tokens[run.test][:JUDGED], rep))
@@ -213,15 +220,16 @@ def train_backbone(run):
     settings = backbone_.SIZES[run.size] | common | {"denoiser": run.denoiser}
     model = GENERATORS[run.generator](**settings)
 
-    def loss_of(model, split, rng):
-        return model.loss(*paired(run, towers, split, tokens[split], rng, run.share("backbone"))), {}
+    def loss_of(model, batch):
+        x, drawn = batch
+        return model.loss(x, towers.read(drawn)), {}
 
     def show(model):
         with run.autocast():
             x = model.generate(towers.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
         return contact_sheet([watch.picture(run, heads, t) for t in x], 7, run.prompts)
 
-    model, seconds = fit(run, "backbone", model, loss_of, show)
+    model, seconds = fit(run, "backbone", model, paired(run, "backbone", towers, tokens), loss_of, show)
     run.finish("backbone", seconds, {"backbone": model}, generator=run.generator, settings=settings, towers=run.towers,
                metrics={"nearest held-out shape is of the class asked for": watch.class_accuracy(run, towers, model, heads)})
 
@@ -231,33 +239,24 @@ def train_reconstruct(run):
     settings = reconstruct_.SIZES[run.size] | common
     model = reconstruct_.Reconstructor(**settings)
 
-    def loss_of(model, split, rng):
-        return model.loss(*paired(run, towers, split, tokens[split], rng, run.share("reconstruct")))
+    def loss_of(model, batch):
+        x, drawn = batch
+        return model.loss(x, towers.read(drawn))
 
     def show(model):
         with run.autocast():
             x, _ = model(towers.encode(run.prompts))
         return contact_sheet([watch.picture(run, heads, t) for t in x], 7, run.prompts)
 
-    model, seconds = fit(run, "reconstruct", model, loss_of, show)
+    model, seconds = fit(run, "reconstruct", model, paired(run, "reconstruct", towers, tokens), loss_of, show)
     run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.towers)
 
 
 # ---------------------------------------------------------------------------- what the stages share
 
-def heads_loss(run, model, reps, tokens, split, rows, rng):
-    """The sum of the heads' losses on the same tokens, each on samples of its own kind, of as many shapes as its own stage
-    takes. Several heads pull equally hard at an encoder, however large their losses are."""
-    losses, logs = [], {}
-    for rep in reps:
-        some = slice(run.share(f"head-{rep}"))
-        batch = {k: v.to(run.device) for k, v in HEADS[rep].samples(split, rows[some], rng).items()}
-        read = tokens[some].clone()
-        if read.requires_grad and len(reps) > 1:
-            read.register_hook(lambda gradient: gradient / gradient.norm())
-        loss, parts = model[rep].loss(read, batch)
-        losses, logs = losses + [loss], logs | {f"{rep} {name}": value for name, value in parts.items()}
-    return sum(losses), logs
+def samples(run, reps, split, rows, rng):
+    """Samples for each head, of as many of the shapes as its own stage takes."""
+    return {rep: HEADS[rep].samples(split, rows[:run.share(f"head-{rep}")], rng) for rep in reps}
 
 
 def tokenise(run, tokenizer, split, limit=None):
@@ -275,10 +274,14 @@ def conditioned(run):
     return towers, heads_.load(run.folder, run.first, run.device), tokens, common
 
 
-def paired(run, towers, split, tokens, rng, batch):
-    """A batch of shape tokens, each with the condition tokens of one of its captions and of one of its pictures."""
-    rows = rng.integers(len(split), size=batch)
-    return tokens[rows].to(run.device), towers.drawn(split, rows, rng)
+def paired(run, stage, towers, tokens):
+    """What draws a batch of shape tokens, each with one of its captions and one of its pictures."""
+    def draw(split, rng):
+        rows = rng.integers(len(split), size=run.share(stage))
+        return tokens[split][rows], towers.draw(split, rows, rng)
+    for split in (run.train, run.test):
+        draw(split, np.random.default_rng(0))                 # others' towers read all captions and pictures, once, now
+    return draw
 
 
 def main():
@@ -304,6 +307,10 @@ def main():
                         "take less memory (default: one for each process)")
     parser.add_argument("--shard", action="store_true", help="every process holds a share of the backbone, not a copy of it: for models that "
                         "are too large for one GPU")
+    parser.add_argument("--recompute", action="store_true", help="what is inside a block is computed again on the way back, not kept: less memory, "
+                        "longer steps")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks: shorter steps, once some minutes have gone by; needs a "
+                        "C++ compiler")
     parser.add_argument("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
     parser.add_argument("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
     parser.add_argument("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")

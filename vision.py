@@ -83,9 +83,10 @@ class Vision(nn.Module):
     def tokens(self, pictures):
         return self.condition(pictures.to(self.scale.device))
 
-    def drawn(self, split, rows, rng):
-        """The same of one picture of each of some training shapes."""
-        return self.tokens(split.pictures(rows, rng))
+    def draw(self, split, rows, rng):
+        return split.pictures(rows, rng)
+
+    read = tokens                                             # of what was drawn
 
 
 # ---------------------------------------------------------------------------- training and evaluation
