@@ -118,9 +118,9 @@ def bench_quality(bench):
 
     def reference(condition, seeds, steer):
         return published(model.backbone, condition, seeds, **PUBLISHED)
-    counts = [tuple(PUBLISHED.values()), (16, 16), (10, 16), (10, 4), (10, 2), (8, 4), (5, 4)]
+    counts = [(16, 16), (10, 16), (10, 4), (10, 2), (8, 4), (5, 4)]
     ways = {f"as published, {PUBLISHED['steps']} steps of {PUBLISHED['denoise_steps']}, two passes": (reference, {})} \
-        | {f"{steps} steps of {few}": (generate, dict(steps=steps, denoise_steps=few)) for steps, few in (counts[3:4] if args.ends else counts)}
+        | {f"{steps} steps of {few}": (generate, dict(steps=steps, denoise_steps=few)) for steps, few in (counts[2:3] if args.ends else counts)}
     for name, (model.backbone.generate, options) in ways.items():
         scores = exam.scores(model, kept(args, name, args.checkpoint, *parts(args.rep), **options), **options)[0]
         rows.append({"way": name} | {key: scores[key] for key in SCORES})

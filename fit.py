@@ -201,7 +201,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
 @many.by_the_first
 def write_rows(path, rows):
     with written(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, rows[-1].keys())
         writer.writeheader()
         writer.writerows(rows)
 
