@@ -25,6 +25,7 @@ from layers import EMA, Block, UserError, claim, read_weights, save_weights, wri
 from render import save_png
 
 SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
+THREADS = 4                                  # that draw batches for a GPU
 
 
 def optimizers(model, lr):
@@ -84,15 +85,18 @@ def arrange(model, recompute=False, compiled=False):
 
 
 def batches(run, stage, draw, first, steps):
-    """The parts of the batches of all steps to come, with a seed each; threads draw them while others are learnt from. Of a part
-    all randomness is a function of (seed, stage, step, part): resumed = uninterrupted, one process = many."""
+    """The parts of the batches of all steps to come, with a seed each. Of a part all randomness is a function of (seed, stage, step,
+    part): resumed = uninterrupted, one process = many."""
     def drawn(step, part):
         rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step, part))
         return int(rng.integers(2 ** 62)), draw(run.train, rng)
 
-    todo, threads = product(range(first, steps), range(many.rank(), run.parts, many.world())), 4 if run.device.type == "cuda" else 1
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = deque(pool.submit(drawn, *each) for each in islice(todo, 2 * threads))
+    todo = product(range(first, steps), range(many.rank(), run.parts, many.world()))
+    if run.device.type == "cpu":                              # a core that draws is one that does not learn
+        yield from (drawn(*each) for each in todo)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:                 # they draw while other parts are learnt from
+        ahead = deque(pool.submit(drawn, *each) for each in islice(todo, 2 * THREADS))
         while ahead:
             yield ahead.popleft().result()
             ahead.extend(pool.submit(drawn, *each) for each in islice(todo, 1))

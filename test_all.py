@@ -1250,6 +1250,27 @@ def test_blocks_arranged_otherwise_learn_the_same(how, monkeypatch):
     assert all(torch.allclose(p.grad, q.grad, atol=1e-5) for p, q in zip(plain.parameters(), other.parameters()) if p.grad is not None)
 
 
+def test_batches_are_drawn_ahead_for_a_gpu():
+    """By threads, some parts ahead of what is asked for, and yet the same, in order."""
+    seen = []
+
+    def draw(split, rng):
+        time.sleep(rng.uniform(0, .02))                                # not all threads are equally fast
+        seen.append(rng.integers(100))
+        return seen[-1]
+
+    def of(device):
+        run = SimpleNamespace(device=torch.device(device), seed=0, settings={"encoders": 0}, parts=2, train=None)
+        return fit.batches(run, "encoders", draw, 3, 23)
+
+    plain = list(of("cpu"))
+    seen.clear()
+    ahead = of("cuda")
+    first = next(ahead)
+    time.sleep(.2)
+    assert len(seen) == 2 * fit.THREADS and [first, *ahead] == plain and len(plain) == 40 == len({seed for seed, _ in plain})
+
+
 def test_flow_steps_are_of_second_order():
     """Twice the steps, about a quarter of the error, where Euler's would be half."""
     net, c, noise = exact_net("flow", 1., .5), torch.zeros(1000, 1), torch.randn(1000, 1, 1, generator=torch.Generator().manual_seed(0))
