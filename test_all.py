@@ -1256,8 +1256,9 @@ def test_batches_are_drawn_ahead_for_a_gpu():
 
     def draw(split, rng):
         time.sleep(rng.uniform(0, .02))                                # not all threads are equally fast
-        seen.append(rng.integers(100))
-        return seen[-1]
+        value = rng.integers(10 ** 6)
+        seen.append(value)                                             # in whatever order
+        return value
 
     def of(device):
         run = SimpleNamespace(device=torch.device(device), seed=0, settings={"encoders": 0}, parts=2, train=None)
