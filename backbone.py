@@ -167,8 +167,8 @@ class Backbone(nn.Module):
         """What a prompt becomes: the prefix, b p d. (In baselines.py also what blocks read besides.)"""
         return self.prefix(condition, drop),
 
-    def contexts(self, told, x, order, known):
-        """told: (prefix b p d,), x b n c, order b n (a permutation: its first `known` are known) -> c_i, b n d."""
+    def contexts(self, told, x, order, known, asked):
+        """told: (prefix b p d,), x b n c, order b n (a permutation: its first `known` are known), asked b m -> c_i of these, b m d."""
         prefix, *read = told
         b, p, d = prefix.shape
         seen = repeat(order[:, :known], "b k -> b k d", d=d)
@@ -179,9 +179,9 @@ class Backbone(nn.Module):
         y = self.norm_in(y)
         full = repeat(self.unknown, "d -> b n d", b=b, n=self.tokens).to(y.dtype).scatter(1, seen, y[:, p:])
         y = torch.cat([y[:, :p], full], 1) + self.place_out
-        for block in self.decoder:                                                # sees all places
+        for block in self.decoder[:-1]:                                           # sees all places
             y = block(y, *read)
-        return self.norm_out(y[:, p:])
+        return self.norm_out(self.decoder[-1](y, *read, asked=p + asked))
 
     def loss(self, x, condition):
         """x: b n c shape tokens and their condition (prefix.py). The diffusion loss, on the hidden tokens only."""
@@ -191,9 +191,8 @@ class Backbone(nn.Module):
         ratio = math.cos(math.pi / 2 * torch.rand(1).item())
         known = n - math.ceil(n * ratio)
         order = torch.rand(b, n, device=device).argsort(1)
-        c = self.contexts(self.told(condition, drops(b, condition, device)), x, order, known)
-        hidden = order[:, known:]                                                 # b m, gathered before the head
-        c = c.gather(1, repeat(hidden, "b m -> b m d", d=c.shape[-1]))
+        hidden = order[:, known:]                                                 # b m: no other reaches the head
+        c = self.contexts(self.told(condition, drops(b, condition, device)), x, order, known, hidden)
         x = x.gather(1, repeat(hidden, "b m -> b m c", c=self.channels))
         c, x = repeat(c, "b m d -> (r b m) d", r=DRAWS), repeat(x, "b m c -> (r b m) c", r=DRAWS)
         return self.denoiser.loss(self.net, x, c)
@@ -221,8 +220,7 @@ class Backbone(nn.Module):
         for step, (known, then) in enumerate(schedule(n, steps)):
             seen = x if steer is None or step >= guided_early else steer(x)                               # RGS
             parts = zip(*(y.split(some) for y in (*told, seen.repeat(branches, 1, 1), orders)))
-            c = torch.cat([self.contexts(told_, seen_, order_, known) for *told_, seen_, order_ in parts])
-            c = c.gather(1, repeat(orders[:, known:then], "b m -> b m d", d=c.shape[-1]))
+            c = torch.cat([self.contexts(told_, seen_, order_, known, order_[:, known:then]) for *told_, seen_, order_ in parts])
             place = repeat(order[:, known:then], "b m -> b m c", c=self.channels)
             guidance = [1 + (g - 1) * (then / n) ** growth for g in strengths]
             fresh = noise.gather(1, repeat(place, "b m c -> b m r c", r=noise.shape[2]))

@@ -139,8 +139,8 @@ class Cross(Backbone):
     """Blocks take turns: one looks at the tokens, the next at what was asked for. One block more, where the prefix had one."""
 
     class Alone(Block):
-        def forward(self, x, *_):
-            return super().forward(x)
+        def forward(self, x, *_, asked=None):
+            return super().forward(x, asked=asked)
 
     def __init__(self, *, prefix, dim, heads, widths, **rest):
         super().__init__(prefix=prefix, dim=dim, heads=heads, widths=widths, **rest)

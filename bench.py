@@ -68,8 +68,7 @@ def published(model, condition, seeds, steps, denoise_steps, cfg=2.):
     x = torch.zeros(b, n, model.channels, device=device)
     for known, then in backbone.schedule(n, steps):
         new = order[:, known:then]
-        c, blank = (rearrange(model.contexts(each, x, order, known).gather(1, repeat(new, "b m -> b m d", d=each[0].shape[-1])), "b m d -> (b m) d")
-                    for each in both)
+        c, blank = (rearrange(model.contexts(each, x, order, known, order)[:, known:then], "b m d -> (b m) d") for each in both)   # of all, as MAR
 
         def net(x, t, c):
             less = model.net(x, t, blank)
@@ -90,7 +89,7 @@ def bench_sample(bench):
         "guidance in one batch": (whole, "ddpm", PUBLISHED),
         "flow": (whole, "flow", dict(steps=PUBLISHED["steps"])),
         "few steps": (whole, "flow", {}),
-        "as sample.py does it: large batches in parts": (ours, "flow", {})}
+        "as sample.py does it: parts of a batch in turn": (ours, "flow", {})}
     ways = dict(list(ways.items())[::4]) if bench.args.ends else ways
 
     def sample(name, b, device, model, **more):

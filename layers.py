@@ -96,8 +96,13 @@ class Block(nn.Module):
         self.attention = Attention(dim, heads, context_dim)
         self.feed = nn.Sequential(nn.Linear(dim, expand * dim), nn.GELU(), nn.Linear(expand * dim, dim))
 
-    def forward(self, x, context=None, mask=None, at=None):
-        x = x + self.attention(self.norm1(x), context, mask, at)
+    def forward(self, x, context=None, mask=None, at=None, asked=None):
+        """asked: b m, the rows of x that are wanted (default: all); the others are but looked at."""
+        y = self.norm1(x)
+        if asked is not None:
+            context, asked = y if context is None else context, repeat(asked, "b m -> b m d", d=x.shape[-1])
+            x, y = x.gather(1, asked), y.gather(1, asked)
+        x = x + self.attention(y, context, mask, at)
         return x + self.feed(self.norm2(x))
 
 
@@ -324,9 +329,9 @@ def write_config(folder, stage, **entries):
         part.write_text(json.dumps(config, indent=1) + "\n")
 
 
-def digest(path):
-    """Twelve letters that name a file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+def digest(*paths):
+    """Twelve letters that name what is in a file, or in several."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:12]
 
 
 def read_stage(folder, stage):

@@ -23,6 +23,8 @@ from shapes import CLASSES
 
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
+CODE = [Path(__file__).with_name(f"{name}.py") for name in ("sample", "backbone", "baselines", "prefix", "towers", "encoders", "vision", "reconstruct",
+                                                            "heads", "surface", "meshes", "export", "samples", "layers")]      # makes them
 
 
 class Job(NamedTuple):
@@ -67,10 +69,11 @@ def parts(rep):
 
 
 def kept(args, label, folder, *stages, what=None, **settings):
-    """Where the single results of a command (or of `what` several share) and a checkpoint are, if of these stages and settings."""
+    """Where the single results of a command (or of `what` several share) and a checkpoint are, if of these stages and settings, and of
+    this code: who changes how something is sampled sees what that does."""
     rep = f"-{args.rep}" if "rep" in args else ""
-    return Kept(f"{args.out}/{what or args.command}{rep}/{label}", seed=args.seed, weights=weights(folder, *stages), data=args.data, copies=args.copies,
-                resolution=getattr(args, "resolution", None), **settings)
+    return Kept(f"{args.out}/{what or args.command}{rep}/{label}", seed=args.seed, weights=weights(folder, *stages), code=digest(*CODE), data=args.data,
+                copies=args.copies, resolution=getattr(args, "resolution", None), **settings)
 
 
 def clouds(made):

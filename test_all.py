@@ -1155,9 +1155,9 @@ def test_training_sees_every_moment_of_generation(monkeypatch):
     model, condition = small_backbone()
     known = []
 
-    def contexts(told, x, order, count):
+    def contexts(told, x, order, count, asked):
         known.append(count)
-        return torch.zeros(*x.shape[:2], told[0].shape[-1])
+        return torch.zeros(*asked.shape, told[0].shape[-1])
     monkeypatch.setattr(model, "contexts", contexts)
     for _ in range(300):
         model.loss(torch.zeros(3, 27, 8), condition)
@@ -1179,17 +1179,20 @@ def test_schedules_place_every_token_once():
 
 
 def test_contexts_ignore_unknown_tokens():
-    """Whatever stands in places that are not known, every context vector stays; known places matter."""
+    """Whatever stands in places that are not known, every context vector stays; known places matter. Asked for some of them, it gives
+    those of all."""
     model, condition = small_backbone()
     prefix, x = model.told(condition), torch.randn(3, 27, 8)
-    order, known = torch.rand(3, 27).argsort(1), 10
+    order, known, every = torch.rand(3, 27).argsort(1), 10, torch.arange(27).expand(3, -1)
     unknown = order[:, known:, None].expand(-1, -1, 8)
-    c = model.contexts(prefix, x, order, known)
-    assert torch.equal(c, model.contexts(prefix, x.scatter(1, unknown, torch.randn(3, 17, 8)), order, known))
-    assert not torch.allclose(c, model.contexts(prefix, x.scatter(1, order[:, :1, None].expand(-1, -1, 8), torch.randn(3, 1, 8)), order, known))
+    c = model.contexts(prefix, x, order, known, every)
+    assert torch.equal(c, model.contexts(prefix, x.scatter(1, unknown, torch.randn(3, 17, 8)), order, known, every))
+    assert not torch.allclose(c, model.contexts(prefix, x.scatter(1, order[:, :1, None].expand(-1, -1, 8), torch.randn(3, 1, 8)), order, known, every))
+    some = order[:, known:known + 4]
+    assert torch.allclose(c[torch.arange(3)[:, None], some], model.contexts(prefix, x, order, known, some), atol=1e-6)
     again = order.clone()
     again[:, :known] = order[:, :known].flip(1)                        # known tokens are a set, not a sequence
-    assert torch.allclose(c, model.contexts(prefix, x, again, known), atol=1e-5)
+    assert torch.allclose(c, model.contexts(prefix, x, again, known, every), atol=1e-5)
 
 
 @pytest.mark.parametrize("denoiser", backbone.DENOISERS)
@@ -1437,7 +1440,7 @@ def test_ways_to_tell_differ_in_what_they_hear():
     for generator in ("masked", "pooled", "cross"):
         model, _ = small_backbone(generator=generator)
         x, order = torch.randn(3, 27, 8), torch.rand(3, 27).argsort(1)
-        say = lambda told: model.contexts(model.told(told), x, order, 9)
+        say = lambda told: model.contexts(model.told(told), x, order, 9, order)
         assert torch.allclose(say(condition), say(turned), atol=1e-5) and torch.allclose(say(condition), say(noisy), atol=1e-5)
         assert not torch.allclose(say(condition), say({kind: (-y, mask) for kind, (y, mask) in condition.items()}), atol=1e-3)
     bag = baselines.Bag("cpu")
@@ -1622,7 +1625,7 @@ def test_evaluations_write_their_tables(four, tmp_path, examined):
 
 def test_a_stopped_evaluation_goes_on(four, overfitted, tmp_path, examined, monkeypatch, capsys):
     """generate: stopped at a sample it makes only the others, with the same table as one that was not; several checkpoints stand side by
-    side; results of other settings are one clear line, a damaged one too."""
+    side; results of other settings or other code are one clear line, a damaged one too."""
     decode, seen = sample.LTM3D.decode, []
 
     def counted(self, *args, stop=None):
@@ -1653,6 +1656,8 @@ def test_a_stopped_evaluation_goes_on(four, overfitted, tmp_path, examined, monk
     assert "holds results of other settings (seed: 0, now 1); delete it, or give another --out" in capsys.readouterr().err
     (tmp_path / "cut/generate-sdf/four/caption-0.npz").write_bytes(b"torn")
     assert generate("cut") == 2 and "caption-0.npz is damaged" in capsys.readouterr().err
+    monkeypatch.setattr(samples, "CODE", samples.CODE[1:])             # as if sample.py were another
+    assert generate("cut") == 2 and "other settings (code: " in capsys.readouterr().err
 
 
 def test_fewer_steps_are_scored(overfitted, tmp_path, examined, monkeypatch):
