@@ -1310,6 +1310,16 @@ def test_a_sample_does_not_depend_on_its_batch(denoiser, generator, monkeypatch)
     assert torch.allclose(together, model.generate(condition, [7, 8, 9], **options), atol=.01)
 
 
+@pytest.mark.parametrize("denoiser, generator", [("ddpm", "masked")] + [("flow", name) for name in baselines.GENERATORS])
+def test_nothing_is_made_on_another_device(denoiser, generator):
+    """Losses and samples of a model on "meta", which mixes with a CPU as little as a GPU does."""
+    model, condition = small_backbone(denoiser, generator)
+    model, condition = model.to("meta"), {kind: (x.to("meta"), mask.to("meta")) for kind, (x, mask) in condition.items()}
+    model.loss(torch.zeros(3, 27, 8, device="meta"), condition).backward()
+    assert all(weight.grad.is_meta for weight in model.parameters() if weight.grad is not None)
+    assert model.generate(condition, [7, 8, 9], steps=5, denoise_steps=4).is_meta
+
+
 def exact_net(denoiser, mean, std):
     """What a perfect DenoiseNet answers when the data are N(mean, std^2)."""
     def flow(x, t, c):                                                 # x_t = (1 - t) noise + t x
