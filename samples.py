@@ -23,8 +23,9 @@ from shapes import CLASSES
 
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
-CODE = [Path(__file__).with_name(f"{name}.py") for name in ("sample", "backbone", "baselines", "prefix", "towers", "encoders", "vision", "reconstruct",
-                                                            "heads", "surface", "meshes", "export", "samples", "layers")]      # makes them
+CODE = [Path(__file__).with_name(f"{name}.py") for name in (       # makes them
+    "sample", "backbone", "baselines", "prefix", "towers", "encoders", "vision", "reconstruct", "tokenizer", "heads", "surface", "meshes",
+    "export", "render", "light", "samples", "layers", "bench")]
 
 
 class Job(NamedTuple):
