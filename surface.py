@@ -33,27 +33,27 @@ def cut(inside):
 
 
 @torch.no_grad()
-def sdf_grid(ask, resolution, hierarchical=True):
+def sdf_grid(ask, resolution, hierarchical=True, device="cpu"):
     """Distances (units of the truncation) on a (resolution + 1)^3 grid over [-1, 1]^3: numpy r r r.
 
-    `ask` maps points k 3 to distances k. Coarse to fine: distances are interpolated to the double resolution and asked
-    again where the surface may be near, then at all corners of cells that it turns out to cut, until there are no more:
-    what marching cubes makes of it is what it makes of a dense grid, unless a part is missed that lies between the
-    points of a coarser one. Elsewhere the sign is all that it needs.
+    `ask` maps points k 3 to distances k, both on the device. Coarse to fine: distances are interpolated to the double
+    resolution and asked again where the surface may be near, then at all corners of cells that it turns out to cut, until
+    there are no more: what marching cubes makes of it is what it makes of a dense grid, unless a part is missed that lies
+    between the points of a coarser one. Elsewhere the sign is all that it needs.
     """
     side = COARSE if hierarchical else resolution
-    index = torch.stack(torch.meshgrid(*[torch.arange(side + 1)] * 3, indexing="ij"), -1)
+    index = torch.stack(torch.meshgrid(*[torch.arange(side + 1, device=device)] * 3, indexing="ij"), -1)
     grid = ask(index.reshape(-1, 3) * 2 / side - 1).reshape(index.shape[:3])
     while side < resolution:
         side *= 2
         grid = F.interpolate(grid[None, None], size=(side + 1,) * 3, mode="trilinear", align_corners=True)[0, 0]
         reach = NEAR * 2 / side / TRUNCATION
-        near, asked = (grid < reach) & (grid > -reach), torch.zeros(grid.shape, dtype=torch.bool)
+        near, asked = (grid < reach) & (grid > -reach), torch.zeros_like(grid, dtype=torch.bool)
         while len(points := (near & ~asked).nonzero()):
             grid[points.unbind(1)] = ask(points * 2 / side - 1)
             asked |= near
             near = cut(border(grid < 0, False))
-    return border(grid, 1.).numpy()
+    return border(grid, 1.).cpu().numpy()
 
 
 def border(grid, value):
@@ -76,12 +76,12 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
 
     def ask(x):                                               # k 3 -> k 4, chunk by chunk
         with autocast():
-            return torch.cat([head.ask(memory, part[None])[0] for part in chunks(x.to(tokens.device))]).cpu()
+            return torch.cat([head.ask(memory, part[None])[0] for part in chunks(x)])
 
-    grid = sdf_grid(lambda x: ask(x)[:, 0], resolution, hierarchical)
+    grid = sdf_grid(lambda x: ask(x)[:, 0], resolution, hierarchical, tokens.device)
     if grid.min() >= 0:
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64), np.zeros((0, 3), np.float32)
     vertices, faces, _, _ = marching_cubes(grid, 0., gradient_direction="descent")
     vertices = np.ascontiguousarray(vertices * 2 / resolution - 1, dtype=np.float32)
-    colours = ask(torch.from_numpy(vertices))[:, 1:].clamp(0, 1).numpy()
+    colours = ask(torch.from_numpy(vertices).to(tokens.device))[:, 1:].clamp(0, 1).cpu().numpy()
     return vertices, np.ascontiguousarray(faces, dtype=np.int64), colours

@@ -1320,6 +1320,17 @@ def test_nothing_is_made_on_another_device(denoiser, generator):
     assert model.generate(condition, [7, 8, 9], steps=5, denoise_steps=4).is_meta
 
 
+@pytest.mark.parametrize("rep", heads.HEADS)
+def test_nothing_of_a_shape_is_made_on_another_device(rep):
+    """What a head decodes is on the device of its tokens, also if what is made without a word of where is on another."""
+    model = sample.load(device="cpu")
+    tokens = model.tokens(["a red chair"], [(0, 0)])[0]
+    here = model.decode(tokens, rep, resolution=64, points=500)
+    with torch.device("meta"):
+        there = model.decode(tokens, rep, resolution=64, points=500)
+    assert all(map(np.array_equal, vars(here).values(), vars(there).values()))
+
+
 def exact_net(denoiser, mean, std):
     """What a perfect DenoiseNet answers when the data are N(mean, std^2)."""
     def flow(x, t, c):                                                 # x_t = (1 - t) noise + t x
