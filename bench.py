@@ -164,24 +164,27 @@ def bench_decode(bench):
 
 def bench_train(bench):
     """A step of the backbone, on random tokens: model FLOPs are those of forward and backward passes alone."""
-    batch, seeds = bench.args.batch[-1], range(3)             # the share of tokens that is hidden is a step's own
-    ways = {"fp32": (contextlib.nullcontext, {}), "as train.py does it": (bench.autocast, {}),
-            "with --recompute": (bench.autocast, {"recompute": True})}
-    ways |= {"with --compile": (bench.autocast, {"compiled": True})} if bench.args.compile else {}
+    batch, seeds = bench.args.batch[-1], range(3)             # the share of tokens that is hidden is a seed's own
+    ways = {"fp32": (contextlib.nullcontext, 1, {}), "as train.py does it": (bench.autocast, 1, {}),
+            "with --recompute": (bench.autocast, 1, {"recompute": True})}
+    ways |= {"with --parts 4": (bench.autocast, 4, {})} if batch % 4 == 0 else {}
+    ways |= {"with --compile": (bench.autocast, 1, {"compiled": True})} if bench.args.compile else {}
 
-    def forward(device, model, autocast):
+    def loss(device, model, autocast, seed, parts=1):
+        x, condition = torch.randn(batch // parts, model.tokens, model.channels, device=device), told(batch // parts, device)
+        torch.manual_seed(seed)
         with autocast():
-            return model.loss(torch.randn(batch, model.tokens, model.channels, device=device), told(batch, device))
+            return model.loss(x, condition) / parts
 
-    def way(autocast, arranged):
+    def way(autocast, parts, arranged):
         model = untrained(bench.args.size, "flow", bench.device)
         fit.arrange(model, **arranged)
         opts = fit.optimizers(model, 1e-4)
 
         def run():
             for seed in seeds:
-                torch.manual_seed(seed)
-                forward(bench.device, model, autocast).backward()
+                for _ in range(parts):
+                    loss(bench.device, model, autocast, seed, parts).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.)
                 for opt in opts:
                     opt.step()
@@ -189,9 +192,9 @@ def bench_train(bench):
         return run
 
     def count(device):
+        model = untrained(bench.args.size, "flow", device)
         for seed in seeds:
-            torch.manual_seed(seed)
-            forward(device, untrained(bench.args.size, "flow", device), contextlib.nullcontext).backward()
+            loss(device, model, contextlib.nullcontext, seed).backward()
     work, steps = dict.fromkeys(ways, flops(count)), {name: way(*how) for name, how in ways.items()}
     if bench.args.compile:
         steps["with --compile"]()                             # minutes go by

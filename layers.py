@@ -143,17 +143,15 @@ def pick_device(name=None):
 
     def seconds(dtype):
         x = a.to(dtype)
-        best = math.inf
-        for _ in range(4):  # the first one warms up, the best of the others counts
-            start = time.perf_counter()
-            (x @ x).float().sum().item()
-            best = min(best, time.perf_counter() - start)
-        return best
+        start = time.perf_counter()
+        (x @ x).float().sum().item()
+        return time.perf_counter() - start
 
     if device.type == "cuda":
         bf16, why = torch.cuda.is_bf16_supported(), "the chip has bf16 matrix units"
     else:
-        ratio = seconds(torch.float32) / seconds(torch.bfloat16)
+        fp32, half = zip(*((seconds(torch.float32), seconds(torch.bfloat16)) for _ in range(16)))        # in turns: others use it, too
+        ratio = min(fp32) / min(half)
         bf16, why = ratio > 1.2, f"a bf16 matrix product takes {1 / ratio:.2f} of the time of an fp32 one"
     reason = f"{name}, {'bf16 autocast' if bf16 else 'fp32'} ({why if bf16 or device.type != 'cuda' else 'no bf16 units'})"
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16), reason

@@ -1034,6 +1034,15 @@ def test_benches(flags, columns, overfitted, tmp_path, monkeypatch):
     assert float(rows[0].get("largest difference", 0)) < .02 and Image.open(tmp_path / f"{name}.png").width > 300
 
 
+def test_the_work_counted_is_the_work_timed(tmp_path, monkeypatch):
+    """How many tokens are hidden is drawn in the loss: it has to be the same draw where it is counted, timed, and in parts."""
+    monkeypatch.setitem(backbone.SIZES, "small", SMALL[backbone])
+    drawn, loss = [], backbone.Backbone.loss
+    monkeypatch.setattr(backbone.Backbone, "loss", lambda *args: drawn.append(bytes(torch.get_rng_state())) or loss(*args))
+    assert run(bench.main, *"train --size small --batch 4 --rounds 1 --out".split(), tmp_path) == 0
+    assert len(drawn) == 3 * (1 + 1 + 1 + 1 + 4) and len(set(drawn)) == 3      # counted, fp32, as it is, recomputed, four parts
+
+
 def test_cut_cells_are_those_with_corners_on_both_sides():
     inside = torch.rand(5, 6, 7, generator=torch.Generator().manual_seed(0)) < .1
     corners = [slice(i, i + 2) for i in range(6)]
@@ -1306,7 +1315,7 @@ def test_a_sample_does_not_depend_on_its_batch(denoiser, generator, monkeypatch)
         assert torch.allclose(together[i], alone[0], atol=.01)       # random weights magnify rounding
     assert torch.equal(together, model.generate(condition, [7, 8, 9], **options))
     assert not torch.allclose(together[0], model.generate(condition, [8, 8, 9], **options)[0], atol=.1)
-    monkeypatch.setattr(backbone, "CACHED", 2 * 27 * len(model.unknown))
+    monkeypatch.setattr(backbone, "CACHED", 2 * 27 * SMALL[backbone]["dim"])
     assert torch.allclose(together, model.generate(condition, [7, 8, 9], **options), atol=.01)
 
 
