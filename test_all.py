@@ -159,6 +159,13 @@ def overfitted(tmp_path_factory):
     return once(tmp_path_factory, "overfitted", make)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def early(request):
+    """Of several workers one begins with what takes longest, so that no other has to wait for it."""
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1" and any("overfitted" in test.fixturenames for test in request.session.items):
+        request.getfixturevalue("overfitted")
+
+
 @pytest.fixture(scope="session")
 def four(overfitted, tmp_path_factory):
     """The same with heads for all representations, hardly trained."""
