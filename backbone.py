@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from layers import Block, load_model, read_stage, time_embedding
+from engine.files import load_model, read_stage
+from engine.networks import Block, time_embedding
 from prefix import Prefix, drops
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
@@ -164,7 +165,7 @@ class Backbone(nn.Module):
         self.net = DenoiseNet(channels, dim, head_dim, head_depth)
 
     def told(self, condition, drop=None):
-        """What a prompt becomes: the prefix, b p d. (In baselines.py also what blocks read besides.)"""
+        """What a prompt becomes: the prefix, b p d. (In evaluation/peers.py also what blocks read besides.)"""
         return self.prefix(condition, drop),
 
     def contexts(self, told, x, order, known, asked):
@@ -247,6 +248,6 @@ def load(folder):
     """The backbone of a checkpoint folder, frozen."""
     entry, kind = read_stage(folder, "backbone"), Backbone
     if entry.get("generator", "masked") != "masked":
-        from baselines import GENERATORS                      # few need them
+        from evaluation.peers import GENERATORS                      # few need them
         kind = GENERATORS[entry["generator"]]
     return load_model(kind, f"{folder}/backbone.safetensors", **entry["settings"])

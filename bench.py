@@ -27,19 +27,20 @@ from torch import nn
 
 import backbone
 import data
-import fit
+from engine import loop
 import heads
-import surface
+from geometry import surface
 import tokenizer
-from layers import Parser, between, cast_once, claim, command, pick_device
-from light import look
-from measure import flops, matmul_peak, turns
-from render import flatten, splat
-from results import report
+from engine.commands import Parser, between, cast_once, command, pick_device
+from engine.files import claim
+from geometry.light import look
+from evaluation.timing import flops, matmul_peak, turns
+from geometry.render import flatten, splat
+from evaluation.results import report
 from sample import LTM3D, RESOLUTIONS
-from samples import Exam, kept, parts
-from shapes import CLASSES
-from solids import TRUNCATION
+from evaluation.exam import Exam, kept, parts
+from geometry.shapes import CLASSES
+from geometry.surface import TRUNCATION
 
 # ---------------------------------------------------------------------------- sampling
 
@@ -178,8 +179,8 @@ def bench_train(bench):
 
     def way(autocast, parts, arranged):
         model = untrained(bench.args.size, "flow", bench.device)
-        fit.arrange(model, **arranged)
-        opts = fit.optimizers(model, 1e-4)
+        loop.arrange(model, **arranged)
+        opts = loop.optimizers(model, 1e-4)
 
         def run():
             for seed in seeds:

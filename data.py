@@ -28,13 +28,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import real
-import shapes
-import soup
-from images import lit
-from kinds import KINDS, PICTURES, POINTS, QUERIES, TAKE, painted
-from layers import Parser, UserError, between, claim, command, written
-from render import contact_sheet, render_mesh, save_png
+from geometry import real
+from geometry import shapes
+from geometry import soup
+from geometry.training_pictures import lit
+from geometry.training_samples import KINDS, PICTURES, POINTS, QUERIES, TAKE, painted
+from engine.commands import Parser, UserError, between, command
+from engine.files import claim, written
+from geometry.render import contact_sheet, render_mesh, save_png
 
 CHUNK = 130                   # shapes prepared between two marks of progress
 MEMORY = 12 << 30             # bytes that a worker may take
@@ -92,7 +93,7 @@ def fingerprint():
 
 
 class Files:
-    """Shapes of files (real.py), in `copies` each. One folder holds all; a tenth of the files, always the same, is held out."""
+    """Shapes of files (geometry/real.py), in `copies` each. One folder holds all; a tenth of the files, always the same, is held out."""
 
     def __init__(self, split, path, copies=1):
         self.split, self.copies, (self.items, self.skipped) = split, copies, real.listed(path)
@@ -262,7 +263,7 @@ class Prepared:
         return [self.captions[row][rng.integers(len(self.captions[row]))] for row in rows]
 
     def pictures(self, rows, rng, which=None, vary=True):
-        """One picture of each, in random light (images.py): b 3 s s."""
+        """One picture of each, in random light (prompts/picture_files.py): b 3 s s."""
         which = rng.integers(PICTURES, size=len(rows)) if which is None else which
         return lit(*(self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"]), rng, vary)
 
@@ -275,7 +276,7 @@ class Prepared:
 def main():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
-                                       "(real.py); default: the built-in shapes")
+                                       "(geometry/real.py); default: the built-in shapes")
     parser.add_argument("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["surface", "pictures"], help="samples to take: surface for every "
                         "representation, pictures for image prompts, faces for mesh, views for gs")

@@ -2,7 +2,7 @@
 
 LTM3D section 4 reports such tables on ShapeNet; here held-out built-in shapes play its part, which
 also have their true solids, so that an attribute can be measured instead of guessed by a classifier.
-metrics.py says what each number means; experiments.py holds the commands that train what they compare.
+evaluation/metrics.py says what each number means; evaluation/experiments.py holds the commands that train what they compare.
 
     python evaluate.py tokenizer --rep sdf       # stage 1 alone: encode and decode held-out shapes
     python evaluate.py cross                     # the same tokens through every head
@@ -28,26 +28,27 @@ import torch
 from einops import repeat
 from tqdm import tqdm
 
-import encoders
+from prompts import text_tower
 import heads
 import tokenizer
-import vision
-from attributes import ATTRIBUTES, holds, look
+from prompts import image_tower
+from evaluation.attributes import ATTRIBUTES, holds, look
 from data import prepare
-from experiments import EXPERIMENTS, QUESTIONS, TRAINED, VARIANTS
-from fit import plot_losses
+from evaluation.experiments import EXPERIMENTS, QUESTIONS, TRAINED, VARIANTS
+from engine.loop import plot_losses
 from heads import HEADS
-from images import lit
-from judges import JUDGES, decoded_field, true_field
-from kinds import pictures
-from layers import Parser, UserError, between, claim, command, pick_device, read_config
-from metrics import chamfer, chamfer_matrix, emd
-from render import contact_sheet, save_png
-from results import Kept, compare, labels, mean, report
-from rgs import PROMPTS, ablate_rgs
+from geometry.training_pictures import lit
+from evaluation.judges import JUDGES, decoded_field, true_field
+from geometry.training_samples import pictures
+from engine.commands import Parser, UserError, between, command, pick_device
+from engine.files import claim, read_config
+from evaluation.metrics import chamfer, chamfer_matrix, emd
+from geometry.render import contact_sheet, save_png
+from evaluation.results import Kept, compare, labels, mean, report
+from evaluation.rgs import PROMPTS, ablate_rgs
 from sample import LTM3D, RESOLUTIONS, alpha
-from samples import POINTS, Exam, Job, clouds, kept, made, parts, shape
-from shapes import CLASSES
+from evaluation.exam import POINTS, Exam, Job, clouds, kept, made, parts, shape
+from geometry.shapes import CLASSES
 
 
 def held_out(args, kinds=("surface",)):
@@ -174,9 +175,9 @@ def evaluate_retrieval(args):
     print(f"running on {reason}")
     test, tables = held_out(args, ("surface", "pictures")), {}
     for folder, label in labels(args.checkpoint).items():
-        aligner, sight = encoders.load(folder).to(device), vision.load(folder).to(device)
+        aligner, sight = text_tower.load(folder).to(device), image_tower.load(folder).to(device)
         with autocast():
-            found = {"caption": encoders.retrieval(aligner, test), "picture": vision.retrieval(sight, aligner, test)}
+            found = {"caption": text_tower.retrieval(aligner, test), "picture": image_tower.retrieval(sight, aligner, test)}
         tables[label] = [{"asked with": name, "shapes": str(each["shapes"]), "R@1": each["recall_at_1"], "R@5": each["recall_at_5"]}
                          for name, each in found.items()]
     compare(args.out, args.command, tables, means=False)
@@ -330,7 +331,7 @@ def main():
     flag("ablate-rgs", "--within", nargs="*", type=between(0, 100, float), default=[1, 1.5, 2], help="reaches of our rule, in standard deviations")
     flag("overfit", "--of", choices=CLASSES, default="chair", help="the class")
     sub["overfit"].set_defaults(train_shapes=10, steps=400)
-    flag("ablate-encoder", "--text-encoders", nargs="+", default=[], metavar="NAME", help="text encoders of transformers to try as well (pretrained.py)")
+    flag("ablate-encoder", "--text-encoders", nargs="+", default=[], metavar="NAME", help="text encoders of transformers to try as well (prompts/pretrained.py)")
     args = parser.parse_args()
     start = time.time()
     claim(args.out), pick_device(args.device)

@@ -8,7 +8,7 @@ makes the tokens, never knows which. A head is a class with
     COUNT       how many points it makes unless told
     samples     a training batch:  (split, rows, rng) -> dict of tensors
     loss        (tokens b n c, batch) -> loss, logs
-    decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (export.py)
+    decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (geometry/export.py)
 
     python train.py --rep pc --stage head        # trains one on frozen tokens
     python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes
@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from export import Cloud, Gaussians, Mesh
-from layers import Block, UserError, fourier, grid_points, load_model, read_config, read_stage, time_embedding
-from light import baked
-from meshes import BINS, centres, close, like_parts, parts, weld
-from render import splat
-from solids import TRUNCATION
-from surface import chunks, extract
+from geometry.export import Cloud, Gaussians, Mesh
+from engine.commands import UserError
+from engine.files import load_model, read_config, read_stage
+from engine.networks import Block, fourier, grid_points, time_embedding
+from geometry.light import baked
+from geometry.meshes import BINS, centres, close, like_parts, parts, weld
+from geometry.render import splat
+from geometry.surface import TRUNCATION, chunks, extract
 
 BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
 
@@ -189,10 +190,10 @@ class GaussianHead(QueryDecoder):
 
 class MeshHead(nn.Module):
     """Face queries and tokens attend to each other; a query speaks of FACES faces that are neighbours in canonical order
-    (meshes.py). Every coordinate is a distribution over the bins, whose logits have rank LEVELS: like coordinates are alike."""
+    (geometry/meshes.py). Every coordinate is a distribution over the bins, whose logits have rank LEVELS: like coordinates are alike."""
     kinds, needs, COUNT = ("surface", "faces"), (), None
     FACES, LEVELS = 4, 24
-    RATE = 4         # times the learning rate of the others: it learns fastest there (fit.py)
+    RATE = 4         # times the learning rate of the others: it learns fastest there (engine/loop.py)
 
     def __init__(self, side, channels, dim, heads):
         super().__init__()

@@ -14,7 +14,7 @@ import torch
 from einops import repeat
 from torch import nn
 
-from layers import Block
+from engine.networks import Block
 
 DROPS = {(): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}   # what a training sample is told, and how often
 

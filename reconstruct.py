@@ -15,7 +15,8 @@ import torch
 from einops import repeat
 from torch import nn
 
-from layers import Block, load_model, read_stage
+from engine.files import load_model, read_stage
+from engine.networks import Block
 from prefix import Conditions, drops
 
 SIZES = {

@@ -21,11 +21,12 @@ import torch
 
 import backbone
 import heads
-import images
+from prompts import picture_files
 import reconstruct
-import towers
-from layers import Parser, UserError, between, cast_once, claim, command, pick_device
-from render import contact_sheet, save_gif, save_png, turntable
+import encoders
+from engine.commands import Parser, UserError, between, cast_once, command, pick_device
+from engine.files import claim
+from geometry.render import contact_sheet, save_gif, save_png, turntable
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
 
@@ -40,7 +41,7 @@ class LTM3D:
             raise UserError(f"there is no folder {folder}; --checkpoint takes checkpoints/tiny or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device)
         self.backbone = cast_once(backbone.load(folder).to(self.device), self.autocast)
-        self.towers = towers.load(folder, self.device)
+        self.towers = encoders.load(folder, self.device)
         self.folder, self.heads = folder, {}
 
     @functools.cached_property
@@ -56,7 +57,7 @@ class LTM3D:
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, alpha="auto", convention="figure", within=None, **options):
-        """prompts (a list), pictures b 3 s s (images.py) or both, one seed each -> shape tokens b n c. RGS (reconstruct.py): alpha None is
+        """prompts (a list), pictures b 3 s s (prompts/picture_files.py) or both, one seed each -> shape tokens b n c. RGS (reconstruct.py): alpha None is
         none, auto blends for pictures, which say nearly all there is to know about a shape; within is the other rule, in its place."""
         if not (alpha in ("auto", None) or not isinstance(alpha, str) and 0 <= alpha <= 1):
             raise ValueError(f"alpha must be a number from 0 to 1, None or 'auto', not {alpha!r}")
@@ -72,7 +73,7 @@ class LTM3D:
             return self.backbone.generate(condition, seeds, steer=steer, **options).float()
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None):
-        """Shape tokens n c -> Mesh, Cloud or Gaussians (export.py), a function of the tokens and the seed."""
+        """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed."""
         if resolution not in RESOLUTIONS:
             raise ValueError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
         head, rng = self.ready(rep).heads[rep], np.random.default_rng(seed)
@@ -99,7 +100,7 @@ def load(folder="checkpoints/tiny", device=None):
 
 def seen(path, n):
     """A picture file, as the tower sees it, n times: n 3 s s; says what had to be guessed."""
-    picture, guess = images.seen(path)
+    picture, guess = picture_files.seen(path)
     if guess:
         print(f"warning: {path}: {guess}", file=sys.stderr)
     return picture.expand(n, -1, -1, -1)

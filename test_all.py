@@ -45,40 +45,40 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 import backbone
-import baselines
+from evaluation import peers
 import bench
 import data
-import encoders
+from prompts import text_tower
 import evaluate
-import experiments
-import export
-import fit
+from evaluation import experiments
+from geometry import export
+from engine import loop
 import heads
-import images
-import kinds
-import judges
-import layers
-import many
-import meshes
-import metrics
-import pretrained
-import real
+from prompts import picture_files
+from geometry import training_samples
+from evaluation import judges
+from engine import networks
+from engine import processes
+from geometry import meshes
+from evaluation import metrics
+from prompts import pretrained
+from geometry import real
 import reconstruct
-import render
-import results
-import rgs
+from geometry import render
+from evaluation import results
+from evaluation import rgs
 import sample
-import samples
-import shapes
-import solids
-import soup
-import surface
+from evaluation import exam
+from geometry import shapes
+from geometry import solids
+from geometry import soup
+from geometry import surface
 import tokenizer
 import train
-import vision
-import watch
-from layers import UserError, command
-from judges import grid_iou
+from prompts import image_tower
+from evaluation import progress
+from engine.commands import UserError, command
+from evaluation.judges import grid_iou
 from prefix import DROPS, Prefix, drops
 
 HERE = Path(__file__).parent
@@ -100,7 +100,7 @@ def one_precision():
     """pick_device decides by a timing; two runs that are compared byte by byte must not decide differently."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, sample):
-            patch.setattr(module, "pick_device", functools.cache(layers.pick_device))
+            patch.setattr(module, "pick_device", functools.cache(networks.pick_device))
         yield
 
 
@@ -119,7 +119,7 @@ def once(tmp_path_factory, name, make):
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
     """Two shapes of every class to train on, and two to test on."""
-    sets = lambda folder: [data.prepare(split, 26, folder, kinds=kinds.KINDS) for split in ("train", "test")]
+    sets = lambda folder: [data.prepare(split, 26, folder, kinds=training_samples.KINDS) for split in ("train", "test")]
     return sets(once(tmp_path_factory, "prepared", sets))
 
 
@@ -364,7 +364,7 @@ def test_like_parts_may_come_in_any_order(prepared):
     corners, components = batch["corners"].flatten(2), batch["components"]
     sizes = components[components >= 0].bincount().tolist()
     first = next(i for i in range(len(sizes) - 1) if sizes[i] == sizes[i + 1])
-    start, size, rows = sum(sizes[:first]), sizes[first], torch.arange(kinds.FACES)[None]
+    start, size, rows = sum(sizes[:first]), sizes[first], torch.arange(training_samples.FACES)[None]
     swapped = torch.cat([rows[:, :start], rows[:, start + size:start + 2 * size], rows[:, start:start + size], rows[:, start + 2 * size:]], 1)
     said = lambda rows: 5. * F.one_hot(corners[:, rows[0]].clamp(min=0), meshes.BINS)
     for order in (rows, swapped):
@@ -416,7 +416,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ProcessPoolExecutor", ThreadPoolExecutor)   # so that the workers see all patches
     monkeypatch.setattr(data, "alone", lambda parent: None)                     # which is for processes
     whole = data.prepare("train", 8, tmp_path / "whole", workers=1)
-    make = kinds.take_surface
+    make = training_samples.take_surface
 
     def stop_at_fifth(shape, rng):
         if rng.bit_generator.seed_seq.entropy == (0, 4, 1):
@@ -424,7 +424,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
         return make(shape, rng)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setitem(kinds.TAKE, "surface", stop_at_fifth)
+        patch.setitem(training_samples.TAKE, "surface", stop_at_fifth)
         data.prepare("train", 8, tmp_path / "cut", workers=1)
     cut = tmp_path / "cut" / whole.folder.name
     assert (cut / "surface-00000.json").is_file() and not (cut / "surface-00001.json").is_file()
@@ -480,12 +480,12 @@ def test_open_sheets_become_solid():
     inside = lambda *x: solid.distance(np.array([x]))[0] < 0
     assert inside(.5, 0, 0) and inside(0, .5, .1) and inside(0, .7, 0) and not inside(.3, 0, .3) and not inside(.6, 0, 0)
     square = soup.Soup(np.array([[-.5, 0, -.5], [.5, 0, -.5], [.5, 0, .5], [-.5, 0, .5]]), np.array([[0, 1, 2], [0, 2, 3]]), np.ones((2, 3)))
-    assert (kinds.take_faces(square, np.random.default_rng(0))["components"] >= 0).sum() > 10
+    assert (training_samples.take_faces(square, np.random.default_rng(0))["components"] >= 0).sum() > 10
     for each in (solid, square):                              # asked near the surface only: the same mesh
         assert all((a == b).all() for a, b in zip(soup.surface_of(each.side), soup.surface_of(each.distance)))
     vertices, faces, _ = square.mesh()
     assert meshes.watertight(faces) and abs(np.ptp(vertices, 0) - [1, 0, 1] - 2 * soup.SKIN).max() < .02
-    assert [seen.any() for seen in kinds.pictures(square, [(0, 30), (0, 0)])["covered"]] == [True, False]
+    assert [seen.any() for seen in training_samples.pictures(square, [(0, 30), (0, 0)])["covered"]] == [True, False]
 
 
 def library(path, models, entries):
@@ -577,7 +577,7 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data.Files, "mine", lambda self, text: True)          # not a tenth held out
     split = data.prepare(out=tmp_path / "cache", kinds=("surface", "pictures"), data=source, workers=1)
     assert split.classes == ["one", "two"] and split.cloud(np.array([1]), 100, np.random.default_rng(0))[0].norm(dim=-1).min() > .89
-    monkeypatch.setitem(kinds.TAKE, "surface", lambda *_: 1 / 0)
+    monkeypatch.setitem(training_samples.TAKE, "surface", lambda *_: 1 / 0)
     data.prepare_chunk(split.folder, split.source, 0, ["surface"])
     assert "(ZeroDivisionError: division by zero)" in data.Prepared(split.folder, split.source, ["surface"]).broken["one/ball.obj"]
 
@@ -673,12 +673,12 @@ def test_batches_are_functions_of_their_generator(prepared):
 def test_distance_bias_is_a_mask(bf16, tolerance):
     """Bias folded into 13 more dimensions = softmax(q k / sqrt(e) - gamma_h |x - a|^2), with a padding mask too."""
     torch.manual_seed(0)
-    layer = layers.Attention(64, 8)
+    layer = networks.Attention(64, 8)
     nn.init.normal_(layer.to_v.weight, std=.3)
-    x, context, at = torch.randn(2, 50, 64), torch.randn(2, 27, 64), (torch.rand(2, 50, 3) * 2 - 1, layers.grid_points(3)[None].repeat(2, 1, 1))
+    x, context, at = torch.randn(2, 50, 64), torch.randn(2, 27, 64), (torch.rand(2, 50, 3) * 2 - 1, networks.grid_points(3)[None].repeat(2, 1, 1))
     mask = torch.rand(2, 27) < .8
     q, k, v = (rearrange(f(y), "b k (h e) -> b h k e", h=8) for f, y in ((layer.to_q, x), (layer.to_k, context), (layer.to_v, context)))
-    gamma = rearrange(torch.tensor(2 * layers.GAMMAS), "h -> 1 h 1 1")
+    gamma = rearrange(torch.tensor(2 * networks.GAMMAS), "h -> 1 h 1 1")
     scores = q @ k.mT / 8 ** .5 - gamma * rearrange(torch.cdist(*at) ** 2, "b q k -> b 1 q k")
     true = scores.masked_fill(~rearrange(mask, "b k -> b 1 1 k"), -torch.inf).softmax(-1) @ v
     true = layer.to_out(rearrange(true, "b h k e -> b k (h e)"))
@@ -691,10 +691,10 @@ def test_distance_bias_is_a_mask(bf16, tolerance):
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_casting_once_is_casting_always(bf16):
     """Weights cast beforehand give the very numbers that autocast gives; without autocast they stay as they are."""
-    layer, x = layers.Block(64, 4), torch.randn(2, 50, 64)
+    layer, x = networks.Block(64, 4), torch.randn(2, 50, 64)
     autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     with torch.no_grad(), autocast():
-        before, after = layer(x), layers.cast_once(layer, autocast)(x)
+        before, after = layer(x), networks.cast_once(layer, autocast)(x)
     assert torch.equal(before, after) and layer.feed[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
@@ -702,7 +702,7 @@ def test_casting_once_is_casting_always(bf16):
 def test_ema_is_its_closed_form(first, decay):
     """After k updates: sum over the weights w_i seen of (1 - d_i) prod_{j > i} d_j w_i."""
     model = nn.Linear(3, 2)
-    ema, seen = layers.EMA(model, decay), [model.weight.detach().clone()]
+    ema, seen = networks.EMA(model, decay), [model.weight.detach().clone()]
     for step in range(first, first + 6):
         nn.init.normal_(model.weight)
         ema.update(model, step)
@@ -715,40 +715,40 @@ def test_ema_is_its_closed_form(first, decay):
 
 def test_checkpoint_round_trip(tmp_path):
     """Weights saved and loaded are the same bits; half precision is the same to 1e-3."""
-    model, other = layers.Block(64, 4), layers.Block(64, 4)
-    layers.save_weights(tmp_path / "a.safetensors", model.state_dict())
-    layers.load_weights(other, tmp_path / "a.safetensors")
+    model, other = networks.Block(64, 4), networks.Block(64, 4)
+    networks.save_weights(tmp_path / "a.safetensors", model.state_dict())
+    networks.load_weights(other, tmp_path / "a.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
-    layers.save_weights(tmp_path / "a.safetensors", model.state_dict(), half=True)
-    layers.load_weights(other, tmp_path / "a.safetensors")
+    networks.save_weights(tmp_path / "a.safetensors", model.state_dict(), half=True)
+    networks.load_weights(other, tmp_path / "a.safetensors")
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
 
 def test_wrong_weights_are_named(tmp_path):
     """Truncated, pickled, missing, renamed and mis-shaped weights: one line that says what differs."""
     path, model = tmp_path / "a.safetensors", nn.Sequential(nn.Linear(3, 2))
-    layers.save_weights(path, model.state_dict())
+    networks.save_weights(path, model.state_dict())
     whole = path.read_bytes()
     for bad in (whole[:-5], whole[:20], b"", pickle.dumps(model.state_dict())):
         path.write_bytes(bad)
         with pytest.raises(UserError, match="truncated or no safetensors"):
-            layers.load_weights(model, path)
+            networks.load_weights(model, path)
     with pytest.raises(UserError, match="no file"):
-        layers.load_weights(model, tmp_path / "b.safetensors")
+        networks.load_weights(model, tmp_path / "b.safetensors")
     path.write_bytes(whole)
     with pytest.raises(UserError, match=r"0\.weight is \(2, 3\), not \(2, 4\)"):
-        layers.load_weights(nn.Sequential(nn.Linear(4, 2)), path)
+        networks.load_weights(nn.Sequential(nn.Linear(4, 2)), path)
     with pytest.raises(UserError, match=r"missing weight; unknown 0\.bias; unknown 0\.weight"):
-        layers.load_weights(nn.Linear(3, 2, bias=False), path)
+        networks.load_weights(nn.Linear(3, 2, bias=False), path)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_written_keeps_the_old_file(tmp_path, error):
     """Whatever stops a write half way, the old file stays as it was and nothing lies beside it."""
     path = tmp_path / "new" / "file.txt"
-    with layers.written(path) as part:
+    with networks.written(path) as part:
         part.write_text("old")
-    with pytest.raises(error), layers.written(path) as part:
+    with pytest.raises(error), networks.written(path) as part:
         part.write_text("ne")
         raise error
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
@@ -763,7 +763,7 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))     # no file may grow longer than this
     try:
         with pytest.raises(UserError, match="cannot write .*a.safetensors"):
-            layers.save_weights(paths[0], {"x": torch.randn(10 ** 6)})
+            networks.save_weights(paths[0], {"x": torch.randn(10 ** 6)})
         with pytest.raises(UserError, match="cannot write .*a.png"):
             render.save_png(paths[1], np.random.default_rng(0).integers(0, 255, (800, 800, 3), dtype=np.uint8))
     finally:
@@ -773,19 +773,19 @@ def test_full_disk_keeps_the_old_file(tmp_path):
 
 def test_stage_of_other_weights_is_refused(tmp_path):
     """A backbone trained on another tokenizer than the one beside it is an error that says so."""
-    layers.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.zeros(1)})
-    layers.write_config(tmp_path, "backbone", made_with={"tokenizer": layers.digest(tmp_path / "tokenizer.safetensors")})
-    layers.read_stage(tmp_path, "backbone")
-    layers.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.ones(1)})
+    networks.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.zeros(1)})
+    networks.write_config(tmp_path, "backbone", made_with={"tokenizer": networks.digest(tmp_path / "tokenizer.safetensors")})
+    networks.read_stage(tmp_path, "backbone")
+    networks.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.ones(1)})
     with pytest.raises(UserError, match="trained with another tokenizer"):
-        layers.read_stage(tmp_path, "backbone")
+        networks.read_stage(tmp_path, "backbone")
 
 
 # ---------------------------------------------------------------------------- encoders
 
 def text_tower():
     torch.manual_seed(0)
-    return encoders.Encoders(["chair", "red", "round", "table", "with"], **SMALL[encoders]).eval()
+    return text_tower.Encoders(["chair", "red", "round", "table", "with"], **SMALL[encoders]).eval()
 
 
 def test_text_padding_has_no_influence():
@@ -828,8 +828,8 @@ def saved(path, mode, **options):
                                           ("P", "png"), ("I;16", "png"), ("RGB", "jpg")])
 def test_pictures_of_all_kinds_are_seen_alike(mode, suffix, tmp_path):
     """The same disc, cut out and framed, whichever way it was written; grey where colours were not kept."""
-    seen, guess = images.seen(saved(tmp_path / f"disc.{suffix}", mode))
-    true = torch.from_numpy(images.framed(disc()))
+    seen, guess = picture_files.seen(saved(tmp_path / f"disc.{suffix}", mode))
+    true = torch.from_numpy(picture_files.framed(disc()))
     true = rearrange(true[..., :3] + 1 - true[..., 3:], "h w c -> c h w")
     if mode in ("L", "LA", "I;16"):
         true, seen = true.mean(0), seen.mean(0)
@@ -843,10 +843,10 @@ def test_soft_shadow_and_gradient_are_background(tmp_path):
     shadow = 1 - .4 * np.exp(-((np.mgrid[:96, :96][0] - 75) ** 2 + (np.mgrid[:96, :96][1] - 50) ** 2) / 300)[..., None]
     inside = disc()[..., 3:] > 0
     papered = np.where(inside, picture, .95 * shadow * (1 - .1 * y))
-    assert (images.cut_out(papered.astype(np.float32)) == inside[..., 0]).mean() > .96
+    assert (picture_files.cut_out(papered.astype(np.float32)) == inside[..., 0]).mean() > .96
     noisy = np.where(inside, picture, np.random.default_rng(0).random((96, 96, 3)))
     render.save_png(tmp_path / "noisy.png", (noisy * 255).astype(np.uint8))
-    assert "no plain background" in images.seen(tmp_path / "noisy.png")[1]
+    assert "no plain background" in picture_files.seen(tmp_path / "noisy.png")[1]
 
 
 @pytest.mark.parametrize("name, content, complaint", [
@@ -878,7 +878,7 @@ def test_picture_prompt_is_command_and_api(overfitted, tmp_path, capsys):
         shape = sample.load(overfitted).generate(image=path, resolution=32, **options)[0]
         shape.save(tmp_path / "api.glb")
         assert (tmp_path / "api.glb").read_bytes() == (tmp_path / out / ("a-table-0.glb" if more else "from-disc-1-0.glb")).read_bytes()
-    model, seen = sample.load(overfitted), images.seen(path)[0][None]
+    model, seen = sample.load(overfitted), picture_files.seen(path)[0][None]
     plain, guided, auto = (model.tokens(None, [0], seen, **options) for options in ({"alpha": None}, {"alpha": .1}, {}))
     assert torch.equal(auto, guided) and not torch.equal(auto, plain)           # a picture is sampled with RGS
     capsys.readouterr()
@@ -890,7 +890,7 @@ def test_light_changes_pictures_not_shapes(prepared):
     """Drawn twice, a picture has another light, background and crop; without variation it is the same, on white."""
     split, rows = prepared[0], np.arange(4)
     plain = [split.pictures(rows, np.random.default_rng(0), vary=False) for _ in range(2)]
-    assert torch.equal(*plain) and plain[0].shape == (4, 3, images.SIZE, images.SIZE) and (plain[0][:, :, 0, 0] > .99).all()
+    assert torch.equal(*plain) and plain[0].shape == (4, 3, picture_files.SIZE, picture_files.SIZE) and (plain[0][:, :, 0, 0] > .99).all()
     varied = split.pictures(rows, np.random.default_rng(0))
     assert .02 < (varied - plain[0]).abs().mean() < .4
 
@@ -951,7 +951,7 @@ def test_encoders_of_others_end_to_end(overfitted, tmp_path, capsys):
     folder.mkdir()
     for name in ("encoders", "tokenizer", "head-sdf"):
         shutil.copy(overfitted / f"{name}.safetensors", folder)
-    config = layers.read_config(overfitted)
+    config = networks.read_config(overfitted)
     (folder / "config.json").write_text(json.dumps({stage: config[stage] for stage in ("encoders", "tokenizer")}))
     flags = ("--steps", 2, "--batch", 2, "--text-encoder", names["text"], "--image-encoder", names["image"])
     with pytest.MonkeyPatch.context() as patch:
@@ -959,7 +959,7 @@ def test_encoders_of_others_end_to_end(overfitted, tmp_path, capsys):
         kept = sorted((folder.parent / "cache").glob("*/tower-*"))
         assert len(kept) == 4 and not (folder / "vision.safetensors").exists()
         first = kept[0].read_bytes()
-        config = layers.read_config(folder)
+        config = networks.read_config(folder)
         assert config["backbone"]["towers"] == names and config["backbone"]["settings"]["widths"] == {"text": 32, "image": 32}
         capsys.readouterr()
         assert train_small(patch, folder, 2, *flags[:-2]) == 2
@@ -1018,7 +1018,7 @@ def test_hierarchical_is_dense(index, resolution):
     assert len(fine[1]) > 1000 and all(np.array_equal(a, b) for a, b in zip(fine, dense))
     vertices, faces, colours = fine
     mesh = trimesh.Trimesh(vertices, faces, process=False)
-    inside = (shape.distance(layers.grid_points(64).numpy()) < 0).mean() * 8
+    inside = (shape.distance(networks.grid_points(64).numpy()) < 0).mean() * 8
     assert mesh.is_watertight and mesh.is_winding_consistent and abs(mesh.volume / inside - 1) < .05
     assert abs(shape.distance(vertices)).max() < .03 and 0 <= colours.min() <= colours.max() <= 1
 
@@ -1160,7 +1160,7 @@ def test_training_drops_as_often_as_said():
 def small_backbone(denoiser="flow", generator="masked"):
     """Random weights everywhere, also where training starts with zeros."""
     torch.manual_seed(0)
-    model = baselines.GENERATORS[generator](tokens=27, channels=8, widths=WIDTHS, **SMALL[backbone], denoiser=denoiser).eval()
+    model = peers.GENERATORS[generator](tokens=27, channels=8, widths=WIDTHS, **SMALL[backbone], denoiser=denoiser).eval()
     for p in model.net.parameters() if isinstance(model.net, nn.Module) else ():
         nn.init.normal_(p, std=.15)
     return model, prompted()
@@ -1253,7 +1253,7 @@ def test_blocks_arranged_otherwise_learn_the_same(how, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))     # needs no C++
     (plain, condition), (other, _) = small_backbone(), small_backbone()
     other.load_state_dict(plain.state_dict())
-    fit.arrange(other, **{how: True})
+    loop.arrange(other, **{how: True})
     x = torch.randn(3, 27, 8)
     for seed in range(2):
         kept, losses = {plain: 0, other: 0}, {}
@@ -1281,14 +1281,14 @@ def test_batches_are_drawn_ahead_for_a_gpu():
 
     def of(device):
         run = SimpleNamespace(device=torch.device(device), seed=0, settings={"encoders": 0}, parts=2, train=None)
-        return fit.batches(run, "encoders", draw, 3, 23)
+        return loop.batches(run, "encoders", draw, 3, 23)
 
     plain = list(of("cpu"))
     seen.clear()
     ahead = of("cuda")
     first = next(ahead)
     time.sleep(.2)
-    assert len(seen) == 2 * fit.THREADS and [first, *ahead] == plain and len(plain) == 40 == len({seed for seed, _ in plain})
+    assert len(seen) == 2 * loop.THREADS and [first, *ahead] == plain and len(plain) == 40 == len({seed for seed, _ in plain})
 
 
 def test_flow_steps_are_of_second_order():
@@ -1311,7 +1311,7 @@ def test_guidance_shares_its_noise():
 
 
 @pytest.mark.parametrize("denoiser, generator", [(denoiser, "masked") for denoiser in backbone.DENOISERS]
-                         + [("flow", name) for name in baselines.GENERATORS if name != "masked"])
+                         + [("flow", name) for name in peers.GENERATORS if name != "masked"])
 def test_a_sample_does_not_depend_on_its_batch(denoiser, generator, monkeypatch):
     """Three samples together = each alone = two of six branches at a time, whatever was drawn before; another seed is another sample."""
     model, condition = small_backbone(denoiser, generator)
@@ -1326,7 +1326,7 @@ def test_a_sample_does_not_depend_on_its_batch(denoiser, generator, monkeypatch)
     assert torch.allclose(together, model.generate(condition, [7, 8, 9], **options), atol=.01)
 
 
-@pytest.mark.parametrize("denoiser, generator", [("ddpm", "masked")] + [("flow", name) for name in baselines.GENERATORS])
+@pytest.mark.parametrize("denoiser, generator", [("ddpm", "masked")] + [("flow", name) for name in peers.GENERATORS])
 def test_nothing_is_made_on_another_device(denoiser, generator):
     """Losses and samples of a model on "meta", which mixes with a CPU as little as a GPU does."""
     model, condition = small_backbone(denoiser, generator)
@@ -1438,15 +1438,15 @@ def test_peers_are_as_large(size):
     """Of every size, all generators have the same number of parameters, to 6 %."""
     with torch.device("meta"):
         settings = dict(tokens=64, channels=16, widths=WIDTHS, **backbone.SIZES[size])
-        count = {name: sum(p.numel() for p in kind(**settings).parameters()) for name, kind in baselines.GENERATORS.items()}
+        count = {name: sum(p.numel() for p in kind(**settings).parameters()) for name, kind in peers.GENERATORS.items()}
     assert all(abs(each / count["masked"] - 1) < .06 for each in count.values()), count
 
 
-@pytest.mark.parametrize("generator", baselines.GENERATORS)
+@pytest.mark.parametrize("generator", peers.GENERATORS)
 def test_every_generator_learns_what_belongs_to_a_prompt(generator):
     """Two prompts, two sets of tokens: after some steps each prompt gives its own."""
     torch.manual_seed(0)
-    model = baselines.GENERATORS[generator](tokens=6, channels=3, widths={"text": 8}, dim=32, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2)
+    model = peers.GENERATORS[generator](tokens=6, channels=3, widths={"text": 8}, dim=32, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2)
     x, condition = torch.randn(2, 6, 3).repeat(4, 1, 1), {"text": (torch.randn(2, 4, 8).repeat(4, 1, 1), torch.ones(8, 4, dtype=torch.bool))}
     optimizer = torch.optim.Adam(model.parameters(), 4e-3)
     for _ in range(250):
@@ -1480,7 +1480,7 @@ def test_ways_to_tell_differ_in_what_they_hear():
         say = lambda told: model.contexts(model.told(told), x, order, 9, order)
         assert torch.allclose(say(condition), say(turned), atol=1e-5) and torch.allclose(say(condition), say(noisy), atol=1e-5)
         assert not torch.allclose(say(condition), say({kind: (-y, mask) for kind, (y, mask) in condition.items()}), atol=1e-3)
-    bag = baselines.Bag("cpu")
+    bag = peers.Bag("cpu")
     one, same, other = (bag.tokens([text])[0] for text in ("a red chair with a blue lamp", "blue with lamp red chair", "a blue chair"))
     assert torch.allclose(one, same, atol=1e-5) and not torch.allclose(one, other, atol=.1)
 
@@ -1503,7 +1503,7 @@ def test_run_folder_holds_curves_and_pictures(overfitted):
     names = {path.name for path in overfitted.iterdir()}
     assert {f"{stage}.csv" for stage in CHAIN} | {"losses.png", "tokenizer-000280.png", "backbone-000180.png"} <= names
     assert not any("state" in name or "part" in name for name in names)
-    config = layers.read_config(overfitted)
+    config = networks.read_config(overfitted)
     assert list(config) == CHAIN and config["backbone"]["steps"] == 180 and 1. in config["backbone"]["metrics"].values()
     for stage, key in (("tokenizer", "loss"), ("backbone", "loss"), ("reconstruct", "held_out")):
         rows = list(csv.DictReader((overfitted / f"{stage}.csv").open()))
@@ -1528,7 +1528,7 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     monkeypatch.setattr(fit, "CHECK", 4)
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     assert train_small(monkeypatch, whole, 26, *flags) == 0
-    rate, handler = fit.learning_rate, signal.getsignal(signal.SIGTERM)
+    rate, handler = loop.learning_rate, signal.getsignal(signal.SIGTERM)
 
     def kill_in_third_step(step, steps, peak):
         if step == 2:
@@ -1554,7 +1554,7 @@ BACKBONE = "--stage", "backbone", "--steps", 8, "--batch", 4
 def one_of_two(rank, ports, folder, source):
     """What torchrun would start, once for each end: process 1 is told to stop in the sixth step, holding shares, or dies."""
     torch.set_num_threads(1)
-    rate = fit.learning_rate
+    rate = loop.learning_rate
     for end, port in zip(ENDS, ports):
         os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=f"{port}")
 
@@ -1569,7 +1569,7 @@ def one_of_two(rank, ports, folder, source):
             patch.setattr(sys, "stderr", said)
             status = train_small(patch, folder / end, 2, "--from", source, *BACKBONE, *["--shard"] * (end != "dies"))
         (folder / f"{end}-{rank}.status").write_text(f"{status}")
-        many.end()
+        processes.end()
 
 
 def test_two_processes_learn_what_one_does(overfitted, tmp_path, monkeypatch):
@@ -1590,10 +1590,10 @@ def test_two_processes_learn_what_one_does(overfitted, tmp_path, monkeypatch):
     for end, (statuses, step) in ENDS.items():
         found = [path.read_text() if path.is_file() else "" for path in (tmp_path / f"{end}-{rank}.status" for rank in range(2))]
         assert found == statuses, [(tmp_path / f"{end}-{rank}.txt").read_text() for rank in range(2)]
-        assert int(layers.read_weights(tmp_path / end / "backbone.state.safetensors")["step"]) == step
+        assert int(networks.read_weights(tmp_path / end / "backbone.state.safetensors")["step"]) == step
         assert train_small(monkeypatch, tmp_path / end, 2, *BACKBONE, "--parts", 2) == 0
         if end == "is told to stop":                             # in shares
-            one, shared = (layers.read_weights(tmp_path / name / "backbone.safetensors") for name in ("one", end))
+            one, shared = (networks.read_weights(tmp_path / name / "backbone.safetensors") for name in ("one", end))
             far = sum((one[key] - shared[key]).double().square().sum() for key in one) ** .5
             assert one.keys() == shared.keys() and far < .2      # Muon rounds to bf16 on the way (.07); of other data they are .56 apart
         else:
@@ -1610,7 +1610,7 @@ def test_parts_of_a_batch_have_to_be_alike(overfitted, tmp_path, monkeypatch, ca
 def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
     """--rep all on a trained folder trains three heads and nothing else; sample.py then writes one shape four times."""
     new = {"head-pc", "head-mesh", "head-gs"}
-    assert set(layers.read_config(four)) == {*CHAIN, *new}
+    assert set(networks.read_config(four)) == {*CHAIN, *new}
     assert {path.stem for path in four.glob("*.safetensors")} == {*CHAIN, "head-sdf", *new}
     assert all((four / f"{stage}.safetensors").read_bytes() == (overfitted / f"{stage}.safetensors").read_bytes() for stage in CHAIN)
     flags = ("--text", "a table", "--checkpoint", four, "--resolution", 32, "--points", 300)
@@ -1693,7 +1693,7 @@ def test_a_stopped_evaluation_goes_on(four, overfitted, tmp_path, examined, monk
     assert "holds results of other settings (seed: 0, now 1); delete it, or give another --out" in capsys.readouterr().err
     (tmp_path / "cut/generate-sdf/four/caption-0.npz").write_bytes(b"torn")
     assert generate("cut") == 2 and "caption-0.npz is damaged" in capsys.readouterr().err
-    monkeypatch.setattr(samples, "CODE", samples.CODE[1:])             # as if sample.py were another
+    monkeypatch.setattr(samples, "CODE", exam.CODE[1:])             # as if sample.py were another
     assert generate("cut") == 2 and "other settings (code: " in capsys.readouterr().err
 
 
@@ -1722,7 +1722,7 @@ def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, mon
     assert (tmp_path / "out/versus-losses.png").is_file()
     assert len(calls) == 2 and versus() == 0 and len(calls) == 2
     other = shutil.copytree(overfitted, tmp_path / "other")
-    layers.save_weights(other / "tokenizer.safetensors", {"x": torch.zeros(1)})
+    networks.save_weights(other / "tokenizer.safetensors", {"x": torch.zeros(1)})
     for flags, words in ((("--steps", 3), "was trained for 2 steps with 2 shapes"), (("--train-shapes", 3), "give --steps 2 --train-shapes 2"),
                          (("--checkpoint", overfitted, overfitted), "versus takes one --checkpoint"),
                          (("--checkpoint", other), "was trained with another tokenizer than that in"), (("--scorer", "none.py"), "gives no features")):
@@ -1740,7 +1740,7 @@ def test_a_stopped_experiment_lets_training_save(tmp_path, monkeypatch):
     (tmp_path / "train.py").write_text("import pathlib, sys, time\n"
         "try:\n    pathlib.Path(sys.argv[1], 'begun').touch(); time.sleep(60)\n"
         "except KeyboardInterrupt:\n    time.sleep(1); pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit(130)\n")
-    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "experiments.py"))
+    monkeypatch.setattr(experiments, "__file__", str(tmp_path / "evaluation/experiments.py"))
 
     def stop():
         for _ in range(400):                                    # 20 seconds at most
@@ -1759,9 +1759,9 @@ def test_copies_are_known(overfitted, prepared):
     train, test = prepared
     model = sample.LTM3D(overfitted)
     encoder = tokenizer.load(overfitted)
-    known, new = (samples.copied(train, model, test, tokenizer.tokenise(encoder, split, model.device, model.autocast).numpy()) for split in prepared)
+    known, new = (exam.copied(train, model, test, tokenizer.tokenise(encoder, split, model.device, model.autocast).numpy()) for split in prepared)
     assert known["memorisation"] < known["of copies"] == new["of copies"] < .9 and new["memorisation"] == pytest.approx(1, abs=1e-3)
-    assert samples.copied(None, model, test, None) == {"memorisation": "", "of copies": ""}
+    assert exam.copied(None, model, test, None) == {"memorisation": "", "of copies": ""}
 
 
 def test_kept_results_are_told_apart(tmp_path):
@@ -1777,7 +1777,7 @@ def test_kept_results_are_told_apart(tmp_path):
         keep("two", None)
     keep("three", lambda: {"x": np.zeros(4)})
     with pytest.raises(UserError, match="unlike the others"):
-        samples.made(None, [samples.Job(name, "", None, ()) for name in ("one", "three")], keep, None)
+        exam.made(None, [exam.Job(name, "", None, ()) for name in ("one", "three")], keep, None)
     (tmp_path / "kept/settings.json").unlink()
     with pytest.raises(UserError, match="not their settings.json"):
         results.Kept(tmp_path / "kept", seed=1)
@@ -1799,7 +1799,7 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
     """--from: all but the backbone is taken over; what is there stays, and a backbone of another kind is an error, as a folder without any."""
     folder, flags = tmp_path / "peer", ("--stage", "backbone", "--steps", 2, "--batch", 2)
     assert train_small(monkeypatch, folder, 2, "--from", overfitted, "--generator", "diffusion", *flags) == 0
-    config, theirs = layers.read_config(folder), layers.read_config(overfitted)
+    config, theirs = networks.read_config(folder), networks.read_config(overfitted)
     assert config["backbone"]["generator"] == "diffusion" and {**config, "backbone": 0} == {**theirs, "backbone": 0}
     assert all((folder / f"{stage}.safetensors").read_bytes() == (overfitted / f"{stage}.safetensors").read_bytes() for stage in theirs if stage != "backbone")
     assert run(sample.main, "--text", "a table", "--checkpoint", folder, "--resolution", 32, "--out", tmp_path / "out") == 0
@@ -1811,13 +1811,13 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
     assert train_small(monkeypatch, tmp_path / "other", 2, "--from", tmp_path, *flags) == 2
     assert_one_line(capsys.readouterr().err, "there is no trained tokenizer in")
     assert train_small(monkeypatch, tmp_path / "bag", 2, "--from", overfitted, "--text-encoder", "bag", *flags) == 0
-    assert "reconstruct" not in layers.read_config(tmp_path / "bag")          # that one was told by another tower
+    assert "reconstruct" not in networks.read_config(tmp_path / "bag")          # that one was told by another tower
 
 
 def test_features_of_somebody_else(tmp_path, capsys):
     """--scorer FILE.py: whatever it says counts; a file that gives no features is one clear line."""
     (tmp_path / "mine.py").write_text("def cloud(points, normals, colours):\n    return points.mean(1)\n")
-    scorer = samples.Scorer(str(tmp_path / "mine.py"))
+    scorer = exam.Scorer(str(tmp_path / "mine.py"))
     points = np.random.default_rng(0).random((100, 8, 3))
     assert np.allclose(scorer.clouds(points, points, points), points.mean(1), atol=1e-6) and scorer.text is None
     for text, words in (("x = 1", "no attribute 'cloud'"), ("1 +", "SyntaxError"), ("import ulip", "No module named 'ulip'")):
@@ -1828,7 +1828,7 @@ def test_features_of_somebody_else(tmp_path, capsys):
                         ("return points.mean(1) * 0", "not all 0"), ("exit(3)", "SystemExit"), ("return points", r"\(64, 8, 3\)")):
         (tmp_path / "bad.py").write_text(f"def cloud(points, normals, colours):\n    {does}\n")
         with pytest.raises(UserError, match=words):
-            samples.Scorer(str(tmp_path / "bad.py")).clouds(points, points, points)
+            exam.Scorer(str(tmp_path / "bad.py")).clouds(points, points, points)
     assert run(evaluate.main, "generate", "--scorer", tmp_path / "none.py", "--out", tmp_path) == 2
     capsys.readouterr()
     assert run(evaluate.main, "ablate-rgs", "--scorer", tmp_path / "mine.py", "--out", tmp_path) == 2
@@ -1839,7 +1839,7 @@ def test_a_module_may_learn_faster():
     """RATE multiplies the learning rate of a module's parameters, in both optimizers, and of no others; none is left out."""
     plain, quick = heads.QueryDecoder(2, 4, 64, 2, outputs=4), heads.MeshHead(2, 4, 64, 2)
     model = torch.nn.ModuleList([plain, quick])
-    rates = {p: group["rate"] for opt in fit.optimizers(model, 1e-3) for group in opt.param_groups for p in group["params"]}
+    rates = {p: group["rate"] for opt in loop.optimizers(model, 1e-3) for group in opt.param_groups for p in group["params"]}
     assert rates == {p: 1 for p in plain.parameters()} | {p: heads.MeshHead.RATE for p in quick.parameters()}
     assert heads.MeshHead.RATE != 1
 
@@ -1847,7 +1847,7 @@ def test_a_module_may_learn_faster():
 def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
     assert train_small(monkeypatch, tmp_path / "own", 2, "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2) == 0
-    assert layers.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
+    assert networks.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
     assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
 
 
@@ -1860,7 +1860,7 @@ def test_a_head_goes_on_where_the_tokenizer_left_it(overfitted, tmp_path, monkey
     loss = {stage: [float(row["loss"]) for row in csv.DictReader((tmp_path / f"run/{stage}.csv").open())] for stage in ("head-sdf", "tokenizer")}
     assert len(loss["head-sdf"]) == 1 and loss["head-sdf"][0] < .5 * loss["tokenizer"][0]
     assert capsys.readouterr().out.count("already done") == 1
-    assert layers.digest(tmp_path / "run/tokenizer.safetensors") == layers.digest(overfitted / "tokenizer.safetensors")
+    assert networks.digest(tmp_path / "run/tokenizer.safetensors") == networks.digest(overfitted / "tokenizer.safetensors")
 
 
 @pytest.mark.parametrize("flags, complaint", [
@@ -2092,7 +2092,7 @@ def gaussians(count, seed=0):
 
 
 def splat_by_pixel(means, scales, rotations, opacities, colours, azimuth, elevation, size, background):
-    """Every Gaussian at every pixel, in float64, by the formulas of the paper and none of render.py's code for them."""
+    """Every Gaussian at every pixel, in float64, by the formulas of the paper and none of geometry/render.py's code for them."""
     a, e = np.radians([azimuth, elevation])
     eye = np.array([[np.cos(a), 0, -np.sin(a)], [-np.sin(a) * np.sin(e), np.cos(e), -np.cos(a) * np.sin(e)],
                     [np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)]])

@@ -15,7 +15,8 @@ from einops import repeat
 from torch import nn
 from tqdm import tqdm
 
-from layers import Block, digest, fourier, grid_points, load_model, read_stage, written
+from engine.files import digest, load_model, read_stage, written
+from engine.networks import Block, fourier, grid_points
 
 SIZES = {  # n = side^3 tokens of c channels
     "tiny": dict(side=4, channels=16, dim=128, heads=4),

@@ -6,8 +6,8 @@
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
     python train.py --rep sdf --size base --device cuda
-    python train.py --from checkpoints/tiny --generator diffusion --out runs/diffusion     # a peer of the backbone (baselines.py)
-    torchrun --nproc_per_node=8 train.py --rep sdf --size large                        # many GPUs (many.py)
+    python train.py --from checkpoints/tiny --generator diffusion --out runs/diffusion     # a peer of the backbone (evaluation/peers.py)
+    torchrun --nproc_per_node=8 train.py --rep sdf --size large                        # many GPUs (engine/processes.py)
 
 A stage that is done is skipped; one that was stopped goes on exactly where it was, because every
 step draws its randomness from (seed, stage, step, part) alone. runs/<name>/ holds what sample.py reads
@@ -23,21 +23,23 @@ import torch
 from torch import nn
 
 import backbone as backbone_
-import encoders as encoders_
+from prompts import text_tower as encoders_
 import heads as heads_
-import many
+from engine import processes
 import reconstruct as reconstruct_
 import tokenizer as tokenizer_
-import towers as towers_
-import vision as vision_
-import watch
-from baselines import GENERATORS
+import encoders as towers_
+from prompts import image_tower as vision_
+from evaluation import progress
+from evaluation.peers import GENERATORS
 from data import TRAIN_SHAPES, begins, prepare
-from fit import fit, plot_losses
+from engine.loop import fit, plot_losses
 from heads import HEADS
-from layers import Parser, UserError, between, claim, command, digest, pick_device, read_config, save_weights, write_config, written
-from render import contact_sheet
-from shapes import CLASSES, article
+from engine.commands import Parser, UserError, between, command, pick_device
+from engine.files import claim, digest, read_config, save_weights, write_config, written
+from geometry.render import contact_sheet
+from geometry.captions import article
+from geometry.shapes import CLASSES
 
 STAGES = ("encoders", "tokenizer", "vision", "head", "backbone", "reconstruct")
 DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate
@@ -56,14 +58,14 @@ class Run:
     def __init__(self, args, reps, first, folder):
         self.size, self.seed, self.folder = args.size, args.seed, Path(folder)
         self.generator, self.denoiser = args.generator, args.denoiser
-        self.parts, self.shard, self.recompute, self.compile = args.parts or many.world(), args.shard, args.recompute, args.compile
-        if self.shard and many.world() == 1:
-            raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun (many.py), or without --shard")
-        if self.parts % many.world():
-            raise UserError(f"{self.parts} parts cannot be shared by {many.world()} processes; give --parts {many.world()} or a multiple")
+        self.parts, self.shard, self.recompute, self.compile = args.parts or processes.world(), args.shard, args.recompute, args.compile
+        if self.shard and processes.world() == 1:
+            raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun (engine/processes.py), or without --shard")
+        if self.parts % processes.world():
+            raise UserError(f"{self.parts} parts cannot be shared by {processes.world()} processes; give --parts {processes.world()} or a multiple")
         self.reps, self.first = reps, first              # to be able to decode; the heads that the encoder is trained with
         self.towers = {"text": args.text_encoder, "image": args.image_encoder}
-        self.device, self.autocast, reason = pick_device(many.own(args.device))
+        self.device, self.autocast, reason = pick_device(processes.own(args.device))
         if self.compile and self.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             raise UserError("--compile needs a C++ compiler, and there is none; install one (g++), or leave --compile out")
         towers_.others(**self.towers, device=self.device)        # rather an error now than after the stages before
@@ -94,7 +96,7 @@ class Run:
             if not entry["data"].startswith(begins(args.data)):
                 raise UserError(f"the {stage} in {self.folder} learnt from {entry['data']}; give the same --data, or another --out")
 
-    @many.by_the_first
+    @processes.by_the_first
     def finish(self, stage, seconds, files, **entries):
         """Weights in half precision, then the entry of config.json that says the stage is done."""
         for name, module in files.items():
@@ -160,11 +162,11 @@ def train_tokenizer(run):
         return heads_.loss(model, model["tokenizer"](*cloud), each)
 
     model, seconds = fit(run, "tokenizer", model, draw, loss_of,
-                         lambda model: watch.reconstructions(run, model, tokenise(run, model["tokenizer"], run.test, limit=14), run.first[-1]))
+                         lambda model: progress.reconstructions(run, model, tokenise(run, model["tokenizer"], run.test, limit=14), run.first[-1]))
     tokenizer, heads = model["tokenizer"], {rep: model[rep] for rep in run.first}
     # tokens of the training set: zero mean, unit variance per channel from here on
     tokenizer_.standardise(tokenizer, heads.values(), tokenise(run, tokenizer, run.train, limit=2000).to(run.device))
-    metrics = watch.judged(run, heads, tokenise(run, tokenizer, run.test, limit=JUDGED), run.first[-1])
+    metrics = progress.judged(run, heads, tokenise(run, tokenizer, run.test, limit=JUDGED), run.first[-1])
     run.finish("tokenizer", seconds, {"tokenizer": tokenizer} | {f"head-{rep}": head for rep, head in heads.items()}, settings=settings,
                heads=list(run.first), metrics=metrics)
 
@@ -210,9 +212,9 @@ def train_head(run, rep):
         return heads_.loss(model, x + tokenizer_.NOISE * torch.randn_like(x), each)
 
     model, seconds = fit(run, f"head-{rep}", model, draw, loss_of,
-                         lambda model: watch.reconstructions(run, heads | dict(model.items()), tokens[run.test][:14], rep))
+                         lambda model: progress.reconstructions(run, heads | dict(model.items()), tokens[run.test][:14], rep))
     run.finish(f"head-{rep}", seconds, {f"head-{rep}": model[rep]},
-               metrics=watch.judged(run, heads | dict(model.items()), tokens[run.test][:JUDGED], rep))
+               metrics=progress.judged(run, heads | dict(model.items()), tokens[run.test][:JUDGED], rep))
 
 
 def train_backbone(run):
@@ -227,11 +229,11 @@ def train_backbone(run):
     def show(model):
         with run.autocast():
             x = model.generate(towers.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
-        return contact_sheet([watch.picture(run, heads, t) for t in x], 7, run.prompts)
+        return contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts)
 
     model, seconds = fit(run, "backbone", model, paired(run, "backbone", towers, tokens), loss_of, show)
     run.finish("backbone", seconds, {"backbone": model}, generator=run.generator, settings=settings, towers=run.towers,
-               metrics={"nearest held-out shape is of the class asked for": watch.class_accuracy(run, towers, model, heads)})
+               metrics={"nearest held-out shape is of the class asked for": progress.class_accuracy(run, towers, model, heads)})
 
 
 def train_reconstruct(run):
@@ -246,7 +248,7 @@ def train_reconstruct(run):
     def show(model):
         with run.autocast():
             x, _ = model(towers.encode(run.prompts))
-        return contact_sheet([watch.picture(run, heads, t) for t in x], 7, run.prompts)
+        return contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts)
 
     model, seconds = fit(run, "reconstruct", model, paired(run, "reconstruct", towers, tokens), loss_of, show)
     run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.towers)
@@ -295,9 +297,9 @@ def main():
     parser.add_argument("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     for kind in towers_.KINDS:
         parser.add_argument(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers to condition on, a hub name that "
-                            "is in its cache or a folder (pretrained.py); default: the built-in one, which is trained here")
+                            "is in its cache or a folder (prompts/pretrained.py); default: the built-in one, which is trained here")
     parser.add_argument("--generator", choices=list(GENERATORS), default="masked", help="LTM3D's masked backbone, or a peer to measure it "
-                        "against (baselines.py)")
+                        "against (evaluation/peers.py)")
     parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     for i, (name, kind, what) in enumerate((("steps", between(1), "training steps of a stage"), ("batch", between(1), "batch size"),
                                             ("lr", between(1e-9, 1, float), "peak learning rate"))):
@@ -323,7 +325,7 @@ def main():
     parser.add_argument("--cache", default="cache", help="folder of the prepared data")
     parser.add_argument("--workers", type=between(1), default=2, help="processes that prepare data")
     args = parser.parse_args()
-    many.start()
+    processes.start()
     folder, reps = args.out or f"runs/{args.size}", heads_.with_needs(args.rep)
     if args.tokens == "own":
         for rep in HEADS if "all" in args.rep else args.rep:
@@ -331,12 +333,12 @@ def main():
             chain(args, own, own, f"{folder}-{rep}")
     else:
         chain(args, reps, ["sdf"] if args.tokens == "shared" else reps, folder)
-    many.end()
+    processes.end()
 
 
 def chain(args, reps, first, folder):
     """All stages that are not done, or one."""
-    with many.in_turn():
+    with processes.in_turn():
         run = Run(args, reps, first, folder)
         names = [name for stage in ([args.stage] if args.stage else STAGES) if not (stage == "vision" and args.image_encoder)
                  for name in ([f"head-{rep}" for rep in reps] if stage == "head" else [stage])]

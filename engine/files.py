@@ -1,0 +1,126 @@
+"""files.py - files that are whole or not there, checkpoints that are checked: weights, and config.json beside them."""
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from engine.commands import UserError
+
+
+def claim(folder):
+    """Make the folder that results will go to; rather an error now than after minutes of work."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; name a folder that can be made") from None
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def written(path):
+    """Yields a temporary name beside `path`; renamed onto it on success, removed on any failure."""
+    path = Path(path)
+    if not path.name:
+        raise UserError(f"cannot write to '{path}', it is a folder; name a file")
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        part.unlink(missing_ok=True) if path.parent.is_dir() else None
+
+
+def save_weights(path, state, half=False):
+    """A state dict to safetensors; half: floating-point weights as fp16 (what is shipped)."""
+    state = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in state.items()}
+    with written(path) as part:
+        try:
+            save_file(state, part)
+            part.chmod(0o644)             # safetensors makes files that only their owner can read
+        except SafetensorError as error:  # how a full disk shows up here
+            raise OSError(str(error)) from None
+
+
+def read_weights(path, cure="copy or train it again"):
+    """A safetensors file -> dict of tensors; one clear line when it is not one."""
+    if not Path(path).is_file():
+        raise UserError(f"no file {path}; is --checkpoint a folder that train.py made, and is this stage trained?")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}); {cure}") from None
+
+
+def load_weights(model, path):
+    """Fill `model` from `path`, checking every name and shape; says what differs."""
+    there, here = read_weights(path), model.state_dict()
+    wrong = [f"missing {k}" for k in here.keys() - there.keys()] + [f"unknown {k}" for k in there.keys() - here.keys()]
+    wrong += [f"{k} is {tuple(there[k].shape)}, not {tuple(here[k].shape)}" for k in here.keys() & there.keys()
+              if there[k].shape != here[k].shape]
+    if wrong:
+        raise UserError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:3])}"
+                         + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    if not all(x.isfinite().all() for x in there.values()):
+        raise UserError(f"{path} holds numbers that are not finite: it is damaged; copy or train it again")
+    model.load_state_dict(there)
+    return model
+
+
+def load_model(kind, path, **settings):
+    """Build `kind` from the settings of its config.json, fill it from `path` and freeze it."""
+    try:
+        model = kind(**settings)
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"the settings beside {path} make no {kind.__name__} ({str(error).splitlines()[0]}); "
+                        "was config.json edited? restore it or train again") from None
+    return load_weights(model, path).eval().requires_grad_(False)
+
+
+class Entry(dict):
+    """What config.json says of a stage."""
+
+    def __missing__(self, key):
+        raise UserError(f"a stage in config.json has no '{key}'; was the file edited? restore it or train again")
+
+
+def read_config(folder):
+    """The config.json of a checkpoint folder: {stage: {settings, metrics ...}}; {} if there is none."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        return {stage: Entry(entry) for stage, entry in config.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not readable JSON of the form {{stage: {{...}}}} ({error})") from None
+
+
+def write_config(folder, stage, **entries):
+    """Merge one stage's entries into config.json."""
+    config = read_config(folder)
+    config[stage] = {**config.get(stage, {}), **entries}
+    with written(Path(folder) / "config.json") as part:
+        part.write_text(json.dumps(config, indent=1) + "\n")
+
+
+def digest(*paths):
+    """Twelve letters that name what is in a file, or in several."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:12]
+
+
+def read_stage(folder, stage):
+    """A trained stage's entry of config.json; checks that what it was trained on is what lies beside it."""
+    entry = read_config(folder).get(stage)
+    if entry is None:
+        raise UserError(f"{folder} holds no trained {stage}; make it with: python train.py --stage {stage} --out {folder}")
+    for name, made_with in dict(entry.get("made_with", {})).items():
+        path = Path(folder) / f"{name}.safetensors"
+        if path.is_file() and digest(path) != made_with:
+            raise UserError(f"the {stage} in {folder} was trained with another {name}; remove '{stage}' from its "
+                             f"config.json and run: python train.py --stage {stage} --out {folder}")
+    return entry

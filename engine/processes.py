@@ -1,0 +1,127 @@
+"""engine/processes.py - one training run in many processes, on one machine or on several.
+
+    torchrun --nproc_per_node=8 train.py --rep sdf --size large
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 train.py ...      # on each of four machines that share a disk
+
+The batch of a step comes in parts, each with its own randomness; of w processes the r-th takes the parts r, r + w, ..., and all
+gradients are added up. So what is learnt depends on the number of parts, not on that of processes: a run that was stopped goes on
+with more of them or with one. The first alone prints and writes. With --shard the backbone is held in shares, for models that are too
+large to be held by each.
+
+    python -m pytest -q test_all.py -k processes         # its tests
+"""
+import functools
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.commands import UserError
+from engine.networks import Block
+
+
+def start():
+    """Joins the other processes, if torchrun has started some."""
+    if "RANK" not in os.environ:
+        return
+    # numbers of the CPU travel by gloo, so that no GPU has to be waited for; to prepare data may take the first one hours
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def end():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own(device):
+    """The GPU of this process, where the name of a device leaves it open."""
+    if world() > 1 and torch.cuda.is_available() and device in (None, "cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+@torch.no_grad()
+def add_up(tensors):
+    """Each becomes its sum over all processes, in one message. They have to lie on one device."""
+    if world() == 1:
+        return
+    flat = torch.cat([x.flatten() for x in tensors])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:
+        raise UserError(f"process {rank()} of {world()} waits for one that has ended, see above; the same command goes on from what was "
+                        f"saved last ({str(error).splitlines()[0]})") from None
+    for x, summed in zip(tensors, flat.split([x.numel() for x in tensors])):
+        x.copy_(summed.view_as(x))
+
+
+def any_of(wish):
+    """Does any process wish it?"""
+    flag = torch.tensor([float(bool(wish))])
+    add_up([flag])
+    return flag.item() > 0
+
+
+@contextmanager
+def in_turn():
+    """The first process goes ahead: what it writes, the others find, and what is wrong, it alone says."""
+    if rank():
+        try:
+            any_of(False)
+        except UserError:
+            raise SystemExit(2) from None
+    yield
+    if not rank():
+        any_of(False)
+
+
+def by_the_first(write):
+    """A function that only the first process runs; the others wait until it has."""
+    @functools.wraps(write)
+    def run(*args, **settings):
+        if not rank():
+            write(*args, **settings)
+        any_of(False)
+    return run
+
+
+# ---------------------------------------------------------------------------- shares of a model
+
+def shard(model, device):
+    """FSDP2: a process holds a share of each tensor, of weights, gradients and moments; when it is a block's turn, its are gathered.
+    Gradients are added up on the way back."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method       # a second, that few need
+    mesh = dist.init_device_mesh(device.type, (world(),))
+    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)
+        module.set_gradient_divide_factor(1.)                 # sums, not means
+        module.set_force_sum_reduction_for_comms(True)        # gloo can do nothing else
+    for name in ("loss", "generate"):
+        register_fsdp_forward_method(model, name)
+
+
+def whole(x):
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def like(x, share):
+    """A whole tensor, held as that one is."""
+    if not hasattr(share, "full_tensor") or x.shape != share.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x.to(share.device), share.device_mesh, share.placements)

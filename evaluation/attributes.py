@@ -1,0 +1,174 @@
+"""evaluation/attributes.py - are attributes that a prompt names there? Measured on the solid itself.
+
+A checker takes o, the occupancy (x y z, y up, cropped to its bounding box) of whatever came out, and
+measures one attribute of geometry/shapes.py. Thresholds lie half way between the builders' proportions.
+
+    python evaluate.py attributes --rep sdf     # "a table with one leg": has it one?
+"""
+import numpy as np
+import torch
+from scipy.ndimage import binary_erosion, binary_fill_holes, label
+from scipy.signal import find_peaks
+
+from evaluation.judges import occupancy
+from geometry.shapes import COLOURS
+
+CELL = 2 / 64       # side of a cell of that grid; no part of a built-in shape is thinner than 2.8
+SPECK = 8           # cells; every built-in shape is longer than 12 in each direction
+
+
+def crop(o):
+    for axis in range(o.ndim):
+        used = np.flatnonzero(o.any(tuple(i for i in range(o.ndim) if i != axis)))
+        o = o.take(range(used[0], used[-1] + 1), axis)
+    return o
+
+
+def span(n, low, high):
+    """The cells of n from the share `low` to the share `high`, at least one."""
+    start = int(low * n)
+    return slice(start, max(start + 1, int(high * n)))
+
+
+def middle(o, low, high):
+    """The part of o whose x is between two shares of its width."""
+    return o[span(len(o), low, high)]
+
+
+def runs(line):
+    """Lengths of the occupied stretches along a line of shares, in cells; occupied = more than half."""
+    steps = np.flatnonzero(np.diff(np.concatenate([[0], line > .5, [0]]).astype(int)))
+    return steps[1::2] - steps[::2]
+
+
+def pieces(o):
+    """How many separate pieces horizontal slices show: the median over the slices; specks do not count."""
+    count = lambda layer: (np.bincount(label(layer)[0].ravel())[1:] >= 4).sum()
+    return int(np.median([count(o[:, y]) for y in range(o.shape[1])]))
+
+
+def heights(o):
+    """Height of the upper surface over every (x, z), in cells; 0 where there is nothing."""
+    return np.where(o.any(1), o.shape[1] - o[:, ::-1].argmax(1), 0)
+
+
+def top(o):
+    """The outline of the top, seen from above: a disc fills pi / 4 of its bounding box."""
+    outline = crop(o[:, -3:].any(1))
+    if min(outline.shape) < .83 * max(outline.shape):
+        return "rectangular"
+    return "round" if outline.mean() < .89 else "square"
+
+
+def seat(o):
+    """The highest layer that is nearly as full as the fullest one."""
+    area = o.sum((0, 2))
+    return np.flatnonzero(area > .7 * area.max())[-1]
+
+
+def chair_arms(o):
+    above = o[:, seat(o) + 3:, o.shape[2] // 2:]                 # over the front half of the seat
+    return bool(above.sum() * CELL ** 3 > .003)                  # a sixth of the volume of two arms there
+
+
+def sofa_front(o):
+    return heights(o)[:, span(o.shape[2], .5, .9)].mean(1)       # of the seat and the arms, along x
+
+
+def sofa_arms(o):
+    front = sofa_front(o)
+    return bool(front[[3, 4, -4, -5]].mean() > np.median(front) + .5)
+
+
+def sofa_cushions(o):
+    """Where are the grooves: in the middle (2 cushions), at both thirds of the seat (3), or is there none (1)?"""
+    front = sofa_front(o)
+    groove = (np.median(front) - front).clip(0)
+    x = abs(np.linspace(-1, 1, len(front)))                      # arms make the seat narrower: thirds from .23 to .33
+    two, three = groove[x < .14].sum(), groove[(x > .16) & (x < .48)].sum() / 2
+    return 1 if max(two, three) < .5 else 2 if two > three else 3
+
+
+def bed_footboard(o):
+    profile = np.median(heights(middle(o, .1, .9)), 0)           # along z: does it rise at the end?
+    return bool(profile[-5:].max() > profile[span(len(profile), .45, .7)].mean() + .75)
+
+
+def car_kind(o):
+    roof = heights(middle(o, .4, .6)).mean(0)
+    share = (roof > .85 * roof.max()).mean()                     # of the length that is under the roof
+    return "pickup" if share < .385 else "sedan" if share < .63 else "van"
+
+
+def wing_tips(o):
+    """x, y, z of the occupied cells at both ends of the wings."""
+    return np.nonzero(np.concatenate([middle(o, 0, .06), middle(o, .94, 1)]))
+
+
+def engines(o):
+    """Each wing: is there anything below it near the fuselage, and further out? One pair of engines
+    hangs at .45 of the wing, two at .36 and .72; sweep moves them outwards by up to .05."""
+    below = o[:, :max(1, wing_tips(o)[1].min() - 1)].any((1, 2))                                 # along x
+    wings = below[len(below) // 2:], below[len(below) // 2::-1]
+    return sum(int(wing[span(len(wing), low, high)].any()) for wing in wings for low, high in ((.36, .54), (.64, .8)))
+
+
+def crown_layers(o):
+    """Every layer of a fir is a bulge of the width (root of the area) along y; 3 cells are less than any of them."""
+    return len(find_peaks(np.sqrt(np.append(o.sum((0, 2)), 0)), prominence=3)[0])
+
+
+ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, what to ask for: value -> prompt
+    ("table", "top", top, {v: f"a {v} table" for v in ("round", "square", "rectangular")}),
+    ("table", "legs", lambda o: pieces(o[:, span(o.shape[1], .35, .6)]), {4: "a table with four legs", 1: "a table with one leg"}),
+    ("table", "height", lambda o: "low" if o.shape[1] < .53 * len(o) else "tall", {v: f"a {v} table" for v in ("low", "tall")}),
+    ("chair", "arms", chair_arms, {True: "a chair with arms", False: "a chair without arms"}),
+    ("chair", "back", lambda o: "tall" if seat(o) < .5 * o.shape[1] else "low",
+     {v: f"a chair with a {v} back" for v in ("tall", "low")}),
+    ("stool", "seat", top, {v: f"a {v} stool" for v in ("round", "square")}),
+    ("stool", "legs", lambda o: pieces(o[:, span(o.shape[1], .05, .18)]), {3: "a stool with three legs", 4: "a stool with four legs"}),
+    ("lamp", "height", lambda o: "tall" if len(o) < .56 * o.shape[1] else "short", {v: f"a {v} lamp" for v in ("tall", "short")}),
+    ("lamp", "shade", lambda o: "cone" if len(crop(o[:, -3:])) < .75 * len(crop(o[:, o.shape[1] // 2:])) else "drum",
+     {v: f"a lamp with a {v} shade" for v in ("cone", "drum")}),
+    ("sofa", "arms", sofa_arms, {True: "a sofa with arms", False: "a sofa without arms"}),
+    ("sofa", "cushions", sofa_cushions, {2: "a sofa with two cushions", 3: "a sofa with three cushions"}),
+    ("shelf", "boards", lambda o: len(runs(middle(o, .3, .7)[..., span(o.shape[2], .45, .9)].mean((0, 2)))),
+     {n: f"a shelf with {word} boards" for n, word in ((2, "two"), (3, "three"), (4, "four"), (5, "five"))}),
+    ("shelf", "back", lambda o: bool(middle(o, .3, .7)[:, span(o.shape[1], .2, .9), 1:3].mean() > .6),
+     {True: "a shelf with a back", False: "a shelf without a back"}),
+    ("bed", "size", lambda o: "single" if len(o) < .62 * o.shape[2] else "double", {v: f"a {v} bed" for v in ("single", "double")}),
+    ("bed", "headboard", lambda o: "low" if o.shape[1] < .44 * o.shape[2] else "tall",
+     {v: f"a bed with a {v} headboard" for v in ("tall", "low")}),
+    ("bed", "footboard", bed_footboard, {True: "a bed with a footboard", False: "a bed without a footboard"}),
+    ("bench", "slats", lambda o: len(runs(middle(o, .4, .6)[..., 2:5].mean((0, 2)))) - 1,        # the lowest run is the seat
+     {n: f"a bench with a back of {word}" for n, word in ((1, "one slat"), (2, "two slats"), (3, "three slats"))}),
+    ("bench", "legs", lambda o: pieces(o[:, 3:9]), {4: "a bench with four legs", 2: "a bench with two wide legs"}),
+    ("mug", "shape", lambda o: "tall" if o.shape[1] > 1.2 * o.shape[2] else "wide", {v: f"a {v} mug" for v in ("tall", "wide")}),
+    ("mug", "handle", lambda o: bool((binary_fill_holes(o.any(2)) & ~o.any(2)).sum() > 2),       # seen from the front: a hole
+     {True: "a mug with a handle", False: "a mug without a handle"}),
+    ("car", "kind", car_kind, {v: f"a {v}" for v in ("sedan", "van", "pickup")}),
+    ("aeroplane", "wings", lambda o: "swept" if wing_tips(o)[2].mean() < .49 * o.shape[2] else "straight",
+     {v: f"an aeroplane with {v} wings" for v in ("straight", "swept")}),
+    ("aeroplane", "engines", engines,
+     {0: "an aeroplane without engines", 2: "an aeroplane with two engines", 4: "an aeroplane with four engines"}),
+    ("bottle", "body", lambda o: "slim" if o.shape[2] < .4 * o.shape[1] else "wide", {v: f"a {v} bottle" for v in ("slim", "wide")}),
+    ("tree", "crown", lambda o: "round" if o.sum((0, 2)).argmax() > .45 * o.shape[1] else "cone",
+     {v: f"a tree with a {v} crown" for v in ("round", "cone")}),
+    ("tree", "layers", crown_layers, {2: "a tree with two layers", 3: "a tree with three layers"}),
+] + [(name, "colour", None, {v: f"a {v} {name}" for v in ("red", "blue", "yellow", "green")}) for name in ("car", "mug", "chair")]
+
+
+def look(field):
+    """A field (points -> distance, colour) -> its cropped occupancy and the palette's name for most of its surface."""
+    o = occupancy(field)
+    if not o.any():
+        return o[:0], None
+    rim = torch.from_numpy(np.argwhere(o & ~binary_erosion(o))).float() * CELL - 1
+    nearest = torch.cdist(field(rim)[:, 1:], torch.tensor(list(COLOURS.values()))).argmin(1)
+    return crop(o), list(COLOURS)[nearest.mode().values]
+
+
+def holds(seen, attribute, checker, value):
+    """Is it so, of what `look` saw? Of nothing, or of a speck, nothing is true."""
+    o, colour = seen
+    return min(o.shape) >= SPECK and (colour if attribute == "colour" else checker(o)) == value
