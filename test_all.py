@@ -57,12 +57,12 @@ import heads
 from prompts import picture_files
 from geometry import training_samples
 from evaluation import judges
-from engine import networks
+from engine import commands, files, networks
 from engine import processes
 from geometry import meshes
 from evaluation import metrics
 from prompts import pretrained
-from geometry import real
+from geometry import mesh_files, prepare, real, training_pictures
 import reconstruct
 from geometry import render
 from evaluation import results
@@ -87,7 +87,7 @@ if SHARED:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 SMALL = {  # one size below tiny, for every stage
-    encoders: dict(dim=64, depth=1, heads=4), vision: dict(dim=64, depth=1, heads=4), tokenizer: dict(side=4, channels=8, dim=64, heads=4),
+    text_tower: dict(dim=64, depth=1, heads=4), image_tower: dict(dim=64, depth=1, heads=4), tokenizer: dict(side=4, channels=8, dim=64, heads=4),
     backbone: dict(dim=64, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2),
     reconstruct: dict(dim=64, depth=1, heads=4),
 }
@@ -100,7 +100,7 @@ def one_precision():
     """pick_device decides by a timing; two runs that are compared byte by byte must not decide differently."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, sample):
-            patch.setattr(module, "pick_device", functools.cache(networks.pick_device))
+            patch.setattr(module, "pick_device", functools.cache(commands.pick_device))
         yield
 
 
@@ -139,7 +139,7 @@ def train_small(patch, folder, count, *args, watched=False):
     if not watched:                                             # what a run shows of itself costs more than a few steps
         black = np.zeros((160, 160, 3), np.uint8)
         for name, value in dict(judged={}, class_accuracy=0., picture=black, reconstructions=black).items():
-            patch.setattr(watch, name, lambda *_, value=value, **__: value)
+            patch.setattr(progress, name, lambda *_, value=value, **__: value)
         patch.setattr(train, "plot_losses", lambda panels, out: None)
     for module, size in SMALL.items():
         patch.setitem(module.SIZES, "small", size)
@@ -228,7 +228,7 @@ def test_train_and_test_never_meet(prepared):
     """Every class is in both sets, and no shape is."""
     training, test = prepared
     assert set(training.classes) == set(test.classes) == set(shapes.CLASSES)
-    assert max(data.TRAIN_SHAPES, 10 ** 7) <= data.TEST == min(row["index"] for row in test.text)
+    assert max(prepare.TRAIN_SHAPES, 10 ** 7) <= prepare.TEST == min(row["index"] for row in test.text)
     looks = [{split.arrays["points"][i].tobytes() for i in range(26)} for split in prepared]
     assert len(looks[0]) == len(looks[1]) == 26 and not looks[0] & looks[1]
 
@@ -433,7 +433,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch):
 
 def test_other_shapes_are_another_set(monkeypatch):
     """One part of one shape that looks different, and what was prepared before is not taken for it."""
-    make, fingerprint = shapes.make, data.fingerprint.__wrapped__        # not the one of this process, which is kept
+    make, fingerprint = shapes.make, prepare.fingerprint.__wrapped__        # not the one of this process, which is kept
     one, two = fingerprint(), fingerprint()
 
     def other(seed, index):
@@ -511,13 +511,13 @@ def test_library_is_read(tmp_path, capsys):
     bad = [{"name": "x", "model": "/../box.obj"}, {"name": "y", "model": "/a/none.obj"}, {"name": "z", "model": "/a/box.png"}]
     turned = good | {"modelRotation": "one turn"}
     items, skipped = real.listed(library(tmp_path / "some.sh3f", files, [good, *bad, turned]))
-    shape = real.shape(items[0])
+    shape = mesh_files.shape(items[0])
     assert (items[0].captions, items[0].licence, items[0].author) == (["caf\u00e9 table top", "top"], "CC0", "Ann")
     assert shape.icon.shape == (32, 32, 4) and (shape.colours == [1, 0, 0]).all()
-    assert np.allclose(np.ptp(shape.vertices, 0), np.array([1, 3, 2]) / 3 * real.LONGEST, atol=1e-4)
+    assert np.allclose(np.ptp(shape.vertices, 0), np.array([1, 3, 2]) / 3 * mesh_files.LONGEST, atol=1e-4)
     assert [re.search(r"outside|has no|none of", reason)[0] for _, reason in skipped] == ["outside", "has no", "none of"]
     with pytest.raises(UserError, match="cannot be read"):
-        real.shape(items[1])
+        mesh_files.shape(items[1])
     assert run(real.main, tmp_path / "some.sh3f") == 0 and "\n2 shapes, CC0, by Ann\n" in capsys.readouterr().out
 
 
@@ -574,11 +574,11 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
         reasons = {row["file"]: row["reason"] for row in csv.DictReader(file)}
     assert reasons.keys() == wrong.keys() and all(re.search(wrong[name][1], reason) for name, reason in reasons.items()), reasons
     assert "7 of 9 shapes" in said and (tmp_path / "sheet.png").is_file()
-    monkeypatch.setattr(data.Files, "mine", lambda self, text: True)          # not a tenth held out
+    monkeypatch.setattr(prepare.Files, "mine", lambda self, text: True)          # not a tenth held out
     split = data.prepare(out=tmp_path / "cache", kinds=("surface", "pictures"), data=source, workers=1)
     assert split.classes == ["one", "two"] and split.cloud(np.array([1]), 100, np.random.default_rng(0))[0].norm(dim=-1).min() > .89
     monkeypatch.setitem(training_samples.TAKE, "surface", lambda *_: 1 / 0)
-    data.prepare_chunk(split.folder, split.source, 0, ["surface"])
+    prepare.prepare_chunk(split.folder, split.source, 0, ["surface"])
     assert "(ZeroDivisionError: division by zero)" in data.Prepared(split.folder, split.source, ["surface"]).broken["one/ball.obj"]
 
 
@@ -600,7 +600,7 @@ def test_file_that_ends_its_reader(tmp_path):
     (tmp_path / "source").mkdir()
     for name in ("a", "b", "c"):
         trimesh.creation.box((1, 1, 1)).export(tmp_path / "source" / f"{name}.obj")
-    code = "import data, os, real; old = real.shape; real.shape = lambda item, copy: os.abort() if 'b.obj' in item.key else old(item, copy)\n" \
+    code = "import data, os; from geometry import mesh_files; old = mesh_files.shape; mesh_files.shape = lambda item, copy: os.abort() if 'b.obj' in item.key else old(item, copy)\n" \
            f"print(data.prepare(out={str(tmp_path / 'cache')!r}, data={str(tmp_path / 'source')!r}, workers=1).broken)"
     said = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert "{'b.obj': 'whoever reads it dies, twice'}" in said.stdout, said.stderr
@@ -608,11 +608,11 @@ def test_file_that_ends_its_reader(tmp_path):
 
 def test_file_that_takes_too_long(tmp_path, monkeypatch):
     """A reader that never ends is stopped."""
-    monkeypatch.setattr(real, "SECONDS", 1)
-    monkeypatch.setattr(real, "drawn", lambda *_: time.sleep(30))
+    monkeypatch.setattr(mesh_files, "SECONDS", 1)
+    monkeypatch.setattr(mesh_files, "drawn", lambda *_: time.sleep(30))
     trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
     with pytest.raises(UserError, match="more than 1 seconds"):
-        real.shape(real.listed(tmp_path)[0][0])
+        mesh_files.shape(real.listed(tmp_path)[0][0])
 
 
 @pytest.mark.parametrize("make, complaint", [(lambda path: None, "there is no"), (lambda path: path.mkdir(), "holds no shapes"),
@@ -694,7 +694,7 @@ def test_casting_once_is_casting_always(bf16):
     layer, x = networks.Block(64, 4), torch.randn(2, 50, 64)
     autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
     with torch.no_grad(), autocast():
-        before, after = layer(x), networks.cast_once(layer, autocast)(x)
+        before, after = layer(x), commands.cast_once(layer, autocast)(x)
     assert torch.equal(before, after) and layer.feed[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
@@ -716,39 +716,39 @@ def test_ema_is_its_closed_form(first, decay):
 def test_checkpoint_round_trip(tmp_path):
     """Weights saved and loaded are the same bits; half precision is the same to 1e-3."""
     model, other = networks.Block(64, 4), networks.Block(64, 4)
-    networks.save_weights(tmp_path / "a.safetensors", model.state_dict())
-    networks.load_weights(other, tmp_path / "a.safetensors")
+    files.save_weights(tmp_path / "a.safetensors", model.state_dict())
+    files.load_weights(other, tmp_path / "a.safetensors")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
-    networks.save_weights(tmp_path / "a.safetensors", model.state_dict(), half=True)
-    networks.load_weights(other, tmp_path / "a.safetensors")
+    files.save_weights(tmp_path / "a.safetensors", model.state_dict(), half=True)
+    files.load_weights(other, tmp_path / "a.safetensors")
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
 
 def test_wrong_weights_are_named(tmp_path):
     """Truncated, pickled, missing, renamed and mis-shaped weights: one line that says what differs."""
     path, model = tmp_path / "a.safetensors", nn.Sequential(nn.Linear(3, 2))
-    networks.save_weights(path, model.state_dict())
+    files.save_weights(path, model.state_dict())
     whole = path.read_bytes()
     for bad in (whole[:-5], whole[:20], b"", pickle.dumps(model.state_dict())):
         path.write_bytes(bad)
         with pytest.raises(UserError, match="truncated or no safetensors"):
-            networks.load_weights(model, path)
+            files.load_weights(model, path)
     with pytest.raises(UserError, match="no file"):
-        networks.load_weights(model, tmp_path / "b.safetensors")
+        files.load_weights(model, tmp_path / "b.safetensors")
     path.write_bytes(whole)
     with pytest.raises(UserError, match=r"0\.weight is \(2, 3\), not \(2, 4\)"):
-        networks.load_weights(nn.Sequential(nn.Linear(4, 2)), path)
+        files.load_weights(nn.Sequential(nn.Linear(4, 2)), path)
     with pytest.raises(UserError, match=r"missing weight; unknown 0\.bias; unknown 0\.weight"):
-        networks.load_weights(nn.Linear(3, 2, bias=False), path)
+        files.load_weights(nn.Linear(3, 2, bias=False), path)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_written_keeps_the_old_file(tmp_path, error):
     """Whatever stops a write half way, the old file stays as it was and nothing lies beside it."""
     path = tmp_path / "new" / "file.txt"
-    with networks.written(path) as part:
+    with files.written(path) as part:
         part.write_text("old")
-    with pytest.raises(error), networks.written(path) as part:
+    with pytest.raises(error), files.written(path) as part:
         part.write_text("ne")
         raise error
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
@@ -763,7 +763,7 @@ def test_full_disk_keeps_the_old_file(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))     # no file may grow longer than this
     try:
         with pytest.raises(UserError, match="cannot write .*a.safetensors"):
-            networks.save_weights(paths[0], {"x": torch.randn(10 ** 6)})
+            files.save_weights(paths[0], {"x": torch.randn(10 ** 6)})
         with pytest.raises(UserError, match="cannot write .*a.png"):
             render.save_png(paths[1], np.random.default_rng(0).integers(0, 255, (800, 800, 3), dtype=np.uint8))
     finally:
@@ -773,24 +773,24 @@ def test_full_disk_keeps_the_old_file(tmp_path):
 
 def test_stage_of_other_weights_is_refused(tmp_path):
     """A backbone trained on another tokenizer than the one beside it is an error that says so."""
-    networks.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.zeros(1)})
-    networks.write_config(tmp_path, "backbone", made_with={"tokenizer": networks.digest(tmp_path / "tokenizer.safetensors")})
-    networks.read_stage(tmp_path, "backbone")
-    networks.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.ones(1)})
+    files.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.zeros(1)})
+    files.write_config(tmp_path, "backbone", made_with={"tokenizer": files.digest(tmp_path / "tokenizer.safetensors")})
+    files.read_stage(tmp_path, "backbone")
+    files.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.ones(1)})
     with pytest.raises(UserError, match="trained with another tokenizer"):
-        networks.read_stage(tmp_path, "backbone")
+        files.read_stage(tmp_path, "backbone")
 
 
 # ---------------------------------------------------------------------------- encoders
 
-def text_tower():
+def small_text_tower():
     torch.manual_seed(0)
-    return text_tower.Encoders(["chair", "red", "round", "table", "with"], **SMALL[encoders]).eval()
+    return text_tower.Encoders(["chair", "red", "round", "table", "with"], **SMALL[text_tower]).eval()
 
 
 def test_text_padding_has_no_influence():
     """A prompt alone = the same prompt padded in a batch with a longer one."""
-    tower = text_tower()
+    tower = small_text_tower()
     (alone, _), (both, mask) = tower.tokens(["Table"]), tower.tokens(["a red round table", "the table"])
     assert mask.tolist() == [[True] * 3, [True, False, False]]
     assert torch.allclose(alone[0, 0], both[1, 0], atol=1e-5) and not torch.allclose(alone[0, 0], both[0, 0], atol=.1)
@@ -798,7 +798,7 @@ def test_text_padding_has_no_influence():
 
 def test_unknown_words_are_named(capsys):
     """A misspelt word is left out, with a warning that names it and its neighbours; nothing left is an error."""
-    tower = text_tower()
+    tower = small_text_tower()
     assert torch.equal(tower.tokens(["red tabel chair"])[0], tower.tokens(["red chair"])[0])
     assert re.search("'tabel'.*nearest: table", capsys.readouterr().err)
     for prompt, complaint in (("tabel", "names nothing"), ("with", "names nothing"), ("  ", "is empty"), ("!?", "is empty")):
@@ -829,7 +829,7 @@ def saved(path, mode, **options):
 def test_pictures_of_all_kinds_are_seen_alike(mode, suffix, tmp_path):
     """The same disc, cut out and framed, whichever way it was written; grey where colours were not kept."""
     seen, guess = picture_files.seen(saved(tmp_path / f"disc.{suffix}", mode))
-    true = torch.from_numpy(picture_files.framed(disc()))
+    true = torch.from_numpy(training_pictures.framed(disc()))
     true = rearrange(true[..., :3] + 1 - true[..., 3:], "h w c -> c h w")
     if mode in ("L", "LA", "I;16"):
         true, seen = true.mean(0), seen.mean(0)
@@ -951,7 +951,7 @@ def test_encoders_of_others_end_to_end(overfitted, tmp_path, capsys):
     folder.mkdir()
     for name in ("encoders", "tokenizer", "head-sdf"):
         shutil.copy(overfitted / f"{name}.safetensors", folder)
-    config = networks.read_config(overfitted)
+    config = files.read_config(overfitted)
     (folder / "config.json").write_text(json.dumps({stage: config[stage] for stage in ("encoders", "tokenizer")}))
     flags = ("--steps", 2, "--batch", 2, "--text-encoder", names["text"], "--image-encoder", names["image"])
     with pytest.MonkeyPatch.context() as patch:
@@ -959,7 +959,7 @@ def test_encoders_of_others_end_to_end(overfitted, tmp_path, capsys):
         kept = sorted((folder.parent / "cache").glob("*/tower-*"))
         assert len(kept) == 4 and not (folder / "vision.safetensors").exists()
         first = kept[0].read_bytes()
-        config = networks.read_config(folder)
+        config = files.read_config(folder)
         assert config["backbone"]["towers"] == names and config["backbone"]["settings"]["widths"] == {"text": 32, "image": 32}
         capsys.readouterr()
         assert train_small(patch, folder, 2, *flags[:-2]) == 2
@@ -1480,7 +1480,7 @@ def test_ways_to_tell_differ_in_what_they_hear():
         say = lambda told: model.contexts(model.told(told), x, order, 9, order)
         assert torch.allclose(say(condition), say(turned), atol=1e-5) and torch.allclose(say(condition), say(noisy), atol=1e-5)
         assert not torch.allclose(say(condition), say({kind: (-y, mask) for kind, (y, mask) in condition.items()}), atol=1e-3)
-    bag = peers.Bag("cpu")
+    bag = text_tower.Bag("cpu")
     one, same, other = (bag.tokens([text])[0] for text in ("a red chair with a blue lamp", "blue with lamp red chair", "a blue chair"))
     assert torch.allclose(one, same, atol=1e-5) and not torch.allclose(one, other, atol=.1)
 
@@ -1503,7 +1503,7 @@ def test_run_folder_holds_curves_and_pictures(overfitted):
     names = {path.name for path in overfitted.iterdir()}
     assert {f"{stage}.csv" for stage in CHAIN} | {"losses.png", "tokenizer-000280.png", "backbone-000180.png"} <= names
     assert not any("state" in name or "part" in name for name in names)
-    config = networks.read_config(overfitted)
+    config = files.read_config(overfitted)
     assert list(config) == CHAIN and config["backbone"]["steps"] == 180 and 1. in config["backbone"]["metrics"].values()
     for stage, key in (("tokenizer", "loss"), ("backbone", "loss"), ("reconstruct", "held_out")):
         rows = list(csv.DictReader((overfitted / f"{stage}.csv").open()))
@@ -1525,7 +1525,7 @@ def test_done_stages_are_skipped(overfitted, tmp_path, monkeypatch, capsys):
 
 def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     """Every stage killed once (SIGTERM) between two log lines and started again = never killed: losses and weights."""
-    monkeypatch.setattr(fit, "CHECK", 4)
+    monkeypatch.setattr(loop, "CHECK", 4)
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     assert train_small(monkeypatch, whole, 26, *flags) == 0
     rate, handler = loop.learning_rate, signal.getsignal(signal.SIGTERM)
@@ -1535,7 +1535,7 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return rate(step, steps, peak)
 
-    monkeypatch.setattr(fit, "learning_rate", kill_in_third_step)
+    monkeypatch.setattr(loop, "learning_rate", kill_in_third_step)
     for stage in CHAIN:                                         # and each stage in a process of its own
         assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 130
         assert (cut / f"{stage}.state.safetensors").is_file() and signal.getsignal(signal.SIGTERM) == handler
@@ -1565,7 +1565,7 @@ def one_of_two(rank, ports, folder, source):
 
         with pytest.MonkeyPatch.context() as patch, (folder / f"{end}-{rank}.txt").open("w") as said:
             for name, value in (("SAVE", 3), ("learning_rate", end_in_sixth_step)):
-                patch.setattr(fit, name, value)
+                patch.setattr(loop, name, value)
             patch.setattr(sys, "stderr", said)
             status = train_small(patch, folder / end, 2, "--from", source, *BACKBONE, *["--shard"] * (end != "dies"))
         (folder / f"{end}-{rank}.status").write_text(f"{status}")
@@ -1590,10 +1590,10 @@ def test_two_processes_learn_what_one_does(overfitted, tmp_path, monkeypatch):
     for end, (statuses, step) in ENDS.items():
         found = [path.read_text() if path.is_file() else "" for path in (tmp_path / f"{end}-{rank}.status" for rank in range(2))]
         assert found == statuses, [(tmp_path / f"{end}-{rank}.txt").read_text() for rank in range(2)]
-        assert int(networks.read_weights(tmp_path / end / "backbone.state.safetensors")["step"]) == step
+        assert int(files.read_weights(tmp_path / end / "backbone.state.safetensors")["step"]) == step
         assert train_small(monkeypatch, tmp_path / end, 2, *BACKBONE, "--parts", 2) == 0
         if end == "is told to stop":                             # in shares
-            one, shared = (networks.read_weights(tmp_path / name / "backbone.safetensors") for name in ("one", end))
+            one, shared = (files.read_weights(tmp_path / name / "backbone.safetensors") for name in ("one", end))
             far = sum((one[key] - shared[key]).double().square().sum() for key in one) ** .5
             assert one.keys() == shared.keys() and far < .2      # Muon rounds to bf16 on the way (.07); of other data they are .56 apart
         else:
@@ -1610,7 +1610,7 @@ def test_parts_of_a_batch_have_to_be_alike(overfitted, tmp_path, monkeypatch, ca
 def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
     """--rep all on a trained folder trains three heads and nothing else; sample.py then writes one shape four times."""
     new = {"head-pc", "head-mesh", "head-gs"}
-    assert set(networks.read_config(four)) == {*CHAIN, *new}
+    assert set(files.read_config(four)) == {*CHAIN, *new}
     assert {path.stem for path in four.glob("*.safetensors")} == {*CHAIN, "head-sdf", *new}
     assert all((four / f"{stage}.safetensors").read_bytes() == (overfitted / f"{stage}.safetensors").read_bytes() for stage in CHAIN)
     flags = ("--text", "a table", "--checkpoint", four, "--resolution", 32, "--points", 300)
@@ -1626,7 +1626,7 @@ def examined(tmp_path_factory, monkeypatch):
     """Four tables and four chairs in the place of the held-out shapes, and others to learn from; few points of each."""
     def prepare(split="test", count=None, *_, kinds=("surface",), **more):
         return data.prepare("test" if split == "train" else "train", 8, tmp_path_factory.getbasetemp() / "examined", kinds=kinds, classes=["table", "chair"], workers=1)
-    for module in (evaluate, samples, experiments, rgs):
+    for module in (evaluate, exam, experiments, rgs):
         for name, value in (("prepare", prepare), ("CLASSES", ("table", "chair")), ("POINTS", 64)):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)
@@ -1693,7 +1693,7 @@ def test_a_stopped_evaluation_goes_on(four, overfitted, tmp_path, examined, monk
     assert "holds results of other settings (seed: 0, now 1); delete it, or give another --out" in capsys.readouterr().err
     (tmp_path / "cut/generate-sdf/four/caption-0.npz").write_bytes(b"torn")
     assert generate("cut") == 2 and "caption-0.npz is damaged" in capsys.readouterr().err
-    monkeypatch.setattr(samples, "CODE", exam.CODE[1:])             # as if sample.py were another
+    monkeypatch.setattr(exam, "CODE", exam.CODE[1:])             # as if sample.py were another
     assert generate("cut") == 2 and "other settings (code: " in capsys.readouterr().err
 
 
@@ -1722,7 +1722,7 @@ def test_experiments_train_what_they_compare(overfitted, tmp_path, examined, mon
     assert (tmp_path / "out/versus-losses.png").is_file()
     assert len(calls) == 2 and versus() == 0 and len(calls) == 2
     other = shutil.copytree(overfitted, tmp_path / "other")
-    networks.save_weights(other / "tokenizer.safetensors", {"x": torch.zeros(1)})
+    files.save_weights(other / "tokenizer.safetensors", {"x": torch.zeros(1)})
     for flags, words in ((("--steps", 3), "was trained for 2 steps with 2 shapes"), (("--train-shapes", 3), "give --steps 2 --train-shapes 2"),
                          (("--checkpoint", overfitted, overfitted), "versus takes one --checkpoint"),
                          (("--checkpoint", other), "was trained with another tokenizer than that in"), (("--scorer", "none.py"), "gives no features")):
@@ -1799,7 +1799,7 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
     """--from: all but the backbone is taken over; what is there stays, and a backbone of another kind is an error, as a folder without any."""
     folder, flags = tmp_path / "peer", ("--stage", "backbone", "--steps", 2, "--batch", 2)
     assert train_small(monkeypatch, folder, 2, "--from", overfitted, "--generator", "diffusion", *flags) == 0
-    config, theirs = networks.read_config(folder), networks.read_config(overfitted)
+    config, theirs = files.read_config(folder), files.read_config(overfitted)
     assert config["backbone"]["generator"] == "diffusion" and {**config, "backbone": 0} == {**theirs, "backbone": 0}
     assert all((folder / f"{stage}.safetensors").read_bytes() == (overfitted / f"{stage}.safetensors").read_bytes() for stage in theirs if stage != "backbone")
     assert run(sample.main, "--text", "a table", "--checkpoint", folder, "--resolution", 32, "--out", tmp_path / "out") == 0
@@ -1811,7 +1811,7 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
     assert train_small(monkeypatch, tmp_path / "other", 2, "--from", tmp_path, *flags) == 2
     assert_one_line(capsys.readouterr().err, "there is no trained tokenizer in")
     assert train_small(monkeypatch, tmp_path / "bag", 2, "--from", overfitted, "--text-encoder", "bag", *flags) == 0
-    assert "reconstruct" not in networks.read_config(tmp_path / "bag")          # that one was told by another tower
+    assert "reconstruct" not in files.read_config(tmp_path / "bag")          # that one was told by another tower
 
 
 def test_features_of_somebody_else(tmp_path, capsys):
@@ -1847,7 +1847,7 @@ def test_a_module_may_learn_faster():
 def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
     assert train_small(monkeypatch, tmp_path / "own", 2, "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2) == 0
-    assert networks.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
+    assert files.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
     assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
 
 
@@ -1860,7 +1860,7 @@ def test_a_head_goes_on_where_the_tokenizer_left_it(overfitted, tmp_path, monkey
     loss = {stage: [float(row["loss"]) for row in csv.DictReader((tmp_path / f"run/{stage}.csv").open())] for stage in ("head-sdf", "tokenizer")}
     assert len(loss["head-sdf"]) == 1 and loss["head-sdf"][0] < .5 * loss["tokenizer"][0]
     assert capsys.readouterr().out.count("already done") == 1
-    assert networks.digest(tmp_path / "run/tokenizer.safetensors") == networks.digest(overfitted / "tokenizer.safetensors")
+    assert files.digest(tmp_path / "run/tokenizer.safetensors") == files.digest(overfitted / "tokenizer.safetensors")
 
 
 @pytest.mark.parametrize("flags, complaint", [
@@ -2071,16 +2071,6 @@ def test_glb_of_others(tmp_path):
                             ("none", "cannot read"), ("thin", "no area")):
         with pytest.raises(UserError, match=complaint):
             export.read(tmp_path / f"{name}.glb")
-
-
-def test_mesh_and_field_render_alike():
-    """A ball as triangles and the same ball as a distance field are the same picture, in every mode."""
-    mesh, part = ball(), shapes.ball((0, 0, 0), .7, "red")
-    for mode in render.MODES:
-        one = render.render_mesh(*mesh, size=64, mode=mode).astype(float)
-        two = render.render_sdf(lambda x: part.distance(x.numpy()), lambda x: np.tile(shapes.COLOURS["red"], (len(x), 1)), size=64, mode=mode)
-        empty = render.render_mesh(np.zeros((0, 3)), np.zeros((0, 3), int), size=64, mode=mode).astype(float)
-        assert abs(one - two).mean() < 4 and abs(one - empty).mean() > 12 and (empty == empty[0, 0]).all()
 
 
 def gaussians(count, seed=0):

@@ -32,12 +32,13 @@ import encoders as towers_
 from prompts import image_tower as vision_
 from evaluation import progress
 from evaluation.peers import GENERATORS
-from data import TRAIN_SHAPES, begins, prepare
+from data import prepare
+from geometry.prepare import TRAIN_SHAPES, begins
 from engine.loop import fit, plot_losses
 from heads import HEADS
 from engine.commands import Parser, UserError, between, command, pick_device
 from engine.files import claim, digest, read_config, save_weights, write_config, written
-from geometry.render import contact_sheet
+from geometry.render import contact_sheet, save_png
 from geometry.captions import article
 from geometry.shapes import CLASSES
 
@@ -162,7 +163,8 @@ def train_tokenizer(run):
         return heads_.loss(model, model["tokenizer"](*cloud), each)
 
     model, seconds = fit(run, "tokenizer", model, draw, loss_of,
-                         lambda model: progress.reconstructions(run, model, tokenise(run, model["tokenizer"], run.test, limit=14), run.first[-1]))
+                         lambda model, path: save_picture(path, progress.reconstructions(
+                           run, model, tokenise(run, model["tokenizer"], run.test, limit=14), run.first[-1])))
     tokenizer, heads = model["tokenizer"], {rep: model[rep] for rep in run.first}
     # tokens of the training set: zero mean, unit variance per channel from here on
     tokenizer_.standardise(tokenizer, heads.values(), tokenise(run, tokenizer, run.train, limit=2000).to(run.device))
@@ -212,7 +214,7 @@ def train_head(run, rep):
         return heads_.loss(model, x + tokenizer_.NOISE * torch.randn_like(x), each)
 
     model, seconds = fit(run, f"head-{rep}", model, draw, loss_of,
-                         lambda model: progress.reconstructions(run, heads | dict(model.items()), tokens[run.test][:14], rep))
+                         lambda model, path: save_picture(path, progress.reconstructions(run, heads | dict(model.items()), tokens[run.test][:14], rep)))
     run.finish(f"head-{rep}", seconds, {f"head-{rep}": model[rep]},
                metrics=progress.judged(run, heads | dict(model.items()), tokens[run.test][:JUDGED], rep))
 
@@ -226,10 +228,10 @@ def train_backbone(run):
         x, drawn = batch
         return model.loss(x, towers.read(drawn)), {}
 
-    def show(model):
+    def show(model, path):
         with run.autocast():
             x = model.generate(towers.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
-        return contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts)
+        save_picture(path, contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts))
 
     model, seconds = fit(run, "backbone", model, paired(run, "backbone", towers, tokens), loss_of, show)
     run.finish("backbone", seconds, {"backbone": model}, generator=run.generator, settings=settings, towers=run.towers,
@@ -245,16 +247,19 @@ def train_reconstruct(run):
         x, drawn = batch
         return model.loss(x, towers.read(drawn))
 
-    def show(model):
+    def show(model, path):
         with run.autocast():
             x, _ = model(towers.encode(run.prompts))
-        return contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts)
+        save_picture(path, contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts))
 
     model, seconds = fit(run, "reconstruct", model, paired(run, "reconstruct", towers, tokens), loss_of, show)
     run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.towers)
 
 
 # ---------------------------------------------------------------------------- what the stages share
+
+save_picture = processes.by_the_first(save_png)
+
 
 def samples(run, reps, split, rows, rng):
     """Samples for each head, of as many of the shapes as its own stage takes."""

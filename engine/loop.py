@@ -24,7 +24,6 @@ from engine import processes
 from engine.commands import UserError
 from engine.files import claim, read_weights, save_weights, written
 from engine.networks import EMA, Block
-from geometry.render import save_png
 
 SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
 THREADS = 4                                  # that draw batches for a GPU
@@ -189,7 +188,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
             save_state(state_path, done, model, ema, opts, sums)
         if show and not stopped and (done % SHOW == 0 or last):
             with torch.no_grad():
-                processes.by_the_first(save_png)(run.folder / f"{stage}-{done:06d}.png", show(ema.model))
+                show(ema.model, run.folder / f"{stage}-{done:06d}.png")
         if stopped:
             bar.close()
             print(f"{stage} is saved at step {done} of {steps}; the same command goes on from there")

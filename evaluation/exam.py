@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from prompts import text_tower
 import tokenizer
-from data import BuiltIn, Files, begins, prepare
+from data import prepare
+from geometry.prepare import BuiltIn, Files, begins
 from heads import with_needs
 from engine.commands import UserError
 from engine.files import digest, read_config
@@ -24,9 +25,12 @@ from geometry.shapes import CLASSES
 
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
-CODE = [Path(__file__).with_name(f"{name}.py") for name in (       # makes them
-    "sample", "backbone", "baselines", "prefix", "towers", "encoders", "vision", "reconstruct", "tokenizer", "heads", "surface", "meshes",
-    "export", "render", "light", "samples", "layers", "bench")]
+ROOT = Path(__file__).parent.parent
+CODE = [ROOT / name for name in (                             # makes them
+    "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py", "prompts/text_tower.py",
+    "prompts/image_tower.py", "geometry/surface.py", "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py",
+    "engine/networks.py", "engine/commands.py", "evaluation/exam.py", "evaluation/peers.py")]
+
 
 
 class Job(NamedTuple):

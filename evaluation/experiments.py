@@ -50,7 +50,7 @@ QUESTIONS = {
 
 def launch(flags):
     """train.py in a process of its own -> its exit status. If we are stopped, it is, and has time to save."""
-    with subprocess.Popen([sys.executable, Path(__file__).with_name("train.py"), *flags]) as child:
+    with subprocess.Popen([sys.executable, Path(__file__).parent.parent / "train.py", *flags]) as child:
         while True:
             try:
                 return child.wait()

@@ -17,6 +17,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from geometry.export import read
 from engine.commands import Parser, UserError, between, command
 
 
@@ -223,7 +224,6 @@ def faces_within(found, true, bins):
 
 
 def main():
-    from geometry.export import read                                   # which no metric needs
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("files", nargs=2, metavar="FILE", help="what sample.py wrote, .glb or .ply")
     parser.add_argument("--points", type=between(1, 100_000), default=2048, help="drawn from each")

@@ -115,25 +115,3 @@ def see_points(points, colours, radius, view, width):
     x, y = pixel % width + .5, pixel // width + .5
     normal = torch.stack([(x - xy[ball, 0]) / reach[ball], (xy[ball, 1] - y) / reach[ball], rise(ball, x, y)], -1) @ view
     return pixel, points[ball] + radius * normal, normal, colours[ball]
-
-
-def gradient(distance, points, step=2e-3):
-    """Direction of steepest ascent by central differences (k 3); step spans the noise of a learnt field."""
-    axes = step * torch.eye(3)
-    return F.normalize(torch.stack([distance(points + a) - distance(points - a) for a in axes], -1), dim=-1)
-
-
-def see_sdf(distance, colour, view, width, steps=128):
-    """Sphere tracing: nothing is nearer than the distance, so it is always safe to step that far."""
-    ray, eye = F.normalize(rays(view, width), dim=-1), EYE * view[2]
-    wall = torch.stack([(-1 - eye) / ray, (1 - eye) / ray])                    # to the six sides of [-1, 1]^3
-    t, end = wall.amin(0).amax(-1), wall.amax(0).amin(-1)
-    alive, hits = (t < end).nonzero()[:, 0], []
-    for _ in range(steps):
-        d = distance(eye + t[alive, None] * ray[alive])
-        t[alive] += d
-        hits.append(alive[d < 1e-3])                                           # a fraction of a pixel
-        alive = alive[(d >= 1e-3) & (t[alive] < end[alive])]
-    pixel = torch.cat(hits)
-    position = eye + t[pixel, None] * ray[pixel]
-    return pixel, position, gradient(distance, position), colour(position)

@@ -21,10 +21,10 @@ import torch
 import trimesh
 from trimesh.exchange.gltf import export_glb, load_glb
 
-from engine.commands import Parser, UserError, command
+from engine.commands import Parser, UserError, between, command
 from engine.files import written
 from geometry.meshes import check, closed_edges, components, face_areas, sample_surface, watertight
-from geometry.render import render_gaussians, render_mesh, render_points, turned
+from geometry.render import MODES, render_gaussians, render_mesh, render_points, save_gif, save_png, turned, turntable
 
 
 @dataclass
@@ -269,11 +269,24 @@ def read(path):
 
 def main():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("file", help="what sample.py wrote, .glb or .ply")
-    shape = read(parser.parse_args().file)
+    parser.add_argument("file", type=Path, help="what sample.py wrote, .glb or .ply")
+    parser.add_argument("--out", type=Path, help="picture to write (default: beside the file, .png or .gif)")
+    parser.add_argument("--mode", default="colour", choices=MODES, help="what the picture shows")
+    parser.add_argument("--azimuth", type=float, default=35, help="degrees around the object; 0 sees its face")
+    parser.add_argument("--elevation", type=float, default=25, help="degrees above the horizon")
+    parser.add_argument("--size", type=between(16, 4096), default=512, help="pixels a side")
+    parser.add_argument("--turntable", action="store_true", help="one full turn as a GIF")
+    args = parser.parse_args()
+    shape = read(args.file)
     x = shape.vertices if isinstance(shape, Mesh) else shape.means if isinstance(shape, Gaussians) else shape.points
     count = f", {len(shape.faces):,} faces" if isinstance(shape, Mesh) else ""
     print(f"{type(shape).__name__}: {len(x):,} points{count}, from {x.min(0)} to {x.max(0)}, mean colour {shape.colours.mean(0)}")
+    out = args.out or args.file.with_suffix(".gif" if args.turntable else ".png")
+    if args.turntable:
+        save_gif(out, turntable(shape, size=args.size))
+    else:
+        save_png(out, shape.picture(args.size, azimuth=args.azimuth, elevation=args.elevation, mode=args.mode))
+    print(out)
 
 
 if __name__ == "__main__":

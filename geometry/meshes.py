@@ -18,7 +18,6 @@ four decimals, not by bins, in which what is always a little higher would be hig
     python geometry/meshes.py out/table-0.glb --faces 256        # as many faces as fit, in canonical order, as a picture
 """
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from engine.commands import Parser, UserError, between, command
+from engine.commands import UserError
 
 BINS = 128          # cells along a side of [-1, 1]^3: .016 each
 
@@ -245,23 +244,3 @@ def closed_edges(faces):
     """Share of the edges that exactly two faces share; 0 for an empty mesh."""
     edge = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), 1)
     return np.mean(np.unique(edge, axis=0, return_counts=True)[1] == 2) if len(edge) else 0.
-
-
-def main():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help="a coloured mesh, .glb")
-    parser.add_argument("--faces", type=between(4), default=256, help="how many fit, at least the 4 of a closed mesh")
-    parser.add_argument("--many", choices=["simplify", "refuse"], default="simplify", help="what to do with a mesh of more faces")
-    parser.add_argument("--out", type=Path, default=Path("out/faces.png"), help="picture to write")
-    args = parser.parse_args()
-    from geometry.export import read_glb
-    from geometry.render import render_mesh, save_png
-    vertices, faces, colours, _ = read_glb(args.file)
-    corners, colours, _ = canonical(*fit(vertices, faces, colours[faces].mean(1), args.faces, args.many))
-    x = centres(corners).reshape(-1, 3).astype(np.float32)
-    save_png(args.out, render_mesh(x, np.arange(len(x)).reshape(-1, 3), np.repeat(colours, 3, 0)))
-    print(f"{len(faces):,} faces -> {len(corners)} in canonical order, the first: {corners[0].tolist()}\n{args.out}")
-
-
-if __name__ == "__main__":
-    command(main)

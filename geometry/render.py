@@ -8,7 +8,6 @@ Letters: f faces, v vertices, k points or Gaussians, p pixels, n tiles.
     python geometry/render.py out/table-0.glb --turntable          # -> out/table-0.gif
 """
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,10 +16,10 @@ from einops import rearrange, reduce
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
 
-from engine.commands import Parser, UserError, between, command
+from engine.commands import UserError
 from engine.files import written
 from geometry.light import baked, lamps, light, look, scatter, to_linear, to_srgb
-from geometry.camera import EYE, HALF, gradient, project, rays, see_mesh, see_points, see_sdf, tensor
+from geometry.camera import EYE, HALF, project, rays, see_mesh, see_points, tensor
 
 MODES = ("colour", "normal", "depth")
 PAPER = (.985, .98, .972)          # the background, sRGB: white with a drop of warmth
@@ -192,19 +191,6 @@ def render_gaussians(means, scales, rotations, opacities, colours, azimuth=35, e
     return (image.clamp(0, 1) * 255).round().byte().numpy()
 
 
-def render_sdf(distance_fn, colour_fn=None, azimuth=35, elevation=25, size=256, mode="colour"):
-    """distance_fn: points (k 3), a float32 tensor within [-1, 1]^3 -> signed distances (k), which may be
-    truncated; colour_fn: points (k 3) -> colours (k 3) in 0..1. Both may answer in numpy."""
-    distance = lambda points: tensor(distance_fn(points))
-    colour = lambda points: tensor(colour_fn(points)) if colour_fn else torch.tensor(CLAY).expand_as(points)
-    cloud = scatter(2 ** 18) * 2 - 1
-    d = distance(cloud)
-    near = d.abs() < .06                                           # below any truncation; these are pulled onto
-    cloud = cloud[near] - d[near, None] * gradient(distance, cloud[near])      # the surface
-    see = lambda view, width: see_sdf(distance, colour, view, width)
-    return picture(see, cloud, azimuth, elevation, size, mode)
-
-
 def turntable(shape, frames=36, size=256):
     """Pictures of one full turn of anything that geometry/export.py holds."""
     return [shape.picture(size, azimuth=35 + 360 * i / frames) for i in range(frames)]
@@ -239,27 +225,3 @@ def save_gif(path, frames, fps=15):
     first, *rest = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
     with written(path) as temporary:
         first.save(temporary, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
-
-
-def main():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help="what sample.py wrote, .glb or .ply")
-    parser.add_argument("--out", type=Path, help="picture to write; None: beside the file, .png or .gif")
-    parser.add_argument("--mode", default="colour", choices=MODES, help="what the picture shows")
-    parser.add_argument("--azimuth", type=float, default=35, help="degrees around the object; 0 sees its face")
-    parser.add_argument("--elevation", type=float, default=25, help="degrees above the horizon")
-    parser.add_argument("--size", type=between(16, 4096), default=512, help="pixels a side")
-    parser.add_argument("--turntable", action="store_true", help="one full turn as a GIF")
-    args = parser.parse_args()
-    out = args.out or args.file.with_suffix(".gif" if args.turntable else ".png")
-    from geometry.export import read                         # trimesh takes a while to import, and only this needs it
-    shape = read(args.file)
-    if args.turntable:
-        save_gif(out, turntable(shape, size=args.size))
-    else:
-        save_png(out, shape.picture(args.size, azimuth=args.azimuth, elevation=args.elevation, mode=args.mode))
-    print(out)
-
-
-if __name__ == "__main__":
-    command(main)

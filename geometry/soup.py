@@ -13,9 +13,8 @@ Every triangle is given a skin, so that a sheet is a thin solid too and nothing 
 
 A gap narrower than a cell counts as closed. The triangles' own orientation is never asked.
 
-    python geometry/soup.py path/to/shapes --ways flood winding manifold       # how often is the solid what the triangles show?
+    python -m geometry.real path/to/shapes --check 70       # how often is the solid what the triangles show?
 """
-import time
 from functools import cached_property
 
 import numpy as np
@@ -23,9 +22,8 @@ import torch
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
-from tqdm import tqdm
 
-from engine.commands import Parser, UserError, between, command
+from engine.commands import UserError
 from engine.networks import grid_points
 from geometry.light import look
 from geometry.camera import see_mesh, tensor
@@ -143,7 +141,7 @@ class Soup:
         return vertices, faces, self.field(vertices[faces].mean(1))[1]
 
 
-# ---------------------------------------------------------------------------- is it the same thing, and other ways
+# ---------------------------------------------------------------------------- is the solid what the triangles show?
 
 def visible(vertices, faces, width=160):
     """Points of triangles that are seen from any of ten sides: k 3."""
@@ -168,63 +166,3 @@ def surface_of(inside, side=64):
         return np.zeros((0, 3)), np.zeros((0, 3), int)
     vertices, faces, *_ = marching_cubes(values, 0)
     return (vertices - .5) * 2 / side - 1, faces
-
-
-def flood(soup):
-    return surface_of(soup.side)
-
-
-def winding(soup):
-    """Inside is where the triangles go around more than half (libigl's fast winding number, Barill et al. 2018)."""
-    import igl
-    vertices, faces = soup.vertices.astype(float), soup.faces.astype(int)
-    return surface_of(lambda x: .5 - igl.fast_winding_number(vertices, faces, x.astype(float)))
-
-
-def manifold(soup):
-    """An octree's surface cells, refined (point-cloud-utils, Huang et al. 2018)."""
-    import point_cloud_utils
-    return point_cloud_utils.make_mesh_watertight(soup.vertices.astype(float), soup.faces.astype(np.int32), 20_000)
-
-
-def main():
-    from geometry.real import listed, triangles
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("path", help="a mesh, a folder of meshes, or Sweet Home 3D libraries")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["flood"], help="how to decide what is inside; winding needs "
-                        "`pip install libigl==2.6.3`, manifold `pip install point-cloud-utils==0.34.0`")
-    parser.add_argument("--shapes", type=between(1), default=100, help="how many, evenly spread")
-    args = parser.parse_args()
-    items, _ = listed(args.path)
-    items = [items[i] for i in np.linspace(0, len(items) - 1, min(args.shapes, len(items))).astype(int)]
-    results = {way: [] for way in args.ways}
-    for item in tqdm(items, unit="shape"):
-        try:
-            soup = Soup(*triangles(item))
-        except Exception as error:                            # what others wrote may go wrong in any way
-            print(f"skipped: {item.key}: {error}")
-            continue
-        for way in args.ways:
-            start = time.time()
-            try:
-                solid = WAYS[way](soup)
-            except ImportError as error:
-                raise UserError(f"{way} cannot be tried ({error}); see --help for what to install") from None
-            except (UserError, RuntimeError, ValueError):
-                solid = np.zeros((0, 3)), np.zeros((0, 3), int)
-            seconds = time.time() - start
-            results[way].append((*faithful((soup.vertices, soup.faces), solid), seconds))
-    if not results[args.ways[0]]:
-        raise UserError(f"none of the {len(items)} shapes of {args.path} can be read")
-    print(f"{len(results[args.ways[0]])} shapes. there: the share of what is seen of the triangles that the solid has within {2 * SKIN:.3f};\n"
-          "nothing else: the share of what is seen of the solid that the triangles have; usable: both at least 95 %")
-    print("| inside is | there | nothing else | usable | seconds |\n| --- | --: | --: | --: | --: |")
-    for way, each in results.items():
-        each = np.array(each)
-        print(f"| {way} | {each[:, 0].mean():.3f} | {each[:, 1].mean():.3f} | {(each[:, :2].min(1) >= .95).mean():.3f} | {each[:, 2].mean():.2f} |")
-
-
-WAYS = {"flood": flood, "winding": winding, "manifold": manifold}
-
-if __name__ == "__main__":
-    command(main)
