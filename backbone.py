@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
+from engine.commands import UserError
 from engine.files import load_model, read_stage
 from engine.networks import Block, time_embedding
-from prefix import Prefix, drops
+from prefix import Prefix, random_drops
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
     "tiny": dict(dim=256, encoder=4, decoder=4, heads=8, prefix=8, head_dim=256, head_depth=3),
@@ -27,13 +28,13 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
 }
 DRAWS = 4    # noise draws a masked token and step: the MAE's work is shared by all of them
-CACHED = 2 ** 20    # tokens times width that a CPU samples at a time: their activations fit its cache, many shapes take a fifth less time
+CACHED = 2 ** 20    # tokens times width times branches of guidance that a CPU computes at once (cache_sized)
 
 
 # ---------------------------------------------------------------------------- DenoiseNet
 
 class DenoiseNet(nn.Module):
-    """adaLN residual MLP on one noisy token, told the time and the context vector c_i."""
+    """A residual MLP on one noisy token; time and context vector c_i set the shift, scale and gate of its blocks (adaLN)."""
 
     def __init__(self, channels, context_dim, dim, depth):
         super().__init__()
@@ -58,37 +59,58 @@ class DenoiseNet(nn.Module):
         return self.out(self.norm(x) * (1 + scale) + shift).float()
 
 
-def guided(net, x, t, c, guidance):
-    """Classifier-free guidance, a strength for each kind of prompt (Brooks et al. 2023): c holds [all that is told, ..., nothing told],
-    one kind less each time, which share the noise x."""
-    n = len(c) // len(x)
-    out = net(x.repeat(n, 1), t.repeat(n), c).chunk(n)
-    return out[-1] + sum(g * (more - less) for g, more, less in zip(guidance, out, out[1:]))
+# ---------------------------------------------------------------------------- classifier-free guidance
 
+def guidance_branches(condition, b, cfg):
+    """The branches that classifier-free guidance compares, stacked along the batch: r branches of b samples each.
 
-def branched(condition, b, cfg):
-    """The branches of guidance: all that is told, one kind less ..., nothing. -> the condition, once for each; what each is not
-    told; the strength of each kind, the last first. cfg: one strength, or {kind: strength}; if all are 1 there is one branch."""
-    kinds = list(condition)
+    Each branch is told one kind of prompt less than the branch before it; the last is told nothing. With text and picture:
+
+        branch 0: text and picture      branch 1: text      branch 2: nothing
+        hidden:   {}                              {image}             {text, image}
+        strengths: [cfg of the image (0 against 1), cfg of the text (1 against 2)]
+
+    cfg: one strength, or {kind: strength}. If all strengths are 1 the branches add up to branch 0 alone: then r = 1.
+    -> the condition of r b samples, {kind: (r b,), True = this sample is not told}, the strengths.
+    """
+    kinds = list(condition)                                                       # ["text", "image"]
     strengths = [cfg.get(kind, 2.) if isinstance(cfg, dict) else cfg for kind in reversed(kinds)]
-    strengths = strengths if any(g != 1 for g in strengths) else []
-    hidden = [set(kinds[len(kinds) - i:]) for i in range(len(strengths) + 1)]
-    again = {kind: [repeat(x, "b ... -> (r b) ...", r=len(hidden)) for x in both] for kind, both in condition.items()}
-    return again, {kind: torch.tensor([kind in some for some in hidden], device=again[kind][1].device).repeat_interleave(b)
-                   for kind in kinds}, strengths
+    if all(strength == 1 for strength in strengths):
+        strengths = []
+    hidden = [set(kinds[len(kinds) - i:]) for i in range(len(strengths) + 1)]     # r sets of kinds
+
+    stacked, drop = {}, {}
+    for kind, (tokens, mask) in condition.items():
+        stacked[kind] = [repeat(x, "b ... -> (r b) ...", r=len(hidden)) for x in (tokens, mask)]
+        drop[kind] = torch.tensor([kind in kinds for kinds in hidden], device=mask.device).repeat_interleave(b)
+    return stacked, drop, strengths
 
 
-def noise_of(draws, shape, device):
-    """Of every sample its own generator's: b ..."""
-    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in draws])).to(device)
+def guided(net, x, t, c, strengths):
+    """Classifier-free guidance with a strength for each kind of prompt (Brooks et al. 2023). x: k c and t: k are shared by
+    all branches; c: (r k) d holds their context vectors.
+
+        out = out_nothing + sum_i strength_i (out_i - out_(i+1))
+    """
+    r = len(c) // len(x)
+    out = net(x.repeat(r, 1), t.repeat(r), c).chunk(r)                            # r times k c
+    differences = [g * (more - less) for g, more, less in zip(strengths, out, out[1:])]
+    return out[-1] + sum(differences)
+
+
+# ---------------------------------------------------------------------------- denoisers
+
+def draw_noise(generators, shape, device):
+    """One array of noise a sample, each from its own random generator: b, then `shape`."""
+    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in generators])).to(device)
 
 
 class Flow:
     """Rectified flow: x_t = (1 - t) noise + t x, the network gives the velocity x - noise."""
-    steps = 4
+    steps = 4                                                 # by default
 
     @staticmethod
-    def draws(steps):                                         # of noise a token
+    def draws(steps):                                         # noise draws that sampling a token takes
         return 1
 
     @staticmethod
@@ -99,12 +121,13 @@ class Flow:
         return F.mse_loss(net((1 - t_) * noise + t_ * x, t, c), x - noise)
 
     @staticmethod
-    def sample(net, c, noise, steps, guidance=(), temperature=1.):
-        """Adams-Bashforth steps from t = 0 to 1, of second order with one evaluation each; temperature scales the noise (k 1 c)
-        that everything starts from."""
+    def sample(net, c, noise, steps, strengths=(), temperature=1.):
+        """noise k 1 c, context vectors c (r k) d -> tokens k c. Adams-Bashforth steps from t = 0 to 1: second order with one
+        evaluation a step. temperature scales the noise."""
         x, before = temperature * noise[:, 0], None
         for i in range(steps):
-            v = guided(net, x, torch.full((len(x),), i / steps, device=x.device), c, guidance)
+            t = torch.full((len(x),), i / steps, device=x.device)                 # k
+            v = guided(net, x, t, c, strengths)                                   # k c
             x = x + (v if before is None else 1.5 * v - .5 * before) / steps
             before = v
         return x
@@ -112,13 +135,13 @@ class Flow:
 
 class DDPM:
     """The paper's and MAR's: x_t = sqrt(a_t) x + sqrt(1 - a_t) noise, cosine a_t, the network gives the noise."""
-    steps = 100
-    T = 1000
+    steps = 100                                               # by default
+    T = 1000                                                  # noise levels
     alphas = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + .008) / 1.008 * math.pi / 2) ** 2
     alphas = (alphas / alphas[0]).clamp_min(1e-5).float()     # a_0 = 1 ... a_T ~ 0
 
     @staticmethod
-    def draws(steps):                                         # the start, then one a step but the last
+    def draws(steps):                                         # one to start from, one more a step but the last
         return steps
 
     @classmethod
@@ -128,15 +151,16 @@ class DDPM:
         return F.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, i / cls.T, c), noise)
 
     @classmethod
-    def sample(cls, net, c, noise, steps, guidance=(), temperature=1.):
-        """Ancestral sampling over `steps` of the 1000 levels; temperature scales the noise (k steps c) injected on the way."""
+    def sample(cls, net, c, noise, steps, strengths=(), temperature=1.):
+        """noise k steps c, context vectors c (r k) d -> tokens k c. Ancestral sampling over `steps` of the 1000 levels;
+        temperature scales the noise that is injected on the way."""
         levels = torch.linspace(cls.T, 0, steps + 1).round().long()
         x = noise[:, 0]
         for step, (i, j) in enumerate(zip(levels[:-1], levels[1:])):
             a, b = cls.alphas[i].to(x.device), cls.alphas[j].to(x.device)
             t = torch.full((len(x),), i / cls.T, device=x.device)
-            eps = guided(net, x, t, c, guidance)
-            clean = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-5, 5)          # tokens have unit variance
+            eps = guided(net, x, t, c, strengths)                                 # k c
+            clean = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-5, 5)          # k c; tokens have unit variance
             ratio = a / b                                     # posterior q(x_j | x_i, clean)
             mean = (b.sqrt() * (1 - ratio) * clean + ratio.sqrt() * (1 - b) * x) / (1 - a)
             fresh = noise[:, (step + 1) % steps]              # the last step adds none: there 1 - b is 0
@@ -150,10 +174,12 @@ DENOISERS = {"flow": Flow, "ddpm": DDPM}
 # ---------------------------------------------------------------------------- MAE
 
 class Backbone(nn.Module):
+    takes_rgs = True                                          # Reconstruction-Guided Sampling blends known tokens
+
     def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
                  denoiser="flow"):
         super().__init__()
-        self.tokens, self.channels, self.denoiser = tokens, channels, DENOISERS[denoiser]
+        self.tokens, self.channels, self.dim, self.denoiser = tokens, channels, dim, DENOISERS[denoiser]
         self.prefix = Prefix(prefix, dim, heads, widths)
         self.token = nn.Linear(channels, dim)
         self.place_in = nn.Parameter(torch.randn(tokens, dim) * .02)              # two positional embeddings, as MAR
@@ -164,71 +190,87 @@ class Backbone(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.net = DenoiseNet(channels, dim, head_dim, head_depth)
 
-    def told(self, condition, drop=None):
-        """What a prompt becomes: the prefix, b p d. (In evaluation/peers.py also what blocks read besides.)"""
-        return self.prefix(condition, drop),
-
-    def contexts(self, told, x, order, known, asked):
-        """told: (prefix b p d,), x b n c, order b n (a permutation: its first `known` are known), asked b m -> c_i of these, b m d."""
-        prefix, *read = told
+    def contexts(self, prefix, x, order, known, rows):
+        """The MAE: prefix b p d, shape tokens x b n c, order b n (its first `known` entries are known tokens)
+        -> context vectors c_i of the tokens `rows` (b m): b m d."""
         b, p, d = prefix.shape
-        seen = repeat(order[:, :known], "b k -> b k d", d=d)
+        seen = repeat(order[:, :known], "b k -> b k d", d=d)                      # b k d, indices
         y = (self.token(x) + self.place_in).gather(1, seen)                       # b k d
-        y = torch.cat([prefix, y], 1)
-        for block in self.encoder:                                                # sees only what is known
-            y = block(y, *read)
+        y = torch.cat([prefix, y], 1)                                             # b (p + k) d
+        for block in self.encoder:                                                # sees the known tokens only
+            y = block(y)
         y = self.norm_in(y)
-        full = repeat(self.unknown, "d -> b n d", b=b, n=self.tokens).to(y.dtype).scatter(1, seen, y[:, p:])
-        y = torch.cat([y[:, :p], full], 1) + self.place_out
+
+        full = repeat(self.unknown, "d -> b n d", b=b, n=self.tokens).to(y.dtype).scatter(1, seen, y[:, p:])      # b n d
+        y = torch.cat([y[:, :p], full], 1) + self.place_out                       # b (p + n) d
         for block in self.decoder[:-1]:                                           # sees all places
-            y = block(y, *read)
-        return self.norm_out(self.decoder[-1](y, *read, asked=p + asked))
+            y = block(y)
+        return self.norm_out(self.decoder[-1](y, rows=p + rows))                  # b m d
 
     def loss(self, x, condition):
-        """x: b n c shape tokens and their condition (prefix.py). The diffusion loss, on the hidden tokens only."""
+        """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the hidden tokens."""
         b, n, device = len(x), self.tokens, x.device
-        # the share hidden is that of a random moment of generation, one for the batch: no padding. (MAR hides .7 and more. Here
-        # the tokens that are placed last, when all others are known, then never were learnt, and are torn.)
+        # The share of hidden tokens is that of a random moment of generation, the same for the whole batch: no padding.
+        # (MAR hides at least .7 of them. Then the tokens placed last, when nearly all are known, are never learnt, and tear.)
         ratio = math.cos(math.pi / 2 * torch.rand(1).item())
         known = n - math.ceil(n * ratio)
-        order = torch.rand(b, n, device=device).argsort(1)
-        hidden = order[:, known:]                                                 # b m: no other reaches the head
-        c = self.contexts(self.told(condition, drops(b, condition, device)), x, order, known, hidden)
-        x = x.gather(1, repeat(hidden, "b m -> b m c", c=self.channels))
-        c, x = repeat(c, "b m d -> (r b m) d", r=DRAWS), repeat(x, "b m c -> (r b m) c", r=DRAWS)
+        order = torch.rand(b, n, device=device).argsort(1)                        # b n
+        hidden = order[:, known:]                                                 # b m
+
+        prefix = self.prefix(condition, random_drops(b, condition, device))       # b p d
+        c = self.contexts(prefix, x, order, known, hidden)                        # b m d
+        x = x.gather(1, repeat(hidden, "b m -> b m c", c=self.channels))          # b m c
+        c = repeat(c, "b m d -> (r b m) d", r=DRAWS)
+        x = repeat(x, "b m c -> (r b m) c", r=DRAWS)
         return self.denoiser.loss(self.net, x, c)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, steps=10, denoise_steps=None, cfg=2., temperature=1.,
-                 growth=0., steer=None, window=.75):
-        """condition (prefix.py), one seed a sample -> shape tokens b n c. cfg: the strength of guidance, or one for each kind.
-        growth: it grows with the share of tokens known to this power. 1 is MAR's, which hardly guides the first, that decide most.
-
-        steer: RGS, a function of the tokens sampled so far that gives what the MAE sees of them (reconstruct.py), during the first
-        `window` of the steps (a share if below 1, else a number of steps); None is sampling only.
-        """
-        b, n, device = len(seeds), self.tokens, self.unknown.device
-        # a sample's randomness is its own, so that it does not depend on who else is in the batch
-        draws = [np.random.default_rng(seed) for seed in seeds]
-        order = torch.from_numpy(np.stack([rng.permutation(n) for rng in draws])).to(device)             # b n
+    def generate(self, condition, seeds, steps=10, denoise_steps=None, cfg=2., temperature=1., steer=None, window=.75):
+        """condition (prefix.py) and one seed a sample -> shape tokens b n c. steer: RGS, what the MAE sees of the tokens x
+        during the first `window` of the steps (reconstruct.py); None: x itself."""
+        b, n, c, device = len(seeds), self.tokens, self.channels, self.unknown.device
         denoise_steps = denoise_steps or self.denoiser.steps
-        noise = noise_of(draws, (n, self.denoiser.draws(denoise_steps), self.channels), device)          # b n r c
-        condition, drop, strengths = branched(condition, b, cfg)
-        told, branches = self.told(condition, drop), len(strengths) + 1
-        orders, some = order.repeat(branches, 1), max(1, CACHED // (n * len(self.unknown))) if device.type == "cpu" else branches * b
-        guided_early = window if window >= 1 else math.ceil(window * steps)
-        x = torch.zeros(b, n, self.channels, device=device)
+        generators = [np.random.default_rng(seed) for seed in seeds]              # a sample does not depend on its batch
+        order = torch.from_numpy(np.stack([rng.permutation(n) for rng in generators])).to(device)             # b n
+        noise = draw_noise(generators, (n, self.denoiser.draws(denoise_steps), c), device)                    # b n s c
+
+        condition, drop, strengths = guidance_branches(condition, b, cfg)
+        prefix = self.prefix(condition, drop)                                     # (r b) p d
+        r = len(strengths) + 1
+
+        x = torch.zeros(b, n, c, device=device)                                   # b n c, tokens not known yet are 0
         for step, (known, then) in enumerate(schedule(n, steps)):
-            seen = x if steer is None or step >= guided_early else steer(x)                               # RGS
-            parts = zip(*(y.split(some) for y in (*told, seen.repeat(branches, 1, 1), orders)))
-            c = torch.cat([self.contexts(told_, seen_, order_, known, order_[:, known:then]) for *told_, seen_, order_ in parts])
-            place = repeat(order[:, known:then], "b m -> b m c", c=self.channels)
-            guidance = [1 + (g - 1) * (then / n) ** growth for g in strengths]
-            fresh = noise.gather(1, repeat(place, "b m c -> b m r c", r=noise.shape[2]))
-            new = self.denoiser.sample(self.net, rearrange(c, "b m d -> (b m) d"), rearrange(fresh, "b m r c -> (b m) r c"),
-                                       denoise_steps, guidance, temperature)
-            x = x.scatter(1, place, rearrange(new, "(b m) c -> b m c", b=b).to(x.dtype))
+            new = order[:, known:then]                                            # b m, the tokens of this step
+            steered = x if steer is None or step >= math.ceil(window * steps) else steer(x)                   # b n c
+
+            # MAE: c_i = f(prefix, known tokens)
+            context = self.contexts(prefix, steered.repeat(r, 1, 1), order.repeat(r, 1), known, new.repeat(r, 1))
+
+            # DenoiseNet: x_i ~ p(x_i | c_i), guided by the r branches
+            sample = self.denoiser.sample(self.net, rearrange(context, "rb m d -> (rb m) d"), take(noise, new),
+                                          denoise_steps, strengths, temperature)  # (b m) c
+            x = place(x, new, sample)
         return x
+
+
+def take(x, rows):
+    """x b n ..., rows b m -> those rows of every sample, one below the other: (b m) ..."""
+    return torch.cat([one[some] for one, some in zip(x, rows)])
+
+
+def place(x, rows, values):
+    """x b n c with the rows b m of every sample replaced by `values`, (b m) c."""
+    index = repeat(rows, "b m -> b m c", c=x.shape[-1])
+    return x.scatter(1, index, rearrange(values, "(b m) c -> b m c", b=len(x)).to(x.dtype))
+
+
+def cache_sized(backbone, condition, seeds):
+    """Parts of a batch, whose activations fit a CPU's cache: many shapes then take a fifth less time. -> (condition, seeds) pairs."""
+    size = len(seeds)
+    if backbone.token.weight.device.type == "cpu":
+        size = max(1, CACHED // (backbone.tokens * backbone.dim * (len(condition) + 1)))
+    for i in range(0, len(seeds), size):
+        yield {kind: (x[i:i + size], mask[i:i + size]) for kind, (x, mask) in condition.items()}, seeds[i:i + size]
 
 
 def schedule(n, steps):
@@ -246,8 +288,7 @@ def schedule(n, steps):
 
 def load(folder):
     """The backbone of a checkpoint folder, frozen."""
-    entry, kind = read_stage(folder, "backbone"), Backbone
+    entry = read_stage(folder, "backbone")
     if entry.get("generator", "masked") != "masked":
-        from evaluation.peers import GENERATORS                      # few need them
-        kind = GENERATORS[entry["generator"]]
-    return load_model(kind, f"{folder}/backbone.safetensors", **entry["settings"])
+        raise UserError(f"the backbone in {folder} is a peer of LTM3D's ({entry['generator']}); python evaluate.py versus samples those")
+    return load_model(Backbone, f"{folder}/backbone.safetensors", **entry["settings"])

@@ -32,7 +32,7 @@ import heads
 from geometry import surface
 import tokenizer
 from engine.commands import Parser, between, cast_once, command, pick_device
-from engine.files import claim
+from engine.files import make_folder
 from geometry.light import look
 from evaluation.timing import flops, matmul_peak, turns
 from geometry.render import flatten, splat
@@ -354,7 +354,7 @@ def main():
             sub[name].add_argument(flag, **settings)
     sub["quality"].set_defaults(rounds=1, rep="sdf", seed=0, data=None, copies=1, cache="cache")
     args = parser.parse_args()
-    claim(args.out)
+    make_folder(args.out)
     bench = Bench(args)
     report(args.out, args.command, BENCHES[args.command](bench), draw=curves if args.command == "sizes" else None)
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command
-from engine.files import claim, written
+from engine.files import make_folder, atomic_write
 from geometry import shapes
 from geometry.prepare import CHUNK, TRAIN_SHAPES, BuiltIn, Files, fill
 from geometry.render import contact_sheet, render_mesh, save_png
@@ -34,6 +34,14 @@ def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",
     folder, kinds = Path(out) / source.name, list(kinds)
     fill(folder, source, kinds, workers, shard)
     return Prepared(folder, source, kinds)
+
+
+READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}      # method of Prepared -> kind of samples
+
+
+def kinds_of(heads):
+    """The kinds of samples that some heads learn from."""
+    return list(dict.fromkeys(READ_FROM[name] for head in heads for name in head.reads))
 
 
 class Prepared:
@@ -55,7 +63,7 @@ class Prepared:
         self.text = [texts[0][row] for row in self.rows]
         self.classes, self.captions = [text["class"] for text in self.text], [text["captions"] for text in self.text]
         if source.skipped or self.broken:
-            with written(self.folder / "skipped.csv") as part, part.open("w", newline="", errors="backslashreplace") as file:
+            with atomic_write(self.folder / "skipped.csv") as part, part.open("w", newline="", errors="backslashreplace") as file:
                 csv.writer(file).writerows([("file", "reason"), *source.skipped, *self.broken.items()])
 
     def __len__(self):
@@ -64,6 +72,16 @@ class Prepared:
     def shape(self, row):
         """The shape itself, for what needs more than samples: exact distances at any point."""
         return self.source.shape(self.rows[row])
+
+    def samples(self, rows, reads, rng):
+        """What a head learns from (heads.py): reads names methods below, with how many points -> a dict of tensors, b rows each."""
+        batch = {}
+        for name, count in reads.items():
+            batch |= self.named_cloud(rows, count, rng) if name == "cloud" else getattr(self, name)(rows, count, rng)
+        return batch
+
+    def named_cloud(self, rows, k, rng):
+        return dict(zip(("points", "normals", "colours"), self.cloud(rows, k, rng)))
 
     def cloud(self, rows, k, rng):
         """k oriented coloured surface points of each row: points, normals, colours, b k 3 each."""
@@ -77,12 +95,12 @@ class Prepared:
         some = rng.permutation(QUERIES)[:k]
         return {name: torch.from_numpy(self.arrays[name][self.rows[rows]][:, some].astype(np.float32)) for name in ("queries", "distance")}
 
-    def faces(self, rows):
+    def faces(self, rows, *_):
         """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
         corners, components, colours = (torch.from_numpy(self.arrays[name][self.rows[rows]]) for name in ("corners", "components", "face_colours"))
         return {"corners": corners.long(), "components": components.long(), "face_colours": colours.float() / 255}
 
-    def told(self, rows, rng):
+    def draw_captions(self, rows, rng):
         """One caption of each."""
         return [self.captions[row][rng.integers(len(self.captions[row]))] for row in rows]
 
@@ -91,7 +109,7 @@ class Prepared:
         which = rng.integers(PICTURES, size=len(rows)) if which is None else which
         return lit(*(self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"]), rng, vary)
 
-    def views(self, rows):
+    def views(self, rows, *_):
         """A picture of each: b size size 4, and where it was taken from, b 2 in degrees."""
         views, angles = (torch.from_numpy(self.arrays[name][self.rows[rows]]) for name in ("views", "angles"))
         return {"views": views.float() / 255, "angles": angles}
@@ -110,7 +128,7 @@ def main():
     parser.add_argument("--workers", type=between(1), default=2, help="processes to use")
     parser.add_argument("--picture", default="out/shapes.png", help="contact sheet to write")
     args = parser.parse_args()
-    claim(Path(args.picture).parent)
+    make_folder(Path(args.picture).parent)
     start = time.time()
     train = prepare("train", args.shapes, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
     test = prepare("test", None, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)

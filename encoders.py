@@ -1,51 +1,73 @@
-"""encoders.py - the frozen encoders of a checkpoint, whoever trained them: what is asked for -> condition tokens.
+"""encoders.py - a prompt becomes condition tokens: the frozen text and image encoders of a checkpoint (LTM3D section 4).
 
-A condition is a dict of what there is, {"text": (tokens b t e, mask b t), "image": ...}; the tower of either kind is ours
-(prompts/text_tower.py, prompts/image_tower.py) or somebody else's (prompts/pretrained.py), and config.json remembers which.
+    condition = {"text": (tokens b t e, mask b t), "image": (tokens b t e, mask b t)}          one of them or both
+
+The paper freezes CLIP and DINOv2. Here each tower is either built in (prompts/text_tower.py, prompts/image_tower.py),
+trained from nothing in minutes, or any of `transformers` (prompts/pretrained.py); config.json remembers which.
+
+    python train.py --rep sdf --stage encoders       # trains the built-in text tower
+    python train.py --rep sdf --stage vision         # trains the built-in image tower
 """
 import functools
 
-from prompts import text_tower
-from prompts import image_tower
-from prompts import pretrained
 from engine.files import read_stage
+from geometry.training_samples import PICTURES
+from prompts import image_tower, pretrained, text_tower
 
 KINDS = ("text", "image")
 
 
-class Towers:
+class Encoders:
     def __init__(self, text, image):
-        self.of = {"text": text, "image": image}
-        self.widths = {kind: tower.width for kind, tower in self.of.items()}      # e of each
+        self.towers = {"text": text, "image": image}
+        self.widths = {kind: tower.width for kind, tower in self.towers.items()}  # e of each
+        self.caches = {}                                      # tokens of a prepared set, of towers that are slow
 
     def encode(self, prompts=None, pictures=None):
-        """b strings, pictures b 3 s s, or both -> what the backbone and the reconstructor are conditioned on."""
-        return {kind: self.of[kind].tokens(what) for kind, what in (("text", prompts), ("image", pictures)) if what is not None}
+        """b strings, pictures b 3 s s, or both -> the condition of backbone and reconstructor."""
+        given = {"text": prompts, "image": pictures}
+        return {kind: self.towers[kind].tokens(x) for kind, x in given.items() if x is not None}
 
     def draw(self, split, rows, rng):
-        """One caption and one picture of each of some training shapes."""
-        return {kind: tower.draw(split, rows, rng) for kind, tower in self.of.items()}
+        """One caption and one picture of each training shape: what `encode_drawn` takes."""
+        captions = split.draw_captions(rows, rng)
+        text = self.cache("text", split).draw(captions) if self.is_pretrained("text") else captions
+        which = rng.integers(PICTURES, size=len(rows))
+        image = self.cache("image", split).draw(rows * PICTURES + which) if self.is_pretrained("image") else \
+            split.pictures(rows, rng, which)
+        return {"text": text, "image": image}
 
-    def read(self, drawn):
+    def encode_drawn(self, drawn):
         """The same as `encode`, of what was drawn."""
-        return {kind: tower.read(drawn[kind]) for kind, tower in self.of.items()}
+        return {kind: (x[0].float(), x[1]) if self.is_pretrained(kind) else self.towers[kind].tokens(x)
+                for kind, x in drawn.items()}
+
+    def is_pretrained(self, kind):
+        return isinstance(self.towers[kind], pretrained.Pretrained)
+
+    def cache(self, kind, split):
+        if (kind, split.name) not in self.caches:
+            make = pretrained.caption_cache if kind == "text" else pretrained.picture_cache
+            self.caches[kind, split.name] = make(self.towers[kind], split)
+        return self.caches[kind, split.name]
 
 
 def make(folder, text=None, image=None, device="cpu"):
-    """The towers of these names, hub names or folders; None is ours, in the checkpoint folder."""
-    text, image = others(text=text, image=image, device=device)
-    return Towers(text or text_tower.load(folder).to(device), image or image_tower.load(folder).to(device))
+    """text, image: a hub name or a folder; None is the built-in tower in the checkpoint folder."""
+    other = load_pretrained(text, image, device)
+    return Encoders(other[0] or text_tower.load(folder).to(device), other[1] or image_tower.load(folder).to(device))
 
 
 @functools.cache
-def others(text=None, image=None, device="cpu"):
-    """Other people's towers of these names, loaded once; None stays None."""
-    if not text and not image:
-        return None, None
-    read = text_tower.Bag(device) if text == "bag" else pretrained.Text(text, device) if text else None
-    return read, pretrained.Image(image, device) if image else None
+def load_pretrained(text=None, image=None, device="cpu"):
+    """The towers of these names, loaded once; None stays None."""
+    if text == "bag":
+        tower = text_tower.BagOfWords(device)
+    else:
+        tower = pretrained.Text(text, device) if text else None
+    return tower, pretrained.Image(image, device) if image else None
 
 
 def load(folder, device="cpu"):
-    """The towers that the backbone of a checkpoint folder was trained with."""
+    """The encoders that the backbone of a checkpoint folder was trained with."""
     return make(folder, **read_stage(folder, "backbone")["towers"], device=device)

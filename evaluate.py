@@ -35,13 +35,13 @@ from prompts import image_tower
 from evaluation.attributes import ATTRIBUTES, holds, look
 from data import prepare
 from evaluation.experiments import EXPERIMENTS, QUESTIONS, TRAINED, VARIANTS
-from engine.loop import plot_losses
+from engine.state import plot_losses
 from heads import HEADS
 from geometry.training_pictures import lit
 from evaluation.judges import JUDGES, decoded_field, true_field
 from geometry.training_samples import pictures
 from engine.commands import Parser, UserError, between, command, pick_device
-from engine.files import claim, read_config
+from engine.files import make_folder, read_config
 from evaluation.metrics import chamfer, chamfer_matrix, emd
 from geometry.render import contact_sheet, save_png
 from evaluation.results import Kept, compare, labels, mean, report
@@ -334,7 +334,7 @@ def main():
     flag("ablate-encoder", "--text-encoders", nargs="+", default=[], metavar="NAME", help="text encoders of transformers to try as well (prompts/pretrained.py)")
     args = parser.parse_args()
     start = time.time()
-    claim(args.out), pick_device(args.device)
+    make_folder(args.out), pick_device(args.device)
     if len(args.checkpoint) > 1 and args.command in ("ablate-rgs", *TRAINED):
         raise UserError(f"{args.command} takes one --checkpoint")
     for folder in args.checkpoint:

@@ -3,11 +3,10 @@
 LTM3D trains a tokenizer per representation. Here one encoder's tokens are read by four heads, and the backbone, which
 makes the tokens, never knows which. A head is a class with
 
-    kinds       which prepared arrays of data.py it learns from
+    reads       what it learns from: {method of data.Prepared: how many points; None: all there are}
     needs       other heads that it decodes with
-    COUNT       how many points it makes unless told
-    samples     a training batch:  (split, rows, rng) -> dict of tensors
-    loss        (tokens b n c, batch) -> loss, logs
+    COUNT       how many points it makes by default
+    loss        (tokens b n c, batch: the tensors of `reads`) -> loss, logs
     decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (geometry/export.py)
 
     python train.py --rep pc --stage head        # trains one on frozen tokens
@@ -23,10 +22,10 @@ from torch import nn
 
 from geometry.export import Cloud, Gaussians, Mesh
 from engine.commands import UserError
-from engine.files import load_model, read_config, read_stage
+from engine.files import load_model, read_config, read_stage, trained_stages
 from engine.networks import Block, fourier, grid_points, time_embedding
 from geometry.light import baked
-from geometry.meshes import BINS, centres, close, like_parts, parts, weld
+from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, weld
 from geometry.render import splat
 from geometry.surface import TRUNCATION, chunks, extract
 
@@ -34,7 +33,7 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 
 
 class QueryDecoder(nn.Module):
-    """What every head is made of: tokens -> memory once, then any number of points ask the memory."""
+    """What three heads are made of: tokens become a memory once; then any number of points is evaluated against it."""
 
     def __init__(self, side, channels, dim, heads, outputs):
         super().__init__()
@@ -50,14 +49,14 @@ class QueryDecoder(nn.Module):
         x = self.token(tokens) + self.place
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:
-            x = block(x, at=(anchors, anchors))
+            x = block(x, positions=(anchors, anchors))
         return x
 
-    def ask(self, memory, x, told=0.):                        # memory b n d, x b k 3, told b k d -> b k outputs
+    def evaluate(self, memory, x, extra=0.):                  # memory b n d, points x b k 3, extra b k d -> b k outputs
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
-        y = self.point(fourier(x, BANDS)) + told
+        y = self.point(fourier(x, BANDS)) + extra                                         # b k d
         for block in self.cross:
-            y = block(y, memory, at=(x, anchors))
+            y = block(y, memory, positions=(x, anchors))
         y = self.norm(y)
         with torch.autocast(y.device.type, enabled=False):    # a surface is where this crosses zero: fp32
             return self.out(y.float())
@@ -67,25 +66,20 @@ class QueryDecoder(nn.Module):
 
 class SdfHead(QueryDecoder):
     """Tokens -> truncated signed distance (in units of the truncation) and colour at any point."""
-    kinds, needs, COUNT = ("surface",), (), None
+    reads, needs, COUNT = {"cloud": 128, "queries": 640}, (), None
 
     def __init__(self, **size):
         super().__init__(**size, outputs=4)
 
-    @staticmethod
-    def samples(split, rows, rng):
-        points, _, colours = split.cloud(rows, 128, rng)
-        return split.queries(rows, 640, rng) | {"surface": points, "surface_colour": colours}
-
     def loss(self, tokens, batch):
-        """L1 on the clipped distance at queries near and far, and at surface points, where it is 0; the squared error of colour,
-        as the likeliest colour, which L1 would make, has no stripe where it is not sure how high that is."""
-        x = torch.cat([batch["queries"], batch["surface"]], 1)
-        y = self.ask(self.read(tokens), x)                                                # b k 4
+        """L1 of the clipped distance, at queries and at surface points, where it is 0; squared error of the colour at surface
+        points. (L1 there learns the likeliest colour: where the height of a stripe is uncertain, that has no stripe.)"""
+        x = torch.cat([batch["queries"], batch["points"]], 1)                             # b k 3
+        y = self.evaluate(self.read(tokens), x)                                           # b k 4
         k = batch["queries"].shape[1]
         target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (0, x.shape[1] - k))
         distance = F.l1_loss(y[..., 0], target)
-        colour = F.mse_loss(y[:, k:, 1:], batch["surface_colour"])
+        colour = F.mse_loss(y[:, k:, 1:], batch["colours"])
         return distance + colour, {"distance": distance.detach(), "colour": colour.detach()}
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
@@ -97,17 +91,13 @@ class SdfHead(QueryDecoder):
 class PointHead(QueryDecoder):
     """A flow that carries noise to the surface, one point at a time: any number of points from one set of tokens.
     x_t = (1 - t) noise + t x; outputs are the velocity x - noise, and at t = 1 normal and colour."""
-    kinds, needs, COUNT = ("surface",), (), 4096
+    reads, needs, COUNT = {"cloud": 768}, (), 4096
     STEPS = 32       # the later, the smaller: where a point lands is decided at the end
 
     def __init__(self, **size):
         super().__init__(**size, outputs=9)
         dim = size["dim"]
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-
-    @staticmethod
-    def samples(split, rows, rng):
-        return dict(zip(("points", "normals", "colours"), split.cloud(rows, 768, rng)))
 
     def loss(self, tokens, batch):
         x, ends = batch["points"], batch["points"].shape[1] // 4
@@ -121,8 +111,8 @@ class PointHead(QueryDecoder):
 
     def velocity(self, memory, x, t):                         # b k 3, b k -> b k 9
         b = len(x)
-        told = self.time(time_embedding(rearrange(t, "b k -> (b k)"), self.time[0].in_features))
-        return self.ask(memory, x, rearrange(told, "(b k) d -> b k d", b=b))
+        time = self.time(time_embedding(rearrange(t, "b k -> (b k)"), self.time[0].in_features))
+        return self.evaluate(memory, x, rearrange(time, "(b k) d -> b k d", b=b))
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=COUNT):
@@ -130,14 +120,14 @@ class PointHead(QueryDecoder):
         with autocast():
             memory = self.read(tokens[None])
 
-        def ask(x, t):
+        def outputs(x, t):                                    # k 3, a time -> k 9
             with autocast():
                 return torch.cat([self.velocity(memory, part[None], t.expand(1, len(part)))[0] for part in chunks(x)])
 
         times = 1 - torch.linspace(1, 0, self.STEPS + 1, device=x.device) ** 1.5
         for t, then in zip(times[:-1], times[1:]):
-            x = x + (then - t) * ask(x, t)[:, :3]
-        y = ask(x, times[-1])
+            x = x + (then - t) * outputs(x, t)[:, :3]
+        y = outputs(x, times[-1])
         return Cloud(x.cpu().numpy(), F.normalize(y[:, 3:6], dim=-1).cpu().numpy(), y[:, 6:].clamp(0, 1).cpu().numpy())
 
 
@@ -145,35 +135,33 @@ class PointHead(QueryDecoder):
 
 class GaussianHead(QueryDecoder):
     """Tokens and points of the surface that the sdf head makes -> one Gaussian a point; learnt from pictures."""
-    kinds, needs, COUNT = ("surface", "views"), ("sdf",), 16384
-    POINTS = 4096    # of a training picture; with more, each Gaussian is a little smaller: some overlap, so there are no gaps
+    POINTS = 4096    # Gaussians of a training picture; with more, each is a little smaller: they overlap, so there are no gaps
     SIZE = .016      # standard deviation that an output of 0 means
+    reads, needs, COUNT = {"cloud": POINTS, "views": None}, ("sdf",), 16384
 
     def __init__(self, **size):
         super().__init__(**size, outputs=14)
 
-    @classmethod
-    def samples(cls, split, rows, rng):
-        points, normals, colours = split.cloud(rows, cls.POINTS, rng)
-        return {"points": points, "colours": colours * baked(normals)} | split.views(rows)
-
-    def attributes(self, memory, x):                          # b k 3 -> means, scales, rotations, opacities, colours
-        offset, scale, turn, opacity, colour = self.ask(memory, x).split([3, 3, 4, 1, 3], -1)
+    def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities, colours
+        offset, scale, turn, opacity, colour = self.evaluate(memory, x).split([3, 3, 4, 1, 3], -1)
         fewer = (self.POINTS / x.shape[1]) ** .125
-        return (x + .05 * offset.tanh(), self.SIZE * fewer * scale.clamp(-3, 2).exp(), turn + torch.tensor([1., 0, 0, 0], device=x.device),
+        identity = torch.tensor([1., 0, 0, 0], device=x.device)                           # as a quaternion
+        return (x + .05 * offset.tanh(), self.SIZE * fewer * scale.clamp(-3, 2).exp(), turn + identity,
                 (opacity[..., 0] + 3).sigmoid(), colour.sigmoid())
 
     def loss(self, tokens, batch):
-        """Pictures of the Gaussians before a random plain background against the true ones; L1 on colour."""
-        x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # about as far as the sdf head is off
+        """L1 of pictures of the Gaussians, before a random plain background, and of their colours."""
+        x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # about the error of the sdf head
         attributes, error = self.attributes(self.read(tokens), x), 0
         for i, gaussians in enumerate(zip(*attributes)):
             background = torch.rand(3, device=x.device)
-            true = batch["views"][i, ..., :3] + (1 - batch["views"][i, ..., 3:]) * background
+            true = batch["views"][i, ..., :3] + (1 - batch["views"][i, ..., 3:]) * background           # s s 3
             with torch.autocast(x.device.type, enabled=False):
                 image = splat(*gaussians, *batch["angles"][i].tolist(), size=len(true), background=background)
             error = error + (image - true).abs().mean() / len(x)
-        colour = F.l1_loss(attributes[-1], batch["colours"])
+        with torch.autocast(x.device.type, enabled=False):
+            target = batch["colours"] * baked(batch["normals"])                           # b k 3, light included
+        colour = F.l1_loss(attributes[-1], target)
         return error + .2 * colour, {"picture": error.detach(), "colour": colour.detach()}
 
     @torch.no_grad()
@@ -189,9 +177,10 @@ class GaussianHead(QueryDecoder):
 # ---------------------------------------------------------------------------- mesh
 
 class MeshHead(nn.Module):
-    """Face queries and tokens attend to each other; a query speaks of FACES faces that are neighbours in canonical order
-    (geometry/meshes.py). Every coordinate is a distribution over the bins, whose logits have rank LEVELS: like coordinates are alike."""
-    kinds, needs, COUNT = ("surface", "faces"), (), None
+    """Face queries and tokens attend to each other. A query predicts FACES faces, neighbours in canonical order
+    (geometry/meshes.py). Every coordinate is a distribution over the bins; its logits have rank LEVELS, so that near bins
+    have similar logits."""
+    reads, needs, COUNT = {"faces": None}, (), None
     FACES, LEVELS = 4, 24
     RATE = 4         # times the learning rate of the others: it learns fastest there (engine/loop.py)
 
@@ -206,11 +195,7 @@ class MeshHead(nn.Module):
         self.bins = nn.Parameter(torch.randn(self.LEVELS, BINS) * self.LEVELS ** -.5)
         self.other = nn.Linear(dim, self.FACES * 4)           # is there a face; its colour
 
-    @staticmethod
-    def samples(split, rows, rng):
-        return split.faces(rows)
-
-    def forward(self, tokens):                                # b n c -> levels b s 9 l; is there a face b s; colours b s 3
+    def forward(self, tokens):                                # b n c -> levels b s 9 l; does it exist b s; colours b s 3
         x = self.token(tokens) + self.place
         n = x.shape[1]
         x = torch.cat([x, repeat(self.query, "q d -> b q d", b=len(x))], 1)
@@ -221,42 +206,60 @@ class MeshHead(nn.Module):
         other = rearrange(self.other(x).float(), "b q (f i) -> b (q f) i", f=self.FACES)
         return levels, other[..., 0], other[..., 1:]
 
-    def logits(self, levels):                                 # ... 9 l -> ... 9 BINS, asked for the faces that there are: half
+    def logits(self, levels):                                 # ... 9 l -> ... 9 BINS; only for faces that exist, about half
         return (levels @ self.bins).float()
 
     def loss(self, tokens, batch):
-        """Cross-entropy on the nine coordinates of every face and on whether there is one; L1 on colour. Tokens that are made
-        may lie between two shapes, and half of each makes no mesh: so it learns to say the nearer one, on the way to another."""
-        apart = torch.cdist(tokens.flatten(1), tokens.flatten(1)).fill_diagonal_(torch.inf)
-        share = .45 * (4 * torch.rand(len(tokens), 1, 1, device=tokens.device) - 3).clamp(min=0)      # of one in four
-        levels, there, colour = self(torch.lerp(tokens, tokens[apart.argmin(1)], share))
-        true = batch["components"] >= 0                                                   # b f
-        exists = F.pad(true, (0, there.shape[1] - true.shape[1]))                         # b s
-        corners, colours = batch["corners"].flatten(2), batch["face_colours"]
+        """Cross-entropy of the nine coordinates of every face and of whether the face exists; L1 of its colour."""
+        levels, exists_logit, colour = self(self.between_shapes(tokens))
+        true = batch["components"] >= 0                                                   # b f, is there a face
+        exists = F.pad(true, (0, exists_logit.shape[1] - true.shape[1]))                  # b s
+        corners, colours = batch["corners"].flatten(2), batch["face_colours"]             # b f 9, b f 3
+
         logits = self.logits(levels[exists])                                              # faces of all shapes, one after another
-        order = like_parts(logits.detach().split(true.sum(1).tolist()), corners, batch["components"])[..., None]
+        order = match_like_components(logits.detach().split(true.sum(1).tolist()), corners, batch["components"])[..., None]
         corners, colours = (x.gather(1, order.expand_as(x)) for x in (corners, colours))
+
         bins = F.cross_entropy(logits.flatten(0, 1), corners[true].flatten())
-        face = F.binary_cross_entropy_with_logits(there, exists.float())
+        face = F.binary_cross_entropy_with_logits(exists_logit, exists.float())
         paint = F.l1_loss(colour[exists], colours[true])
         return bins + face + 2 * paint, {"bins": bins.detach(), "face": face.detach(), "colour": paint.detach()}
 
+    @staticmethod
+    def between_shapes(tokens):
+        """Tokens b n c, one in four moved up to .45 of the way to the nearest other shape of the batch. Generated tokens may lie
+        between two shapes, and half of each makes no mesh: the head learns to choose the nearer one."""
+        apart = torch.cdist(tokens.flatten(1), tokens.flatten(1)).fill_diagonal_(torch.inf)           # b b
+        share = .45 * (4 * torch.rand(len(tokens), 1, 1, device=tokens.device) - 3).clamp(min=0)      # b 1 1
+        return torch.lerp(tokens, tokens[apart.argmin(1)], share)
+
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=None):
+        # 1. predict: the faces that may exist, as distributions over bins
         with autocast():
-            levels, there, colours = self(tokens[None])
-            sure = there[0].sigmoid()
-            some = sure > .05                                 # faces that may be there
-            logits = self.logits(levels[0, some])
-        share, colours, sure = logits.softmax(-1), colours[0, some].clamp(0, 1).cpu().numpy(), sure[some].cpu().numpy()
-        vertices, faces, whole = weld(rearrange(share, "f (i j) bins -> f i j bins", i=3).cpu().numpy())
-        # a part is there as a whole, or left out where the tokens are not sure of it: half of its faces would be debris
-        part = parts(faces, len(vertices))
-        kept = (np.bincount(part, sure[whole]) > .8 * np.bincount(part))[part]
+            levels, exists_logit, colours = self(tokens[None])                            # 1 s 9 l, 1 s, 1 s 3
+            exists = exists_logit[0].sigmoid()                                            # s
+            chosen = exists > .05
+            share = self.logits(levels[0, chosen]).softmax(-1)                            # f 9 bins
+        exists, colours = exists[chosen].cpu().numpy(), colours[0, chosen].clamp(0, 1).cpu().numpy()
+
+        # 2. weld: corners become shared vertices; welding may fold a face up
+        vertices, faces, unfolded = weld(rearrange(share, "f (i j) bins -> f i j bins", i=3).cpu().numpy())
+        exists, colours = exists[unfolded], colours[unfolded]
+
+        # 3. keep a component as a whole, or leave it out where the tokens are unsure of it: half of its faces would be debris
+        component = face_components(faces, len(vertices))                                 # f
+        kept = (np.bincount(component, exists) > .8 * np.bincount(component))[component]
+
+        # 4. colour: a vertex has the mean colour of its faces
         used, faces = np.unique(faces[kept], return_inverse=True)
-        paint = np.repeat(colours[whole][kept], 3, 0).T                                    # a vertex has its faces' mean colour
-        paint = np.stack([np.bincount(faces.ravel(), c, len(used)) for c in paint], 1) / np.bincount(faces.ravel())[:, None]
-        return Mesh(centres(vertices[used]).astype(np.float32), close(faces.reshape(-1, 3)), paint.astype(np.float32), smooth=False)
+        corner_colours = np.repeat(colours[kept], 3, 0).T                                 # 3 (f 3)
+        total = np.stack([np.bincount(faces.ravel(), channel, len(used)) for channel in corner_colours], 1)
+        colours = total / np.bincount(faces.ravel())[:, None]                             # v 3
+
+        # 5. close the holes that a missing face or two left
+        faces = close_holes(faces.reshape(-1, 3))
+        return Mesh(bin_centres(vertices[used]).astype(np.float32), faces, colours.astype(np.float32), smooth=False)
 
 
 HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}
@@ -285,16 +288,10 @@ def loss(heads, tokens, samples):
     return sum(losses), logs
 
 
-def trained(folder):
-    """The stages that a checkpoint folder holds; a head is one, also when it was trained with the encoder."""
-    config = read_config(folder)
-    return list(dict.fromkeys([*config, *(f"head-{rep}" for rep in config.get("tokenizer", {}).get("heads", ()))]))
-
-
 def load(folder, reps, device="cpu"):
     """Heads of a checkpoint folder, and those that they need, frozen: {rep: head}."""
     settings, heads = read_stage(folder, "tokenizer")["settings"], {}
-    there = [name.removeprefix("head-") for name in trained(folder) if name.startswith("head-")]
+    there = [name.removeprefix("head-") for name in trained_stages(folder) if name.startswith("head-")]
     for rep in with_needs(reps):
         if rep not in there:
             raise UserError(f"{folder} has no head for {rep}, only for {', '.join(there)}; make it with: "

@@ -16,31 +16,36 @@ from torch import nn
 
 from engine.networks import Block
 
-DROPS = {(): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}   # what a training sample is told, and how often
+DROPS = {  # kinds of prompt that a training sample is told -> how often
+    (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
 
 
 class Conditions(nn.Module):
-    """Condition tokens of every kind, one after another: b t d and their mask."""
+    """Condition tokens of every kind of prompt, one kind after another, projected to the width d."""
 
     def __init__(self, widths, dim):
         super().__init__()
         self.norm = nn.ModuleDict({kind: nn.LayerNorm(e) for kind, e in widths.items()})
         self.into = nn.ModuleDict({kind: nn.Linear(e, dim) for kind, e in widths.items()})      # its bias is the kind's embedding
-        self.nothing = nn.Parameter(torch.randn(dim) * .02)   # what "no prompt" looks like
+        self.nothing = nn.Parameter(torch.randn(dim) * .02)   # stands for "no prompt"
 
     def forward(self, condition, drop=None):
-        """drop: {kind: b, True = this sample is not told}."""
-        context = torch.cat([self.into[kind](self.norm[kind](tokens)) for kind, (tokens, _) in condition.items()], 1)
-        mask = torch.cat([mask if drop is None else mask & ~drop[kind][:, None] for kind, (_, mask) in condition.items()], 1)
-        nothing = repeat(self.nothing, "d -> b 1 d", b=len(mask)).to(context.dtype)
-        return torch.cat([context, nothing], 1), torch.cat([mask, ~mask.any(1, keepdim=True)], 1)
+        """drop: {kind: b, True = this sample is not told}. -> tokens b t d and their mask b t; the last is `nothing`,
+        which counts where no other does."""
+        tokens, masks = [], []
+        for kind, (x, mask) in condition.items():
+            tokens.append(self.into[kind](self.norm[kind](x)))                    # b t d
+            masks.append(mask if drop is None else mask & ~drop[kind][:, None])   # b t
+        mask = torch.cat(masks, 1)
+        nothing = repeat(self.nothing, "d -> b 1 d", b=len(mask)).to(tokens[0].dtype)
+        return torch.cat([*tokens, nothing], 1), torch.cat([mask, ~mask.any(1, keepdim=True)], 1)
 
 
-def drops(b, kinds, device):
-    """What each of b training samples is not told, at random: {kind: b}."""
-    told = [[kind in names for names in DROPS] for kind in kinds]
-    some = torch.multinomial(torch.tensor(list(DROPS.values())), b, replacement=True)
-    return {kind: ~torch.tensor(each)[some].to(device) for kind, each in zip(kinds, told)}
+def random_drops(b, kinds, device):
+    """Which kinds of prompt each of b training samples is not told: {kind: b}."""
+    choice = torch.multinomial(torch.tensor(list(DROPS.values())), b, replacement=True)      # b, rows of DROPS
+    told = {kind: torch.tensor([kind in names for names in DROPS]) for kind in kinds}
+    return {kind: ~told[kind][choice].to(device) for kind in kinds}
 
 
 class Prefix(nn.Module):
@@ -48,8 +53,9 @@ class Prefix(nn.Module):
         super().__init__()
         self.conditions = Conditions(widths, dim)
         self.query = nn.Parameter(torch.randn(prefix, dim) * .02)                 # p d
-        self.cross = Block(dim, heads, context_dim=dim)                           # ONE cross-attention + feed-forward
+        self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
 
-    def forward(self, condition, drop=None):                                      # -> b p d
-        context, mask = self.conditions(condition, drop)
-        return self.cross(repeat(self.query, "p d -> b p d", b=len(context)), context, mask)
+    def forward(self, condition, drop=None):
+        context, mask = self.conditions(condition, drop)                          # b t d, b t
+        query = repeat(self.query, "p d -> b p d", b=len(context))
+        return self.cross(query, context, mask)                                   # b p d

@@ -1,13 +1,13 @@
-"""reconstruct.py - Latent Token Reconstruction and Reconstruction-Guided Sampling (LTM3D section 3.4).
+"""reconstruct.py - Latent Token Reconstruction and Reconstruction-Guided Sampling, RGS (LTM3D section 3.4).
 
     x_recon = SelfAttention^D(CrossAttention(learnable shape tokens, condition))      n x c
 
-A deterministic first guess of all shape tokens, trained apart from the backbone with MSE against the
-tokenizer's tokens: the mean of what the prompt allows. While generating, the first steps show the
-backbone known tokens that are blended with it (`blend`, RGS), and so keep to what was asked for.
+A deterministic first guess of all shape tokens, trained apart from the backbone with MSE against the tokenizer's
+tokens: the mean of what the prompt allows. During the first steps of generation the backbone sees the known tokens
+blended with this guess (`blend`), so that they keep to the prompt.
 
-Showing a mean costs diversity. So the reconstructor also says how far a token may be from its guess,
-log sigma^2 by maximum likelihood of N(x_recon, sigma^2), and `within` only calls back what strays.
+Blending with a mean costs diversity. Our second rule (`within`) needs to know how far a token may be from the guess, so
+the reconstructor also predicts log sigma^2, by maximum likelihood of N(x_recon, sigma^2).
 
     python train.py --rep sdf --stage reconstruct
 """
@@ -15,9 +15,10 @@ import torch
 from einops import repeat
 from torch import nn
 
+from engine.commands import UserError
 from engine.files import load_model, read_stage
 from engine.networks import Block
-from prefix import Conditions, drops
+from prefix import Conditions, random_drops
 
 SIZES = {
     "tiny": dict(dim=192, depth=4, heads=6), "small": dict(dim=384, depth=6, heads=6),
@@ -33,38 +34,75 @@ class Reconstructor(nn.Module):
         self.cross = Block(dim, heads, context_dim=dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
-        self.doubt = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, channels))
+        self.log_variance = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, channels))
 
     def forward(self, condition, drop=None):                                      # -> x_recon, log sigma^2, b n c each
-        context, mask = self.conditions(condition, drop)
+        context, mask = self.conditions(condition, drop)                          # b t d, b t
         x = self.cross(repeat(self.query, "n d -> b n d", b=len(context)), context, mask)
         for block in self.blocks:
-            x = block(x)
-        return self.out(x).float(), self.doubt(x.detach()).float()                # the guess is that of MSE alone
+            x = block(x)                                                          # b n d
+        return self.out(x).float(), self.log_variance(x.detach()).float()         # detached: MSE alone decides the guess
 
     def loss(self, tokens, condition):
-        recon, doubt = self(condition, drops(len(tokens), condition, tokens.device))
-        error = (recon - tokens) ** 2
-        unlikely = (doubt + error.detach() / doubt.exp()).mean() / 2              # -log N(x; x_recon, sigma^2), but for a constant
-        return error.mean() + unlikely, {"error": error.mean().detach(), "unlikely": unlikely.detach()}
+        """tokens b n c -> mean squared error + negative log likelihood, and both for the log."""
+        recon, log_variance = self(condition, random_drops(len(tokens), condition, tokens.device))
+        error = (recon - tokens) ** 2                                             # b n c
+        nll = (log_variance + error.detach() / log_variance.exp()).mean() / 2     # -log N(x; x_recon, sigma^2) + constant
+        return error.mean() + nll, {"error": error.mean().detach(), "unlikely": nll.detach()}
 
 
-def blend(sampled, recon, alpha, convention="figure"):
-    """The known tokens the backbone sees in an early step.
+# ---------------------------------------------------------------------------- RGS: what the backbone sees in the first steps
 
-    figure: known = (1 - alpha) x_recon + alpha x_sampled (the paper's pipeline figure: alpha = .1 keeps 90 % of
-    the reconstruction). text: the other way round (the paper's text: "alpha = 0 is pure diffusion").
+def blend(sampled, recon, weight):
+    """The paper's rule: known = (1 - a) x_recon + a x_sampled, where `weight` = a is the weight of the sampled tokens.
+
+    That is alpha in the paper's pipeline figure (alpha = .1 keeps 90 % of the reconstruction). The paper's text reads alpha
+    the other way round ("alpha = 0 is pure diffusion"): there it is the weight of the reconstruction, 1 - a.
     """
-    weight = alpha if convention == "figure" else 1 - alpha                       # of the sampled tokens
     return torch.lerp(recon, sampled, weight)
 
 
-def within(sampled, recon, doubt, reach):
-    """RGS that keeps diversity: sampled tokens as they are, as long as they are within `reach` standard deviations of the guess."""
-    far = reach * (doubt / 2).exp()
+def within(sampled, recon, log_variance, reach):
+    """Our rule, which keeps diversity: a sampled token is left as it is up to `reach` standard deviations from the guess."""
+    far = reach * (log_variance / 2).exp()                                        # b n c
     return recon + (sampled - recon).clamp(-far, far)
+
+
+RGS_FORMS = "none, auto, sampled=A or recon=A (A: a weight from 0 to 1) or within=S (S: standard deviations)"
+
+
+def parse_rgs(text):
+    """"none", "auto", "sampled=A" (the figure's alpha), "recon=A" (the text's alpha), "within=S" -> rule, number."""
+    rule, _, number = str(text).partition("=")
+    try:
+        value = float(number) if number else None
+    except ValueError:
+        value = -1.
+    most = {"sampled": 1., "recon": 1., "within": 100.}.get(rule)
+    known = rule in ("none", "auto") and text == rule or most is not None and value is not None and 0 <= value <= most
+    if not known:
+        raise UserError(f"RGS takes {RGS_FORMS}, not '{text}'")
+    return rule, value
+
+
+def steering(model, condition, rgs):
+    """The function of the tokens sampled so far that the backbone sees in the first steps; None is sampling only.
+
+    rgs: a rule of `parse_rgs`. auto blends where there is a picture, which leaves little open, and samples from words alone.
+    """
+    rule, value = parse_rgs(rgs)
+    if rule == "auto":
+        rule, value = ("sampled", .1) if "image" in condition else ("none", None)
+    if rule == "none":
+        return None
+    recon, log_variance = model(condition)                                        # b n c each
+    if rule == "within":
+        return lambda x: within(x, recon, log_variance, value)
+    weight = value if rule == "sampled" else 1 - value
+    return lambda x: blend(x, recon, weight)
 
 
 def load(folder):
     """The reconstructor of a checkpoint folder, frozen."""
-    return load_model(Reconstructor, f"{folder}/reconstruct.safetensors", **read_stage(folder, "reconstruct")["settings"])
+    settings = read_stage(folder, "reconstruct")["settings"]
+    return load_model(Reconstructor, f"{folder}/reconstruct.safetensors", {"doubt.": "log_variance."}, **settings)

@@ -746,9 +746,9 @@ def test_wrong_weights_are_named(tmp_path):
 def test_written_keeps_the_old_file(tmp_path, error):
     """Whatever stops a write half way, the old file stays as it was and nothing lies beside it."""
     path = tmp_path / "new" / "file.txt"
-    with files.written(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text("old")
-    with pytest.raises(error), files.written(path) as part:
+    with pytest.raises(error), files.atomic_write(path) as part:
         part.write_text("ne")
         raise error
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]

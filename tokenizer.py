@@ -15,7 +15,7 @@ from einops import repeat
 from torch import nn
 from tqdm import tqdm
 
-from engine.files import digest, load_model, read_stage, written
+from engine.files import digest, load_model, read_stage, atomic_write
 from engine.networks import Block, fourier, grid_points
 
 SIZES = {  # n = side^3 tokens of c channels
@@ -48,9 +48,9 @@ class Tokenizer(nn.Module):
         x = repeat(self.query, "n d -> b n d", b=b)
         anchors = repeat(self.anchors, "n i -> b n i", b=b)
         for cross, blocks in zip(self.cross, self.blocks):
-            x = cross(x, context, at=(anchors, points))       # bias -gamma_h |a_i - x|^2
+            x = cross(x, context, positions=(anchors, points))       # bias -gamma_h |a_i - x|^2
             for block in blocks:
-                x = block(x, at=(anchors, anchors))
+                x = block(x, positions=(anchors, anchors))
         tokens = (self.out(x).float() - self.mean) / self.std
         return tokens + NOISE * torch.randn_like(tokens) if self.training else tokens    # b n c
 
@@ -68,7 +68,7 @@ def standardise(tokenizer, heads, tokens):
 
 
 @torch.no_grad()
-def tokenise(tokenizer, split, device, autocast, weights=None, limit=None):
+def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
     """Tokens n n c of a prepared set. If the file of the weights is named, they are kept beside the set's other arrays: the
     tokenizer is frozen then, so once is enough."""
     path = split.folder / f"tokens-{digest(weights)}-{split.name}.npy" if weights and limit is None else None
@@ -82,7 +82,7 @@ def tokenise(tokenizer, split, device, autocast, weights=None, limit=None):
     tokens = torch.cat(out)
     if path:
         tokens = tokens.half()  # also now, so that a resumed run sees the same numbers
-        with written(path) as part:
+        with atomic_write(path) as part:
             np.save(part, tokens.numpy())
     return tokens.float()
 

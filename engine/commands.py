@@ -2,7 +2,6 @@
 import argparse
 import os
 import sys
-import time
 
 import torch
 from torch import nn
@@ -57,32 +56,37 @@ def command(main):
 
 # ---------------------------------------------------------------------------- device and precision
 
-def pick_device(name=None):
+def has_bf16(device):
+    """Does the processor multiply bf16 matrices itself? Otherwise bf16 is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))      # x86 (two) and ARM
+    return False
+
+
+def pick_device(name=None, precision=None):
     """The one place that chooses: -> device, a function giving its autocast context, and the reason."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        a = torch.randn(512, 512, device=device)
+        torch.zeros(1, device=device)
         if device.type not in ("cuda", "mps", "cpu"):
             raise RuntimeError("unknown here")
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used here ({str(error).splitlines()[0][:80]}); try --device cpu") from None
-
-    def seconds(dtype):
-        x = a.to(dtype)
-        start = time.perf_counter()
-        (x @ x).float().sum().item()
-        return time.perf_counter() - start
-
-    if device.type == "cuda":
-        bf16, why = torch.cuda.is_bf16_supported(), "the chip has bf16 matrix units"
-    else:
-        fp32, half = zip(*((seconds(torch.float32), seconds(torch.bfloat16)) for _ in range(16)))        # in turns: others use it, too
-        ratio = min(fp32) / min(half)
-        bf16, why = ratio > 1.2, f"a bf16 matrix product takes {1 / ratio:.2f} of the time of an fp32 one"
-    reason = f"{name}, {'bf16 autocast' if bf16 else 'fp32'} ({why if bf16 or device.type != 'cuda' else 'no bf16 units'})"
+        why = str(error).splitlines()[0][:80]
+        raise UserError(f"--device {name} cannot be used here ({why}); try --device cpu") from None
+    bf16 = has_bf16(device) if precision is None else precision == "bf16"
+    why = "as asked" if precision else f"the processor has {'' if bf16 else 'no '}bf16 matrix products"
+    reason = f"{name}, {'bf16 autocast' if bf16 else 'fp32'} ({why})"
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16), reason
+
+
+def add_device_flags(parser):
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrix products (default: bf16 where the processor has it)")
 
 
 def cast_once(model, autocast):

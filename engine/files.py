@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from engine.commands import UserError
 
 
-def claim(folder):
+def make_folder(folder):
     """Make the folder that results will go to; rather an error now than after minutes of work."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def claim(folder):
 
 
 @contextlib.contextmanager
-def written(path):
+def atomic_write(path):
     """Yields a temporary name beside `path`; renamed onto it on success, removed on any failure."""
     path = Path(path)
     if not path.name:
@@ -40,7 +40,7 @@ def written(path):
 def save_weights(path, state, half=False):
     """A state dict to safetensors; half: floating-point weights as fp16 (what is shipped)."""
     state = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in state.items()}
-    with written(path) as part:
+    with atomic_write(path) as part:
         try:
             save_file(state, part)
             part.chmod(0o644)             # safetensors makes files that only their owner can read
@@ -58,9 +58,11 @@ def read_weights(path, cure="copy or train it again"):
         raise UserError(f"{path} is truncated or no safetensors file ({error}); {cure}") from None
 
 
-def load_weights(model, path):
-    """Fill `model` from `path`, checking every name and shape; says what differs."""
+def load_weights(model, path, renamed=()):
+    """Fill `model` from `path`, checking every name and shape; says what differs. renamed: {old name: name}, how names begin."""
     there, here = read_weights(path), model.state_dict()
+    for old, new in dict(renamed).items():
+        there = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in there.items()}
     wrong = [f"missing {k}" for k in here.keys() - there.keys()] + [f"unknown {k}" for k in there.keys() - here.keys()]
     wrong += [f"{k} is {tuple(there[k].shape)}, not {tuple(here[k].shape)}" for k in here.keys() & there.keys()
               if there[k].shape != here[k].shape]
@@ -73,14 +75,14 @@ def load_weights(model, path):
     return model
 
 
-def load_model(kind, path, **settings):
+def load_model(kind, path, renamed=(), **settings):
     """Build `kind` from the settings of its config.json, fill it from `path` and freeze it."""
     try:
         model = kind(**settings)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"the settings beside {path} make no {kind.__name__} ({str(error).splitlines()[0]}); "
                         "was config.json edited? restore it or train again") from None
-    return load_weights(model, path).eval().requires_grad_(False)
+    return load_weights(model, path, renamed).eval().requires_grad_(False)
 
 
 class Entry(dict):
@@ -104,7 +106,7 @@ def write_config(folder, stage, **entries):
     """Merge one stage's entries into config.json."""
     config = read_config(folder)
     config[stage] = {**config.get(stage, {}), **entries}
-    with written(Path(folder) / "config.json") as part:
+    with atomic_write(Path(folder) / "config.json") as part:
         part.write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -124,3 +126,10 @@ def read_stage(folder, stage):
             raise UserError(f"the {stage} in {folder} was trained with another {name}; remove '{stage}' from its "
                              f"config.json and run: python train.py --stage {stage} --out {folder}")
     return entry
+
+
+def trained_stages(folder):
+    """The stages that a checkpoint folder holds; a head is one, also when it was trained with the encoder."""
+    config = read_config(folder)
+    heads = config.get("tokenizer", {}).get("heads", ())
+    return list(dict.fromkeys([*config, *(f"head-{rep}" for rep in heads)]))

@@ -15,30 +15,39 @@ from torch import nn
 
 # ---------------------------------------------------------------------------- attention
 
-# attention weights of far points are so small that a CPU computes them eight times slower; here they are 0
+# attention weights of far points are tiny (denormal) numbers, with which a CPU computes eight times slower; here they are 0
 torch.set_flush_denormal(True)
 GAMMAS = (0., 4., 16., 32.)  # distance bias per head, cycled: one head global, the others ever more local
 
 
 def split_bf16(x):
-    """x = hi + lo with both parts exact in bf16 (to 16 bits): what a bf16 matmul would round away stays."""
+    """x = hi + lo with both parts exact in bf16 (to 16 bits): together they keep what a bf16 product would round away."""
     hi = x.to(torch.bfloat16).to(x.dtype)
     return hi, x - hi
 
 
-def distance_features(at, heads, side):
-    """Features whose dot product is -gamma_h |q - k|^2: the bias becomes 13 more dimensions of query and key.
+def distance_features(x, heads, side):
+    """Positions x (b k 3) -> features (b h k 13) that bias attention by distance:
 
-    -gamma |q - k|^2 = gamma (2 q.k - |k|^2 - |q|^2), so ordinary attention applies and no (b h q k) mask
-    is ever made. |q|^2 is the same for all keys and softmax ignores it: it keeps the scores small in bf16.
+        softmax(q k - gamma_h |a - x|^2)          a: position of a query, x: position of a key
+
+    -gamma |a - x|^2 = gamma (2 a.x - |x|^2 - |a|^2) is a dot product, so the features are 13 more dimensions of query and
+    key, ordinary attention applies, and no mask (b h q k) is ever made. a = a_hi + a_lo and x = x_hi + x_lo (split_bf16):
+
+        query part     2 a_hi   2 a_lo   2 a_hi      -1      -|a|^2        times gamma_h
+        key part         x_hi     x_hi     x_lo   |x|^2           1
+        term           2 a_hi x_hi + 2 a_lo x_hi + 2 a_hi x_lo - |x|^2 - |a|^2
+        dimensions          3        3        3       2           2        |.|^2 is split into hi and lo as well
+
+    |a|^2 is the same for all keys, so softmax does not change with it; it keeps the scores small in bf16.
     """
-    hi, lo = split_bf16(at)                                                  # b k 3
-    square = torch.cat(split_bf16((at ** 2).sum(-1, keepdim=True)), -1)      # b k 2
-    ones = torch.ones_like(square)
+    hi, lo = split_bf16(x)                                                        # b k 3
+    square = torch.cat(split_bf16((x ** 2).sum(-1, keepdim=True)), -1)            # b k 2
+    ones = torch.ones_like(square)                                                # b k 2
     if side == "key":
         return repeat(torch.cat([hi, hi, lo, square, ones], -1), "b k f -> b h k f", h=heads)
-    gamma = torch.tensor(GAMMAS, device=at.device).repeat(math.ceil(heads / len(GAMMAS)))[:heads]
-    features = torch.cat([2 * hi, 2 * lo, 2 * hi, -ones, -square], -1)       # b q 13
+    gamma = torch.tensor(GAMMAS, device=x.device).repeat(math.ceil(heads / len(GAMMAS)))[:heads]
+    features = torch.cat([2 * hi, 2 * lo, 2 * hi, -ones, -square], -1)            # b q 13
     return rearrange(gamma, "h -> h 1 1") * rearrange(features, "b q f -> b 1 q f")
 
 
@@ -55,24 +64,26 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
         self.to_out = nn.Linear(dim, dim)
 
-    def forward(self, x, context=None, mask=None, at=None):
-        """x: b q d; context: b k e; mask: b k or b q k, True = may be looked at; at: (b q 3, b k 3) positions."""
+    def forward(self, x, context=None, mask=None, positions=None):
+        """x: b q d, context: b k e -> b q d. mask: b k or b q k, True = attend to it. positions: (b q 3, b k 3)."""
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (rearrange(y, "b k (h e) -> b h k e", h=self.heads).contiguous() for y in (q, k, v))
         width = q.shape[-1]
         q = q * width ** -0.5
-        if at is not None:
-            q = torch.cat([q, distance_features(at[0], self.heads, "query").to(q.dtype)], -1)
-            k = torch.cat([k, distance_features(at[1], self.heads, "key").to(k.dtype)], -1)
-        mask = None if mask is None else rearrange(mask, "b k -> b 1 1 k" if mask.ndim == 2 else "b q k -> b 1 q k")
+        if positions is not None:
+            q = torch.cat([q, distance_features(positions[0], self.heads, "query").to(q.dtype)], -1)
+            k = torch.cat([k, distance_features(positions[1], self.heads, "key").to(k.dtype)], -1)
+        if mask is not None:
+            mask = rearrange(mask, "b k -> b 1 1 k" if mask.ndim == 2 else "b q k -> b 1 q k")
         if q.is_cuda:
             v = F.pad(v, (0, q.shape[-1] - width))      # flash attention wants one width for all three
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.)[..., :width]
         else:                                           # unfused is twice as fast for short sequences on a CPU
-            scores = q @ k.mT                                                # b h q k
-            scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-            out = scores.softmax(-1).to(v.dtype) @ v    # the softmax itself adds up in fp32
+            scores = q @ k.mT                                                     # b h q k
+            if mask is not None:
+                scores = scores.masked_fill(~mask, -torch.inf)
+            out = scores.softmax(-1).to(v.dtype) @ v    # b h q e; the softmax itself adds up in fp32
         return self.to_out(rearrange(out, "b h k e -> b k (h e)"))
 
 
@@ -85,13 +96,14 @@ class Block(nn.Module):
         self.attention = Attention(dim, heads, context_dim)
         self.feed = nn.Sequential(nn.Linear(dim, expand * dim), nn.GELU(), nn.Linear(expand * dim, dim))
 
-    def forward(self, x, context=None, mask=None, at=None, asked=None):
-        """asked: b m, the rows of x that are wanted (default: all); the others are but looked at."""
+    def forward(self, x, context=None, mask=None, positions=None, rows=None):
+        """x: b q d -> b q d. rows: b m, only these rows are queries; all rows are keys -> b m d."""
         y = self.norm1(x)
-        if asked is not None:
-            context, asked = y if context is None else context, repeat(asked, "b m -> b m d", d=x.shape[-1])
-            x, y = x.gather(1, asked), y.gather(1, asked)
-        x = x + self.attention(y, context, mask, at)
+        if rows is not None:
+            context = y if context is None else context
+            index = repeat(rows, "b m -> b m d", d=x.shape[-1])
+            x, y = x.gather(1, index), y.gather(1, index)                         # b m d
+        x = x + self.attention(y, context, mask, positions)
         return x + self.feed(self.norm2(x))
 
 
@@ -128,5 +140,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model, step):
         decay = min(self.decay, (1 + step) / (10 + step))
-        for ours, theirs in zip(self.model.state_dict().values(), model.state_dict().values()):
-            ours.lerp_(theirs, 1 - decay) if ours.is_floating_point() else ours.copy_(theirs)
+        for average, current in zip(self.model.state_dict().values(), model.state_dict().values()):
+            if average.is_floating_point():
+                average.lerp_(current, 1 - decay)
+            else:
+                average.copy_(current)

@@ -46,7 +46,7 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def own(device):
+def own_device(device):
     """The GPU of this process, where the name of a device leaves it open."""
     if world() > 1 and torch.cuda.is_available() and device in (None, "cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -55,7 +55,7 @@ def own(device):
 
 
 @torch.no_grad()
-def add_up(tensors):
+def sum_over_processes(tensors):
     """Each becomes its sum over all processes, in one message. They have to lie on one device."""
     if world() == 1:
         return
@@ -69,33 +69,33 @@ def add_up(tensors):
         x.copy_(summed.view_as(x))
 
 
-def any_of(wish):
+def any_process(wish):
     """Does any process wish it?"""
     flag = torch.tensor([float(bool(wish))])
-    add_up([flag])
+    sum_over_processes([flag])
     return flag.item() > 0
 
 
 @contextmanager
-def in_turn():
+def first_process_ahead():
     """The first process goes ahead: what it writes, the others find, and what is wrong, it alone says."""
     if rank():
         try:
-            any_of(False)
+            any_process(False)
         except UserError:
             raise SystemExit(2) from None
     yield
     if not rank():
-        any_of(False)
+        any_process(False)
 
 
-def by_the_first(write):
+def first_process_only(write):
     """A function that only the first process runs; the others wait until it has."""
     @functools.wraps(write)
     def run(*args, **settings):
         if not rank():
             write(*args, **settings)
-        any_of(False)
+        any_process(False)
     return run
 
 
@@ -115,11 +115,11 @@ def shard(model, device):
         register_fsdp_forward_method(model, name)
 
 
-def whole(x):
+def whole_tensor(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def like(x, share):
+def sharded_like(x, share):
     """A whole tensor, held as that one is."""
     if not hasattr(share, "full_tensor") or x.shape != share.shape:
         return x

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data import prepare
-from engine.loop import plot_losses
+from engine.state import plot_losses
 from geometry.training_samples import painted
 from engine.commands import UserError
 from engine.files import read_config, read_stage, read_weights

@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 
 from geometry.training_samples import VIEW, view
 from engine.networks import grid_points
-from geometry.meshes import centres, closed_edges, quantise, sample_surface
+from geometry.meshes import bin_centres, closed_edges, quantise, sample_surface
 from evaluation.metrics import chamfer, emd, faces_within, fscore, iou, psnr, ssim
 from geometry.render import splat
 from geometry.surface import TRUNCATION, sdf_grid
@@ -28,7 +28,7 @@ def decoded_field(head, tokens, autocast):
     @torch.no_grad()
     def ask(x):
         with autocast():
-            return torch.cat([head.ask(memory, part[None].to(tokens.device))[0].cpu() for part in x.split(2 ** 15)])
+            return torch.cat([head.evaluate(memory, part[None].to(tokens.device))[0].cpu() for part in x.split(2 ** 15)])
 
     with torch.no_grad(), autocast():
         memory = head.read(tokens[None])
@@ -79,7 +79,7 @@ def judge_mesh(heads, tokens, split, row, rng, autocast, points):
     Chamfer distance of 2048 visible points to the true surface, and of the true low-poly mesh; floor: of a second true cloud."""
     mesh, true = heads["mesh"].decode(tokens, heads, rng, autocast), split.arrays["corners"][split.rows[row]]
     true = true[true[:, 0, 0] >= 0]
-    corners, best = quantise(mesh.vertices)[mesh.faces], (centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3))
+    corners, best = quantise(mesh.vertices)[mesh.faces], (bin_centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3))
     surface, other = (split.shape(row).surface(2048, rng)[0] for _ in range(2))
     return {"within 1 bin": faces_within(corners, true, 1), "within 2 bins": faces_within(corners, true, 2),
             "closed edges": closed_edges(mesh.faces), "Chamfer": chamfer(mesh.surface(2048, rng)[0], surface),

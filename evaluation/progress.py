@@ -11,18 +11,18 @@ from evaluation.metrics import chamfer_matrix
 from geometry.render import contact_sheet
 
 
-def class_accuracy(run, towers, model, heads, n=4, points=1024):
+def class_accuracy(run, encoders, model, heads, n=4, points=1024):
     """n samples of every class name: the share whose nearest held-out shape, under Chamfer distance, is of that class."""
     names, rng = [name for name in run.classes for _ in range(n)], np.random.default_rng(0)
     with run.autocast():
-        tokens = model.generate(towers.encode(names), seeds=[(0, i) for i in range(len(names))])
+        tokens = model.generate(encoders.encode(names), seeds=[(0, i) for i in range(len(names))])
     clouds = [torch.from_numpy(decoded(run, heads, t).surface(points, rng)[0]) for t in tokens]
     references = run.test.cloud(range(len(run.test)), points, np.random.default_rng(0))[0]
     nearest = chamfer_matrix(torch.stack(clouds), references).argmin(1)
     return round(float(np.mean([run.test.classes[row] == name for row, name in zip(nearest, names)])), 4)
 
 
-def judged(run, heads, tokens, rep):
+def head_metrics(run, heads, tokens, rep):
     """The head's own figures on held-out shapes, rows 0 ... of the set."""
     each = [JUDGES[rep](heads, t.to(run.device), run.test, row, np.random.default_rng(row), run.autocast, points=0)
             for row, t in enumerate(tqdm(tokens, desc="held-out shapes", leave=False))]

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from engine.commands import UserError
-from engine.files import digest, written
+from engine.files import digest, atomic_write
 
 
 class Kept:
@@ -42,9 +42,9 @@ class Kept:
         if name not in self:
             made = make()
             if not (self.folder / "settings.json").is_file():
-                with written(self.folder / "settings.json") as part:
+                with atomic_write(self.folder / "settings.json") as part:
                     part.write_text(json.dumps(self.settings, indent=1) + "\n")
-            with written(path) as part:
+            with atomic_write(path) as part:
                 np.savez(part, **made)
         try:
             with np.load(path) as file:
@@ -110,9 +110,9 @@ def report(out, name, rows, mean_row=False, draw=None):
     lines = [keys, ["---"] * texts + ["--:"] * (len(keys) - texts)] + [list(map(shown, row.values())) for row in rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     print(table)
-    with written(f"{out}/{name}.md") as part:
+    with atomic_write(f"{out}/{name}.md") as part:
         part.write_text(table + "\n")
-    with written(f"{out}/{name}.csv") as part, part.open("w", newline="") as file:
+    with atomic_write(f"{out}/{name}.csv") as part, part.open("w", newline="") as file:
         flat = [{k: v for key, value in row.items()
                  for k, v in (((key, value[0]), (f"{key} ±", value[1])) if isinstance(value, tuple) else ((key, value),))} for row in rows]
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
@@ -127,7 +127,7 @@ def figure(path, rows, draw):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     drawn = draw(plt, rows)
-    with written(path) as part:
+    with atomic_write(path) as part:
         drawn.savefig(part, dpi=100)
     plt.close(drawn)
 

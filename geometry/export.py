@@ -22,8 +22,8 @@ import trimesh
 from trimesh.exchange.gltf import export_glb, load_glb
 
 from engine.commands import Parser, UserError, between, command
-from engine.files import written
-from geometry.meshes import check, closed_edges, components, face_areas, sample_surface, watertight
+from engine.files import atomic_write
+from geometry.meshes import check_mesh, closed_edges, face_areas, largest_component_share, sample_surface, watertight
 from geometry.render import MODES, render_gaussians, render_mesh, render_points, save_gif, save_png, turned, turntable
 
 
@@ -55,7 +55,7 @@ class Mesh:
     def soundness(self):
         """What can be wrong with a mesh of its kind."""
         if self.smooth:
-            return {"one piece": components(self.vertices, self.faces) >= .99, "watertight": watertight(self.faces)}
+            return {"one piece": largest_component_share(self.vertices, self.faces) >= .99, "watertight": watertight(self.faces)}
         return {"closed edges": closed_edges(self.faces)}
 
 
@@ -151,7 +151,7 @@ def write_glb(path, vertices, faces, colours, smooth=True):
         tree["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": .8}, "doubleSided": True}]
 
     data = export_glb(mesh, include_normals=smooth, tree_postprocessor=finish)
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -167,7 +167,7 @@ def read_glb(path):
         what = "has no vertex colours" if len(meshes) == 1 else f"holds {len(meshes)} meshes"
         raise UserError(f"{path} {what}; one mesh with a colour at each vertex is read, as sample.py writes")
     vertices, faces, linear = (np.array(meshes[0][name]) for name in ("vertices", "faces", "vertex_colors"))
-    check(vertices, faces)
+    check_mesh(vertices, faces)
     if face_areas(vertices, faces).sum() == 0:
         raise UserError(f"{path}: its faces have no area")
     linear = linear[:, :3] / (np.iinfo(linear.dtype).max if linear.dtype.kind == "u" else 1.)       # 8 and 16 bits are shares of 1
@@ -195,7 +195,7 @@ def write_ply(path, fields):
         rows[name] = values
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(rows)}"]
     header += [f"property {'uchar' if kind == 'u1' else 'float'} {name}" for name, kind in kinds] + ["end_header\n"]
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes("\n".join(header).encode() + rows.tobytes())
 
 

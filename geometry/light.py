@@ -72,7 +72,7 @@ def light(cloud, azimuth, position, normal):
 
 def baked(normal):
     """The light that colours of 3D Gaussians hold (... k 1), since viewers shine none on them: sRGB, a lamp up to the left."""
-    return .75 + .25 * (normal @ F.normalize(torch.tensor([-.5, 1, .7]), dim=0))[..., None]
+    return .75 + .25 * (normal @ F.normalize(torch.tensor([-.5, 1, .7]), dim=0).to(normal))[..., None]
 
 
 def to_linear(colour):

@@ -35,11 +35,11 @@ def quantise(x):
     return np.clip((np.asarray(x) + 1) / 2 * BINS, 0, BINS - 1).astype(np.int64)
 
 
-def centres(bins):
+def bin_centres(bins):
     return (bins + .5) / BINS * 2 - 1
 
 
-def check(vertices, faces):
+def check_mesh(vertices, faces):
     """What no later step could make sense of, in one line."""
     if len(faces) == 0:
         raise UserError("the mesh has no faces; export it as a surface")
@@ -54,10 +54,10 @@ def check(vertices, faces):
 def canonical(vertices, faces, colours):
     """vertices v 3 in [-1, 1], faces f 3, colours f 3 -> corners f' 3 3 (bins, in x y z), colours f' 3, the number of each
     one's component f', in canonical order. Faces that quantisation makes degenerate, and all but one of equal ones, are left out."""
-    check(vertices, faces)
+    check_mesh(vertices, faces)
     _, place = np.unique(vertices, axis=0, return_inverse=True)                        # joined where they are equal
     place = place.reshape(-1)[faces]
-    component = parts(place, len(vertices))                                            # f
+    component = face_components(place, len(vertices))                                            # f
     x, y, z = np.round(vertices * 1e4).astype(np.int64).T
     rank = np.unique(np.stack([-y, z, x], 1), axis=0, return_inverse=True)[1].reshape(-1)[faces]         # f 3
     turn = (rank.argmin(1)[:, None] + np.arange(3)) % 3                                # each face from its highest corner
@@ -100,17 +100,17 @@ def walk(faces, roots):
     return entered
 
 
-def joined(a, b, count):
+def connected(a, b, count):
     """Connected components of `count` things of which a[i] and b[i] are joined."""
     return connected_components(coo_array((np.ones(len(a)), (a, b)), (count, count)), directed=False)
 
 
-def parts(faces, count):
+def face_components(faces, count):
     """Which connected component of a mesh of `count` vertices each face (f 3) belongs to: f."""
-    return joined(faces[:, [0, 1]].ravel(), faces[:, [1, 2]].ravel(), count)[1][faces[:, 0]]
+    return connected(faces[:, [0, 1]].ravel(), faces[:, [1, 2]].ravel(), count)[1][faces[:, 0]]
 
 
-def like_parts(logits, corners, components, margin=.5):
+def match_like_components(logits, corners, components, margin=.5):
     """Where the canonical order of parts with as many faces (legs, wheels) jumps, a head would be torn between two. So they are
     compared in another order where that costs less by `margin` a coordinate: logits of each (f' 9 BINS), corners b f 9, components b f
     -> rows b f."""
@@ -152,7 +152,7 @@ def weld(share):
         twin[mutual] = best[mutual]
         apart[mutual], apart[:, mutual] = np.inf, np.inf
     one = np.flatnonzero(twin >= 0)
-    count, vertex = joined(np.append(one, after[one]), np.append(after[twin[one]], twin[one]), len(e))
+    count, vertex = connected(np.append(one, after[one]), np.append(after[twin[one]], twin[one]), len(e))
     mixed = coo_array((np.ones(len(e)), (vertex, e)), (count, len(e))) @ share.reshape(len(e), 3 * BINS)
     mixed = mixed.reshape(count, 3, BINS)
     mixed = mixed * (abs(bins - mixed.argmax(-1, keepdims=True)) <= 4)                 # the mean around the likeliest
@@ -161,7 +161,7 @@ def weld(share):
     return mixed @ bins / mixed.sum(-1), faces[whole], whole
 
 
-def close(faces, most=4):
+def close_holes(faces, most=4):
     """faces f 3 -> the same and those that close holes of at most `most` edges: what is left where a face or two got lost."""
     edges = set(map(tuple, faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2).tolist()))
     rim, new = {b: a for a, b in edges if (b, a) not in edges}, []                     # around a hole, vertex after vertex
@@ -176,9 +176,9 @@ def close(faces, most=4):
     return np.concatenate([faces, np.array(new, faces.dtype).reshape(-1, 3)])
 
 
-def fit(vertices, faces, colours, limit, many="simplify"):
+def simplify_to(vertices, faces, colours, limit, many="simplify"):
     """At most `limit` faces: simplified by quadric error, or refused."""
-    check(vertices, faces)
+    check_mesh(vertices, faces)
     if len(faces) <= limit:
         return vertices, faces, colours
     if many == "refuse":
@@ -225,11 +225,11 @@ def sample_surface(vertices, faces, k, rng, hidden=True):
     return x, some, weights
 
 
-def components(vertices, faces):
+def largest_component_share(vertices, faces):
     """Share of the surface area that is in the largest connected component; 0 for an empty mesh."""
     if len(faces) == 0:
         return 0.
-    area = np.bincount(parts(faces, len(vertices)), face_areas(vertices, faces))
+    area = np.bincount(face_components(faces, len(vertices)), face_areas(vertices, faces))
     return area.max() / area.sum()
 
 

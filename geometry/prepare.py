@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from engine.commands import UserError
-from engine.files import written
+from engine.files import atomic_write
 from geometry import mesh_files, real, shapes, soup
 from geometry.training_samples import KINDS, TAKE
 
@@ -134,7 +134,7 @@ def prepare_chunk(folder, source, chunk, kinds):
             reason = str(error) if isinstance(error, UserError) else f"no samples can be taken of it ({type(error).__name__}: {error})"
             texts.append({"file": source.item(row).key, "broken": reason})
     for kind in kinds:
-        with written(folder / f"{kind}-{chunk:05d}.json") as part:
+        with atomic_write(folder / f"{kind}-{chunk:05d}.json") as part:
             part.write_text(json.dumps(texts))
     tried.unlink()
     return len(texts)
@@ -188,7 +188,7 @@ def alone(parent):
 
 def lay_out(path, dtype, shape):
     """An array file of that shape, unless another process has just made it."""
-    with written(path.with_suffix(".new")) as part:
+    with atomic_write(path.with_suffix(".new")) as part:
         array = np.lib.format.open_memmap(part, "w+", dtype, shape)
         if hasattr(os, "posix_fallocate"):  # a full disk shows up now, as an error, not later as a crash
             with open(part, "r+b") as file:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.checkpoint import checkpoint
 
 from engine.commands import UserError
-from engine.files import written
+from engine.files import atomic_write
 from geometry.light import baked, lamps, light, look, scatter, to_linear, to_srgb
 from geometry.camera import EYE, HALF, project, rays, see_mesh, see_points, tensor
 
@@ -215,7 +215,7 @@ def contact_sheet(images, columns, labels=None):
 
 
 def save_png(path, array):
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         Image.fromarray(array).save(temporary, "PNG", optimize=True)
 
 
@@ -223,5 +223,5 @@ def save_gif(path, frames, fps=15):
     """One palette for all frames, so that colours do not flicker."""
     palette = Image.fromarray(np.concatenate(frames[::6])).quantize(256)
     first, *rest = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         first.save(temporary, "GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)

@@ -3,7 +3,7 @@
 A dense grid of 256^3 asks 17 million points, of which half a million matter. What asks them is a head (heads.py):
 
     memory = head.read(tokens)         once
-    head.ask(memory, points)           in chunks; to keep keys and values of the memory would spare 1 in 100 operations
+    head.evaluate(memory, points)           in chunks; to keep keys and values of the memory would spare 1 in 100 operations
 
     python bench.py decode             # is it the same mesh as that of the dense grid, and how much faster?
 """
@@ -75,7 +75,7 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
 
     def ask(x):                                               # k 3 -> k 4, chunk by chunk
         with autocast():
-            return torch.cat([head.ask(memory, part[None])[0] for part in chunks(x)])
+            return torch.cat([head.evaluate(memory, part[None])[0] for part in chunks(x)])
 
     grid = sdf_grid(lambda x: ask(x)[:, 0], resolution, hierarchical, tokens.device)
     if grid.min() >= 0:

@@ -8,7 +8,7 @@ import torch
 
 from geometry.training_pictures import SIZE, framed
 from geometry.light import look
-from geometry.meshes import canonical, fit
+from geometry.meshes import canonical, simplify_to
 from geometry.render import flat
 from geometry.camera import see_mesh, tensor
 
@@ -39,7 +39,7 @@ def take_surface(shape, rng):
 
 def take_faces(shape, rng):
     """A low-poly mesh in canonical order; -1 where there is no face."""
-    corners, colours, components = canonical(*fit(*shape.mesh(), FACES))
+    corners, colours, components = canonical(*simplify_to(*shape.mesh(), FACES))
     empty = FACES - len(corners)
     return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
             "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255),

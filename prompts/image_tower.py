@@ -44,7 +44,7 @@ class Halve(nn.Module):
         return self.past(x) + self.mix(F.gelu(self.norm(self.into(x))))
 
 
-class Vision(nn.Module):
+class ImageTower(nn.Module):
     """Pictures b 3 s s -> condition tokens b t e, one for each patch of 8 x 8 pixels."""
 
     def __init__(self, out, dim, depth, heads):               # out: the width of a cloud's embedding
@@ -84,16 +84,11 @@ class Vision(nn.Module):
     def tokens(self, pictures):
         return self.condition(pictures.to(self.scale.device))
 
-    def draw(self, split, rows, rng):
-        return split.pictures(rows, rng)
-
-    read = tokens                                             # of what was drawn
-
 
 # ---------------------------------------------------------------------------- training and evaluation
 
 @torch.no_grad()
-def embedded(encoders, prepared, batch=128):
+def embed_clouds(encoders, prepared, batch=128):
     """The clouds of all shapes of a prepared set: k e."""
     parts = np.array_split(np.arange(len(prepared)), -(-len(prepared) // batch))
     clouds = (prepared.cloud(rows, POINTS, np.random.default_rng(rows[0])) for rows in parts)
@@ -103,7 +98,7 @@ def embedded(encoders, prepared, batch=128):
 @torch.no_grad()
 def retrieval(vision, encoders, prepared, count=200):
     """Does a picture of a held-out shape, from any side, find that shape's cloud? -> shares of 1."""
-    clouds = embedded(encoders, prepared)
+    clouds = embed_clouds(encoders, prepared)
     rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)
     pictures = prepared.pictures(rows, np.random.default_rng(0))
     picture = torch.cat([vision.embed(vision.tokens(part)[0]) for part in pictures.split(64)])
@@ -113,4 +108,4 @@ def retrieval(vision, encoders, prepared, count=200):
 
 def load(folder):
     """The image tower of a checkpoint folder, frozen."""
-    return load_model(Vision, f"{folder}/vision.safetensors", **read_stage(folder, "vision")["settings"])
+    return load_model(ImageTower, f"{folder}/vision.safetensors", **read_stage(folder, "vision")["settings"])

@@ -24,7 +24,7 @@ Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit only warns; ours is LARGEST
 
 # ---------------------------------------------------------------------------- files
 
-def read(path):
+def read_picture(path):
     """A picture file -> colour and coverage, h w 4 in [0, 1], and what had to be guessed (or None)."""
     try:
         with Image.open(path) as file:
@@ -75,9 +75,9 @@ def cut_out(picture, slope=.022):
 
 # ---------------------------------------------------------------------------- framing
 
-def seen(path):
+def load_picture(path):
     """A picture file -> what the tower sees, 3 size size, and what had to be guessed (or None)."""
-    pixels, guess = read(path)
+    pixels, guess = read_picture(path)
     pixels = framed(pixels)
     return rearrange(torch.from_numpy(pixels[..., :3] + 1 - pixels[..., 3:]), "h w c -> c h w"), guess       # on white
 
@@ -87,7 +87,7 @@ def main():
     parser.add_argument("file", type=Path, help="a picture: png, jpg, webp")
     parser.add_argument("--out", type=Path, help="picture to write (default: out/<name>-seen.png)")
     args = parser.parse_args()
-    image, guess = seen(args.file)
+    image, guess = load_picture(args.file)
     out = args.out or Path("out") / f"{args.file.stem}-seen.png"
     save_png(out, (rearrange(image.numpy(), "c h w -> h w c").clip(0, 1) * 255).round().astype(np.uint8))
     if guess:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from geometry.training_samples import PICTURES
 from engine.commands import Parser, UserError, command
-from engine.files import written
+from engine.files import atomic_write
 
 LENGTH = 64    # most tokens of a prompt that are read
 
@@ -34,7 +34,7 @@ class Pretrained:
         import transformers                                   # takes seconds, and few need it
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.name, self.device, self.kept = name, torch.device(device), {}
+        self.name, self.device = name, torch.device(device)
         try:
             kind = transformers.AutoConfig.from_pretrained(name, local_files_only=True).model_type
             if kind not in self.FAMILIES:
@@ -48,38 +48,6 @@ class Pretrained:
             raise UserError(f"'{name}' cannot be loaded ({' '.join(str(error).split())[:160]}); {mend}") from None
         self.model = self.model.to(self.device).eval().requires_grad_(False)
         self.width = self.model.config.hidden_size            # e
-
-    def draw(self, split, rows, rng):
-        """Condition tokens of one caption, or one picture, of each of some training shapes: b t e and their mask b t."""
-        if split.name not in self.kept:
-            self.kept[split.name] = self.keep(split)
-        tokens, start, index = self.kept[split.name]
-        which = [index[question] for question in self.choose(split, rows, rng)]
-        each = [torch.from_numpy(tokens[start[i]:start[i + 1]]) for i in which]
-        length = torch.tensor([len(one) for one in each])
-        tokens = pad_sequence(each, batch_first=True)
-        return tokens, torch.arange(tokens.shape[1]) < length[:, None]
-
-    def read(self, drawn):
-        tokens, mask = drawn
-        return tokens.float(), mask
-
-    def keep(self, split, batch=64):
-        """All it can be asked about a prepared set -> the tokens of one answer after another, memory-mapped, where each starts, which is which."""
-        questions = self.questions(split)
-        name = hashlib.sha256(repr([self.name, self.model.config.to_dict()]).encode()).hexdigest()[:12]
-        path, lengths = (split.folder / f"tower-{name}-{split.name}{end}" for end in (".half", "-lengths.npy"))
-        if not lengths.is_file():                             # it is written last
-            length = []
-            with written(path) as part, part.open("wb") as file:
-                for i in tqdm(range(0, len(questions), batch), desc=f"{Path(self.name).name} on {split.name}", unit="batch"):
-                    tokens, mask = self.tokens(self.asked(split, questions[i:i + batch]))
-                    file.write(tokens[mask].half().cpu().numpy().tobytes())
-                    length += mask.sum(1).tolist()
-            with written(lengths) as part:
-                np.save(part, length)
-        tokens = np.memmap(path, np.float16, "c").reshape(-1, self.width)
-        return tokens, np.concatenate([[0], np.load(lengths).cumsum()]), {question: i for i, question in enumerate(questions)}
 
 
 class Text(Pretrained):
@@ -102,15 +70,6 @@ class Text(Pretrained):
         mask = torch.ones_like(words.input_ids) if padded else words.attention_mask
         return self.model(input_ids=words.input_ids, attention_mask=mask).last_hidden_state.float(), mask.bool()
 
-    def questions(self, split):
-        return sorted({caption for captions in split.captions for caption in captions})
-
-    def asked(self, split, captions):
-        return captions
-
-    def choose(self, split, rows, rng):
-        return split.told(rows, rng)
-
 
 class Image(Pretrained):
     """Pictures -> condition tokens, one a patch."""
@@ -130,15 +89,50 @@ class Image(Pretrained):
         out = self.model(pixel_values=((x - self.mean) / self.std).to(self.device, self.model.dtype)).last_hidden_state.float()
         return out, torch.ones(out.shape[:2], dtype=torch.bool, device=out.device)
 
-    def questions(self, split):
-        return range(len(split) * PICTURES)
 
-    def asked(self, split, questions):
-        which = np.array(questions)
+# ---------------------------------------------------------------------------- tokens of a prepared set, computed once
+
+class TokenCache:
+    """The tokens of all captions or pictures of a prepared set, in a memory-mapped file beside it.
+
+    keys: names of the inputs; inputs: a function from some keys to what `tower.tokens` takes.
+    """
+
+    def __init__(self, tower, split, keys, inputs, batch=64):
+        name = hashlib.sha256(repr([tower.name, tower.model.config.to_dict()]).encode()).hexdigest()[:12]
+        path, lengths = (split.folder / f"tower-{name}-{split.name}{end}" for end in (".half", "-lengths.npy"))
+        if not lengths.is_file():                             # it is written last
+            counts = []
+            with atomic_write(path) as part, part.open("wb") as file:
+                for i in tqdm(range(0, len(keys), batch), desc=f"{Path(tower.name).name} on {split.name}", unit="batch"):
+                    tokens, mask = tower.tokens(inputs(keys[i:i + batch]))
+                    file.write(tokens[mask].half().cpu().numpy().tobytes())
+                    counts += mask.sum(1).tolist()
+            with atomic_write(lengths) as part:
+                np.save(part, counts)
+        self.tokens = np.memmap(path, np.float16, "c").reshape(-1, tower.width)   # of one key after another
+        self.start = np.concatenate([[0], np.load(lengths).cumsum()])
+        self.row = {key: i for i, key in enumerate(keys)}
+
+    def draw(self, keys):
+        """-> tokens b t e in half precision, and their mask b t."""
+        rows = [self.row[key] for key in keys]
+        tokens = [torch.from_numpy(self.tokens[self.start[row]:self.start[row + 1]]) for row in rows]
+        length = torch.tensor([len(x) for x in tokens])
+        tokens = pad_sequence(tokens, batch_first=True)
+        return tokens, torch.arange(tokens.shape[1]) < length[:, None]
+
+
+def caption_cache(tower, split):
+    return TokenCache(tower, split, sorted({caption for captions in split.captions for caption in captions}), list)
+
+
+def picture_cache(tower, split):
+    def inputs(keys):
+        which = np.array(keys)
         return split.pictures(which // PICTURES, np.random.default_rng(which[0]), which % PICTURES)
 
-    def choose(self, split, rows, rng):
-        return rows * PICTURES + rng.integers(PICTURES, size=len(rows))
+    return TokenCache(tower, split, range(len(split) * PICTURES), inputs)
 
 
 def main():

@@ -44,7 +44,7 @@ def vocabulary(captions):
     return sorted({word for caption in captions for word in words(caption)})
 
 
-class Encoders(nn.Module):
+class TextAndCloud(nn.Module):
     """The two towers and the temperature they are compared at."""
 
     def __init__(self, vocabulary, dim, depth, heads):
@@ -134,13 +134,8 @@ class Encoders(nn.Module):
         ids, mask = self.tokenise(prompts)
         return self.text(ids, mask), mask
 
-    def draw(self, split, rows, rng):
-        return split.told(rows, rng)
 
-    read = tokens                                             # of what was drawn
-
-
-class Bag:
+class BagOfWords:
     """A bag of words for a text tower: one condition token, the sum of a fixed random vector of each word, in whatever order."""
     width = 128
 
@@ -154,11 +149,6 @@ class Bag:
         out = torch.tensor(np.array([[np.sum(some, 0)] for some in vectors]), dtype=torch.float, device=self.device)
         return out, torch.ones(out.shape[:2], dtype=torch.bool, device=self.device)
 
-    def draw(self, split, rows, rng):
-        return split.told(rows, rng)
-
-    read = tokens
-
 
 # ---------------------------------------------------------------------------- training and evaluation
 
@@ -167,7 +157,7 @@ def training_batch(prepared, encoders, rng, batch=128):
     classes = np.array(prepared.classes)
     alike = np.isin(classes, rng.choice(np.unique(classes), min(2, len(np.unique(classes))), replace=False))
     rows = rng.permutation(np.flatnonzero(alike) if rng.random() < .5 else len(prepared))[:batch]     # half of the batches: finer differences
-    captions = prepared.told(rows, rng)
+    captions = prepared.draw_captions(rows, rng)
     lists = [frozenset(prepared.captions[row]) for row in rows]
     true = torch.tensor([[caption in there for there in lists] for caption in captions])
     return *encoders.tokenise(captions), prepared.cloud(rows, POINTS, rng), true
@@ -196,7 +186,7 @@ def retrieval(encoders, prepared, count=200):
 def load(folder):
     """The encoders of a checkpoint folder, frozen."""
     entry = read_stage(folder, "encoders")
-    return load_model(Encoders, f"{folder}/encoders.safetensors", vocabulary=entry["vocabulary"], **entry["settings"])
+    return load_model(TextAndCloud, f"{folder}/encoders.safetensors", vocabulary=entry["vocabulary"], **entry["settings"])
 
 
 def main():

@@ -1,0 +1,90 @@
+"""run.py - a run folder: what is in it, whether new stages may join, and how a finished stage is saved."""
+import shutil
+import subprocess
+from pathlib import Path
+
+from engine import processes
+from engine.commands import UserError, pick_device
+from engine.files import atomic_write, digest, make_folder, read_config, save_weights, trained_stages, write_config
+from engine.state import plot_losses
+
+BEFORE = {  # stage -> the stages whose weights it was trained on, of those that are in the folder
+    "vision": ("encoders", "tokenizer"), "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision"),
+    "head-sdf": ("tokenizer",), "head-pc": ("tokenizer",), "head-mesh": ("tokenizer",), "head-gs": ("tokenizer",)}
+
+
+class Run:
+    """What every stage is given. train.py adds the data: `train`, `test` and `prompts`.
+
+    settings: {stage: (steps, batch, peak learning rate)}; reps: those to decode; first: the heads that the encoder is
+    trained with.
+    """
+
+    def __init__(self, args, settings, reps, first, folder):
+        self.folder, self.size, self.seed, self.settings = Path(folder), args.size, args.seed, settings
+        self.generator, self.denoiser = args.generator, args.denoiser
+        self.reps, self.first = reps, first
+        self.encoders = {"text": args.text_encoder, "image": args.image_encoder}
+        self.parts, self.shard, self.recompute = args.parts or processes.world(), args.shard, args.recompute
+        if self.shard and processes.world() == 1:
+            raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun, or leave --shard out")
+        if self.parts % processes.world():
+            raise UserError(f"{self.parts} parts cannot be shared by {processes.world()} processes; give --parts {processes.world()} "
+                            "or a multiple")
+        self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
+
+    def part_size(self, stage):
+        """Shapes of a part of the batch."""
+        batch = self.settings[stage][1]
+        if batch % self.parts:
+            mend = -(-batch // self.parts) * self.parts
+            raise UserError(f"a batch of {batch} ({stage}) cannot be shared by {self.parts} parts; give --batch {mend}")
+        return batch // self.parts
+
+    def check_folder(self, data, begin):
+        """The stages in the folder have to be of the same encoders, size, generator and shapes; begin: how the name of such a
+        prepared set begins."""
+        for stage, entry in read_config(self.folder).items():
+            found = {"size": entry["size"], "generator": entry.get("generator", self.generator)}
+            for name, value in found.items():
+                if value != getattr(self, name):
+                    raise UserError(f"the {stage} in {self.folder} has the {name} {value}; give --{name} {value}, or another --out")
+            if entry.get("towers", self.encoders) != self.encoders:
+                raise UserError(f"the {stage} in {self.folder} is conditioned on the encoders {entry['towers']}; give the same ones, "
+                                "or another --out")
+            if not entry["data"].startswith(begin):
+                raise UserError(f"the {stage} in {self.folder} learnt from {entry['data']}; give the same --data, or another --out")
+
+    @processes.first_process_only
+    def finish(self, stage, seconds, files, **entries):
+        """Saves weights in half precision, then the entry of config.json that marks the stage as done."""
+        for name, module in files.items():
+            save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True)
+        steps, batch, lr = self.settings[stage]
+        weights = {name: self.folder / f"{name}.safetensors" for name in BEFORE.get(stage, ())}
+        made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
+        git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)
+        write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed, seconds=round(seconds),
+                     data=self.train.folder.name, made_with=made_with, revision=git.stdout.strip(), **entries)
+        (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
+        self.plot()
+        print(f"{stage}: done in {seconds / 60:.1f} minutes  {entries.get('metrics', '')}")
+
+    def plot(self):
+        columns = {"training": "loss", "held-out shapes": "held_out"}
+        plot_losses({stage: [(label, self.folder / f"{stage}.csv", column) for label, column in columns.items()]
+                     for stage in self.settings}, self.folder / "losses.png")
+
+
+def copy_stages(source, folder, encoders):
+    """All stages of a trained folder but the backbone; a reconstructor only if it was conditioned on the same encoders."""
+    if "tokenizer" not in trained_stages(source):
+        raise UserError(f"there is no trained tokenizer in {source}; --from takes checkpoints/tiny or a folder that train.py made")
+    config, folder = read_config(source), make_folder(folder)
+    for stage in set(trained_stages(source)) - {"backbone", *trained_stages(folder)}:
+        if config.get(stage, {}).get("towers", encoders) != encoders:
+            continue
+        with atomic_write(folder / f"{stage}.safetensors") as part:
+            shutil.copyfile(source / f"{stage}.safetensors", part)
+        if stage in config:                                   # a head may have been trained with the encoder only
+            write_config(folder, stage, **config[stage])

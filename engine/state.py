@@ -1,0 +1,148 @@
+"""state.py - what surrounds the training loop: optimizers, what a stopped run goes on from, its log, its curves."""
+import csv
+import signal
+import time
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from engine import processes
+from engine.commands import UserError
+from engine.files import atomic_write, read_weights, save_weights
+
+
+# ---------------------------------------------------------------------------- optimizers
+
+def optimizers(model, lr):
+    """Muon for the weight matrices inside the network, AdamW for all else; a module with a RATE learns RATE times as fast."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    matrices = {module.weight for module in linear if min(module.weight.shape) >= 64}
+    rates = {p: m.RATE for m in model.modules() if hasattr(m, "RATE") for p in m.parameters()}
+
+    def groups(inside):
+        chosen = [p for p in model.parameters() if (p in matrices) == inside]
+        return [{"params": [p for p in chosen if rates.get(p, 1) == rate], "rate": rate}
+                for rate in sorted({rates.get(p, 1) for p in chosen})]
+
+    return [torch.optim.Muon(groups(True), lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(groups(False), lr, betas=(.9, .99), weight_decay=.01, fused=True)]
+
+
+def learning_rate(step, steps, peak):
+    """Warm up over 100 steps, hold, fall linearly to 0 over the second half."""
+    return peak * min(1, (step + 1) / min(100, steps / 10), 2 * (steps - step) / steps)
+
+
+# ---------------------------------------------------------------------------- stop and go on
+
+def save_state(path, step, model, ema, opts, sums):
+    """Everything a run needs to go on, as plain tensors."""
+    state = {"step": torch.tensor(step)}
+    state |= {f"model.{k}": v for k, v in model.state_dict().items()}
+    state |= {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
+    state |= {f"sums.{k}": torch.as_tensor(v) for k, v in sums.items()}
+    for i, opt in enumerate(opts):
+        for j, slots in opt.state_dict()["state"].items():
+            state |= {f"opt.{i}.{j}.{k}": v for k, v in slots.items()}
+    state = {k: processes.whole_tensor(v).clone() for k, v in state.items()}
+    processes.first_process_only(save_weights)(path, state)
+
+
+def load_state(path, model, ema, opts):
+    """-> the step to go on from and the sums since the last log line; 0 and none at the very start."""
+    if not path.is_file():
+        return 0, {}
+    state = read_weights(path, "delete it to start the stage again")
+    try:
+        for name, module in (("model.", model), ("ema.", ema.model)):
+            own = module.state_dict()
+            module.load_state_dict({k: processes.sharded_like(state[name + k], v) for k, v in own.items()})
+    except (KeyError, RuntimeError):
+        raise UserError(f"{path} is of a model of another size; use another --out, or delete it to start again") from None
+    for i, opt in enumerate(opts):
+        slots, params = {}, [p for group in opt.param_groups for p in group["params"]]
+        for key in (k for k in state if k.startswith(f"opt.{i}.")):
+            j, name = key.split(".")[2:]
+            slots.setdefault(int(j), {})[name] = processes.sharded_like(state[key], params[int(j)])
+        opt.load_state_dict({"state": slots, "param_groups": opt.state_dict()["param_groups"]})
+    return int(state["step"]), {k[5:]: v for k, v in state.items() if k.startswith("sums.")}
+
+
+@contextmanager
+def stop_after_step(bar, stage):
+    """Ctrl-C and kill are obeyed when a step is complete: they fill the list that this yields."""
+    stop = []
+
+    def obey(*_):
+        bar.write(f"stopping {stage} after this step")
+        stop.append(True)
+
+    before = {name: signal.signal(name, obey) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
+# ---------------------------------------------------------------------------- the log
+
+class Log:
+    """<stage>.csv: the mean loss and logs of the steps since the last row, the held-out loss, the share of time waited."""
+
+    def __init__(self, path, first, sums):
+        self.path, self.sums, self.waited, self.since = path, sums, 0, time.time()
+        self.rows = []
+        if first and path.is_file():
+            self.rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= first]
+        self.start = time.time() - (float(self.rows[-1]["seconds"]) if self.rows else 0)
+
+    def add(self, logs, waited):
+        self.waited += waited
+        self.sums["steps"] = self.sums.get("steps", 0) + 1
+        for key, value in logs.items():
+            self.sums[key] = self.sums.get(key, torch.zeros(())).to(value.device) + value
+
+    def write(self, done, rate, held_out):
+        """Ends a row after step `done`; -> what the progress bar shows of it."""
+        count = int(self.sums.pop("steps"))
+        row = {"step": done} | {k: f"{float(v) / count:.5f}" for k, v in self.sums.items()}
+        row |= {"held_out": f"{held_out:.5f}", "lr": f"{rate:.2e}", "seconds": f"{self.seconds():.1f}",
+                "waited": f"{self.waited / (time.time() - self.since):.4f}"}
+        self.rows, self.sums, self.waited, self.since = [*self.rows, row], {}, 0, time.time()
+        self.write_rows()
+        return {k: row[k] for k in ("loss", "held_out", "lr")}
+
+    @processes.first_process_only
+    def write_rows(self):
+        with atomic_write(self.path) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.rows[-1].keys())
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def seconds(self):
+        return time.time() - self.start
+
+
+def plot_losses(panels, out):
+    """{title: [(label, csv file, its column), ...]} -> one picture, a panel a title, without files that are not there."""
+    import matplotlib                                         # takes a second to import
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = {title: [curve for curve in curves if curve[1].is_file()] for title, curves in panels.items()}
+    found = {title: curves for title, curves in found.items() if curves}
+    figure, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3), squeeze=False, layout="constrained")
+    for axis, (title, curves) in zip(axes[0], found.items()):
+        lowest = 1
+        for label, path, column in curves:
+            rows = list(csv.DictReader(path.open()))
+            values = [float(row[column]) for row in rows]
+            axis.plot([int(row["step"]) for row in rows], values, label=label)
+            lowest = min(lowest, *values)
+        scale = "log" if lowest > 0 else "linear"             # a negative log likelihood may be below 0
+        axis.set(title=title, xlabel="step", yscale=scale)
+        axis.legend()
+    with atomic_write(out) as part:
+        figure.savefig(part, dpi=100)
+    plt.close(figure)
