@@ -27,20 +27,20 @@ from torch import nn
 
 import backbone
 import data
-from engine import loop
 import heads
-from geometry import surface
 import tokenizer
+from engine import loop
 from engine.commands import Parser, between, cast_once, command, pick_device
 from engine.files import make_folder
-from geometry.light import look
-from evaluation.timing import flops, matmul_peak, turns
-from geometry.render import flatten, splat
-from evaluation.results import report
-from sample import LTM3D, RESOLUTIONS
 from evaluation.exam import Exam, kept, parts
+from evaluation.results import report
+from evaluation.timing import flops, matmul_peak, turns
+from geometry import surface
+from geometry.light import look
+from geometry.render import flatten, splat
 from geometry.shapes import CLASSES
 from geometry.surface import TRUNCATION
+from sample import LTM3D, RESOLUTIONS
 
 # ---------------------------------------------------------------------------- sampling
 

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command
-from engine.files import make_folder, atomic_write
+from engine.files import atomic_write, make_folder
 from geometry import shapes
 from geometry.prepare import CHUNK, TRAIN_SHAPES, BuiltIn, Files, fill
 from geometry.render import contact_sheet, render_mesh, save_png

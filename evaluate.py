@@ -28,27 +28,26 @@ import torch
 from einops import repeat
 from tqdm import tqdm
 
-from prompts import text_tower
 import heads
 import tokenizer
-from prompts import image_tower
-from evaluation.attributes import ATTRIBUTES, holds, look
 from data import prepare
-from evaluation.experiments import EXPERIMENTS, QUESTIONS, TRAINED, VARIANTS
-from engine.state import plot_losses
-from heads import HEADS
-from geometry.training_pictures import lit
-from evaluation.judges import JUDGES, decoded_field, true_field
-from geometry.training_samples import pictures
 from engine.commands import Parser, UserError, between, command, pick_device
 from engine.files import make_folder, read_config
+from engine.state import plot_losses
+from evaluation.attributes import ATTRIBUTES, holds, look
+from evaluation.exam import POINTS, Exam, Job, clouds, kept, made, parts, shape
+from evaluation.experiments import EXPERIMENTS, QUESTIONS, TRAINED, VARIANTS
+from evaluation.judges import JUDGES, decoded_field, true_field
 from evaluation.metrics import chamfer, chamfer_matrix, emd
-from geometry.render import contact_sheet, save_png
 from evaluation.results import Kept, compare, labels, mean, report
 from evaluation.rgs import PROMPTS, ablate_rgs
-from sample import LTM3D, RESOLUTIONS, alpha
-from evaluation.exam import POINTS, Exam, Job, clouds, kept, made, parts, shape
+from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
+from geometry.training_pictures import lit
+from geometry.training_samples import pictures
+from heads import HEADS
+from prompts import image_tower, text_tower
+from sample import LTM3D, RESOLUTIONS, alpha
 
 
 def held_out(args, kinds=("surface",)):

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from geometry.export import Cloud, Gaussians, Mesh
 from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
 from engine.networks import Block, fourier, grid_points, time_embedding
+from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, weld
 from geometry.render import splat

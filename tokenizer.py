@@ -15,7 +15,7 @@ from einops import repeat
 from torch import nn
 from tqdm import tqdm
 
-from engine.files import digest, load_model, read_stage, atomic_write
+from engine.files import atomic_write, digest, load_model, read_stage
 from engine.networks import Block, fourier, grid_points
 
 SIZES = {  # n = side^3 tokens of c channels

@@ -30,7 +30,7 @@ from engine.commands import Parser, UserError, add_device_flags, between, comman
 from engine.files import read_config, trained_stages
 from engine.loop import fit
 from engine.run import Run, copy_stages
-from evaluation import progress               # a finished stage says how good it is; nothing that is learnt depends on it
+from evaluation import progress  # a finished stage says how good it is; nothing that is learnt depends on it
 from geometry.captions import article
 from geometry.prepare import TRAIN_SHAPES, begins
 from geometry.render import contact_sheet, save_png
@@ -57,7 +57,7 @@ def train_encoders(run):
     model = text_tower.TextAndCloud(words, **settings)
 
     def draw(split, rng):
-        return text_tower.training_batch(split, model, rng, run.part_size("encoders"))
+        return text_tower.training_batch(split, model, rng, run.micro_batch_size("encoders"))
 
     def loss_of(model, batch):
         return model.loss(*batch)
@@ -75,7 +75,7 @@ def train_tokenizer(run):
     model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)} | heads)
 
     def draw(split, rng):
-        rows = rng.integers(len(split), size=run.part_size("tokenizer"))
+        rows = rng.integers(len(split), size=run.micro_batch_size("tokenizer"))
         return split.cloud(rows, 1024, rng), head_samples(run, run.first, split, rows, rng)
 
     def loss_of(model, batch):
@@ -107,7 +107,7 @@ def train_vision(run):
     model = nn.ModuleDict({"vision": image_tower.ImageTower(**settings), "reader": reader})
 
     def draw(split, rng):
-        rows = rng.integers(len(split), size=run.part_size("vision"))
+        rows = rng.integers(len(split), size=run.micro_batch_size("vision"))
         return split.pictures(rows, rng), clouds[split], torch.from_numpy(rows), tokens[split][rows]
 
     def loss_of(model, batch):
@@ -131,7 +131,7 @@ def train_head(run, rep):
     tokens = {split: encode(run, tokenizer, split) for split in (run.train, run.test)}       # shapes n c
 
     def draw(split, rng):
-        rows = rng.integers(len(split), size=run.part_size(stage))
+        rows = rng.integers(len(split), size=run.micro_batch_size(stage))
         return tokens[split][rows], head_samples(run, [rep], split, rows, rng)
 
     def loss_of(model, batch):
@@ -195,7 +195,7 @@ STAGES = {"encoders": train_encoders, "tokenizer": train_tokenizer, "vision": tr
 
 def head_samples(run, reps, split, rows, rng):
     """Samples for each head, of as many of the shapes as its own stage takes."""
-    return {rep: split.samples(rows[:run.part_size(f"head-{rep}")], HEADS[rep].reads, rng) for rep in reps}
+    return {rep: split.samples(rows[:run.micro_batch_size(f"head-{rep}")], HEADS[rep].reads, rng) for rep in reps}
 
 
 def encode(run, tokenizer, split, limit=None):
@@ -217,7 +217,7 @@ def conditioned(run):
 def tokens_and_prompts(run, stage, encoders, tokens):
     """What draws a batch of shape tokens, each with one of its captions and one of its pictures."""
     def draw(split, rng):
-        rows = rng.integers(len(split), size=run.part_size(stage))
+        rows = rng.integers(len(split), size=run.micro_batch_size(stage))
         return tokens[split][rows], encoders.draw(split, rows, rng)
 
     for split in (run.train, run.test):
@@ -263,7 +263,7 @@ def arguments(generators):
                                             ("lr", between(1e-9, 1, float), "peak learning rate"))):
         defaults = ", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items())
         parser.add_argument(f"--{name}", type=kind, help=f"{what} (default: {defaults})")
-    parser.add_argument("--parts", type=between(1), help="a step's batch is computed in this many micro-batches, in turn or by several "
+    parser.add_argument("--micro-batches", type=between(1), help="a step's batch is computed in this many parts, in turn or by several "
                         "processes: more take less memory (default: one for each process)")
     parser.add_argument("--shard", action="store_true", help="every process holds a share of the backbone, not a copy: for models that are "
                         "too large for one GPU")
@@ -298,7 +298,7 @@ def chain(args, generators, reps, first, folder):
         stages = stages_of(args, run.reps)
         for name in stages:
             if name not in trained_stages(run.folder):
-                run.part_size(name)                           # the same
+                run.micro_batch_size(name)                           # the same
     for name, train in stages.items():
         goes_on = args.stage and name.removeprefix("head-") in args.rep           # a head that the encoder was trained with
         if name in (read_config(run.folder) if goes_on else trained_stages(run.folder)):

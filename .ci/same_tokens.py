@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path.cwd()))
-from sample import load                                       # noqa: E402  the code of the folder that this is run in
+from sample import load  # noqa: E402  the code of the folder that this is run in
 
 torch.set_num_threads(1)                                      # sums depend on the number of threads
 PROMPTS = ["table", "a red chair with arms", "a floor lamp", "an aeroplane with two engines", "a shelf with three boards",

@@ -6,7 +6,6 @@ import sys
 import torch
 from torch import nn
 
-
 # ---------------------------------------------------------------------------- mistakes of users, and flags
 
 class UserError(Exception):

@@ -1,7 +1,7 @@
 """loop.py - the training loop that every stage shares.
 
-Every part of a step's batch draws its randomness from (seed, stage, step, part) alone, and the state on disk holds all the
-rest (engine/state.py). So a run that was stopped goes on as if it had not been, and many processes (engine/processes.py)
+Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone, and the state on disk holds all the rest
+(engine/state.py). So a run that was stopped goes on as if it had not been, and many processes (engine/processes.py)
 learn what one does.
 
     python train.py --rep sdf        # runs it
@@ -100,17 +100,17 @@ def recompute_blocks(model):
 
 
 def batches(run, stage, draw, first, steps):
-    """The parts of the batches of all steps to come, each with a seed. All randomness of a part is a function of (seed, stage,
-    step, part): resumed = uninterrupted, one process = many."""
-    def drawn(step, part):
-        rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step, part))
+    """The micro-batches of all steps to come, each with a seed: a function of (seed, stage, step, micro-batch) alone, so that
+    resumed = uninterrupted and one process = many."""
+    def drawn(step, i):
+        rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step, i))
         return int(rng.integers(2 ** 62)), draw(run.train, rng)
 
-    todo = product(range(first, steps), range(processes.rank(), run.parts, processes.world()))
+    todo = product(range(first, steps), range(processes.rank(), run.micro_batches, processes.world()))
     if run.device.type == "cpu":                              # a core that draws is a core that does not learn
         yield from (drawn(*item) for item in todo)
         return
-    with ThreadPoolExecutor(THREADS) as pool:                 # draws the parts to come while the GPU learns
+    with ThreadPoolExecutor(THREADS) as pool:                 # draws micro-batches to come while the GPU learns
         ahead = deque(pool.submit(drawn, *item) for item in islice(todo, 2 * THREADS))
         while ahead:
             yield ahead.popleft().result()
@@ -129,19 +129,19 @@ def to_device(batch, device):
 
 
 def gradients(run, model, loss_of, ready):
-    """Forward and backward passes of a step, whose parts are shared by all processes; -> its loss and logs, and the seconds
-    that it waited for its batch."""
+    """Forward and backward passes of a step, whose micro-batches are shared by all processes; -> its loss and logs, and the
+    seconds that it waited for data."""
     total, waited = {}, 0
-    for _ in range(run.parts // processes.world()):
+    for _ in range(run.micro_batches // processes.world()):
         start = time.perf_counter()
         seed, batch = next(ready)
         waited += time.perf_counter() - start
         torch.manual_seed(seed)
         with run.autocast():
             loss, logs = loss_of(model, to_device(batch, run.device))
-        (loss / run.parts).backward()
+        (loss / run.micro_batches).backward()
         for key, value in ({"loss": loss.detach()} | logs).items():
-            total[key] = total.get(key, 0) + value.float().to(run.device) / run.parts
+            total[key] = total.get(key, 0) + value.float().to(run.device) / run.micro_batches
     whole = [p.grad for p in model.parameters() if type(p.grad) is torch.Tensor]          # not those that are sharded
     processes.sum_over_processes(whole + list(total.values()))
     return total, waited

@@ -104,7 +104,7 @@ def first_process_only(write):
 def shard(model, device):
     """FSDP2: a process holds a share of each tensor, of weights, gradients and moments; when it is a block's turn, its are gathered.
     Gradients are added up on the way back."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method       # a second, that few need
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # a second, that few need
     mesh = dist.init_device_mesh(device.type, (world(),))
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     for module in (*blocks, model):

@@ -25,21 +25,21 @@ class Run:
         self.generator, self.denoiser = args.generator, args.denoiser
         self.reps, self.first = reps, first
         self.encoders = {"text": args.text_encoder, "image": args.image_encoder}
-        self.parts, self.shard, self.recompute = args.parts or processes.world(), args.shard, args.recompute
+        self.micro_batches, self.shard, self.recompute = args.micro_batches or processes.world(), args.shard, args.recompute
         if self.shard and processes.world() == 1:
             raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun, or leave --shard out")
-        if self.parts % processes.world():
-            raise UserError(f"{self.parts} parts cannot be shared by {processes.world()} processes; give --parts {processes.world()} "
+        if self.micro_batches % processes.world():
+            raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; give --micro-batches {processes.world()} "
                             "or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
 
-    def part_size(self, stage):
-        """Shapes of a part of the batch."""
+    def micro_batch_size(self, stage):
+        """How many shapes a micro-batch has."""
         batch = self.settings[stage][1]
-        if batch % self.parts:
-            mend = -(-batch // self.parts) * self.parts
-            raise UserError(f"a batch of {batch} ({stage}) cannot be shared by {self.parts} parts; give --batch {mend}")
-        return batch // self.parts
+        if batch % self.micro_batches:
+            mend = -(-batch // self.micro_batches) * self.micro_batches
+            raise UserError(f"a batch of {batch} ({stage}) cannot be cut into {self.micro_batches} micro-batches; give --batch {mend}")
+        return batch // self.micro_batches
 
     def check_folder(self, data, begin):
         """The stages in the folder have to be of the same encoders, size, generator and shapes; begin: how the name of such a

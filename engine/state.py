@@ -11,7 +11,6 @@ from engine import processes
 from engine.commands import UserError
 from engine.files import atomic_write, read_weights, save_weights
 
-
 # ---------------------------------------------------------------------------- optimizers
 
 def optimizers(model, lr):
@@ -127,7 +126,7 @@ class Log:
 
 def plot_losses(panels, out):
     """{title: [(label, csv file, its column), ...]} -> one picture, a panel a title, without files that are not there."""
-    import matplotlib                                         # takes a second to import
+    import matplotlib  # takes a second to import
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     found = {title: [curve for curve in curves if curve[1].is_file()] for title, curves in panels.items()}

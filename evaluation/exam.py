@@ -11,17 +11,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from prompts import text_tower
 import tokenizer
 from data import prepare
-from geometry.prepare import BuiltIn, Files, begins
-from heads import with_needs
 from engine.commands import UserError
 from engine.files import digest, read_config
-from evaluation.metrics import (chamfer, chamfer_matrix, diversity, frechet, kernel_distance, memorisation, mmd_cov_1nna, others,
-                     prompt_score, r_precision)
+from evaluation.metrics import (
+    chamfer,
+    chamfer_matrix,
+    diversity,
+    frechet,
+    kernel_distance,
+    memorisation,
+    mmd_cov_1nna,
+    others,
+    prompt_score,
+    r_precision,
+)
 from evaluation.results import Kept, mean, weights
+from geometry.prepare import BuiltIn, Files, begins
 from geometry.shapes import CLASSES
+from heads import with_needs
+from prompts import text_tower
 
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from data import prepare
-from engine.state import plot_losses
-from geometry.training_samples import painted
 from engine.commands import UserError
 from engine.files import read_config, read_stage, read_weights
-from evaluation.metrics import chamfer, chamfer_matrix
-from geometry.render import contact_sheet, render_mesh, save_png
-from evaluation.results import intervals, report, weights
+from engine.state import plot_losses
 from evaluation.exam import POINTS, Exam, Job, clouds, kept, made, parts, shape
+from evaluation.metrics import chamfer, chamfer_matrix
+from evaluation.results import intervals, report, weights
+from geometry.render import contact_sheet, render_mesh, save_png
+from geometry.training_samples import painted
 from sample import LTM3D
 
 VARIANTS = {  # name of the variant: flags of train.py, options of sampling

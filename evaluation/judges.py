@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 
-from geometry.training_samples import VIEW, view
 from engine.networks import grid_points
-from geometry.meshes import bin_centres, closed_edges, quantise, sample_surface
 from evaluation.metrics import chamfer, emd, faces_within, fscore, iou, psnr, ssim
+from geometry.meshes import bin_centres, closed_edges, quantise, sample_surface
 from geometry.render import splat
 from geometry.surface import TRUNCATION, sdf_grid
+from geometry.training_samples import VIEW, view
 
 # ---------------------------------------------------------------------------- fields
 

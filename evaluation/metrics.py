@@ -17,8 +17,8 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from geometry.export import read
 from engine.commands import Parser, UserError, between, command
+from geometry.export import read
 
 
 def sound(x, what, least=1, shape="k 3"):

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from engine.commands import UserError
-from engine.files import digest, atomic_write
+from engine.files import atomic_write, digest
 
 
 class Kept:

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prompts import image_tower
 from data import prepare
 from engine.commands import UserError
+from evaluation.exam import POINTS, Job, Scorer, kept, made, parts, shape
 from evaluation.metrics import chamfer_matrix, cosine
 from evaluation.results import interval, labels, report
+from prompts import image_tower
 from sample import LTM3D
-from evaluation.exam import POINTS, Job, Scorer, kept, made, parts, shape
 
 PROMPTS = ("name", "caption", "picture")
 

@@ -183,7 +183,7 @@ def simplify_to(vertices, faces, colours, limit, many="simplify"):
         return vertices, faces, colours
     if many == "refuse":
         raise UserError(f"the mesh has {len(faces)} faces and at most {limit} fit; simplify it, or allow it with --many simplify")
-    from fast_simplification import simplify             # only meshes of other people need it
+    from fast_simplification import simplify  # only meshes of other people need it
     points, few = simplify(vertices.astype(np.float32), faces.astype(np.int32), target_count=limit)
     points = points.clip(vertices.min(0), vertices.max(0))                             # quadrics may reach beyond
     nearest = cKDTree(vertices[faces].mean(1)).query(points[few].mean(1))[1]           # the colour of the nearest old face

@@ -14,12 +14,12 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from geometry.captions import FILLERS, words
 import numpy as np
 from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command
 from geometry import mesh_files
+from geometry.captions import FILLERS, words
 from geometry.mesh_files import text
 from geometry.soup import SKIN, faithful, surface_of
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.commands import UserError
 from engine.files import atomic_write
-from geometry.light import baked, lamps, light, look, scatter, to_linear, to_srgb
 from geometry.camera import EYE, HALF, project, rays, see_mesh, see_points, tensor
+from geometry.light import baked, lamps, light, look, scatter, to_linear, to_srgb
 
 MODES = ("colour", "normal", "depth")
 PAPER = (.985, .98, .972)          # the background, sRGB: white with a drop of warmth

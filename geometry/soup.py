@@ -25,8 +25,8 @@ from skimage.measure import marching_cubes
 
 from engine.commands import UserError
 from engine.networks import grid_points
-from geometry.light import look
 from geometry.camera import see_mesh, tensor
+from geometry.light import look
 
 CELLS = 128             # along a side of [-1, 1]^3
 CELL = 2 / CELLS

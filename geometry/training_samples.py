@@ -6,11 +6,11 @@ A shape is anything that answers `surface`, `distance`, `mesh` and `icon`: a bui
 import numpy as np
 import torch
 
-from geometry.training_pictures import SIZE, framed
+from geometry.camera import see_mesh, tensor
 from geometry.light import look
 from geometry.meshes import canonical, simplify_to
 from geometry.render import flat
-from geometry.camera import see_mesh, tensor
+from geometry.training_pictures import SIZE, framed
 
 POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
 FACES = 256                   # most faces of a low-poly mesh

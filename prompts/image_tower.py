@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import nn
 
-from prompts.text_tower import POINTS
-from geometry.training_pictures import SIZE
 from engine.files import load_model, read_stage
 from engine.networks import Block
+from geometry.training_pictures import SIZE
+from prompts.text_tower import POINTS
 
 SIZES = {  # dim is also the width of a condition token
     "tiny": dict(dim=128, depth=2, heads=4),

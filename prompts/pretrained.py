@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from geometry.training_samples import PICTURES
 from engine.commands import Parser, UserError, command
 from engine.files import atomic_write
+from geometry.training_samples import PICTURES
 
 LENGTH = 64    # most tokens of a prompt that are read
 
@@ -31,7 +31,7 @@ class Pretrained:
 
     def __init__(self, name, device="cpu"):
         os.environ["HF_HUB_OFFLINE"] = "1"                    # from the hub's cache or a folder, never over the network
-        import transformers                                   # takes seconds, and few need it
+        import transformers  # takes seconds, and few need it
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.name, self.device = name, torch.device(device)

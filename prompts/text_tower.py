@@ -24,8 +24,8 @@ from torch import nn
 
 from engine.commands import Parser, UserError, command
 from engine.files import load_model, read_stage
-from geometry.captions import FILLERS, words
 from engine.networks import Block, fourier
+from geometry.captions import FILLERS, words
 
 SIZES = {  # dim is also e, the width of a condition token
     "tiny": dict(dim=128, depth=2, heads=4),
