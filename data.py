@@ -1,16 +1,13 @@
-"""data.py - training samples from shapes: prepared once, memory-mapped, drawn in batches.
+"""data.py - training samples of shapes: prepared once, memory-mapped, drawn in batches.
 
-A prepared set is a folder of flat arrays (one row a shape) and one JSON file a kind and chunk of shapes with
-their captions. A chunk's JSON is written last: whatever has one is done, so a killed run goes on
-where it was, and any number of processes can share the work.
+geometry/prepare.py fills the arrays of a prepared set; Prepared reads them. The built-in shapes need no download.
 
-    python data.py                       # prepares the built-in shapes; a contact sheet to look at
+    python data.py                       # prepares the built-in shapes, and draws some of them
     python data.py --data path/to/meshes --out cache
     python data.py --data path/to/meshes --out cache --shard 0/4      # on the first of four machines
 """
 import argparse
 import csv
-import json
 import re
 import time
 from pathlib import Path
@@ -22,21 +19,22 @@ from tqdm import tqdm
 from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
 from geometry import shapes
-from geometry.prepare import CHUNK, TRAIN_SHAPES, BuiltIn, Files, fill
+from geometry.prepare import TRAIN_SHAPES, BuiltIn, Files, fill, read_records
 from geometry.render import contact_sheet, render_mesh, save_png
-from geometry.training_pictures import lit
-from geometry.training_samples import KINDS, PICTURES, POINTS, QUERIES, painted
+from geometry.training_pictures import relight
+from geometry.training_samples import KINDS, PICTURES, POINTS, QUERIES, vertex_coloured
+
+# method of Prepared that a head reads from -> the kind of samples that it needs
+READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
 
 
-def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",), data=None, copies=1, shard=(0, 1), classes=None):
-    """Prepare what is missing of a set, of built-in shapes or of the files of `data`, or every n-th chunk of it; -> Prepared."""
+def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",), data=None, copies=1, shard=(0, 1),
+            classes=None):
+    """Prepare the missing samples of built-in shapes, or of the files of `data` -> Prepared. shard (i, n): only share i
+    of n."""
     source = Files(split, data, copies) if data else BuiltIn(split, count, classes)
-    folder, kinds = Path(out) / source.name, list(kinds)
-    fill(folder, source, kinds, workers, shard)
-    return Prepared(folder, source, kinds)
-
-
-READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}      # method of Prepared -> kind of samples
+    fill(Path(out) / source.name, source, kinds, workers, shard)
+    return Prepared(Path(out) / source.name, source, kinds)
 
 
 def kinds_of(heads):
@@ -45,115 +43,126 @@ def kinds_of(heads):
 
 
 class Prepared:
-    """A prepared set, read from disk as needed: the shapes of the split that came through, for all kinds."""
+    """A prepared set, read from disk as needed: the shapes of the split that have samples of all kinds."""
 
     def __init__(self, folder, source, kinds):
         self.folder, self.source, self.name = Path(folder), source, source.name
         if isinstance(source, Files):                         # both splits are in one folder
             self.name += f"-{source.split}"
         try:
-            self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for kind in kinds for name in KINDS[kind]}
-            texts = [{int(path.stem[-5:]) * CHUNK + i: text for path in sorted(self.folder.glob(f"{kind}-*.json"))
-                      for i, text in enumerate(json.loads(path.read_text()))} for kind in kinds]
+            self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r")
+                           for kind in kinds for name in KINDS[kind]}
+            records = [read_records(self.folder, kind) for kind in kinds]
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is damaged ({error}); delete it, and it is made again") from None
-        self.broken = {text["file"]: text["broken"] for some in texts for text in some.values() if "broken" in text}
-        bad = {row for some in texts for row, text in some.items() if "broken" in text}
-        self.rows = np.array([row for row, text in texts[0].items() if row not in bad and source.mine(text)], int)
-        self.text = [texts[0][row] for row in self.rows]
-        self.classes, self.captions = [text["class"] for text in self.text], [text["captions"] for text in self.text]
+            raise UserError(f"{folder} is damaged ({error}); delete it, and run the same command again") from None
+        broken = {row: record for of_kind in records for row, record in of_kind.items() if "broken" in record}
+        self.broken = {record["file"]: record["broken"] for record in broken.values()}
+        rows = [row for row, record in records[0].items() if row not in broken and source.in_split(record)]
+        self.rows = np.array(rows, int)                       # rows of the arrays: one for each shape of this set
+        self.records = [records[0][row] for row in rows]
+        self.classes = [record["class"] for record in self.records]
+        self.captions = [record["captions"] for record in self.records]
         if source.skipped or self.broken:
-            with atomic_write(self.folder / "skipped.csv") as part, part.open("w", newline="", errors="backslashreplace") as file:
+            path = self.folder / "skipped.csv"
+            with atomic_write(path) as part, part.open("w", newline="", errors="backslashreplace") as file:
                 csv.writer(file).writerows([("file", "reason"), *source.skipped, *self.broken.items()])
 
     def __len__(self):
-        return len(self.text)
+        return len(self.records)
 
     def shape(self, row):
-        """The shape itself, for what needs more than samples: exact distances at any point."""
+        """The shape itself, where samples are not enough: for exact distances at any point."""
         return self.source.shape(self.rows[row])
 
+    def tensors(self, names, rows, columns=slice(None)):
+        """Rows of several arrays, and some of their columns, as float tensors."""
+        return [torch.from_numpy(self.arrays[name][self.rows[rows]][:, columns].astype(np.float32)) for name in names]
+
     def samples(self, rows, reads, rng):
-        """What a head learns from (heads.py): reads names methods below, with how many points -> a dict of tensors, b rows each."""
+        """What a head learns from (heads.py). reads: {method below: number of points} -> {name: tensor of b rows}."""
         batch = {}
         for name, count in reads.items():
-            batch |= self.named_cloud(rows, count, rng) if name == "cloud" else getattr(self, name)(rows, count, rng)
+            values = getattr(self, name)(rows, count, rng)
+            batch |= dict(zip(("points", "normals", "colours"), values)) if name == "cloud" else values
         return batch
-
-    def named_cloud(self, rows, k, rng):
-        return dict(zip(("points", "normals", "colours"), self.cloud(rows, k, rng)))
 
     def cloud(self, rows, k, rng):
         """k oriented coloured surface points of each row: points, normals, colours, b k 3 each."""
-        some = rng.permutation(POINTS)[:k]
-        points, normals, colours = (torch.from_numpy(self.arrays[name][self.rows[rows]][:, some].astype(np.float32))
-                                    for name in ("points", "normals", "colours"))
+        columns = rng.permutation(POINTS)[:k]
+        points, normals, colours = self.tensors(("points", "normals", "colours"), rows, columns)
         return points, normals / 127, colours / 255
 
     def queries(self, rows, k, rng):
         """k points of each row and their signed distance: b k 3, b k."""
-        some = rng.permutation(QUERIES)[:k]
-        return {name: torch.from_numpy(self.arrays[name][self.rows[rows]][:, some].astype(np.float32)) for name in ("queries", "distance")}
+        names = ("queries", "distance")
+        return dict(zip(names, self.tensors(names, rows, rng.permutation(QUERIES)[:k])))
 
     def faces(self, rows, *_):
         """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
-        corners, components, colours = (torch.from_numpy(self.arrays[name][self.rows[rows]]) for name in ("corners", "components", "face_colours"))
-        return {"corners": corners.long(), "components": components.long(), "face_colours": colours.float() / 255}
+        corners, components, colours = self.tensors(("corners", "components", "face_colours"), rows)
+        return {"corners": corners.long(), "components": components.long(), "face_colours": colours / 255}
+
+    def views(self, rows, *_):
+        """One picture of each shape, b size size 4, and the camera's azimuth and elevation, b 2 in degrees."""
+        views, angles = self.tensors(("views", "angles"), rows)
+        return {"views": views / 255, "angles": angles}
 
     def draw_captions(self, rows, rng):
-        """One caption of each."""
+        """One caption of each shape."""
         return [self.captions[row][rng.integers(len(self.captions[row]))] for row in rows]
 
     def pictures(self, rows, rng, which=None, vary=True):
-        """One picture of each, in random light (prompts/picture_files.py): b 3 s s."""
+        """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s."""
         which = rng.integers(PICTURES, size=len(rows)) if which is None else which
-        return lit(*(self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"]), rng, vary)
+        return relight(*(self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"]), rng, vary)
 
-    def views(self, rows, *_):
-        """A picture of each: b size size 4, and where it was taken from, b 2 in degrees."""
-        views, angles = (torch.from_numpy(self.arrays[name][self.rows[rows]]) for name in ("views", "angles"))
-        return {"views": views.float() / 255, "angles": angles}
+
+def parse_share(text):
+    """The type of --shard: "0/4" is the first of four."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
+        raise argparse.ArgumentTypeError(f"must be i/n with i from 0 to n - 1, not {text}")
+    return int(match[1]), int(match[2])
 
 
 def main():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
-                                       "(geometry/real.py); default: the built-in shapes")
-    parser.add_argument("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=["surface", "pictures"], help="samples to take: surface for every "
-                        "representation, pictures for image prompts, faces for mesh, views for gs")
-    parser.add_argument("--shard", type=part, default=(0, 1), metavar="i/n", help="only the i-th of n shares: so many machines, one folder")
-    parser.add_argument("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many built-in training shapes to prepare")
-    parser.add_argument("--out", default="cache", help="folder of the prepared sets")
-    parser.add_argument("--workers", type=between(1), default=2, help="processes to use")
-    parser.add_argument("--picture", default="out/shapes.png", help="contact sheet to write")
+    flag = parser.add_argument
+    flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
+                        "(geometry/real.py); default: the built-in shapes")
+    flag("--copies", type=between(1, 100), default=1, help="copies of each file's shape: mirrored, stretched")
+    flag("--kinds", nargs="+", choices=list(KINDS), default=["surface", "pictures"],
+         help="samples to take: surface for all heads, pictures for image prompts, faces for mesh, views for gs")
+    flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
+         help="only the i-th of n shares: n machines can fill one folder")
+    flag("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many built-in training shapes to prepare")
+    flag("--out", default="cache", help="folder of the prepared sets")
+    flag("--workers", type=between(1), default=2, help="processes to use")
+    flag("--picture", default="out/shapes.png", help="contact sheet to write")
     args = parser.parse_args()
+
     make_folder(Path(args.picture).parent)
     start = time.time()
-    train = prepare("train", args.shapes, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
-    test = prepare("test", None, args.out, args.workers, args.kinds, args.data, args.copies, args.shard)
+    settings = args.out, args.workers, args.kinds, args.data, args.copies, args.shard
+    train = prepare("train", args.shapes, *settings)
+    test = prepare("test", None, *settings)
     print(f"{train.folder}: {len(train)} shapes to train on, {len(test)} held out, {time.time() - start:.1f} s")
     if args.data:
-        print(f"left out: {len(train.broken)} of {len(train.source.items)} shapes, {len(train.source.skipped)} other files"
-              + f", why is in {train.folder}/skipped.csv" * bool(train.broken or train.source.skipped))
+        where = f"; the reasons are in {train.folder}/skipped.csv" * bool(train.broken or train.source.skipped)
+        print(f"left out: {len(train.broken)} of {len(train.source.items)} shapes, "
+              f"{len(train.source.skipped)} other files{where}")
     if not len(train):
         if train.broken:
             raise UserError(f"no shape of {args.data} can be used")
         return                                                # a share of few shapes may have none
+
     rows = np.linspace(0, len(train) - 1, min(4 * len(shapes.CLASSES), len(train))).astype(int)
     rows = sorted(rows, key=lambda row: train.classes[row])
-    drawn = [render_mesh(*painted(train.shape(row)), size=160) for row in tqdm(rows, desc="drawing", unit="shape")]
-    labels = [train.captions[row][min(3, len(train.captions[row]) - 1)] for row in rows]
-    save_png(args.picture, contact_sheet(drawn, 8, labels))
+    bar = tqdm(rows, "drawing", unit="shape")
+    pictures = [render_mesh(*vertex_coloured(train.shape(row)), size=160) for row in bar]
+    labels = [train.captions[row][:4][-1] for row in rows]    # of a built-in shape, the fourth caption has its colour
+    save_png(args.picture, contact_sheet(pictures, 8, labels))
     print(args.picture)
-
-
-def part(text):
-    """The type of --shard: "0/4" is the first of four."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not int(found[1]) < int(found[2]):
-        raise argparse.ArgumentTypeError(f"must be i/n with i from 0 to n - 1, not {text}")
-    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

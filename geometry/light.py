@@ -1,17 +1,16 @@
-"""geometry/light.py - lamps around a shape, and how much of their light reaches a point.
+"""light.py - lamps around a shape, and how much of their light reaches a point.
 
-The light is a list of lamps: a sun spread over a small disc, a fill from the other side, a sky spread over the
-hemisphere. Every lamp casts a hard shadow, the sum is soft: dark corners under a table top and the blurred
-shadow on the floor come out of one line. Letters: l lamps, k points.
+The light is a list of lamps: a sun that covers a small disc, a fill from the other side, a sky that covers the
+hemisphere. Every lamp casts a hard shadow. The sum of many hard shadows is soft. Letters: l lamps, k points.
 
-    python geometry/render.py out/table-0.glb        # a picture in this light
+    python -m geometry.export out/table-0.glb        # a picture in this light
 """
 import math
 
 import torch
 import torch.nn.functional as F
 
-SHADOW = 96                        # texels along a lamp's shadow map: coarse is soft, and quick
+SHADOW = 96                        # texels along the side of a shadow map; few, so that it is soft and fast
 
 
 def scatter(count):
@@ -20,8 +19,8 @@ def scatter(count):
     return (i * torch.tensor([.8191725134, .6710436067, .5497004779], dtype=torch.float64) % 1).float()
 
 
-def look(azimuth, elevation):
-    """Rows: right, up, towards the eye, for angles in degrees; (0, 0) looks an object in the face."""
+def view_rotation(azimuth, elevation):
+    """Angles in degrees -> 3 3, its rows: right, up, towards the eye. At (0, 0) the eye is in front of the shape."""
     a, e = math.radians(azimuth), math.radians(elevation)
     return torch.tensor([[math.cos(a), 0, -math.sin(a)],
                          [-math.sin(a) * math.sin(e), math.cos(e), -math.cos(a) * math.sin(e)],
@@ -29,31 +28,33 @@ def look(azimuth, elevation):
 
 
 def lamps(azimuth):
-    """Directions (l 3) and linear colours (l 3). They turn with the eye: every view is lit from its left."""
+    """Directions (l 3) and linear colours (l 3). They turn with the eye: light comes from the left in every view."""
     def cap(count, axis, cosine, colour):                          # evenly over the cap around an axis
         i = torch.arange(count)
         z, turn = 1 - (i + .5) / count * (1 - cosine), i * math.pi * (3 - 5 ** .5)             # golden angle
         r = (1 - z * z).sqrt()
-        return torch.stack([r * turn.cos(), r * turn.sin(), z], -1) @ axis, torch.tensor(colour).expand(count, 3) / count
+        directions = torch.stack([r * turn.cos(), r * turn.sin(), z], -1) @ axis
+        return directions, torch.tensor(colour).expand(count, 3) / count
 
-    sun = cap(12, look(azimuth - 48, 54), .97, (1.02, .96, .87))
-    fill = cap(4, look(azimuth + 55, 20), .95, (.17, .18, .21))
-    sky = cap(24, look(azimuth, 90), .05, (.64, .66, .71))
-    return [torch.cat(part) for part in zip(sun, fill, sky)]
+    sun = cap(12, view_rotation(azimuth - 48, 54), .97, (1.02, .96, .87))
+    fill = cap(4, view_rotation(azimuth + 55, 20), .95, (.17, .18, .21))
+    sky = cap(24, view_rotation(azimuth, 90), .05, (.64, .66, .71))
+    return [torch.cat(group) for group in zip(sun, fill, sky)]
 
 
-def light(cloud, azimuth, position, normal):
-    """Light arriving at surface points (k 3): sum over lamps of colour x visible x cosine, plus the floor's glow.
+def arriving_light(cloud, azimuth, position, normal):
+    """The light at surface points (k 3): the sum over lamps of colour x visible x cosine, and light from the floor.
 
-    A lamp sees the shape as a cloud of surface points, drawn into a coarse shadow map. Receivers are lifted
-    off their surface by two texels, so that a surface does not shade itself."""
+    The shape casts its shadow as a cloud of surface points, drawn into a coarse shadow map for each lamp. The points
+    are lifted off the surface by two texels: so the surface does not shade itself."""
     low, high = cloud.amin(0), cloud.amax(0)
     centre, radius = (low + high) / 2, (high - low).norm() / 2 + 1e-6
-    cloud, lifted = ((cloud - centre) / radius).T, (position - centre) / radius + normal * 4 / SHADOW
-    # Moving receivers about by a texel turns the edges of texels into grain, which anti-aliasing averages away.
-    lifted = (lifted + (scatter(len(lifted)) - .5) * 4 / SHADOW).T.contiguous()
-    glow = torch.tensor([.26, .25, .24])          # what looks down sees the floor, partly in the shape's own shadow
-    total = glow * (.5 - .5 * normal[:, 1:2])
+    cloud, lifted = ((cloud - centre) / radius).T, (position - centre) / radius + normal * 4 / SHADOW      # 3 k, k 3
+    # Random moves by a texel turn the edges of texels into grain. Averaging the samples of a pixel removes the grain.
+    lifted = (lifted + (scatter(len(lifted)) - .5) * 4 / SHADOW).T.contiguous()          # 3 k
+    floor = torch.tensor([.26, .25, .24])         # reaches what faces down; the shape partly shades its own floor
+    total = floor * (.5 - .5 * normal[:, 1:2])                                 # k 3
+
     for direction, colour in zip(*lamps(azimuth)):
         side = F.normalize(torch.linalg.cross(direction, torch.tensor([.31, .17, .94])), dim=0)
         basis = torch.stack([side, torch.linalg.cross(direction, side), -direction])
@@ -65,17 +66,17 @@ def light(cloud, azimuth, position, normal):
 
         occluder = torch.full((SHADOW * SHADOW,), 9.).scatter_reduce_(0, *texel(cloud), "amin")
         index, depth = texel(lifted)
-        visible = ((occluder[index] - depth) * (SHADOW / 4) + 1).clamp_(0, 1)
+        visible = ((occluder[index] - depth) * (SHADOW / 4) + 1).clamp_(0, 1)            # k
         total.addcmul_((visible * (normal @ direction).clamp_(min=0))[:, None], colour)
     return total
 
 
-def baked(normal):
-    """The light that colours of 3D Gaussians hold (... k 1), since viewers shine none on them: sRGB, a lamp up to the left."""
+def baked_light(normal):
+    """The light in the colours of 3D Gaussians (... k 1), as viewers add none: one lamp at the upper left, in sRGB."""
     return .75 + .25 * (normal @ F.normalize(torch.tensor([-.5, 1, .7]), dim=0).to(normal))[..., None]
 
 
-def to_linear(colour):
+def to_linear(colour):                             # sRGB, as in pictures, -> proportional to the light
     return torch.where(colour <= .04045, colour / 12.92, ((colour + .055) / 1.055) ** 2.4)
 
 

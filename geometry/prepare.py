@@ -1,14 +1,15 @@
-"""prepare.py - samples of many shapes into memory-mapped files: in many processes, resumable, whatever a file does to its reader.
+"""prepare.py - fills the arrays of a prepared set, in many processes. It can resume, and survives files that crash it.
 
-A prepared set is a folder of flat arrays (one row a shape) and one JSON file a kind and chunk of shapes with
-their captions. A chunk's JSON is written last: whatever has one is done, so a killed run goes on
-where it was, and any number of processes can share the work.
+A prepared set is a folder of arrays (one row a shape), and JSON files with records of the shapes: one for each kind of
+samples and each chunk of shapes. A chunk's JSON is written last, so a chunk that has one is done. A killed run goes on
+where it was, and several processes or machines can share the work.
 """
 import contextlib
 import functools
 import hashlib
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -26,153 +27,169 @@ from engine.files import atomic_write
 from geometry import mesh_files, real, shapes, soup
 from geometry.training_samples import KINDS, TAKE
 
-CHUNK = 130                   # shapes prepared between two marks of progress
-MEMORY = 12 << 30             # bytes that a worker may take
-SEED = 0                      # another one, other built-in shapes
-TEST = 10_000_000             # test shapes are numbered from here on: they never meet the training shapes
+CHUNK = 130                   # shapes in a chunk
+MEMORY = 12 << 30             # bytes that a worker may allocate
+SEED = 0                      # of all built-in shapes
+TEST = 10_000_000             # the number of the first test shape: no training shape has a number as high
 TRAIN_SHAPES = 10_400         # 800 of each class
 TEST_SHAPES = 520             # 40 of each class
 
 
-# ---------------------------------------------------------------------------- where shapes come from
+# ---------------------------------------------------------------------------- sources of shapes
 
-def begins(path):
-    """What the names of sets of those files begin with, of built-in shapes if None."""
+def name_begins(path):
+    """How the names of sets of these files begin; None: of sets of built-in shapes."""
     return f"{Path(path).resolve().stem}-" if path else "shapes-"
 
 
 class BuiltIn:
-    """The built-in shapes of a split, of all classes in turn or of some."""
+    """The built-in shapes of a split, of all classes in turn or of these."""
 
     def __init__(self, split, count=None, classes=None):
         self.first, self.skipped, self.classes = TEST if split == "test" else 0, [], classes
-        self.count = count or (TEST_SHAPES if split == "test" else TRAIN_SHAPES) * len(classes or shapes.CLASSES) // len(shapes.CLASSES)
-        what = json.dumps([SEED, self.first, self.count, CHUNK, fingerprint(), *(classes or ())])
-        self.name = f"{begins(None)}{split}-{self.count}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+        default = TEST_SHAPES if split == "test" else TRAIN_SHAPES
+        self.count = count or default * len(classes or shapes.CLASSES) // len(shapes.CLASSES)
+        values = json.dumps([SEED, self.first, self.count, CHUNK, fingerprint(), *(classes or ())])
+        self.name = f"{name_begins(None)}{split}-{self.count}-{hashlib.sha256(values.encode()).hexdigest()[:12]}"
 
     def index(self, row):
         if not self.classes:
             return self.first + row
-        turn, of = divmod(row, len(self.classes))
-        return self.first + turn * len(shapes.CLASSES) + (shapes.CLASSES.index(self.classes[of]) - self.first) % len(shapes.CLASSES)
+        turn, i = divmod(row, len(self.classes))
+        offset = (shapes.CLASSES.index(self.classes[i]) - self.first) % len(shapes.CLASSES)
+        return self.first + turn * len(shapes.CLASSES) + offset
 
     def shape(self, row):
         return shapes.make(SEED, self.index(row))
 
-    def about(self, shape, row):
+    def origin(self, row):
         return {"index": self.index(row)}
 
-    def mine(self, text):                                     # all of them are of the split
+    def in_split(self, record):
         return True
 
 
 @functools.cache
 def fingerprint():
-    """Of the code that built-in samples come from: what the first 260 shapes are made of, samples of one of every class.
-    Other shapes, other folder."""
+    """Of the code that makes built-in samples: the parts of the first 260 shapes, and samples of one of every class.
+    Samples of changed code go to another folder."""
     digest, classes = hashlib.sha256(), len(shapes.CLASSES)
     for row in range(20 * classes):
         shape = shapes.make(SEED, row)
         digest.update(repr((shape.parts, shape.captions)).encode())
         if row < classes:
-            for kind in TAKE if row == 0 else ("surface", "faces"):          # pictures take a while: of one shape will do
+            for kind in TAKE if row == 0 else ("surface", "faces"):          # pictures take long: of one shape only
                 for values in TAKE[kind](shape, np.random.default_rng(0)).values():
                     digest.update(np.float16(values).tobytes())
     return digest.hexdigest()
 
 
 class Files:
-    """Shapes of files (geometry/real.py), in `copies` each. One folder holds all; a tenth of the files, always the same, is held out."""
+    """Shapes from files (geometry/real.py), each in several copies. One folder holds both splits: a tenth of the files,
+    always the same, is held out."""
 
     def __init__(self, split, path, copies=1):
-        self.split, self.copies, (self.items, self.skipped) = split, copies, real.listed(path)
+        self.split, self.copies, (self.items, self.skipped) = split, copies, real.list_items(path)
         self.count, self.first = copies * len(self.items), 0
-        what = repr([[(i.key, i.captions, i.rotation, Path(i.file).stat().st_size) for i in self.items], copies, KINDS, soup.CELLS, soup.SKIN, soup.POOL, CHUNK])
-        self.name = f"{begins(path)}{hashlib.sha256(what.encode()).hexdigest()[:12]}"
-        draw = {item.key: int(hashlib.sha256(item.key.encode()).hexdigest(), 16) for item in self.items}
-        tenth = {key for key, number in draw.items() if number % 10 == 0}
-        self.held_out = tenth if len(tenth) > 1 else set(sorted(draw, key=draw.get)[:min(2, len(draw) // 2)])
-
-    def shape(self, row):
-        return mesh_files.shape(self.item(row), row // len(self.items))
+        values = [(item.key, item.captions, item.rotation, Path(item.file).stat().st_size) for item in self.items]
+        values = repr([values, copies, KINDS, soup.CELLS, soup.SKIN, soup.POOL, CHUNK])
+        self.name = f"{name_begins(path)}{hashlib.sha256(values.encode()).hexdigest()[:12]}"
+        numbers = {item.key: int(hashlib.sha256(item.key.encode()).hexdigest(), 16) for item in self.items}
+        tenth = {key for key, number in numbers.items() if number % 10 == 0}
+        lowest = sorted(numbers, key=numbers.get)[:min(2, len(numbers) // 2)]
+        self.held_out = tenth if len(tenth) > 1 else set(lowest)
 
     def item(self, row):
         return self.items[row % len(self.items)]
 
-    def about(self, shape, row):
-        return {"file": self.item(row).key, "copy": row // len(self.items), "licence": self.item(row).licence, "author": self.item(row).author}
+    def shape(self, row):
+        return mesh_files.shape(self.item(row), row // len(self.items))
 
-    def mine(self, text):
-        held_out = text["file"] in self.held_out
-        return held_out and not text["copy"] if self.split == "test" else not held_out
+    def origin(self, row):
+        item = self.item(row)
+        return {"file": item.key, "copy": row // len(self.items), "licence": item.licence, "author": item.author}
+
+    def in_split(self, record):
+        """Copies of held-out files belong to neither split."""
+        held_out = record["file"] in self.held_out
+        return held_out and not record["copy"] if self.split == "test" else not held_out
 
 
 # ---------------------------------------------------------------------------- preparing
 
+def read_records(folder, kind):
+    """The records of all shapes whose samples of this kind are done: {row: record}."""
+    return {int(path.stem[-5:]) * CHUNK + i: record for path in sorted(folder.glob(f"{kind}-*.json"))
+            for i, record in enumerate(json.loads(path.read_text()))}
+
+
 def prepare_chunk(folder, source, chunk, kinds):
-    """Rows chunk * CHUNK ... of the arrays of some kinds, then what the shapes are called: the mark that it is done."""
-    torch.set_num_threads(1)                                  # the others have a process of their own
+    """Fill the rows of a chunk in the arrays of these kinds, then write the records of its shapes. -> their number."""
+    torch.set_num_threads(1)                                  # other workers use the other cores
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for kind in kinds for name in KINDS[kind]}
-    tried = folder / f"tried-{chunk:05d}"                     # the rows at which earlier attempts ended
-    ended = tried.read_text().split() if tried.is_file() else []
-    texts = []
+    attempts = folder / f"tried-{chunk:05d}"                  # rows at which a worker crashed, then the current row
+    crashed = attempts.read_text().split() if attempts.is_file() else []
+    records = []
     for row in range(chunk * CHUNK, min((chunk + 1) * CHUNK, source.count)):
-        if ended.count(str(row)) == 2:
-            texts.append({"file": source.item(row).key, "broken": "whoever reads it dies, twice"})
+        if crashed.count(str(row)) == 2:
+            records.append({"file": source.item(row).key, "broken": "the loader crashed twice on this file"})
             continue
-        tried.write_text(" ".join([*ended, str(row)]))
+        attempts.write_text(" ".join([*crashed, str(row)]))
         try:
             shape = source.shape(row)
             for kind in kinds:
                 rng = np.random.default_rng((SEED, source.first + row, 1 + list(KINDS).index(kind)))
                 for name, values in TAKE[kind](shape, rng).items():
                     arrays[name][row] = values
-            texts.append(source.about(shape, row) | {"class": shape.name, "attributes": shape.attributes, "captions": shape.captions})
+            about = {"class": shape.name, "attributes": shape.attributes, "captions": shape.captions}
+            records.append(source.origin(row) | about)
         except Exception as error:
-            if not isinstance(source, Files):                 # those are ours: a bug
+            if not isinstance(source, Files):                 # a built-in shape never fails: this is a bug
                 raise
-            reason = str(error) if isinstance(error, UserError) else f"no samples can be taken of it ({type(error).__name__}: {error})"
-            texts.append({"file": source.item(row).key, "broken": reason})
+            unknown = f"no samples can be taken of it ({type(error).__name__}: {error})"
+            reason = str(error) if isinstance(error, UserError) else unknown
+            records.append({"file": source.item(row).key, "broken": reason})
     for kind in kinds:
         with atomic_write(folder / f"{kind}-{chunk:05d}.json") as part:
-            part.write_text(json.dumps(texts))
-    tried.unlink()
-    return len(texts)
+            part.write_text(json.dumps(records))
+    attempts.unlink()
+    return len(records)
 
 
-def fill(folder, source, kinds, workers=2, shard=(0, 1)):
-    """Prepare what is missing of a set, or every n-th chunk of it."""
-    mark = lambda kind, chunk: folder / f"{kind}-{chunk:05d}.json"
-    chunks = range(shard[0], -(-source.count // CHUNK), shard[1])
-    todo = {chunk: missing for chunk in chunks if (missing := [kind for kind in kinds if not mark(kind, chunk).is_file()])}
-    for chunk in todo:                                        # whatever ended an earlier run, it may not have been the file
-        (folder / f"tried-{chunk:05d}").unlink(missing_ok=True)
+def fill(folder, source, kinds, workers=2, share=(0, 1)):
+    """Prepare the missing chunks of a set; share (i, n): only chunks i, i + n, i + 2 n ..."""
+    todo = {}                                                 # {chunk: kinds of samples that it lacks}
+    for chunk in range(share[0], -(-source.count // CHUNK), share[1]):
+        missing = [kind for kind in kinds if not (folder / f"{kind}-{chunk:05d}.json").is_file()]
+        if missing:
+            todo[chunk] = missing
+            (folder / f"tried-{chunk:05d}").unlink(missing_ok=True)    # an earlier run may have ended for other reasons
     for kind in [kind for kind in kinds if not any(folder.glob(f"{kind}-*.json"))]:
         for name, (dtype, shape) in KINDS[kind].items():
             if not (folder / f"{name}.npy").is_file():
-                lay_out(folder / f"{name}.npy", dtype, (source.count, *shape))
-    size = lambda chunk: min(CHUNK, source.count - chunk * CHUNK)
-    what = f"preparing {source.name}: {', '.join(kinds)}"
-    with tqdm(total=sum(map(size, todo)), unit="shape", desc=what, disable=not todo) as bar:
+                create_array(folder / f"{name}.npy", dtype, (source.count, *shape))
+
+    total = sum(min(CHUNK, source.count - chunk * CHUNK) for chunk in todo)
+    with tqdm(total=total, unit="shape", desc=f"preparing {source.name}: {', '.join(kinds)}", disable=not todo) as bar:
         while todo:
-            with ProcessPoolExecutor(workers, initializer=alone, initargs=(os.getpid(),)) as pool:
-                jobs = {pool.submit(prepare_chunk, folder, source, chunk, missing): chunk for chunk, missing in todo.items()}
+            with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)) as pool:
+                jobs = {pool.submit(prepare_chunk, folder, source, chunk, todo[chunk]): chunk for chunk in todo}
                 try:
                     for job in as_completed(jobs):
                         bar.update(job.result())
                         del todo[jobs[job]]
-                except BrokenProcessPool:                     # a file may end its reader; after two tries without it
+                except BrokenProcessPool:                     # a file crashed its loader: try again
                     if not any(folder.glob("tried-*")):
                         raise
-                except BaseException:                         # Ctrl-C: what they are at is done again
+                except BaseException:                         # Ctrl-C: unfinished chunks are done again by the next run
                     for worker in active_children():
                         worker.kill()
                     pool.shutdown(cancel_futures=True)
                     raise
 
 
-def alone(parent):
-    """In a worker: Ctrl-C is for the parent to handle, without whom there is nothing to do; and no file may take all memory."""
+def start_worker(parent):
+    """A worker ignores Ctrl-C, which its parent handles; it ends when its parent ends; and its memory is limited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch():
@@ -181,16 +198,15 @@ def alone(parent):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    with contextlib.suppress(ImportError, ValueError, OSError):                        # not on every system
-        import resource
+    with contextlib.suppress(ValueError, OSError):            # macOS refuses such a limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
-def lay_out(path, dtype, shape):
-    """An array file of that shape, unless another process has just made it."""
+def create_array(path, dtype, shape):
+    """Creates an array file, unless another process is first."""
     with atomic_write(path.with_suffix(".new")) as part:
         array = np.lib.format.open_memmap(part, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # a full disk shows up now, as an error, not later as a crash
+        if hasattr(os, "posix_fallocate"):                    # a full disk is an error now, not a crash later
             with open(part, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         with contextlib.suppress(FileExistsError):

@@ -1,21 +1,18 @@
-"""geometry/soup.py - solids from triangles that were only meant to be looked at.
+"""soup.py - a solid from the triangles of a file, which may be open, crossing, or turned inside out.
 
-Three quarters of the models that people draw are not watertight: sheets without thickness, parts pushed through each
-other, faces turned inside out, cupboards without a back. What can be trusted is where there is something to see, so:
+Three quarters of the models that people draw are not watertight: sheets without thickness, crossing parts, faces turned
+inside out, cupboards without a back. But they look right from outside. So:
 
-    1. mark the cells of a fine grid that the triangles touch, and flood the others from outside
-    2. a point of a triangle is surface if the flood comes near it, from one side or, of a sheet, from both
-    3. what the flood does not reach is inside
+    1. mark the cells of a fine grid that triangles touch, and flood all other cells from outside
+    2. a point of a triangle is on the surface if the flood comes near it, on one side or, for a sheet, on both sides
+    3. cells that the flood does not reach are inside
 
-Every triangle is given a skin, so that a sheet is a thin solid too and nothing is thinner than a grid of 64 can see:
+Every triangle gets a skin on both sides: a sheet becomes a thin solid. A distance is that to the nearest points of the
+skin. A gap narrower than a cell counts as closed. The orientation of the triangles does not matter.
 
-    distance(x) = +- |x - nearest point of the skin|, close to it the projection on its normal
-
-A gap narrower than a cell counts as closed. The triangles' own orientation is never asked.
-
-    python -m geometry.real path/to/shapes --check 70       # how often is the solid what the triangles show?
+    python -m geometry.real path/to/shapes --check 70       # compares solids with their triangles
 """
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -25,141 +22,143 @@ from skimage.measure import marching_cubes
 
 from engine.commands import UserError
 from engine.networks import grid_points
-from geometry.camera import see_mesh, tensor
-from geometry.light import look
+from geometry.camera import as_tensor, rasterise_mesh
+from geometry.light import view_rotation
 
 CELLS = 128             # along a side of [-1, 1]^3
 CELL = 2 / CELLS
-SKIN = 1.25 * CELL      # what every triangle is given on either side: what a grid of 64 can still see
-DENSITY = 16            # points a cell face; a cell that a triangle crosses is missed once in 10^7
-POOL = 150_000          # surface points that are kept
-FAR = .25               # distances beyond are not told apart
-REACH = 1.2, 1.8, 2.6   # cells from a point at which the flood is looked for
+SKIN = 1.25 * CELL      # thickness of the skin on either side: a sheet of twice that shows on a grid of 64
+DENSITY = 16            # points a cell face: they miss one in 10^7 of the cells that a triangle crosses
+POOL = 150_000          # surface points that are stored
+FAR = .25               # distances are cut off here
+REACH = 1.2, 1.8, 2.6   # steps from a point towards the flood, in cells
+search_tree = partial(cKDTree, balanced_tree=False)     # balanced, many points in a plane overflow scipy's stack
 
 
-def tree(points):
-    """For nearest neighbours. Not split at medians: of many points in one plane that overflows scipy's stack."""
-    return cKDTree(points, balanced_tree=False)
+def cell(x):
+    """Points k 3 -> the cells that they lie in: three indices, k each."""
+    return tuple(((x + 1) / CELL).astype(np.int64).clip(0, CELLS - 1).T)
 
 
 class Soup:
-    """Triangles v 3, f 3 with a colour each, f 3 in [0, 1], within [-.9, .9]^3: answers what a built-in Shape answers."""
+    """Triangles v 3, f 3, within [-.9, .9]^3, a colour each, f 3 in [0, 1]. It has the methods of a built-in Shape."""
     name, captions, attributes, icon = "", (), {}, None
 
     def __init__(self, vertices, faces, colours):
         self.vertices, self.faces, self.colours = vertices.astype(np.float32), faces, colours.astype(np.float32)
 
     def _draw(self, rng):
-        """Points uniform by area over all triangles: points, normals, triangle."""
-        corners = self.vertices[self.faces]                                  # f 3 3
-        across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
-        double = np.linalg.norm(across, axis=1)
-        count = int(np.clip(double.sum() / 2 / CELL ** 2 * DENSITY, POOL, 4_000_000))
-        which = np.searchsorted(double.cumsum() / double.sum(), (np.arange(count) + rng.random(count)) / count).clip(max=len(double) - 1)
-        u, v = rng.random((2, count, 1), np.float32)
-        u, v = np.where(u + v > 1, 1 - u, u), np.where(u + v > 1, 1 - v, v)
-        a, b, c = corners[which].swapaxes(0, 1)
-        return a + u * (b - a) + v * (c - a), across[which] / double[which, None], which
-
-    @staticmethod
-    def _cell(x):
-        return tuple(((x + 1) / CELL).astype(np.int64).clip(0, CELLS - 1).T)
+        """k points uniform by area over all triangles: points k 3, normals k 3, rows of their triangles k."""
+        corners = self.vertices[self.faces]                                       # f 3 3
+        cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])                  # f 3
+        double = np.linalg.norm(cross, axis=1)                                    # f, twice the area
+        k = int(np.clip(double.sum() / 2 / CELL ** 2 * DENSITY, POOL, 4_000_000))
+        quantiles = (np.arange(k) + rng.random(k)) / k                            # k
+        triangle = np.searchsorted(double.cumsum() / double.sum(), quantiles).clip(max=len(double) - 1)     # k
+        uv = rng.random((2, k, 1), np.float32)
+        u, v = np.where(uv.sum(0) > 1, 1 - uv, uv)                                # the square folded into a triangle
+        a, b, c = corners[triangle].swapaxes(0, 1)                                # k 3 each
+        return a + u * (b - a) + v * (c - a), cross[triangle] / double[triangle, None], triangle
 
     @cached_property
     def _solid(self):
-        """The flood, and surface points with normals that point into it and the triangle each is of."""
+        """The flood (a boolean for each cell); points of the skin, normals into the flood, triangles, a search tree."""
+        # 1. Flood the cells without triangles, from a corner of the cube.
         rng = np.random.default_rng(0)
-        x, normal, which = self._draw(rng)
+        x, normal, triangle = self._draw(rng)
         free = np.ones((CELLS,) * 3, bool)
-        free[self._cell(x)] = False
+        free[cell(x)] = False
         label, _ = ndimage.label(free)
         flood = label == label[0, 0, 0]
-        sides = []
-        for side in (1, -1):                                                 # which the flood comes near
-            wet = np.any([flood[self._cell(x + side * reach * CELL * normal)] for reach in REACH], 0)
-            sides.append((x[wet] + side * SKIN * normal[wet], side * normal[wet], which[wet]))
-        x, normal, which = (np.concatenate(each) for each in zip(*sides))
-        if not len(x):
-            raise UserError("nothing of it can be seen from outside")
-        some = rng.permutation(len(x))[:POOL]
-        some = some[np.lexsort(self._cell(x[some]))]                         # neighbours follow each other: the query takes half the time
-        x, normal, which = x[some], normal[some].astype(np.float32), which[some]
-        bare = tree(x - SKIN * normal)                                       # without the skin
-        seen = bare.query(x, distance_upper_bound=.8 * SKIN)[0] == np.inf    # not within the skin of another triangle
-        return flood, x[seen], normal[seen], which[seen]
 
-    @cached_property
-    def _tree(self):
-        return tree(self._solid[1])
+        # 2. Find the points that the flood comes near, on either side, and move them onto the skin.
+        sides = []
+        for side in (1, -1):
+            wet = np.any([flood[cell(x + side * reach * CELL * normal)] for reach in REACH], 0)         # k
+            sides.append((x[wet] + side * SKIN * normal[wet], side * normal[wet], triangle[wet]))
+        x, normal, triangle = (np.concatenate(arrays) for arrays in zip(*sides))
+        if not len(x):
+            raise UserError("nothing of the shape is visible from outside")
+
+        # 3. Choose POOL of them. Points of one cell follow each other: nearest neighbours then take half the time.
+        chosen = rng.permutation(len(x))[:POOL]
+        chosen = chosen[np.lexsort(cell(x[chosen]))]
+        x, normal, triangle = x[chosen], normal[chosen].astype(np.float32), triangle[chosen]
+
+        # 4. Leave out points that lie within the skin of another triangle.
+        bare = search_tree(x - SKIN * normal)                                            # the points without the skin
+        clear = bare.query(x, distance_upper_bound=.8 * SKIN)[0] == np.inf        # k
+        return flood, x[clear], normal[clear], triangle[clear], search_tree(x[clear])
 
     def surface(self, k, rng):
-        """k points uniform by area over what can be seen: points, normals, colours, (k, 3) each."""
-        _, x, normal, which = self._solid
-        some = rng.integers(len(x), size=k)
-        return x[some], normal[some], self.colours[which[some]]
+        """k points uniform by area over the visible surface: points, normals, colours, k 3 each."""
+        _, x, normal, triangle, _ = self._solid
+        chosen = rng.integers(len(x), size=k)
+        return x[chosen], normal[chosen], self.colours[triangle[chosen]]
 
     def field(self, x):
-        """Signed distance (k,), negative inside, at most FAR, and the colour of the nearest surface point (k, 3)."""
-        flood, surface, normal, which = self._solid
+        """Points k 3 -> signed distance k, negative inside, at most FAR; colour of the nearest surface point k 3."""
+        flood, surface, normal, triangle, nearest = self._solid
         x = np.asarray(x, np.float32)
-        apart, near = self._tree.query(x, 4, distance_upper_bound=FAR)
-        near = near.clip(max=len(surface) - 1)                               # beyond FAR: any
-        weight = 1 / (apart ** 2 + 1e-8)
-        along = ((x[:, None] - surface[near]) * normal[near]).sum(-1)        # k 4: signed, along the normals
-        close = (along * weight).sum(1) / weight.sum(1).clip(1e-9)
-        outside = np.where(apart[:, 0] < 2 * CELL, close > 0, flood[self._cell(x)])
-        far = np.where(apart[:, 0] < CELL, abs(close), apart[:, 0].clip(max=FAR))
-        return np.where(outside, far, -far).astype(np.float32), self.colours[which[near[:, 0]]]
+        distance, near = nearest.query(x, 4, distance_upper_bound=FAR)         # k 4 each
+        near = near.clip(max=len(surface) - 1)                                    # beyond FAR: any point
+        weight = 1 / (distance ** 2 + 1e-8)
+        along = ((x[:, None] - surface[near]) * normal[near]).sum(-1)             # k 4, signed, along the normals
+        close = (along * weight).sum(1) / weight.sum(1).clip(1e-9)                # k
+        outside = np.where(distance[:, 0] < 2 * CELL, close > 0, flood[cell(x)])
+        size = np.where(distance[:, 0] < CELL, abs(close), distance[:, 0].clip(max=FAR))
+        return np.where(outside, size, -size).astype(np.float32), self.colours[triangle[near[:, 0]]]
 
     def distance(self, x):
         return self.field(x)[0]
 
     @cached_property
     def _near(self):
-        """Cells that have surface within four, twice the step of a grid of 64."""
+        """Cells within four cells of the surface, which is twice the step of a grid of 64."""
         near = np.zeros((CELLS,) * 3, bool)
-        near[self._cell(self._solid[1])] = True
+        near[cell(self._solid[1])] = True
         return ndimage.maximum_filter(near, 9)
 
     def side(self, x):
-        """distance(x) near the surface; elsewhere just FAR, inside -FAR: all that a mesh of it needs, in a tenth of the time."""
-        cell = self._cell(x)
-        near, value = self._near[cell], np.where(self._solid[0][cell], FAR, -FAR)
+        """distance(x) near the surface, elsewhere FAR or -FAR. A mesh needs no more; it takes a tenth of the time."""
+        index = cell(x)
+        near = self._near[index]                                                  # k booleans
+        value = np.where(self._solid[0][index], FAR, -FAR)
         value[near] = self.distance(x[near])
         return value
 
     def mesh(self, fine=False):
-        """Vertices v 3, faces f 3, colours f 3: the triangles as they are, no vertex with faces of two colours; or a closed
-        mesh around the solid."""
-        if fine:
-            shade, colour = np.unique(np.round(self.colours * 255), axis=0, return_inverse=True)
-            _, place = np.unique(np.round(self.vertices, 5), axis=0, return_inverse=True)
-            pairs = place.reshape(-1)[self.faces].astype(np.int64) * len(shade) + colour.reshape(-1, 1)
-            _, first, faces = np.unique(pairs, return_index=True, return_inverse=True)
-            return self.vertices[self.faces.reshape(-1)[first]], faces.reshape(-1, 3), self.colours
-        vertices, faces = surface_of(self.side)
-        return vertices, faces, self.field(vertices[faces].mean(1))[1]
+        """Vertices v 3, faces f 3, colours f 3. Fine: the triangles as they are, with no vertex shared by faces of two
+        colours. Else: a closed mesh of the solid."""
+        if not fine:
+            vertices, faces = surface_of(self.side)
+            return vertices, faces, self.field(vertices[faces].mean(1))[1]
+        shade, colour = np.unique(np.round(self.colours * 255), axis=0, return_inverse=True)
+        _, place = np.unique(np.round(self.vertices, 5), axis=0, return_inverse=True)
+        pairs = place.reshape(-1)[self.faces].astype(np.int64) * len(shade) + colour.reshape(-1, 1)     # f 3
+        _, first, faces = np.unique(pairs, return_index=True, return_inverse=True)
+        return self.vertices[self.faces.reshape(-1)[first]], faces.reshape(-1, 3), self.colours
 
-
-# ---------------------------------------------------------------------------- is the solid what the triangles show?
 
 def visible(vertices, faces, width=160):
-    """Points of triangles that are seen from any of ten sides: k 3."""
-    vertices, faces = tensor(vertices), tensor(np.ascontiguousarray(faces), torch.int64)
-    sides = [(azimuth, elevation) for azimuth in (20, 110, 200, 290) for elevation in (-25, 30)] + [(0, 89), (0, -89)]
-    return torch.cat([see_mesh(vertices, faces, torch.zeros_like(vertices), look(*side), width)[1] for side in sides]).numpy()
+    """The points of triangles that pictures from ten directions show: k 3."""
+    vertices, faces = as_tensor(vertices), as_tensor(np.ascontiguousarray(faces), torch.int64)
+    angles = [(azimuth, elevation) for azimuth in (20, 110, 200, 290) for elevation in (-25, 30)] + [(0, 89), (0, -89)]
+    pictures = [rasterise_mesh(vertices, faces, torch.zeros_like(vertices), view_rotation(*a), width) for a in angles]
+    return torch.cat([position for _, position, _, _ in pictures]).numpy()
 
 
-def faithful(triangles, solid, near=2 * SKIN):
-    """Two meshes -> the share of what is seen of the first that the second has within `near`, and the other way round."""
+def faithful(triangles, solid):
+    """Two meshes -> the share of the first one's visible points that the second has within 2 SKIN, and the reverse."""
     a, b = visible(*triangles), visible(*solid)
     if not len(b):
         return 0., 0.
-    return tuple(float((tree(there).query(here, distance_upper_bound=near)[0] < near).mean()) for here, there in ((a, b), (b, a)))
+    distances = search_tree(b).query(a)[0], search_tree(a).query(b)[0]
+    return tuple(float((distance < 2 * SKIN).mean()) for distance in distances)
 
 
 def surface_of(inside, side=64):
-    """A function that is negative inside -> the closed mesh v 3, f 3 around that, on a grid."""
+    """A function that is negative inside -> the closed mesh around that, v 3 and f 3, by a grid of `side` cells."""
     values = np.concatenate([inside(x) for x in np.array_split(grid_points(side).numpy(), 64)]).reshape((side,) * 3)
     values = np.pad(values, 1, constant_values=1)
     if not values.min() < 0:

@@ -1,11 +1,9 @@
-"""geometry/surface.py - shape tokens -> a mesh: distances on a grid that is refined only near the surface, then marching cubes.
+"""surface.py - shape tokens -> a mesh: distances on a grid that is refined near the surface, then marching cubes.
 
-A dense grid of 256^3 asks 17 million points, of which half a million matter. What asks them is a head (heads.py):
+A dense grid of 256^3 has 17 million points, of which half a million matter. A head (heads.py) reads the tokens once and
+evaluates the points in chunks. A cache of the tokens' keys and values would save only 1 operation in 100.
 
-    memory = head.read(tokens)         once
-    head.evaluate(memory, points)           in chunks; to keep keys and values of the memory would spare 1 in 100 operations
-
-    python bench.py decode             # is it the same mesh as that of the dense grid, and how much faster?
+    python bench.py decode             # compares its mesh and its time with those of the dense grid
 """
 from contextlib import nullcontext
 
@@ -14,56 +12,60 @@ import torch
 import torch.nn.functional as F
 from skimage.measure import marching_cubes
 
-TRUNCATION = .1     # distances are learnt this deep, and exact so deep inside; deeper they are a bound
-COARSE = 32  # the first grid; a resolution is 32 times a power of two
-NEAR = 1.    # cells of a finer grid within which of the surface it is asked at first
+TRUNCATION = .1     # heads learn distances up to this; deeper inside a shape, distances are only a bound
+COARSE = 32         # cells along a side of the first grid; a resolution is 32 times a power of two
+NEAR = 1.           # a finer grid is evaluated first within this many of its cells of the surface
 
 
-def cut(inside):
-    """inside: r r r of booleans -> the corners of cells that have corners both inside and outside."""
-    some, all_ = inside, inside
-    for axis in range(3):                                     # corners to cells: r - 1 along each axis
-        ends = lambda x: (x.narrow(axis, 0, x.shape[axis] - 1), x.narrow(axis, 1, x.shape[axis] - 1))
-        some, all_ = torch.logical_or(*ends(some)), torch.logical_and(*ends(all_))
-    cells = F.pad(some & ~all_, [1] * 6)                      # a border of cells that are not cut
-    for axis in range(3):                                     # and back
-        cells = cells.narrow(axis, 0, cells.shape[axis] - 1) | cells.narrow(axis, 1, cells.shape[axis] - 1)
-    return cells
+def any_of_eight(x):
+    """Booleans r r r -> one smaller along each axis: is one of eight neighbours True."""
+    for axis in range(3):
+        x = x.narrow(axis, 0, x.shape[axis] - 1) | x.narrow(axis, 1, x.shape[axis] - 1)
+    return x
+
+
+def corners_of_cut_cells(inside):
+    """Booleans r r r at grid points, True inside -> r r r, True at all corners of cells that the surface cuts."""
+    cells = any_of_eight(inside) & any_of_eight(~inside)      # a cell has eight corners: r - 1 along each axis
+    return any_of_eight(F.pad(cells, [1] * 6))                # a corner has eight cells; the border is not cut
 
 
 @torch.no_grad()
-def sdf_grid(ask, resolution, hierarchical=True, device="cpu"):
-    """Distances (units of the truncation) on a (resolution + 1)^3 grid over [-1, 1]^3: numpy r r r.
+def sdf_grid(evaluate, resolution, hierarchical=True, device="cpu"):
+    """Distances (in units of the truncation) on a (resolution + 1)^3 grid over [-1, 1]^3: numpy r r r.
 
-    `ask` maps points k 3 to distances k, both on the device. Coarse to fine: distances are interpolated to the double
-    resolution and asked again where the surface may be near, then at all corners of cells that it turns out to cut, until
-    there are no more: what marching cubes makes of it is what it makes of a dense grid, unless a part is missed that lies
-    between the points of a coarser one. Elsewhere the sign is all that it needs.
-    """
+    `evaluate` maps points k 3 to distances k, both on the device. Marching cubes needs the distances at the corners of
+    cells that the surface cuts; elsewhere the sign is enough. So the mesh is the same as that of a dense grid, but for
+    details that lie between the points of a coarser grid: they are lost."""
+    # 1. A coarse grid: evaluate all of it.
     side = COARSE if hierarchical else resolution
-    index = torch.stack(torch.meshgrid(*[torch.arange(side + 1, device=device)] * 3, indexing="ij"), -1)
-    grid = ask(index.reshape(-1, 3) * 2 / side - 1).reshape(index.shape[:3])
+    index = torch.stack(torch.meshgrid(*[torch.arange(side + 1, device=device)] * 3, indexing="ij"), -1)   # r r r 3
+    grid = evaluate(index.reshape(-1, 3) * 2 / side - 1).reshape(index.shape[:3])                          # r r r
+
     while side < resolution:
+        # 2. Interpolate it to twice the resolution.
         side *= 2
         grid = F.interpolate(grid[None, None], size=(side + 1,) * 3, mode="trilinear", align_corners=True)[0, 0]
-        reach = NEAR * 2 / side / TRUNCATION
-        near, asked = (grid < reach) & (grid > -reach), torch.zeros_like(grid, dtype=torch.bool)
-        while len(points := (near & ~asked).nonzero()):
-            grid[points.unbind(1)] = ask(points * 2 / side - 1)
-            asked |= near
-            near = cut(border(grid < 0, False))
-    return border(grid, 1.).cpu().numpy()
+
+        # 3. Evaluate it again near the surface, then at the corners of cut cells, until none is left.
+        wanted = grid.abs() < NEAR * 2 / side / TRUNCATION                        # r r r booleans
+        evaluated = torch.zeros_like(wanted)
+        while len(points := (wanted & ~evaluated).nonzero()):                     # k 3
+            grid[points.unbind(1)] = evaluate(points * 2 / side - 1)
+            evaluated |= wanted
+            wanted = corners_of_cut_cells(set_border(grid < 0, False))
+    return set_border(grid, 1.).cpu().numpy()
 
 
-def border(grid, value):
-    """Nothing leaves the cube: every mesh is closed."""
-    for face in (grid, grid.transpose(0, 1), grid.transpose(0, 2)):
-        face[0] = face[-1] = value
+def set_border(grid, value):
+    """Gives all faces of the cube one value, in place. If that value is "outside", every mesh is closed."""
+    for planes in (grid, grid.transpose(0, 1), grid.transpose(0, 2)):
+        planes[0] = planes[-1] = value
     return grid
 
 
 def chunks(x):
-    """k 3 in parts: what fits a core's cache is a quarter faster."""
+    """k 3 in chunks: those that fit a core's cache take a quarter less time."""
     return x.split(2 ** 17 if x.is_cuda else 2 ** 13)
 
 
@@ -73,14 +75,14 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
     with autocast():
         memory = head.read(tokens[None])
 
-    def ask(x):                                               # k 3 -> k 4, chunk by chunk
+    def evaluate(x):                                          # k 3 -> k 4: distance and colour
         with autocast():
-            return torch.cat([head.evaluate(memory, part[None])[0] for part in chunks(x)])
+            return torch.cat([head.evaluate(memory, chunk[None])[0] for chunk in chunks(x)])
 
-    grid = sdf_grid(lambda x: ask(x)[:, 0], resolution, hierarchical, tokens.device)
+    grid = sdf_grid(lambda x: evaluate(x)[:, 0], resolution, hierarchical, tokens.device)
     if grid.min() >= 0:
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64), np.zeros((0, 3), np.float32)
     vertices, faces, _, _ = marching_cubes(grid, 0., gradient_direction="descent")
     vertices = np.ascontiguousarray(vertices * 2 / resolution - 1, dtype=np.float32)
-    colours = ask(torch.from_numpy(vertices).to(tokens.device))[:, 1:].clamp(0, 1).cpu().numpy()
+    colours = evaluate(torch.from_numpy(vertices).to(tokens.device))[:, 1:].clamp(0, 1).cpu().numpy()
     return vertices, np.ascontiguousarray(faces, dtype=np.int64), colours

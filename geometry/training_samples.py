@@ -1,34 +1,36 @@
-"""geometry/training_samples.py - what is taken of a shape to learn from: four kinds of samples, each a function of a shape and a generator.
+"""training_samples.py - four kinds of training samples, each a function of a shape and a random generator.
 
-A shape is anything that answers `surface`, `distance`, `mesh` and `icon`: a built-in one (geometry/solids.py) or triangles of a file
-(geometry/soup.py). KINDS says which arrays each kind fills, a row a shape; data.py keeps them.
+A shape is any object with `surface`, `distance`, `mesh` and `icon`: a built-in shape (geometry/solids.py) or triangles
+of a file (geometry/soup.py). KINDS lists the arrays that each kind fills, one row a shape; data.py reads them.
 """
 import numpy as np
 import torch
 
-from geometry.camera import see_mesh, tensor
-from geometry.light import look
+from geometry.camera import as_tensor, rasterise_mesh
+from geometry.light import view_rotation
 from geometry.meshes import canonical, simplify_to
-from geometry.render import flat
-from geometry.training_pictures import SIZE, framed
+from geometry.render import render_flat
+from geometry.training_pictures import SIZE, crop_to_object
 
-POINTS, QUERIES = 4096, 6144  # kept per shape; a training step draws from them
+POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
 FACES = 256                   # most faces of a low-poly mesh
 PICTURES = 2                  # of a shape, as image prompts
 VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
-KINDS = {                     # kind of samples -> its arrays, a row a shape
-    "surface": {"points": (np.float16, (POINTS, 3)), "normals": (np.int8, (POINTS, 3)), "colours": (np.uint8, (POINTS, 3)),
-                "queries": (np.float16, (QUERIES, 3)), "distance": (np.float16, (QUERIES,))},              # 116 kB a shape
-    "faces": {"corners": (np.int16, (FACES, 3, 3)), "face_colours": (np.uint8, (FACES, 3)), "components": (np.int16, (FACES,))},   # 6 kB
-    "pictures": {"looks": (np.uint8, (PICTURES, SIZE, SIZE, 3)), "facing": (np.int8, (PICTURES, SIZE, SIZE, 3)),
-                 "covered": (np.uint8, (PICTURES, SIZE, SIZE))},                                           # 57 kB
-    "views": {"views": (np.uint8, (VIEW, VIEW, 4)), "angles": (np.float32, (2,))},                         # 66 kB
+KINDS = {                     # kind of samples -> its arrays, one row a shape: 116, 6, 57 and 66 kB
+    "surface": dict(points=(np.float16, (POINTS, 3)), normals=(np.int8, (POINTS, 3)), colours=(np.uint8, (POINTS, 3)),
+                    queries=(np.float16, (QUERIES, 3)), distance=(np.float16, (QUERIES,))),
+    "faces": dict(corners=(np.int16, (FACES, 3, 3)), face_colours=(np.uint8, (FACES, 3)),
+                  components=(np.int16, (FACES,))),
+    "pictures": dict(picture_colours=(np.uint8, (PICTURES, SIZE, SIZE, 3)),
+                     picture_normals=(np.int8, (PICTURES, SIZE, SIZE, 3)),
+                     picture_coverage=(np.uint8, (PICTURES, SIZE, SIZE))),
+    "views": dict(views=(np.uint8, (VIEW, VIEW, 4)), angles=(np.float32, (2,))),
 }
 
 
 def take_surface(shape, rng):
     """Queries: 2/6 within .015 of the surface, 3/6 within .06, 1/6 anywhere."""
-    points, normals, colours = shape.surface(POINTS, rng)
+    points, normals, colours = shape.surface(POINTS, rng)                      # k 3 each
     k = QUERIES // 6
     near = points[rng.permutation(POINTS)[:2 * k]] + rng.normal(0, .015, (2 * k, 3))
     wide = points[rng.permutation(POINTS)[:3 * k]] + rng.normal(0, .06, (3 * k, 3))
@@ -47,42 +49,45 @@ def take_faces(shape, rng):
 
 
 def take_pictures(shape, rng):
-    """From random sides, a little above or below; the last is the one that came with the shape, if one did."""
-    drawn = pictures(shape, [(rng.uniform(0, 360), rng.uniform(-15, 50)) for _ in range(PICTURES)])
+    """From random sides, a little above or below. If the file has a picture of the shape, it is the last one."""
+    arrays = draw_pictures(shape, [(rng.uniform(0, 360), rng.uniform(-15, 50)) for _ in range(PICTURES)])
     if shape.icon is not None:                                # its light is in its colours: no normals
-        seen = framed(shape.icon)
-        drawn["looks"][-1], drawn["facing"][-1], drawn["covered"][-1] = np.round(seen[..., :3] * 255), 0, np.round(seen[..., 3] * 255)
-    return drawn
+        icon = crop_to_object(shape.icon)                                      # s s 4
+        for name, values in zip(KINDS["pictures"], (icon[..., :3] * 255, 0, icon[..., 3] * 255)):
+            arrays[name][-1] = np.round(values)
+    return arrays
 
 
-def pictures(shape, angles):
-    """A picture from each of some sides, before any light: colours and normals as the eye sees them (times coverage), coverage."""
-    vertices, faces, paint = painted(shape)
-    drawn = np.zeros((len(angles), 2 * SIZE, 2 * SIZE, 7), np.float32)
-    for picture, (azimuth, elevation) in zip(drawn, angles):
-        eye = look(azimuth, elevation)
-        pixel, _, normal, colour = see_mesh(tensor(vertices), tensor(faces, torch.int64), tensor(paint), eye, 2 * SIZE)
-        picture.reshape(-1, 7)[pixel] = torch.cat([colour, normal @ eye.T, torch.ones_like(colour[:, :1])], 1)
-    seen = np.stack([framed(picture) for picture in drawn])
-    return {"looks": np.round(seen[..., :3] * 255), "facing": np.round(seen[..., 3:6] * 127), "covered": np.round(seen[..., 6] * 255)}
+def draw_pictures(shape, angles):
+    """Pictures without light, one for each pair of angles: colours and camera-frame normals, times coverage."""
+    vertices, faces, colours = vertex_coloured(shape)
+    mesh, pictures = (as_tensor(vertices), as_tensor(faces, torch.int64), as_tensor(colours)), []
+    for view in [view_rotation(*pair) for pair in angles]:
+        pixel, _, normal, colour = rasterise_mesh(*mesh, view, 2 * SIZE)
+        image = torch.zeros(4 * SIZE ** 2, 7)
+        image[pixel] = torch.cat([colour, normal @ view.T, torch.ones_like(colour[:, :1])], 1)
+        pictures.append(crop_to_object(image.reshape(2 * SIZE, 2 * SIZE, 7).numpy()))
+    pictures = np.stack(pictures)                                              # b s s 7
+    return {"picture_colours": np.round(pictures[..., :3] * 255), "picture_normals": np.round(pictures[..., 3:6] * 127),
+            "picture_coverage": np.round(pictures[..., 6] * 255)}
 
 
 def take_views(shape, rng):
     """One picture from a random side, a little above or below: colour times coverage, coverage."""
     angles = rng.uniform(0, 360), rng.uniform(-20, 60)
-    return {"views": (view(shape, *angles) * 255).round(), "angles": angles}
+    return {"views": (draw_view(shape, *angles) * 255).round(), "angles": angles}
 
 
-def view(shape, azimuth, elevation, size=VIEW):
-    return flat(*painted(shape), azimuth, elevation, size).numpy()
+def draw_view(shape, azimuth, elevation):
+    return render_flat(*vertex_coloured(shape), azimuth, elevation, VIEW).numpy()
 
 
-def painted(shape):
-    """Its fine mesh, with colours at the vertices: v 3, f 3, v 3."""
-    vertices, faces, colours = shape.mesh(fine=True)
-    paint = np.zeros_like(vertices)
-    paint[faces] = colours[:, None]                           # no vertex has faces of two colours
-    return vertices, faces, paint
+def vertex_coloured(shape):
+    """The fine mesh of a shape, with colours at the vertices: v 3, f 3, v 3."""
+    vertices, faces, face_colours = shape.mesh(fine=True)
+    colours = np.zeros_like(vertices)
+    colours[faces] = face_colours[:, None]                    # all faces at a vertex have the same colour
+    return vertices, faces, colours
 
 
 TAKE = {"surface": take_surface, "faces": take_faces, "pictures": take_pictures, "views": take_views}
