@@ -1,6 +1,6 @@
-"""encoders.py - a prompt becomes condition tokens: the frozen text and image encoders of a checkpoint (LTM3D section 4).
+"""encoders.py - a prompt becomes condition tokens: the frozen text and image encoders (LTM3D section 4).
 
-    condition = {"text": (tokens b t e, mask b t), "image": (tokens b t e, mask b t)}          one of them or both
+    condition = {"text": (tokens b t e, mask b t), "image": (tokens b t e, mask b t)}          one kind or both
 
 The paper freezes CLIP and DINOv2. Here each tower is either built in (prompts/text_tower.py, prompts/image_tower.py),
 trained from nothing in minutes, or any of `transformers` (prompts/pretrained.py); config.json remembers which.

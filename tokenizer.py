@@ -1,13 +1,13 @@
-"""tokenizer.py - stage 1: coloured oriented surface points -> n x c shape tokens. heads.py reads them back.
+"""tokenizer.py - stage 1: coloured oriented surface points -> n shape tokens of c channels. heads.py decodes them.
 
-LTM3D section 3.1 freezes a shape encoder and decoder and generates in between. Here shape token i
-belongs to anchor a_i, a fixed point of a grid in [-1, 1]^3 (differs from the paper, whose tokens are
-unordered: anchors give the backbone a canonical order and attention a sense of distance).
+LTM3D section 3.1 freezes a shape encoder and decoder and generates tokens in between.
+paper: tokens have no order; here: shape token i belongs to anchor a_i, a fixed point of a grid in [-1, 1]^3,
+because anchors give the backbone a canonical order, and they give attention a distance.
 
     points, normals, colours, b k 3 each  ->  tokens b n c, unit variance
 
     python train.py --rep sdf --stage tokenizer      # trains it
-    python evaluate.py tokenizer --rep sdf           # how well it reconstructs held-out shapes
+    python evaluate.py tokenizer --rep sdf           # its reconstruction of held-out shapes
 """
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ SIZES = {  # n = side^3 tokens of c channels
     "base": dict(side=8, channels=32, dim=512, heads=8),
     "large": dict(side=10, channels=32, dim=768, heads=12),
 }
-NOISE = .05      # on the tokens while training: a smooth latent space without a KL weight to tune
+NOISE = .05      # on the tokens in training: it makes the latent space smooth, and needs no KL weight
 BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
 
 
@@ -38,28 +38,29 @@ class Tokenizer(nn.Module):
         self.query = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim) for _ in range(2))
         self.blocks = nn.ModuleList(nn.ModuleList(Block(dim, heads) for _ in range(2)) for _ in range(2))
-        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels), nn.LayerNorm(channels, elementwise_affine=False))
-        self.register_buffer("mean", torch.zeros(channels))   # of the tokens over the training set,
-        self.register_buffer("std", torch.ones(channels))     # measured when stage 1 ends (standardise)
+        last = nn.LayerNorm(channels, elementwise_affine=False)
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels), last)
+        self.register_buffer("mean", torch.zeros(channels))   # of the tokens of the training set,
+        self.register_buffer("std", torch.ones(channels))     # measured at the end of stage 1 (standardise)
 
-    def forward(self, points, normals, colours):              # b k 3 each
+    def forward(self, points, normals, colours):              # b k 3 each -> b n c
         b = len(points)
-        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))  # b k d
-        x = repeat(self.query, "n d -> b n d", b=b)
-        anchors = repeat(self.anchors, "n i -> b n i", b=b)
+        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k d
+        x = repeat(self.query, "n d -> b n d", b=b)                               # b n d
+        anchors = repeat(self.anchors, "n i -> b n i", b=b)                       # b n 3
         for cross, blocks in zip(self.cross, self.blocks):
-            x = cross(x, context, positions=(anchors, points))       # bias -gamma_h |a_i - x|^2
+            x = cross(x, context, positions=(anchors, points))                    # biased by -gamma_h |a_i - x|^2
             for block in blocks:
-                x = block(x, positions=(anchors, anchors))
-        tokens = (self.out(x).float() - self.mean) / self.std
-        return tokens + NOISE * torch.randn_like(tokens) if self.training else tokens    # b n c
+                x = block(x, positions=(anchors, anchors))                        # b n d
+        tokens = (self.out(x).float() - self.mean) / self.std                     # b n c
+        return tokens + NOISE * torch.randn_like(tokens) if self.training else tokens
 
 
 @torch.no_grad()
 def standardise(tokenizer, heads, tokens):
-    """Give tokens (samples b n c of the training set) zero mean and unit variance per channel; the
-    heads' first layers absorb the inverse, so that their outputs do not change."""
-    mean, std = tokens.mean((0, 1)), tokens.std((0, 1))
+    """Gives every channel of tokens b n c, a sample of the training set, zero mean and unit variance. The first layers
+    of the heads absorb the inverse: the outputs of the heads stay the same."""
+    mean, std = tokens.mean((0, 1)), tokens.std((0, 1))       # c each
     tokenizer.mean.copy_(tokenizer.mean + tokenizer.std * mean)
     tokenizer.std.mul_(std)
     for head in heads:
@@ -69,19 +70,19 @@ def standardise(tokenizer, heads, tokens):
 
 @torch.no_grad()
 def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
-    """Tokens n n c of a prepared set. If the file of the weights is named, they are kept beside the set's other arrays: the
-    tokenizer is frozen then, so once is enough."""
+    """The tokens of a prepared set, or of its first `limit` shapes: shapes n c. weights: the file of a frozen
+    tokenizer, whose tokens are computed once and saved beside the set."""
     path = split.folder / f"tokens-{digest(weights)}-{split.name}.npy" if weights and limit is None else None
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float()
-    out, count = [], min(limit or len(split), len(split))
+    count, chunks = min(limit or len(split), len(split)), []
     for rows in tqdm(np.array_split(np.arange(count), -(-count // 64)), desc="tokens", unit="batch", leave=False):
         cloud = [x.to(device, non_blocking=True) for x in split.cloud(rows, 2048, np.random.default_rng(rows[0]))]
         with autocast():
-            out.append(tokenizer(*cloud).float().cpu())
-    tokens = torch.cat(out)
+            chunks.append(tokenizer(*cloud).float().cpu())
+    tokens = torch.cat(chunks)                                # shapes n c
     if path:
-        tokens = tokens.half()  # also now, so that a resumed run sees the same numbers
+        tokens = tokens.half()  # also now: a resumed run reads half precision and has to get the same numbers
         with atomic_write(path) as part:
             np.save(part, tokens.numpy())
     return tokens.float()

@@ -1,12 +1,15 @@
-"""prompts/image_tower.py - stage 2: what a picture prompt becomes. An image tower that learns which shape a picture is of.
+"""image_tower.py - stage 2: a picture prompt becomes condition tokens. The tower learns which shape a picture shows.
 
-LTM3D section 4 conditions on a frozen CLIP or DINOv2. Here the tower is trained from nothing, in minutes, on pictures of
-the prepared shapes from many sides, in varied light, on varied ground (prompts/picture_files.py). The cloud tower (prompts/text_tower.py) is done
-and locked by then (LiT, Zhai et al. 2022), so the clouds of ALL training shapes are embedded once, and every picture has
-to tell its own from all of them, not only from those of a batch. That says which shape it is, not yet what it looks like;
-so a small reader (reconstruct.py), thrown away afterwards, also has to find the shape's tokens x_i in the condition tokens:
+LTM3D section 4 conditions on a frozen CLIP or DINOv2. Here the tower is trained from nothing in minutes, on pictures of
+the prepared shapes from many sides, in varied light, on varied ground (geometry/training_pictures.py). The cloud tower
+(prompts/text_tower.py) is frozen by then (LiT, Zhai et al. 2022). So the clouds of ALL training shapes are embedded
+once, and every picture has to find its own cloud among all of them, not only among those of a batch.
 
-    L = mean_i -log( e^s_ii / sum_k e^s_ik ) + 10 |x_i - reader(picture_i)|^2,    s_ik = <picture_i, cloud_k> / temperature
+This loss teaches which shape a picture shows, not how it looks. So a small reader (reconstruct.py) also has to predict
+the shape tokens x_i from the condition tokens. The reader is thrown away after training.
+
+    L = mean_i -log( e^s_ii / sum_k e^s_ik ) + 10 |x_i - reader(picture_i)|^2
+    s_ik = <picture_i, cloud_k> / temperature
 
     python train.py --rep sdf --stage vision        # trains it
 """
@@ -23,22 +26,22 @@ from engine.networks import Block
 from geometry.training_pictures import SIZE
 from prompts.text_tower import POINTS
 
-SIZES = {  # dim is also the width of a condition token
-    "tiny": dict(dim=128, depth=2, heads=4),
-    "small": dict(dim=256, depth=4, heads=8),
-    "base": dict(dim=512, depth=8, heads=8),
-    "large": dict(dim=768, depth=12, heads=12),
+SIZES = {  # dim is also e, the width of a condition token
+    "tiny": dict(dim=128, depth=2, heads=4), "small": dict(dim=256, depth=4, heads=8),
+    "base": dict(dim=512, depth=8, heads=8), "large": dict(dim=768, depth=12, heads=12),
 }
-TELLING = 10     # the reader's share of the loss
+READER_WEIGHT = 10    # of the reader's error in the loss
 
 
 class Halve(nn.Module):
-    """Residual convolutions that halve the sides. Without the norm and the way around, learning takes three times as long."""
+    """Residual convolutions that halve the sides. Without norm and skip connection, training takes 3 times longer."""
 
     def __init__(self, channels, out):
         super().__init__()
-        self.into, self.norm, self.mix = nn.Conv2d(channels, out, 3, 2, 1), nn.GroupNorm(8, out), nn.Conv2d(out, out, 3, 1, 1)
-        self.past = nn.Conv2d(channels, out, 1, 2)
+        self.into = nn.Conv2d(channels, out, 3, 2, 1)
+        self.norm = nn.GroupNorm(8, out)
+        self.mix = nn.Conv2d(out, out, 3, 1, 1)
+        self.past = nn.Conv2d(channels, out, 1, 2)            # the skip connection
 
     def forward(self, x):                                     # b c h w -> b o h/2 w/2
         return self.past(x) + self.mix(F.gelu(self.norm(self.into(x))))
@@ -49,36 +52,38 @@ class ImageTower(nn.Module):
 
     def __init__(self, out, dim, depth, heads):               # out: the width of a cloud's embedding
         super().__init__()
-        self.width = dim
+        self.width = dim                                      # e
         self.stem = nn.Sequential(Halve(3, dim // 4), Halve(dim // 4, dim // 2), Halve(dim // 2, dim))
         self.place = nn.Parameter(torch.randn((SIZE // 8) ** 2, dim) * dim ** -.5)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.out = nn.Linear(dim, out, bias=False)
-        self.scale = nn.Parameter(torch.tensor(math.log(1 / .07)))
+        self.scale = nn.Parameter(torch.tensor(math.log(1 / .07)))                # log(1 / temperature)
 
-    def forward(self, pictures):                              # -> b t e, unit scale
+    def forward(self, pictures):                              # b 3 s s in [0, 1] -> b t e, unit scale
         x = rearrange(self.stem(pictures), "b e h w -> b (h w) e") + self.place
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
-    def embed(self, seen):                                    # b t e -> b out, on the unit sphere
-        return F.normalize(self.out(reduce(seen, "b t e -> b e", "mean")).float(), dim=-1)
+    def embed(self, tokens):                                  # b t e -> b out, on the unit sphere
+        return F.normalize(self.out(reduce(tokens, "b t e -> b e", "mean")).float(), dim=-1)
 
-    def loss(self, pictures, clouds, own, reader, tokens):
-        """clouds: k e, of all shapes; own: b, the row of each picture's shape; tokens: b n c, of each picture's shape."""
-        condition = self.condition(pictures)
-        picture, error = self.embed(condition[0]), F.mse_loss(reader({"image": condition})[0], tokens)
+    def loss(self, pictures, all_clouds, own, reader, x):
+        """all_clouds: k out, of all shapes; own: b, the row of each picture's shape; x: b n c, tokens of that shape."""
+        tokens, mask = self.condition(pictures)                                   # b t e, b t
+        picture = self.embed(tokens)                                              # b out
+        error = F.mse_loss(reader({"image": (tokens, mask)})[0], x)
         with torch.autocast(picture.device.type, enabled=False):
-            score = picture @ clouds.T * self.scale.exp().clamp(max=100)
+            score = picture @ all_clouds.T * self.scale.exp().clamp(max=100)      # b k
             loss = F.cross_entropy(score, own)
-        return loss + TELLING * error, {"picture_to_cloud": (score.argmax(1) == own).float().mean(), "token_error": error.detach()}
+        right = (score.argmax(1) == own).float().mean()
+        return loss + READER_WEIGHT * error, {"picture_to_cloud": right, "token_error": error.detach()}
 
     def condition(self, pictures):
-        """b 3 s s in [0, 1] -> condition b t e, mask b t: what the prefix of the backbone reads."""
-        out = self(pictures)
-        return out, torch.ones(out.shape[:2], dtype=torch.bool, device=out.device)
+        """b 3 s s -> condition b t e and mask b t: the input of Prefix Learning."""
+        tokens = self(pictures)                                                   # b t e
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
     @torch.no_grad()
     def tokens(self, pictures):
@@ -88,22 +93,24 @@ class ImageTower(nn.Module):
 # ---------------------------------------------------------------------------- training and evaluation
 
 @torch.no_grad()
-def embed_clouds(encoders, prepared, batch=128):
+def embed_clouds(encoders, prepared):
     """The clouds of all shapes of a prepared set: k e."""
-    parts = np.array_split(np.arange(len(prepared)), -(-len(prepared) // batch))
-    clouds = (prepared.cloud(rows, POINTS, np.random.default_rng(rows[0])) for rows in parts)
+    chunks = np.array_split(np.arange(len(prepared)), -(-len(prepared) // 128))
+    clouds = (prepared.cloud(rows, POINTS, np.random.default_rng(rows[0])) for rows in chunks)
     return torch.cat([encoders.embed_cloud(*(x.to(encoders.scale.device) for x in cloud)).float() for cloud in clouds])
 
 
 @torch.no_grad()
 def retrieval(vision, encoders, prepared, count=200):
     """Does a picture of a held-out shape, from any side, find that shape's cloud? -> shares of 1."""
-    clouds = embed_clouds(encoders, prepared)
-    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)
-    pictures = prepared.pictures(rows, np.random.default_rng(0))
-    picture = torch.cat([vision.embed(vision.tokens(part)[0]) for part in pictures.split(64)])
-    found = (picture @ clouds[rows].T).argsort(1, descending=True).cpu() == torch.arange(len(rows))[:, None]
-    return {"shapes": len(rows)} | {f"recall_at_{k}": round(found[:, :k].any(1).float().mean().item(), 4) for k in (1, 5)}
+    clouds = embed_clouds(encoders, prepared)                                     # k e
+    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
+    pictures = prepared.pictures(rows, np.random.default_rng(0))                  # m 3 s s
+    embedded = torch.cat([vision.embed(vision.tokens(chunk)[0]) for chunk in pictures.split(64)])            # m e
+    order = (embedded @ clouds[rows].T).argsort(1, descending=True).cpu()         # m m
+    right = order == rearrange(torch.arange(len(rows)), "m -> m 1")               # m m
+    recall = {f"recall_at_{k}": round(right[:, :k].any(1).float().mean().item(), 4) for k in (1, 5)}
+    return {"shapes": len(rows)} | recall
 
 
 def load(folder):

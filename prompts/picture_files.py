@@ -1,8 +1,8 @@
-"""prompts/picture_files.py - pictures as prompts: read, cut out and framed; and pictures of built-in shapes in any light, to learn from.
+"""picture_files.py - picture prompts: a file is read, and its object is cut out and framed.
 
-What the image tower sees is always the same kind of thing: one object that fills a square, before a plain background.
+The image tower always sees the same kind of picture: one object that fills a square, on white.
 
-    python prompts/picture_files.py chair.png         # what is seen of it -> out/chair-seen.png
+    python -m prompts.picture_files chair.png         # what the tower sees of it -> out/chair-seen.png
 """
 import sys
 from pathlib import Path
@@ -15,71 +15,70 @@ from scipy import ndimage
 
 from engine.commands import Parser, UserError, command
 from geometry.render import save_png
-from geometry.training_pictures import framed
+from geometry.training_pictures import crop_to_object
 
-LARGEST = 64_000_000  # pixels of a file that are read
-SMALLEST = 16         # pixels along a side, below which nothing can be told
+LARGEST = 64_000_000  # pixels of a file that is read
+SMALLEST = 16         # pixels along a side; no object can be recognised in a smaller picture
 Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit only warns; ours is LARGEST
 
 
-# ---------------------------------------------------------------------------- files
-
 def read_picture(path):
-    """A picture file -> colour and coverage, h w 4 in [0, 1], and what had to be guessed (or None)."""
+    """A picture file -> colour and coverage, h w 4 in [0, 1], and a warning (or None)."""
     try:
         with Image.open(path) as file:
+            size = f"{file.width} x {file.height} pixels"
             if file.width * file.height > LARGEST:
-                raise UserError(f"{path} has {file.width} x {file.height} pixels, more than {LARGEST:,}; make it smaller")
+                raise UserError(f"{path} has {size}, more than {LARGEST:,}; make it smaller")
             if min(file.size) < SMALLEST:
-                raise UserError(f"{path} has {file.width} x {file.height} pixels; at least {SMALLEST} a side are needed")
-            picture = ImageOps.exif_transpose(file)                        # phones store which way is up
+                raise UserError(f"{path} has {size}; a side needs at least {SMALLEST}")
+            picture = ImageOps.exif_transpose(file)           # a phone stores which side is up
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}; give the name of a png, jpg or webp") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as a picture ({error}); write it again as png, jpg or webp") from None
-    if picture.mode.startswith(("I", "F")):                                # 16 bits and more a channel
+        raise UserError(f"{path} cannot be read as a picture ({error}); save it as png, jpg or webp") from None
+    if picture.mode.startswith(("I", "F")):                   # 16 bits and more a channel
         values = np.asarray(picture, np.float64)
         picture = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
     picture = picture.convert("RGBA" if "A" in picture.getbands() or "transparency" in picture.info else "RGB")
     picture.thumbnail((512, 512))
-    pixels = np.asarray(picture, np.float32) / 255
+    pixels = np.asarray(picture, np.float32) / 255            # h w 3 or h w 4
     if pixels.shape[2] == 4 and pixels[..., 3].min() < 1:
         if pixels[..., 3].max() < .5:
             raise UserError(f"{path} is transparent all over; give it an opaque object")
         return pixels, None
-    coverage = cut_out(pixels[..., :3])
+    coverage = cut_out(pixels[..., :3])                       # h w
     if not coverage.any():
-        raise UserError(f"{path} shows nothing but its background; give a picture with a thing in it")
-    guess = "no plain background was found: all of it is taken for the object" if coverage.all() else None
-    return np.dstack([pixels[..., :3], coverage]), guess
+        raise UserError(f"{path} shows nothing but its background; give a picture of an object")
+    warning = "no plain background was found: the whole picture is taken for the object" if coverage.all() else None
+    return np.dstack([pixels[..., :3], coverage]), warning
 
 
-def cut_out(picture, slope=.022):
-    """Where a plain background is not, h w in {0, 1}; 1 all over if there is none. The background is what can be reached from the
-    border without a step in colour: a soft shadow is part of it. It is plain if most of the border is alike."""
-    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    plain = np.median(border, 0)
+def cut_out(picture):
+    """h w 3 -> h w, 1 on the object and 0 on the background; 1 everywhere if no plain background is found. It is plain
+    if most of the border has one colour. It ends at the first step in colour: a soft shadow is part of it."""
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])                    # k 3
+    plain = np.median(border, 0)                              # 3, the colour of the background
     if (abs(border - plain).max(1) < .1).mean() < .8:
         return np.ones(picture.shape[:2], np.float32)
-    smooth = ndimage.gaussian_filter(picture, (.7, .7, 0))
-    step = np.hypot(*(ndimage.gaussian_filter1d(smooth, 1, axis, order=1) for axis in (0, 1))).max(-1)       # a pixel
-    hue = smooth - smooth.mean(-1, keepdims=True) - plain + plain.mean()
-    darker = plain.mean() - smooth.mean(-1)                                                  # than the paper: no shadow is black
-    open_ = (step < slope) & (abs(hue).max(-1) < .04) & (darker > -.1) & (darker < .38)
-    label, _ = ndimage.label(open_)
-    rim = np.unique(np.concatenate([label[0], label[-1], label[:, 0], label[:, -1]]))
-    thing = ~np.isin(label, rim[rim > 0])
-    thing = ndimage.binary_erosion(thing, iterations=2, border_value=1)                      # an edge is as wide as its blur
-    return (np.ones_like(thing) if 0 < thing.mean() < .01 or thing.mean() > .95 else thing).astype(np.float32)
+    smooth = ndimage.gaussian_filter(picture, (.7, .7, 0))    # h w 3
+    step = np.hypot(*(ndimage.gaussian_filter1d(smooth, 1, axis, order=1) for axis in (0, 1))).max(-1)   # h w
+    hue = smooth - smooth.mean(-1, keepdims=True) - plain + plain.mean()                                 # h w 3
+    darker = plain.mean() - smooth.mean(-1)                   # h w; a shadow is darker, but not black
+    alike = (step < .022) & (abs(hue).max(-1) < .04) & (darker > -.1) & (darker < .38)                   # h w
 
+    region, _ = ndimage.label(alike)                          # h w, the number of the region
+    at_border = np.unique(np.concatenate([region[0], region[-1], region[:, 0], region[:, -1]]))
+    cover = ~np.isin(region, at_border[at_border > 0])
+    cover = ndimage.binary_erosion(cover, iterations=2, border_value=1)       # the blur has made the object wider
+    lost = 0 < cover.mean() < .01 or cover.mean() > .95       # what is left is a speck, or nearly everything
+    return (np.ones_like(cover) if lost else cover).astype(np.float32)
 
-# ---------------------------------------------------------------------------- framing
 
 def load_picture(path):
-    """A picture file -> what the tower sees, 3 size size, and what had to be guessed (or None)."""
-    pixels, guess = read_picture(path)
-    pixels = framed(pixels)
-    return rearrange(torch.from_numpy(pixels[..., :3] + 1 - pixels[..., 3:]), "h w c -> c h w"), guess       # on white
+    """A picture file -> the input of the tower, 3 s s, and a warning (or None)."""
+    pixels, warning = read_picture(path)
+    colour, coverage = np.split(crop_to_object(pixels), [3], -1)      # s s 3, s s 1
+    return rearrange(torch.from_numpy(colour + 1 - coverage), "h w c -> c h w"), warning                 # on white
 
 
 def main():
@@ -87,11 +86,11 @@ def main():
     parser.add_argument("file", type=Path, help="a picture: png, jpg, webp")
     parser.add_argument("--out", type=Path, help="picture to write (default: out/<name>-seen.png)")
     args = parser.parse_args()
-    image, guess = load_picture(args.file)
+    picture, warning = load_picture(args.file)                # 3 s s
     out = args.out or Path("out") / f"{args.file.stem}-seen.png"
-    save_png(out, (rearrange(image.numpy(), "c h w -> h w c").clip(0, 1) * 255).round().astype(np.uint8))
-    if guess:
-        print(f"warning: {guess}", file=sys.stderr)
+    save_png(out, (rearrange(picture.numpy(), "c h w -> h w c").clip(0, 1) * 255).round().astype(np.uint8))
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
     print(out)
 
 

@@ -1,4 +1,7 @@
-"""test_prompts.py - the tests of prompts/."""
+"""test_prompts.py - the tests of prompts/.
+
+    python -m pytest -q prompts
+"""
 import json
 import re
 import shutil
@@ -18,199 +21,240 @@ from engine.commands import UserError
 from geometry import render, training_pictures
 from prompts import picture_files, pretrained, text_tower
 
-# ---------------------------------------------------------------------------- encoders
+# ---------------------------------------------------------------------------- the text tower
 
 def small_text_tower():
     torch.manual_seed(0)
-    return text_tower.Encoders(["chair", "red", "round", "table", "with"], **SMALL[text_tower]).eval()
+    return text_tower.TextAndCloud(["chair", "red", "round", "table", "with"], **SMALL[text_tower]).eval()
 
 
 def test_text_padding_has_no_influence():
     """A prompt alone = the same prompt padded in a batch with a longer one."""
     tower = small_text_tower()
-    (alone, _), (both, mask) = tower.tokens(["Table"]), tower.tokens(["a red round table", "the table"])
+    alone, _ = tower.tokens(["Table"])
+    both, mask = tower.tokens(["a red round table", "the table"])
     assert mask.tolist() == [[True] * 3, [True, False, False]]
-    assert torch.allclose(alone[0, 0], both[1, 0], atol=1e-5) and not torch.allclose(alone[0, 0], both[0, 0], atol=.1)
+    assert torch.allclose(alone[0, 0], both[1, 0], atol=1e-5)
+    assert not torch.allclose(alone[0, 0], both[0, 0], atol=.1)
 
 
 def test_unknown_words_are_named(capsys):
-    """A misspelt word is left out, with a warning that names it and its neighbours; nothing left is an error."""
+    """An unknown word is left out, with one warning that names it and its neighbours."""
     tower = small_text_tower()
     assert torch.equal(tower.tokens(["red tabel chair"])[0], tower.tokens(["red chair"])[0])
-    assert re.search("'tabel'.*nearest: table", capsys.readouterr().err)
-    for prompt, complaint in (("tabel", "names nothing"), ("with", "names nothing"), ("  ", "is empty"), ("!?", "is empty")):
-        with pytest.raises(UserError, match=complaint):
-            tower.tokens([prompt])
+    tower.tokens(["tabel chair"])
+    assert len(re.findall("'tabel'.*nearest: table", capsys.readouterr().err)) == 1
 
 
-# ---------------------------------------------------------------------------- images
+@pytest.mark.parametrize("prompt, complaint", [
+    ("tabel", "names nothing"), ("with", "names nothing"), ("  ", "is empty"), ("!?", "is empty")])
+def test_a_prompt_without_known_words_is_an_error(prompt, complaint):
+    with pytest.raises(UserError, match=complaint):
+        small_text_tower().tokens([prompt])
 
-def disc(size=96, paper=(1., 1., 1.), radius=.3):
-    """A brown disc off the middle -> colour and coverage, size size 4, premultiplied by nothing."""
+
+# ---------------------------------------------------------------------------- picture files
+
+def disc(size=96):
+    """A brown disc off the middle, on white -> colour and coverage, size size 4."""
     y, x = np.mgrid[:size, :size] / size - .45
-    inside = (x ** 2 + y ** 2 < radius ** 2)[..., None]
-    return np.concatenate([np.where(inside, (.6, .4, .2), paper), inside], -1)
+    inside = (x ** 2 + y ** 2 < .3 ** 2)[..., None]
+    return np.concatenate([np.where(inside, (.6, .4, .2), 1.), inside], -1)
 
 
-def saved(path, mode, **options):
-    """The disc in a file of that mode; transparent around it where the mode knows how, else white."""
+def save_disc(path, mode):
+    """The disc in a file of this mode; the background is transparent where the mode allows it, else white."""
     picture = Image.fromarray((disc() * 255).round().astype(np.uint8))
-    {"RGB": lambda: picture.convert("RGB"), "RGBA": lambda: picture, "LA": lambda: picture.convert("LA"), "L": lambda: picture.convert("L"),
-     "CMYK": lambda: picture.convert("RGB").convert("CMYK"), "P": lambda: picture.convert("RGB").convert("P"),
-     "I;16": lambda: Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)}[mode]().save(path, **options)
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    elif mode in ("CMYK", "P"):
+        picture = picture.convert("RGB").convert(mode)
+    else:
+        picture = picture.convert(mode)
+    picture.save(path)
     return path
 
 
-@pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("RGB", "webp"), ("RGBA", "png"), ("LA", "png"), ("L", "png"), ("CMYK", "jpg"),
-                                          ("P", "png"), ("I;16", "png"), ("RGB", "jpg")])
-def test_pictures_of_all_kinds_are_seen_alike(mode, suffix, tmp_path):
-    """The same disc, cut out and framed, whichever way it was written; grey where colours were not kept."""
-    seen, guess = picture_files.seen(saved(tmp_path / f"disc.{suffix}", mode))
-    true = torch.from_numpy(training_pictures.framed(disc()))
+@pytest.mark.parametrize("mode, suffix", [
+    ("RGB", "png"), ("RGB", "webp"), ("RGB", "jpg"), ("RGBA", "png"), ("CMYK", "jpg"), ("P", "png"), ("LA", "png"),
+    ("L", "png"), ("I;16", "png")])
+def test_every_file_format_gives_the_same_picture(mode, suffix, tmp_path):
+    """The same disc is cut out and framed, whatever file it comes from; some files have no colours."""
+    picture, warning = picture_files.load_picture(save_disc(tmp_path / f"disc.{suffix}", mode))
+    true = torch.from_numpy(training_pictures.crop_to_object(disc()))
     true = rearrange(true[..., :3] + 1 - true[..., 3:], "h w c -> c h w")
     if mode in ("L", "LA", "I;16"):
-        true, seen = true.mean(0), seen.mean(0)
-    assert guess is None and (seen - true).abs().mean() < .05
-    assert abs((seen < .9).any(0).float().mean() - .88 ** 2 * np.pi / 4) < .05 or mode in ("L", "LA", "I;16")
+        true, picture = true.mean(0), picture.mean(0)
+    else:
+        assert abs((picture < .9).any(0).float().mean() - .88 ** 2 * np.pi / 4) < .05      # the disc fills the frame
+    assert warning is None
+    assert (picture - true).abs().mean() < .05
 
 
-def test_soft_shadow_and_gradient_are_background(tmp_path):
-    """A paper that grows darker downwards, with a soft shadow on it, is cut away; a noisy one is said not to be plain."""
-    picture, y = disc()[..., :3], np.linspace(0, 1, 96)[:, None, None]
-    shadow = 1 - .4 * np.exp(-((np.mgrid[:96, :96][0] - 75) ** 2 + (np.mgrid[:96, :96][1] - 50) ** 2) / 300)[..., None]
+def test_soft_shadow_and_gradient_are_background():
+    """A background that grows darker downwards, with a soft shadow on it, is cut away."""
+    y, x = np.mgrid[:96, :96][..., None]
+    shadow = 1 - .4 * np.exp(-((y - 75) ** 2 + (x - 50) ** 2) / 300)
     inside = disc()[..., 3:] > 0
-    papered = np.where(inside, picture, .95 * shadow * (1 - .1 * y))
-    assert (picture_files.cut_out(papered.astype(np.float32)) == inside[..., 0]).mean() > .96
-    noisy = np.where(inside, picture, np.random.default_rng(0).random((96, 96, 3)))
-    render.save_png(tmp_path / "noisy.png", (noisy * 255).astype(np.uint8))
-    assert "no plain background" in picture_files.seen(tmp_path / "noisy.png")[1]
+    picture = np.where(inside, disc()[..., :3], .95 * shadow * (1 - .1 * y / 95))
+    assert (picture_files.cut_out(picture.astype(np.float32)) == inside[..., 0]).mean() > .96
 
 
-@pytest.mark.parametrize("name, content, complaint", [
-    ("text.png", b"not a picture", "cannot be read as a picture"), ("cut.png", -60, "cannot be read as a picture"), ("none.png", None, "no picture"),
-    ("dot.png", (1, 1), "1 x 1 pixels"), ("huge.png", (30_000, 9000), "30000 x 9000 pixels"), ("clear.png", "RGBA", "transparent all over"),
-    ("white.png", "1", "nothing but its background")])
-def test_bad_picture_is_one_line(overfitted, name, content, complaint, tmp_path, capsys):
-    """No picture, a truncated one, none at all, one pixel, a decompression bomb, an invisible one, an empty one."""
-    path = tmp_path / name
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif isinstance(content, tuple):
-        Image.new("1", content).save(path)
-    elif isinstance(content, str):
-        Image.new(content, (64, 64)).save(path)
-    elif content:
-        path.write_bytes(saved(path, "RGB").read_bytes()[:content])
-    assert run(sample.main, "--image", path, "--checkpoint", overfitted, "--out", tmp_path / "out") == 2
+def test_a_noisy_background_is_a_warning(tmp_path):
+    picture = np.where(disc()[..., 3:] > 0, disc()[..., :3], np.random.default_rng(0).random((96, 96, 3)))
+    render.save_png(tmp_path / "noisy.png", (picture * 255).astype(np.uint8))
+    assert "no plain background" in picture_files.load_picture(tmp_path / "noisy.png")[1]
+
+
+@pytest.mark.parametrize("save, complaint", [
+    (lambda path: path.write_bytes(b"not a picture"), "cannot be read as a picture"),
+    (lambda path: path.write_bytes(save_disc(path, "RGB").read_bytes()[:-60]), "cannot be read as a picture"),
+    (lambda path: None, "no picture"),
+    (lambda path: Image.new("1", (1, 1)).save(path), "1 x 1 pixels"),
+    (lambda path: Image.new("1", (30_000, 9000)).save(path), "30000 x 9000 pixels"),
+    (lambda path: Image.new("RGBA", (64, 64)).save(path), "transparent all over"),
+    (lambda path: Image.new("1", (64, 64)).save(path), "nothing but its background")],
+    ids=["text", "truncated", "missing", "tiny", "huge", "transparent", "empty"])
+def test_bad_picture_is_one_line(overfitted, save, complaint, tmp_path, capsys):
+    """A file that cannot be used is one line that says why, and nothing is written."""
+    save(tmp_path / "bad.png")
+    flags = "--image", tmp_path / "bad.png", "--checkpoint", overfitted, "--out", tmp_path / "out"
+    assert run(sample.main, *flags) == 2
     assert_one_line(capsys.readouterr().err, complaint)
     assert not (tmp_path / "out").exists()
 
 
-def test_picture_prompt_is_command_and_api(overfitted, tmp_path, capsys):
-    """sample.py --image = generate(image=...), alone and with a text; neither of the two is an error."""
-    path = saved(tmp_path / "Disc 1.png", "RGBA")
-    flags = ("--checkpoint", overfitted, "--resolution", 32, "--image", path)
-    for out, more, options in (("one", [], {}), ("two", ["--text", "a table"], {"prompt": "a table"})):
-        assert run(sample.main, *flags, *more, "--out", tmp_path / out) == 0
-        shape = sample.load(overfitted).generate(image=path, resolution=32, **options)[0]
-        shape.save(tmp_path / "api.glb")
-        assert (tmp_path / "api.glb").read_bytes() == (tmp_path / out / ("a-table-0.glb" if more else "from-disc-1-0.glb")).read_bytes()
-    model, seen = sample.load(overfitted), picture_files.seen(path)[0][None]
-    plain, guided, auto = (model.tokens(None, [0], seen, **options) for options in ({"alpha": None}, {"alpha": .1}, {}))
-    assert torch.equal(auto, guided) and not torch.equal(auto, plain)           # a picture is sampled with RGS
-    capsys.readouterr()
-    assert run(sample.main, *flags[:-2]) == 2
+# ---------------------------------------------------------------------------- picture prompts
+
+@pytest.mark.parametrize("text, name", [(None, "from-disc-1-0.glb"), ("a table", "a-table-0.glb")])
+def test_picture_prompt_is_command_and_api(overfitted, text, name, tmp_path):
+    """sample.py --image = generate(image=...), alone and with a text."""
+    path = save_disc(tmp_path / "Disc 1.png", "RGBA")
+    flags = ["--checkpoint", overfitted, "--resolution", 32, "--image", path, "--out", tmp_path / "out"]
+    assert run(sample.main, *flags, *(["--text", text] if text else [])) == 0
+    sample.load(overfitted).generate(text, path, resolution=32)[0].save(tmp_path / "api.glb")
+    assert (tmp_path / "api.glb").read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_picture_is_sampled_with_rgs(overfitted, tmp_path):
+    """With a picture, --rgs auto is sampled=.1."""
+    model = sample.load(overfitted)
+    picture = picture_files.load_picture(save_disc(tmp_path / "disc.png", "RGBA"))[0][None]
+    tokens = {rgs: model.tokens(None, [0], picture, rgs=rgs) for rgs in ("auto", "sampled=.1", "none")}
+    assert torch.equal(tokens["auto"], tokens["sampled=.1"])
+    assert not torch.equal(tokens["auto"], tokens["none"])
+
+
+def test_no_prompt_is_one_line(overfitted, capsys):
+    assert run(sample.main, "--checkpoint", overfitted) == 2
     assert_one_line(capsys.readouterr().err, "--text or --image")
 
 
 def test_light_changes_pictures_not_shapes(prepared):
-    """Drawn twice, a picture has another light, background and crop; without variation it is the same, on white."""
+    """A picture has another light, background and crop each time; without variation it is the same, on white."""
     split, rows = prepared[0], np.arange(4)
-    plain = [split.pictures(rows, np.random.default_rng(0), vary=False) for _ in range(2)]
-    assert torch.equal(*plain) and plain[0].shape == (4, 3, picture_files.SIZE, picture_files.SIZE) and (plain[0][:, :, 0, 0] > .99).all()
+    plain, again = (split.pictures(rows, np.random.default_rng(0), vary=False) for _ in range(2))
     varied = split.pictures(rows, np.random.default_rng(0))
-    assert .02 < (varied - plain[0]).abs().mean() < .4
+    assert torch.equal(plain, again)
+    assert (plain[:, :, 0, 0] > .99).all()
+    assert .02 < (varied - plain).abs().mean() < .4
 
 
-# ---------------------------------------------------------------------------- encoders of others
+# ---------------------------------------------------------------------------- encoders of transformers
 
 TINY = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=32)
-SIGHT = dict(image_size=32, patch_size=8)
+PATCHES = dict(image_size=32, patch_size=8)
 WORDS = ["[pad]", "[end]", "[unknown]", "a", "table", "chair", "red"]
+IDS = dict(vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, bos_token_id=1)
+T5 = dict(d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=2, vocab_size=len(WORDS), bos_token_id=1, eos_token_id=1)
+FAMILIES = {  # family -> model class, its configuration
+    "clip": ("CLIPModel", "CLIPConfig", dict(text_config=TINY | IDS, vision_config=TINY | PATCHES)),
+    "clip text": ("CLIPTextModel", "CLIPTextConfig", TINY | IDS),
+    "clip vision": ("CLIPVisionModel", "CLIPVisionConfig", TINY | PATCHES),
+    "siglip": ("SiglipModel", "SiglipConfig", dict(text_config=TINY | IDS, vision_config=TINY | PATCHES)),
+    "t5": ("T5EncoderModel", "T5Config", T5 | IDS),
+    "bert": ("BertModel", "BertConfig", TINY | IDS),
+    "gpt2": ("GPT2Model", "GPT2Config", GPT2),
+    "dinov2": ("Dinov2Model", "Dinov2Config", TINY | PATCHES),
+}
 
 
 def pretrained_folder(folder, family):
-    """A tiny random model of that family in a folder, with a tokenizer of a few words and the numbers that pictures are normalised with."""
+    """A tiny random model of this family in a folder, with a tokenizer of a few words."""
     torch.manual_seed(0)
-    vocabulary = dict(vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, bos_token_id=1)
-    model = {
-        "clip": lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=TINY | vocabulary, vision_config=TINY | SIGHT)),
-        "clip text": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TINY, **vocabulary)),
-        "clip vision": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**TINY, **SIGHT)),
-        "siglip": lambda: transformers.SiglipModel(transformers.SiglipConfig(text_config=TINY | vocabulary, vision_config=TINY | SIGHT)),
-        "t5": lambda: transformers.T5EncoderModel(transformers.T5Config(d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, **vocabulary)),
-        "bert": lambda: transformers.BertModel(transformers.BertConfig(**TINY, **vocabulary)),
-        "gpt2": lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=len(WORDS), bos_token_id=1, eos_token_id=1)),
-        "dinov2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**TINY, **SIGHT)),
-    }[family]()
-    model.save_pretrained(folder)
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(WORDS, range(len(WORDS)))), "[unknown]"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    pad = {} if family == "gpt2" else {"pad_token": "[pad]"}                 # the real one has none either
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[end]", unk_token="[unknown]", **pad).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [.5, .4, .3], "image_std": [.2, .2, .2]}))
+    model, config, settings = FAMILIES[family]
+    getattr(transformers, model)(getattr(transformers, config)(**settings)).save_pretrained(folder)
+    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, "[unknown]")
+    pieces = tokenizers.Tokenizer(words)
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = dict(eos_token="[end]", unk_token="[unknown]")
+    if family != "gpt2":                                      # GPT-2 has no padding
+        special["pad_token"] = "[pad]"
+    transformers.PreTrainedTokenizerFast(tokenizer_object=pieces, **special).save_pretrained(folder)
+    colours = {"image_mean": [.5, .4, .3], "image_std": [.2, .2, .2]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(colours))
     return folder
 
 
 @pytest.mark.parametrize("family", ["clip", "clip text", "siglip", "t5", "bert", "gpt2"])
-def test_text_encoders_of_others(family, tmp_path):
-    """Every family is found by its config.json; padding beside a longer prompt changes nothing; the words do."""
+def test_text_encoders_of_transformers(family, tmp_path):
+    """Every family loads from its config.json. Padding has no influence; the words have."""
     tower = pretrained.Text(str(pretrained_folder(tmp_path / "tower", family)))
-    (alone, _), (both, mask) = tower.tokens(["table"]), tower.tokens(["a red table", "table"])
+    alone, _ = tower.tokens(["table"])
+    both, mask = tower.tokens(["a red table", "table"])
     assert alone.shape[2] == tower.width == 32
-    assert torch.allclose(alone[0, 0], both[1, 0], atol=1e-5) and not torch.allclose(both[0, 0], both[1, 0], atol=1e-3)
-    assert mask.all() if family == "siglip" else mask.tolist() == [[True] * 3, [True, False, False]]
+    assert torch.allclose(alone[0, 0], both[1, 0], atol=1e-5)
+    assert not torch.allclose(both[0, 0], both[1, 0], atol=1e-3)
+    assert mask[0, :3].all()
+    assert mask[1].all() if family == "siglip" else mask[1].tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("family", ["clip", "clip vision", "siglip", "dinov2"])
-def test_image_encoders_of_others(family, tmp_path):
-    """Every family; pictures of any size are scaled to its own and normalised with its own numbers."""
+def test_image_encoders_of_transformers(family, tmp_path):
+    """Every family; pictures of any size are resized and normalised as its files say."""
     tower = pretrained.Image(str(pretrained_folder(tmp_path / "tower", family)))
     tokens, mask = tower.tokens(torch.tensor([.5, .4, .3])[None, :, None, None].expand(2, 3, 64, 64))
     patches = tower.model(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state
-    assert mask.all() and tokens.shape == (2, patches.shape[1], 32) and torch.allclose(tokens[1], patches[0], atol=1e-4)
+    assert mask.all()
+    assert tokens.shape == (2, patches.shape[1], 32)
+    assert torch.allclose(tokens[1], patches[0], atol=1e-4)
 
 
-def test_encoders_of_others_end_to_end(overfitted, tmp_path, capsys):
-    """Backbone and reconstructor train on them, what they say is kept, the checkpoint remembers them, and sample.py uses them."""
-    names = {kind: str(pretrained_folder(tmp_path / family, family)) for kind, family in (("text", "t5"), ("image", "dinov2"))}
+def test_encoders_of_transformers_end_to_end(overfitted, tmp_path, capsys):
+    """Backbone and reconstructor train on them, a cache keeps their tokens, and sample.py finds them again."""
+    text, image = (str(pretrained_folder(tmp_path / family, family)) for family in ("t5", "dinov2"))
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("encoders", "tokenizer", "head-sdf"):
         shutil.copy(overfitted / f"{name}.safetensors", folder)
     config = files.read_config(overfitted)
     (folder / "config.json").write_text(json.dumps({stage: config[stage] for stage in ("encoders", "tokenizer")}))
-    flags = ("--steps", 2, "--batch", 2, "--text-encoder", names["text"], "--image-encoder", names["image"])
+
+    flags = "--steps", 2, "--batch", 2, "--text-encoder", text, "--image-encoder", image
     with pytest.MonkeyPatch.context() as patch:
         assert train_small(patch, folder, 2, *flags) == 0
-        kept = sorted((folder.parent / "cache").glob("*/tower-*"))
-        assert len(kept) == 4 and not (folder / "vision.safetensors").exists()
-        first = kept[0].read_bytes()
-        config = files.read_config(folder)
-        assert config["backbone"]["towers"] == names and config["backbone"]["settings"]["widths"] == {"text": 32, "image": 32}
         capsys.readouterr()
         assert train_small(patch, folder, 2, *flags[:-2]) == 2
     assert_one_line(capsys.readouterr().err, "conditioned on the encoders")
-    assert kept[0].read_bytes() == first
-    picture = saved(tmp_path / "disc.png", "RGBA")
-    assert run(sample.main, "--text", "a red table", "--image", picture, "--checkpoint", folder, "--resolution", 32, "--out", tmp_path / "out") == 0
+
+    entry = files.read_config(folder)["backbone"]
+    assert entry["towers"] == {"text": text, "image": image}
+    assert entry["settings"]["widths"] == {"text": 32, "image": 32}
+    assert not (folder / "vision.safetensors").exists()
+    assert len(list((tmp_path / "cache").glob("*/tower-*"))) == 4         # tokens and lengths, of texts and pictures
+
+    picture = save_disc(tmp_path / "disc.png", "RGBA")
+    flags = "--checkpoint", folder, "--resolution", 32, "--out", tmp_path / "out"
+    assert run(sample.main, "--text", "a red table", "--image", picture, *flags) == 0
 
 
-@pytest.mark.parametrize("kind, make, complaint", [
-    ("text", None, "hf download"), ("image", None, "hf download"), ("text", "dinov2", "takes one of"), ("image", "bert", "takes one of")])
-def test_bad_encoder_is_one_line(kind, make, complaint, tmp_path, capsys):
-    """One that is not there, or of a kind that reads something else."""
-    name = str(pretrained_folder(tmp_path / "tower", make)) if make else "nobody/nothing"
+@pytest.mark.parametrize("kind, family, complaint", [
+    ("text", None, "hf download"), ("image", None, "hf download"),
+    ("text", "dinov2", "takes one of"), ("image", "bert", "takes one of")])
+def test_bad_encoder_is_one_line(kind, family, complaint, tmp_path, capsys):
+    """An encoder that is missing, or that reads the other kind of prompt, is one line."""
+    name = str(pretrained_folder(tmp_path / "tower", family)) if family else "nobody/nothing"
     capsys.readouterr()
     assert run(pretrained.main, f"--{kind}-encoder", name) == 2
     assert_one_line(capsys.readouterr().err, complaint)

@@ -1,15 +1,13 @@
-"""prompts/text_tower.py - stage 0: what a text prompt becomes. A text tower and a cloud tower, trained to agree.
+"""text_tower.py - stage 0: a text prompt becomes condition tokens. A text tower and a cloud tower learn to agree.
 
-LTM3D section 4 conditions on a frozen CLIP. Here both towers are trained from nothing, in minutes and
-with the contrastive loss of CLIP, on the captions and clouds of the prepared shapes; then they are
-frozen. The text tower's tokens condition the backbone; the cloud tower scores shape against text, and
-teaches the tower for pictures (prompts/image_tower.py).
+LTM3D section 4 conditions on a frozen CLIP. Here both towers are trained in minutes on prepared shapes, then frozen.
+The text tower conditions the backbone. The cloud tower scores shapes against texts and teaches the image tower.
 
     text:   words -> condition tokens b t e and their mask b t
-    cloud:  coloured oriented points -> one unit vector b e, near those of the captions true of it
+    cloud:  coloured oriented points -> one unit vector b e, close to the vectors of captions that are true of it
 
-    python train.py --rep sdf --stage encoders      # trains it
-    python prompts/text_tower.py "a round table"              # which words it puts nearest to a prompt
+    python train.py --rep sdf --stage encoders       # trains both towers
+    python -m prompts.text_tower "a round table"     # the words that are nearest to a prompt
 """
 import difflib
 import math
@@ -28,30 +26,28 @@ from engine.networks import Block, fourier
 from geometry.captions import FILLERS, words
 
 SIZES = {  # dim is also e, the width of a condition token
-    "tiny": dict(dim=128, depth=2, heads=4),
-    "small": dict(dim=256, depth=4, heads=8),
-    "base": dict(dim=512, depth=6, heads=8),
-    "large": dict(dim=768, depth=8, heads=12),
+    "tiny": dict(dim=128, depth=2, heads=4), "small": dict(dim=256, depth=4, heads=8),
+    "base": dict(dim=512, depth=6, heads=8), "large": dict(dim=768, depth=8, heads=12),
 }
 LENGTH = 32    # words of a prompt that are read; the longest built-in caption has 20
-POINTS = 256   # per cloud; twice as many cost twice the time and, minute for minute, learnt less
+POINTS = 256   # per cloud; twice as many cost twice the time, and the towers learn less in a minute
 BANDS = 6      # finest wavelength 4 / 2^5 = .125, about the thickness of a part
-QUERIES = 16   # one query sees only averages over the cloud; counting the boards of a shelf takes several
+QUERIES = 16   # one query only averages over the cloud; to count the boards of a shelf takes several
 
 
 def vocabulary(captions):
-    """Every word of the captions (an iterable of strings), sorted."""
+    """Every word of the captions, sorted."""
     return sorted({word for caption in captions for word in words(caption)})
 
 
 class TextAndCloud(nn.Module):
-    """The two towers and the temperature they are compared at."""
+    """The two towers, and the temperature of their comparison."""
 
     def __init__(self, vocabulary, dim, depth, heads):
         super().__init__()
         self.width = dim                                      # e
         self.vocabulary, self.index = list(vocabulary), {word: i for i, word in enumerate(vocabulary)}
-        self.told = set()                                     # words already warned about
+        self.warned = set()                                   # unknown words that have had their warning
         self.word = nn.Embedding(len(self.vocabulary), dim)
         self.place = nn.Parameter(torch.randn(LENGTH, dim) * dim ** -.5)
         nn.init.normal_(self.word.weight, std=dim ** -.5)
@@ -63,141 +59,144 @@ class TextAndCloud(nn.Module):
         self.cross = Block(dim, heads, context_dim=dim)
         self.mix = nn.ModuleList(Block(dim, heads) for _ in range(2))
         self.cloud_out = nn.Sequential(nn.LayerNorm(QUERIES * dim), nn.Linear(QUERIES * dim, dim, bias=False))
-        self.scale = nn.Parameter(torch.tensor(math.log(1 / .07)))   # log(1 / temperature), from where CLIP starts
+        self.scale = nn.Parameter(torch.tensor(math.log(1 / .07)))      # log(1 / temperature), starts as in CLIP
 
     def text(self, ids, mask):                                # b t, True = a word -> condition b t e, unit scale
-        x = self.word(ids) + self.place[:ids.shape[1]]
+        x = self.word(ids) + self.place[:ids.shape[1]]                            # b t e
         for block in self.blocks:
             x = block(x, mask=mask)
         return self.norm(x)
 
     def embed_text(self, ids, mask):                          # -> b e, on the unit sphere
-        weight = rearrange(mask / mask.sum(1, keepdim=True), "b t -> b t 1")   # a mean: every token has to carry its share
-        return F.normalize(self.text_out(reduce(self.text(ids, mask) * weight, "b t e -> b e", "sum")).float(), dim=-1)
+        weight = rearrange(mask / mask.sum(1, keepdim=True), "b t -> b t 1")      # a mean: every token has an effect
+        mean = reduce(self.text(ids, mask) * weight, "b t e -> b e", "sum")
+        return F.normalize(self.text_out(mean).float(), dim=-1)
 
     def embed_cloud(self, points, normals, colours):          # b k 3 each -> b e, on the unit sphere
-        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))
-        x = self.cross(repeat(self.query, "q e -> b q e", b=len(points)), context)
-        for mix in self.mix:
-            x = mix(x)
+        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k e
+        x = self.cross(repeat(self.query, "q e -> b q e", b=len(points)), context)             # b q e
+        for block in self.mix:
+            x = block(x)
         return F.normalize(self.cloud_out(rearrange(x, "b q e -> b (q e)")).float(), dim=-1)
 
     def loss(self, ids, mask, cloud, true):
-        """Symmetric InfoNCE with several positives. true: b b, [i, j] = caption i holds for cloud j.
+        """Symmetric InfoNCE with several positives. true: b b, [i, j] = caption i is true of cloud j.
 
         s_ij = <text_i, cloud_j> / temperature;   P(i) = {j: true_ij}
-        L = mean_i mean_{j in P(i)} -log( e^s_ij / (e^s_ij + sum_{k not in P(i)} e^s_ik) ), and the same down
-        the columns, halved. CLIP has P(i) = {i}; here "a table" is true of many clouds of a batch, and each
-        of them is a positive of its own and no other's negative. The fraction is a sigmoid: -log is softplus.
+        L = mean_i mean_{j in P(i)} -log( e^s_ij / (e^s_ij + sum_{k not in P(i)} e^s_ik) )
+        L is the mean over rows and over columns. CLIP has P(i) = {i}. Here "a table" is true of many clouds of a batch:
+        each is a positive, and none is a negative of another. The fraction is a sigmoid: -log is softplus.
         """
-        text, cloud = self.embed_text(ids, mask), self.embed_cloud(*cloud)
+        text, cloud = self.embed_text(ids, mask), self.embed_cloud(*cloud)        # b e each
         with torch.autocast(text.device.type, enabled=False):
-            score = text @ cloud.T * self.scale.exp().clamp(max=100)          # CLIP's limit: 1 / .01
-            total = 0
+            score = text @ cloud.T * self.scale.exp().clamp(max=100)              # b b; 100 is CLIP's limit
+            total, hits = 0, []
             for s, positive in ((score, true), (score.T, true.T)):
-                against = s.masked_fill(positive, -1e4).logsumexp(1, keepdim=True)
-                each = F.softplus(against - s) * positive                     # b b
-                total = total + (each.sum(1) / positive.sum(1)).mean() / 2
-        hit = [true.gather(1, score.argmax(1, keepdim=True)), true.T.gather(1, score.T.argmax(1, keepdim=True))]
-        return total, {"text_to_cloud": hit[0].float().mean(), "cloud_to_text": hit[1].float().mean(),
-                       "temperature": (-self.scale).exp().detach()}
+                negatives = s.masked_fill(positive, -1e4).logsumexp(1, keepdim=True)           # b 1
+                losses = F.softplus(negatives - s) * positive                     # b b
+                total = total + (losses.sum(1) / positive.sum(1)).mean() / 2
+                hits.append(positive.gather(1, s.argmax(1, keepdim=True)).float().mean())      # is the best one right?
+        return total, {"text_to_cloud": hits[0], "cloud_to_text": hits[1], "temperature": (-self.scale).exp().detach()}
 
-    def known(self, prompt):
-        """A prompt -> the ids of the words in it that this encoder knows; complains about the others."""
-        said = words(prompt)
-        found = [word for word in said if word in self.index]
-        if not set(found) - FILLERS:
+    def known_words(self, prompt):
+        """A prompt -> the ids of its words. It warns of words that are not in the vocabulary and leaves them out."""
+        all_words = words(prompt)
+        known = [word for word in all_words if word in self.index]
+        if not set(known) - FILLERS:
             examples = ", ".join([word for word in self.vocabulary if word.isalpha() and word not in FILLERS][:20])
-            what = f"'{' '.join(prompt.split())[:60]}' names nothing this encoder knows" if said else "is empty"
-            raise UserError(f"the prompt {what}; name one of {examples}")
-        for word in dict.fromkeys(said):                      # each once, in order
-            if word not in self.index and word not in self.told:
-                self.told.add(word)
-                near = difflib.get_close_matches(word, self.vocabulary) or ["none is spelt like it"]
-                print(f"warning: '{word}' is not a word this encoder knows; nearest: {', '.join(near)}; left out", file=sys.stderr)
-        if len(found) > LENGTH:
-            print(f"warning: a prompt of {len(found)} words is cut after {LENGTH}: '... {found[LENGTH - 1]}'", file=sys.stderr)
-        return [self.index[word] for word in found[:LENGTH]]
+            fault = f"'{' '.join(prompt.split())[:60]}' names nothing this encoder knows" if all_words else "is empty"
+            raise UserError(f"the prompt {fault}; name one of {examples}")
+        for word in all_words:
+            if word not in self.index and word not in self.warned:
+                self.warned.add(word)
+                near = ", ".join(difflib.get_close_matches(word, self.vocabulary)) or "none is spelt like it"
+                print(f"warning: the unknown word '{word}' is left out; nearest: {near}", file=sys.stderr)
+        if len(known) > LENGTH:
+            print(f"warning: only {LENGTH} of the {len(known)} words of a prompt are read", file=sys.stderr)
+        return [self.index[word] for word in known[:LENGTH]]
 
-    def tokenise(self, prompts):
-        """A list of strings -> ids b t and mask b t (True = a word), as long as the longest needs."""
-        rows = [self.known(prompt) for prompt in prompts]
-        length = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(int(length.max())) < rearrange(length, "b -> b 1")
-        ids = torch.zeros(mask.shape, dtype=torch.long)
-        ids[mask] = torch.tensor([i for row in rows for i in row])
+    def word_ids(self, prompts):
+        """b strings -> ids b t and mask b t (True = a word); t is the length of the longest prompt."""
+        rows = [torch.tensor(self.known_words(prompt)) for prompt in prompts]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # b t
+        mask = nn.utils.rnn.pad_sequence([row >= 0 for row in rows], batch_first=True)         # b t
         return ids.to(self.scale.device), mask.to(self.scale.device)
 
     @torch.no_grad()
     def tokens(self, prompts):
-        """A list of strings -> condition b t e, mask b t: what the prefix of the backbone reads."""
-        ids, mask = self.tokenise(prompts)
+        """b strings -> condition b t e and mask b t: the input of Prefix Learning."""
+        ids, mask = self.word_ids(prompts)
         return self.text(ids, mask), mask
 
 
 class BagOfWords:
-    """A bag of words for a text tower: one condition token, the sum of a fixed random vector of each word, in whatever order."""
+    """The simplest text tower: one condition token, the sum of a fixed random vector for each word. Order is lost."""
     width = 128
 
     def __init__(self, device):
         self.device = device
 
-    def tokens(self, prompts):                                # -> condition b 1 e, mask b 1
-        vectors = [[np.random.default_rng(crc32(word.encode())).standard_normal(self.width) for word in words(prompt)] for prompt in prompts]
-        if not all(vectors):
+    def tokens(self, prompts):                                # b strings -> condition b 1 e, mask b 1
+        if not all(words(prompt) for prompt in prompts):
             raise UserError("a prompt is empty; say what to make")
-        out = torch.tensor(np.array([[np.sum(some, 0)] for some in vectors]), dtype=torch.float, device=self.device)
-        return out, torch.ones(out.shape[:2], dtype=torch.bool, device=self.device)
+        generators = [[np.random.default_rng(crc32(word.encode())) for word in words(prompt)] for prompt in prompts]
+        sums = np.array([[sum(rng.standard_normal(self.width) for rng in row)] for row in generators])       # b 1 e
+        tokens = torch.tensor(sums, dtype=torch.float, device=self.device)
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=self.device)
 
 
 # ---------------------------------------------------------------------------- training and evaluation
 
 def training_batch(prepared, encoders, rng, batch=128):
-    """`batch` shapes, one caption and one cloud each -> ids, mask, cloud, true (what `loss` takes)."""
-    classes = np.array(prepared.classes)
-    alike = np.isin(classes, rng.choice(np.unique(classes), min(2, len(np.unique(classes))), replace=False))
-    rows = rng.permutation(np.flatnonzero(alike) if rng.random() < .5 else len(prepared))[:batch]     # half of the batches: finer differences
+    """`batch` shapes, one caption and one cloud each -> ids, mask, cloud, true (the input of `loss`).
+    Half of the batches hold two classes only: they teach finer differences."""
+    classes, names = np.array(prepared.classes), np.unique(prepared.classes)
+    two_names = rng.choice(names, min(2, len(names)), replace=False)
+    rows = np.flatnonzero(np.isin(classes, two_names)) if rng.random() < .5 else len(prepared)
+    rows = rng.permutation(rows)[:batch]                      # b
     captions = prepared.draw_captions(rows, rng)
-    lists = [frozenset(prepared.captions[row]) for row in rows]
-    true = torch.tensor([[caption in there for there in lists] for caption in captions])
-    return *encoders.tokenise(captions), prepared.cloud(rows, POINTS, rng), true
+    sets = [frozenset(prepared.captions[row]) for row in rows]
+    true = torch.tensor([[caption in own for own in sets] for caption in captions])            # b b
+    return *encoders.word_ids(captions), prepared.cloud(rows, POINTS, rng), true
 
 
 @torch.no_grad()
 def retrieval(encoders, prepared, count=200):
     """On held-out shapes: does a cloud find its class name, and a full caption its cloud? -> shares of 1."""
-    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)
-    device = encoders.scale.device
-    cloud = [x.to(device) for x in prepared.cloud(rows, POINTS, np.random.default_rng(0))]
-    cloud = torch.cat([encoders.embed_cloud(*part) for part in zip(*(x.split(64) for x in cloud))])
-    classes, names = [prepared.classes[row] for row in rows], sorted(set(prepared.classes))
-    best = (cloud @ encoders.embed_text(*encoders.tokenise(names)).T).argmax(1).tolist()
-    right = sum(names[i] == name for i, name in zip(best, classes)) / len(rows)
+    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
+    points = [x.to(encoders.scale.device) for x in prepared.cloud(rows, POINTS, np.random.default_rng(0))]
+    cloud = torch.cat([encoders.embed_cloud(*chunk) for chunk in zip(*(x.split(64) for x in points))])       # m e
+
+    names = sorted(set(prepared.classes))
+    nearest_name = (cloud @ encoders.embed_text(*encoders.word_ids(names)).T).argmax(1).tolist()             # m
+    right = sum(names[i] == prepared.classes[row] for i, row in zip(nearest_name, rows)) / len(rows)
+
+    # a caption is also true of a shape with the same class and attributes, and of a shape that has the same caption
     captions = [max(prepared.captions[row], key=len) for row in rows]
-    # a caption is true of another shape too if that shape has the same visible attributes, or lists the same words
-    looks = [(prepared.classes[row], prepared.text[row]["attributes"]) for row in rows]
-    true = torch.tensor([[look == other or caption in prepared.captions[row] for other, row in zip(looks, rows)]
-                         for look, caption in zip(looks, captions)])
-    order = (encoders.embed_text(*encoders.tokenise(captions)) @ cloud.T).argsort(1, descending=True).cpu()
-    first, five = (round(true.gather(1, order[:, :k]).any(1).float().mean().item(), 4) for k in (1, 5))
-    return {"shapes": len(rows), "class_accuracy": right, "recall_at_1": first, "recall_at_5": five}
+    labels = [(prepared.classes[row], prepared.records[row]["attributes"]) for row in rows]
+    true = torch.tensor([[label == other or caption in prepared.captions[row] for other, row in zip(labels, rows)]
+                         for label, caption in zip(labels, captions)])            # m m
+    order = (encoders.embed_text(*encoders.word_ids(captions)) @ cloud.T).argsort(1, descending=True).cpu()  # m m
+    recall = {f"recall_at_{k}": round(true.gather(1, order[:, :k]).any(1).float().mean().item(), 4) for k in (1, 5)}
+    return {"shapes": len(rows), "class_accuracy": right} | recall
 
 
 def load(folder):
-    """The encoders of a checkpoint folder, frozen."""
+    """The towers of a checkpoint folder, frozen."""
     entry = read_stage(folder, "encoders")
-    return load_model(TextAndCloud, f"{folder}/encoders.safetensors", vocabulary=entry["vocabulary"], **entry["settings"])
+    settings = entry["settings"] | {"vocabulary": entry["vocabulary"]}
+    return load_model(TextAndCloud, f"{folder}/encoders.safetensors", **settings)
 
 
 def main():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("prompt", help="what to look up")
+    parser.add_argument("prompt", help="a text prompt")
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
     args = parser.parse_args()
     encoders = load(args.checkpoint)
-    ours = encoders.embed_text(*encoders.tokenise([args.prompt]))             # 1 e
+    prompt = encoders.embed_text(*encoders.word_ids([args.prompt]))               # 1 e
     names = [word for word in encoders.vocabulary if word not in FILLERS]
-    score = (encoders.embed_text(*encoders.tokenise(names)) @ ours.T)[:, 0]
+    score = (encoders.embed_text(*encoders.word_ids(names)) @ prompt.T)[:, 0]
     for i in score.argsort(descending=True)[:8].tolist():
         print(f"{score[i]:6.2f}  {names[i]}")
 
