@@ -1,9 +1,9 @@
-"""evaluation/attributes.py - are attributes that a prompt names there? Measured on the solid itself.
+"""attributes.py - does a shape have the attribute that its prompt names? Measured on the solid itself.
 
-A checker takes o, the occupancy (x y z, y up, cropped to its bounding box) of whatever came out, and
-measures one attribute of geometry/shapes.py. Thresholds lie half way between the builders' proportions.
+A checker takes o, the occupancy (x y z, y up, cropped to its bounding box), and measures one attribute of
+geometry/shapes.py. Thresholds lie half way between the builders' proportions.
 
-    python evaluate.py attributes --rep sdf     # "a table with one leg": has it one?
+    python evaluate.py attributes --rep sdf     # "a table with one leg": how many samples have one?
 """
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from scipy.signal import find_peaks
 from evaluation.judges import occupancy
 from geometry.shapes import COLOURS
 
-CELL = 2 / 64       # side of a cell of that grid; no part of a built-in shape is thinner than 2.8
+CELL = 2 / 64       # side of a cell of that grid; no part of a built-in shape is thinner than 2.8 cells
 SPECK = 8           # cells; every built-in shape is longer than 12 in each direction
 
 
@@ -31,7 +31,7 @@ def span(n, low, high):
 
 
 def middle(o, low, high):
-    """The part of o whose x is between two shares of its width."""
+    """The cells of o whose x is between two shares of its width."""
     return o[span(len(o), low, high)]
 
 
@@ -41,10 +41,10 @@ def runs(line):
     return steps[1::2] - steps[::2]
 
 
-def pieces(o):
-    """How many separate pieces horizontal slices show: the median over the slices; specks do not count."""
-    count = lambda layer: (np.bincount(label(layer)[0].ravel())[1:] >= 4).sum()
-    return int(np.median([count(o[:, y]) for y in range(o.shape[1])]))
+def count_components(o):
+    """How many components a horizontal layer has: the median over the layers, without specks."""
+    counts = [(np.bincount(label(o[:, y])[0].ravel())[1:] >= 4).sum() for y in range(o.shape[1])]
+    return int(np.median(counts))
 
 
 def heights(o):
@@ -81,12 +81,14 @@ def sofa_arms(o):
 
 
 def sofa_cushions(o):
-    """Where are the grooves: in the middle (2 cushions), at both thirds of the seat (3), or is there none (1)?"""
+    """Grooves are in the middle (2 cushions) or at both thirds of the seat (3), or there is none (1)."""
     front = sofa_front(o)
     groove = (np.median(front) - front).clip(0)
     x = abs(np.linspace(-1, 1, len(front)))                      # arms make the seat narrower: thirds from .23 to .33
     two, three = groove[x < .14].sum(), groove[(x > .16) & (x < .48)].sum() / 2
-    return 1 if max(two, three) < .5 else 2 if two > three else 3
+    if max(two, three) < .5:
+        return 1
+    return 2 if two > three else 3
 
 
 def bed_footboard(o):
@@ -97,7 +99,9 @@ def bed_footboard(o):
 def car_kind(o):
     roof = heights(middle(o, .4, .6)).mean(0)
     share = (roof > .85 * roof.max()).mean()                     # of the length that is under the roof
-    return "pickup" if share < .385 else "sedan" if share < .63 else "van"
+    if share < .385:
+        return "pickup"
+    return "sedan" if share < .63 else "van"
 
 
 def wing_tips(o):
@@ -106,11 +110,12 @@ def wing_tips(o):
 
 
 def engines(o):
-    """Each wing: is there anything below it near the fuselage, and further out? One pair of engines
-    hangs at .45 of the wing, two at .36 and .72; sweep moves them outwards by up to .05."""
+    """How many of four places below the wings are occupied? One pair of engines hangs at .45 of a wing, two at
+    .36 and .72; sweep moves them outwards by up to .05."""
     below = o[:, :max(1, wing_tips(o)[1].min() - 1)].any((1, 2))                                 # along x
     wings = below[len(below) // 2:], below[len(below) // 2::-1]
-    return sum(int(wing[span(len(wing), low, high)].any()) for wing in wings for low, high in ((.36, .54), (.64, .8)))
+    places = [wing[span(len(wing), low, high)] for wing in wings for low, high in ((.36, .54), (.64, .8))]
+    return sum(int(place.any()) for place in places)
 
 
 def crown_layers(o):
@@ -118,57 +123,72 @@ def crown_layers(o):
     return len(find_peaks(np.sqrt(np.append(o.sum((0, 2)), 0)), prominence=3)[0])
 
 
-ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, what to ask for: value -> prompt
-    ("table", "top", top, {v: f"a {v} table" for v in ("round", "square", "rectangular")}),
-    ("table", "legs", lambda o: pieces(o[:, span(o.shape[1], .35, .6)]), {4: "a table with four legs", 1: "a table with one leg"}),
-    ("table", "height", lambda o: "low" if o.shape[1] < .53 * len(o) else "tall", {v: f"a {v} table" for v in ("low", "tall")}),
+def prompts(template, *values):
+    """{value: prompt}: the template with the value in it."""
+    words = {2: "two", 3: "three", 4: "four", 5: "five"}
+    return {value: template.format(words.get(value, value)) for value in values}
+
+
+ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, {value: prompt}
+    ("table", "top", top, prompts("a {} table", "round", "square", "rectangular")),
+    ("table", "legs", lambda o: count_components(o[:, span(o.shape[1], .35, .6)]),
+     {4: "a table with four legs", 1: "a table with one leg"}),
+    ("table", "height", lambda o: "low" if o.shape[1] < .53 * len(o) else "tall", prompts("a {} table", "low", "tall")),
     ("chair", "arms", chair_arms, {True: "a chair with arms", False: "a chair without arms"}),
     ("chair", "back", lambda o: "tall" if seat(o) < .5 * o.shape[1] else "low",
-     {v: f"a chair with a {v} back" for v in ("tall", "low")}),
-    ("stool", "seat", top, {v: f"a {v} stool" for v in ("round", "square")}),
-    ("stool", "legs", lambda o: pieces(o[:, span(o.shape[1], .05, .18)]), {3: "a stool with three legs", 4: "a stool with four legs"}),
-    ("lamp", "height", lambda o: "tall" if len(o) < .56 * o.shape[1] else "short", {v: f"a {v} lamp" for v in ("tall", "short")}),
+     prompts("a chair with a {} back", "tall", "low")),
+    ("stool", "seat", top, prompts("a {} stool", "round", "square")),
+    ("stool", "legs", lambda o: count_components(o[:, span(o.shape[1], .05, .18)]),
+     prompts("a stool with {} legs", 3, 4)),
+    ("lamp", "height", lambda o: "tall" if len(o) < .56 * o.shape[1] else "short",
+     prompts("a {} lamp", "tall", "short")),
     ("lamp", "shade", lambda o: "cone" if len(crop(o[:, -3:])) < .75 * len(crop(o[:, o.shape[1] // 2:])) else "drum",
-     {v: f"a lamp with a {v} shade" for v in ("cone", "drum")}),
+     prompts("a lamp with a {} shade", "cone", "drum")),
     ("sofa", "arms", sofa_arms, {True: "a sofa with arms", False: "a sofa without arms"}),
-    ("sofa", "cushions", sofa_cushions, {2: "a sofa with two cushions", 3: "a sofa with three cushions"}),
+    ("sofa", "cushions", sofa_cushions, prompts("a sofa with {} cushions", 2, 3)),
     ("shelf", "boards", lambda o: len(runs(middle(o, .3, .7)[..., span(o.shape[2], .45, .9)].mean((0, 2)))),
-     {n: f"a shelf with {word} boards" for n, word in ((2, "two"), (3, "three"), (4, "four"), (5, "five"))}),
+     prompts("a shelf with {} boards", 2, 3, 4, 5)),
     ("shelf", "back", lambda o: bool(middle(o, .3, .7)[:, span(o.shape[1], .2, .9), 1:3].mean() > .6),
      {True: "a shelf with a back", False: "a shelf without a back"}),
-    ("bed", "size", lambda o: "single" if len(o) < .62 * o.shape[2] else "double", {v: f"a {v} bed" for v in ("single", "double")}),
+    ("bed", "size", lambda o: "single" if len(o) < .62 * o.shape[2] else "double",
+     prompts("a {} bed", "single", "double")),
     ("bed", "headboard", lambda o: "low" if o.shape[1] < .44 * o.shape[2] else "tall",
-     {v: f"a bed with a {v} headboard" for v in ("tall", "low")}),
+     prompts("a bed with a {} headboard", "tall", "low")),
     ("bed", "footboard", bed_footboard, {True: "a bed with a footboard", False: "a bed without a footboard"}),
-    ("bench", "slats", lambda o: len(runs(middle(o, .4, .6)[..., 2:5].mean((0, 2)))) - 1,        # the lowest run is the seat
-     {n: f"a bench with a back of {word}" for n, word in ((1, "one slat"), (2, "two slats"), (3, "three slats"))}),
-    ("bench", "legs", lambda o: pieces(o[:, 3:9]), {4: "a bench with four legs", 2: "a bench with two wide legs"}),
-    ("mug", "shape", lambda o: "tall" if o.shape[1] > 1.2 * o.shape[2] else "wide", {v: f"a {v} mug" for v in ("tall", "wide")}),
-    ("mug", "handle", lambda o: bool((binary_fill_holes(o.any(2)) & ~o.any(2)).sum() > 2),       # seen from the front: a hole
+    ("bench", "slats", lambda o: len(runs(middle(o, .4, .6)[..., 2:5].mean((0, 2)))) - 1,     # the lowest is the seat
+     {1: "a bench with a back of one slat"} | prompts("a bench with a back of {} slats", 2, 3)),
+    ("bench", "legs", lambda o: count_components(o[:, 3:9]),
+     {4: "a bench with four legs", 2: "a bench with two wide legs"}),
+    ("mug", "shape", lambda o: "tall" if o.shape[1] > 1.2 * o.shape[2] else "wide",
+     prompts("a {} mug", "tall", "wide")),
+    ("mug", "handle", lambda o: bool((binary_fill_holes(o.any(2)) & ~o.any(2)).sum() > 2),     # a hole, from the front
      {True: "a mug with a handle", False: "a mug without a handle"}),
-    ("car", "kind", car_kind, {v: f"a {v}" for v in ("sedan", "van", "pickup")}),
+    ("car", "kind", car_kind, prompts("a {}", "sedan", "van", "pickup")),
     ("aeroplane", "wings", lambda o: "swept" if wing_tips(o)[2].mean() < .49 * o.shape[2] else "straight",
-     {v: f"an aeroplane with {v} wings" for v in ("straight", "swept")}),
+     prompts("an aeroplane with {} wings", "straight", "swept")),
     ("aeroplane", "engines", engines,
      {0: "an aeroplane without engines", 2: "an aeroplane with two engines", 4: "an aeroplane with four engines"}),
-    ("bottle", "body", lambda o: "slim" if o.shape[2] < .4 * o.shape[1] else "wide", {v: f"a {v} bottle" for v in ("slim", "wide")}),
+    ("bottle", "body", lambda o: "slim" if o.shape[2] < .4 * o.shape[1] else "wide",
+     prompts("a {} bottle", "slim", "wide")),
     ("tree", "crown", lambda o: "round" if o.sum((0, 2)).argmax() > .45 * o.shape[1] else "cone",
-     {v: f"a tree with a {v} crown" for v in ("round", "cone")}),
-    ("tree", "layers", crown_layers, {2: "a tree with two layers", 3: "a tree with three layers"}),
-] + [(name, "colour", None, {v: f"a {v} {name}" for v in ("red", "blue", "yellow", "green")}) for name in ("car", "mug", "chair")]
+     prompts("a tree with a {} crown", "round", "cone")),
+    ("tree", "layers", crown_layers, prompts("a tree with {} layers", 2, 3)),
+    *((name, "colour", None, prompts(f"a {{}} {name}", "red", "blue", "yellow", "green"))
+      for name in ("car", "mug", "chair"))]
 
 
-def look(field):
-    """A field (points -> distance, colour) -> its cropped occupancy and the palette's name for most of its surface."""
-    o = occupancy(field)
+def measure_shape(field):
+    """A field (evaluation/judges.py) -> its cropped occupancy and the palette's name for most of its surface."""
+    o = occupancy(field)                                                          # x y z
     if not o.any():
         return o[:0], None
-    rim = torch.from_numpy(np.argwhere(o & ~binary_erosion(o))).float() * CELL - 1
-    nearest = torch.cdist(field(rim)[:, 1:], torch.tensor(list(COLOURS.values()))).argmin(1)
+    surface = torch.from_numpy(np.argwhere(o & ~binary_erosion(o))).float() * CELL - 1      # k 3
+    colours = field(surface)[:, 1:]                                                         # k 3
+    nearest = torch.cdist(colours, torch.tensor(list(COLOURS.values()))).argmin(1)          # k, rows of COLOURS
     return crop(o), list(COLOURS)[nearest.mode().values]
 
 
-def holds(seen, attribute, checker, value):
-    """Is it so, of what `look` saw? Of nothing, or of a speck, nothing is true."""
-    o, colour = seen
+def has_attribute(measured, attribute, checker, value):
+    """Does a shape, from `measure_shape`, have this value of the attribute? Empty shapes and specks do not."""
+    o, colour = measured
     return min(o.shape) >= SPECK and (colour if attribute == "colour" else checker(o)) == value

@@ -1,6 +1,6 @@
-"""evaluation/exam.py - what a checkpoint makes of many prompts: sampled in batches, decoded, kept one by one, scored.
+"""exam.py - what a checkpoint makes of many prompts: sampled in batches, decoded, stored one by one, scored.
 
-    python evaluate.py generate --rep sdf       # a command that needs them
+    python evaluate.py generate --rep sdf       # a command that needs it
 """
 import importlib.util
 import time
@@ -15,225 +15,279 @@ import tokenizer
 from data import prepare
 from engine.commands import UserError
 from engine.files import digest, read_config
-from evaluation.metrics import (
-    chamfer,
-    chamfer_matrix,
-    diversity,
-    frechet,
-    kernel_distance,
-    memorisation,
-    mmd_cov_1nna,
-    others,
-    prompt_score,
-    r_precision,
-)
-from evaluation.results import Kept, mean, weights
-from geometry.prepare import BuiltIn, Files, begins
+from evaluation import metrics, peers
+from evaluation.metrics import chamfer, chamfer_matrix
+from evaluation.results import ResultCache, mean, weights
+from geometry.prepare import BuiltIn, Files, name_begins
 from geometry.shapes import CLASSES
 from heads import with_needs
 from prompts import text_tower
+from sample import LTM3D
 
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
+SOUNDNESS = "one piece", "watertight", "closed edges"         # what a representation may say of its surface
 ROOT = Path(__file__).parent.parent
-CODE = [ROOT / name for name in (                             # makes them
-    "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py", "prompts/text_tower.py",
-    "prompts/image_tower.py", "geometry/surface.py", "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py",
-    "engine/networks.py", "engine/commands.py", "evaluation/exam.py", "evaluation/peers.py")]
+CODE = [ROOT / name for name in (                             # the files that decide what a sample looks like
+    "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py",
+    "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py", "geometry/meshes.py",
+    "geometry/export.py", "geometry/render.py", "geometry/light.py", "engine/networks.py", "engine/commands.py",
+    "evaluation/exam.py", "evaluation/peers.py")]
 
 
+# ---------------------------------------------------------------------------- models and data
+
+def open_model(args, folder):
+    """A trained folder, whichever generator its backbone is."""
+    model = LTM3D(folder, args.device, args.precision, peers.load)
+    print(f"{folder}, running on {model.reason}")
+    return model
+
+
+def held_out(args, kinds=("surface",)):
+    return prepare("test", out=args.cache, kinds=kinds, data=args.data, copies=args.copies)
+
+
+def clouds_and_classes(split, seed):
+    """A cloud of every shape, r k 3, and its class."""
+    return split.cloud(range(len(split)), POINTS, np.random.default_rng(seed))[0], np.array(split.classes)
+
+
+def longest_captions(split, rows):
+    return [max(split.captions[row], key=len) for row in rows]
+
+
+def head_stages(reps):
+    return [f"head-{rep}" for rep in with_needs(reps)]
+
+
+def stages_of(rep):
+    """The stages that make a sample of a representation."""
+    return "encoders", "backbone", "reconstruct", *head_stages([rep])
+
+
+def result_cache(args, label, folder, *stages, what=None, **settings):
+    """The cache of a checkpoint and a command, or of `what` several commands share. It belongs to the weights of these
+    stages, to these settings and to CODE: results of older code are not used."""
+    rep = f"-{args.rep}" if "rep" in args else ""
+    settings |= dict(seed=args.seed, weights=weights(folder, *stages), code=digest(*CODE), data=args.data)
+    settings |= dict(copies=args.copies, resolution=getattr(args, "resolution", None))
+    return ResultCache(f"{args.out}/{what or args.command}{rep}/{label}", **settings)
+
+
+# ---------------------------------------------------------------------------- samples
 
 class Job(NamedTuple):
-    """One sample to make; with the seed (s, i) it is what `sample.py --n ... --seed s` calls i."""
+    """One sample to make. With the seed (s, i) it is sample i of `sample.py --n ... --seed s`."""
     name: str
     text: str | None
     picture: torch.Tensor | None          # 3 s s (prompts/picture_files.py)
     seed: tuple
 
 
-def made(model, jobs, kept, look, **options):
-    """What look(tokens n c, job) gives of each of some jobs of one kind, kept one by one: {key: values, a row a job}."""
-    todo = [job for job in jobs if job.name not in kept]
+def sample_all(model, jobs, cache, result_of, **options):
+    """Jobs with the same kinds of prompt -> {key: array, a row for each job}, of what result_of(tokens n c, job) gives.
+    What is in the cache is not sampled again."""
+    todo = [job for job in jobs if job.name not in cache]
     with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=jobs[0].name.split("-")[0], unit="sample") as bar:
-        for some in (todo[i:i + BATCH] for i in range(0, len(todo), BATCH)):
-            start, (_, texts, pictures, seeds) = time.time(), zip(*some)
-            said, seen = None if texts[0] is None else list(texts), None if pictures[0] is None else torch.stack(pictures)
-            tokens = model.tokens(said, list(seeds), seen, **options)
-            seconds = (time.time() - start) / len(some)
-            for job, each in zip(some, tokens):
-                kept(job.name, lambda: {"seconds": seconds} | look(each, job))
+        for batch in (todo[i:i + BATCH] for i in range(0, len(todo), BATCH)):
+            texts = None if batch[0].text is None else [job.text for job in batch]
+            pictures = None if batch[0].picture is None else torch.stack([job.picture for job in batch])  # b 3 s s
+            start = time.time()
+            tokens = model.tokens(texts, [job.seed for job in batch], pictures, **options)                # b n c
+            seconds = (time.time() - start) / len(batch)
+            for job, x in zip(batch, tokens):
+                cache.write(job.name, {"seconds": seconds} | result_of(x, job))
                 bar.update()
-    each = [kept(job.name, None) for job in jobs]
+    results = [cache.read(job.name) for job in jobs]
     try:
-        return {key: np.stack([one[key] for one in each]) for key in each[0]}
+        return {key: np.stack([result[key] for result in results]) for key in results[0]}
     except (KeyError, ValueError) as error:
-        raise UserError(f"{kept.folder} holds a result that is unlike the others ({error}); delete it, and it is made again") from None
+        raise UserError(f"{cache.folder} holds a result that is unlike the others ({error}); delete it all") from None
 
 
-def shape(model, rep, resolution, points=POINTS):
-    """The shape itself: its tokens, points on it, and what is sound of it."""
-    def look(tokens, job):
+def shape_result(model, rep, resolution, points=POINTS):
+    """What `sample_all` stores of a shape: its tokens, a cloud of its surface, how sound the surface is."""
+    model.load_heads(rep)                                     # if there is no such head, the error comes now
+
+    def result_of(tokens, job):
         shape = model.decode(tokens, rep, job.seed, resolution)
-        cloud = (np.float32(x) for x in shape.surface(points, np.random.default_rng(job.seed)))
-        return {"tokens": tokens.cpu().numpy(), **dict(zip(("points", "normals", "colours"), cloud)), **shape.soundness()}
-    return look
-
-
-def parts(rep):
-    """The stages that a sample of a representation comes from."""
-    return "encoders", "backbone", "reconstruct", *(f"head-{name}" for name in with_needs([rep]))
-
-
-def kept(args, label, folder, *stages, what=None, **settings):
-    """Where the single results of a command (or of `what` several share) and a checkpoint are, if of these stages and settings, and of
-    this code: who changes how something is sampled sees what that does."""
-    rep = f"-{args.rep}" if "rep" in args else ""
-    return Kept(f"{args.out}/{what or args.command}{rep}/{label}", seed=args.seed, weights=weights(folder, *stages), code=digest(*CODE), data=args.data,
-                copies=args.copies, resolution=getattr(args, "resolution", None), **settings)
-
-
-def clouds(made):
-    return torch.from_numpy(made["points"])                   # n k 3
+        cloud = [np.float32(x) for x in shape.surface(points, np.random.default_rng(job.seed))]     # k 3 each
+        return {"tokens": tokens.cpu().numpy()} | dict(zip(("points", "normals", "colours"), cloud)) | shape.soundness()
+    return result_of
 
 
 # ---------------------------------------------------------------------------- features
 
 class Scorer:
-    """What says how near a cloud is to a prompt: the text and cloud towers of a checkpoint folder, or a Python file with
-    cloud(points, normals, colours) -> b e, of tensors b k 3, and, unless scores of prompts are not wanted, text(prompts) -> b e."""
+    """Features of clouds and prompts. They come from the towers of a trained folder, or from a Python file that defines
+    cloud(points, normals, colours) -> b e, of tensors b k 3, and for scores of prompts text(prompts) -> b e."""
 
     def __init__(self, source, device="cpu"):
         self.device = device
         if Path(source).suffix != ".py":
-            self.weights = weights(source, "encoders")
-            model = text_tower.load(source).to(device)
-            # trained on so many points; times the root of their number, channels have about unit variance
-            self.cloud = lambda *cloud: model.embed_cloud(*(x[:, :text_tower.POINTS] for x in cloud)) * model.width ** .5
-            self.text = lambda prompts: model.embed_text(*model.tokenise(prompts))
+            towers = text_tower.load(source).to(device)
+            k, scale = text_tower.POINTS, towers.width ** .5  # it is trained on k points; scaled to about unit variance
+            self.cloud = lambda *cloud: towers.embed_cloud(*(x[:, :k] for x in cloud)) * scale
+            self.text = lambda prompts: towers.embed_text(*towers.word_ids(prompts))
             return
         try:
             spec = importlib.util.spec_from_file_location("scorer", source)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            self.weights, self.cloud, self.text = digest(source), module.cloud, getattr(module, "text", None)
-        except (Exception, SystemExit) as error:              # it may do anything
-            raise UserError(f"{source} gives no features ({type(error).__name__}: {error}); it has to define cloud(points, normals, colours)") from None
+            self.cloud, self.text = module.cloud, getattr(module, "text", None)
+        except (Exception, SystemExit) as error:              # the file may do anything
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"{source} gives no features ({why}); define cloud(points, normals, colours)") from None
 
     @torch.no_grad()
-    def features(self, what, some):
-        """Batches of arguments of self.cloud or self.text -> n e; of a file, whatever it does wrong is one line."""
-        made = []
-        for part in some:
+    def features(self, name, batches):
+        """Batches of arguments of self.cloud or self.text (the name) -> their features n e, checked."""
+        features = []
+        for batch in batches:
             try:
-                each = getattr(self, what)(*part).float().cpu()
-                fits = each.ndim == 2 and len(each) == len(part[0]) and each.isfinite().all() and each.norm(dim=1).all()
-            except (Exception, SystemExit) as error:
-                raise UserError(f"{what} of the scorer failed ({type(error).__name__}: {error}); it has to give a tensor b e") from None
-            if not fits:
-                raise UserError(f"{what} of the scorer gave a tensor of the shape {tuple(each.shape)} for {len(part[0])}: rows of "
-                                "finite numbers that are not all 0 are wanted, one each")
-            made.append(each)
-        return torch.cat(made).numpy()
+                x = getattr(self, name)(*batch).float().cpu()                     # b e
+                if x.ndim != 2 or len(x) != len(batch[0]) or not (x.isfinite().all() and x.norm(dim=1).all()):
+                    raise ValueError(f"the shape {tuple(x.shape)} for {len(batch[0])}, or rows not finite, or all 0")
+            except (Exception, SystemExit) as error:          # the file may do anything
+                why = f"{type(error).__name__}: {error}"
+                raise UserError(f"{name} of the scorer failed ({why}); it has to give a tensor b e") from None
+            features.append(x)
+        return torch.cat(features).numpy()
 
     def clouds(self, *cloud):
         """points, normals, colours, n k 3 each -> n e."""
-        return self.features("cloud", zip(*(torch.as_tensor(x, dtype=torch.float).to(self.device).split(BATCH) for x in cloud)))
+        cloud = [torch.as_tensor(x, dtype=torch.float).to(self.device) for x in cloud]
+        return self.features("cloud", zip(*(x.split(BATCH) for x in cloud)))
 
     def texts(self, prompts):                                 # -> n e
         return self.features("text", [(prompts[i:i + BATCH],) for i in range(0, len(prompts), BATCH)])
 
 
-def learnt_from(folder, args):
-    """The prepared shapes that a checkpoint learnt from, or None with a word why, if they are not at hand."""
+# ---------------------------------------------------------------------------- memorisation
+
+def training_set_of(folder, args):
+    """The prepared shapes that a checkpoint was trained on. If they are not there: None, and prints why."""
     name = read_config(folder)["backbone"]["data"]
-    if not name.startswith(begins(args.data)):
+    if not name.startswith(name_begins(args.data)):
         raise UserError(f"the backbone in {folder} learnt from {name}; give the --data that it was trained on")
-    source = Files("train", args.data, args.copies) if args.data else BuiltIn("train", int(name.split("-")[2]))     # shapes-train-COUNT-...
+    if args.data:
+        source, flags = Files("train", args.data, args.copies), f"--data {args.data} --copies {args.copies}"
+    else:
+        source = BuiltIn("train", int(name.split("-")[2]))    # shapes-train-COUNT-...
+        flags = f"--shapes {source.count}"
     if not (Path(args.cache) / source.name).is_dir():
-        how = f"--data {args.data} --copies {args.copies}" if args.data else f"--shapes {source.count}"
-        print(f"memorisation is left out: {source.name} is not in {args.cache}; make it with: python data.py {how}")
+        print(f"memorisation is left out: {source.name} is not in {args.cache}; make it with: python data.py {flags}")
         return None
     if source.name != name:
         print(f"memorisation is by {source.name}, where {folder} learnt from {name}")
     return prepare("train", source.count, args.cache, data=args.data, copies=args.copies)
 
 
-def copied(train, model, test, tokens):
-    """`memorisation` of samples, in the space of their tokens (s n c), and what it would be of copies: training shapes, encoded anew."""
+def score_memorisation(train, model, test, tokens):
+    """`memorisation` of samples, by their tokens (s n c), and of copies: training shapes, encoded from other points."""
     if train is None:
         return {"memorisation": "", "of copies": ""}
-    weights, encoder = Path(model.folder) / "tokenizer.safetensors", tokenizer.load(model.folder).to(model.device)
-    known, held_out = (tokenizer.tokenise(encoder, split, model.device, model.autocast, weights) for split in (train, test))
-    anew = [train.shape(row).surface(2048, np.random.default_rng(row)) for row in range(min(len(train), BATCH))]
+    path, encoder = Path(model.folder) / "tokenizer.safetensors", tokenizer.load(model.folder).to(model.device)
+    known, new = (tokenizer.encode_set(encoder, split, model.device, model.autocast, path) for split in (train, test))
+    clouds = [train.shape(row).surface(2048, np.random.default_rng(row)) for row in range(min(len(train), BATCH))]
+    clouds = [torch.from_numpy(np.float32(x)).to(model.device) for x in map(np.stack, zip(*clouds))]    # b k 3 each
     with torch.no_grad(), model.autocast():
-        again = encoder(*(torch.from_numpy(np.float32(x)).to(model.device) for x in map(np.stack, zip(*anew)))).float().cpu()
-    vectors = [x.flatten(1) for x in (held_out[:len(tokens)], known)]
-    return {"memorisation": memorisation(torch.from_numpy(tokens).flatten(1), *vectors), "of copies": memorisation(again.flatten(1), *vectors)}
+        copies = encoder(*clouds).float().cpu()                                   # b n c
+    sets = {"memorisation": torch.from_numpy(tokens), "of copies": copies}
+    vectors = new[:len(tokens)].flatten(1), known.flatten(1)                      # h (n c), t (n c)
+    return {name: metrics.memorisation(x.flatten(1), *vectors) for name, x in sets.items()}
 
 
-# ---------------------------------------------------------------------------- what generators are asked
+# ---------------------------------------------------------------------------- the exam
 
 class Exam:
-    """Prompts for every generator alike, with what its shapes are measured by: held-out shapes, which it has not seen."""
+    """The same prompts for every generator. prompt score: cosine of the features of a caption and of its sample. of
+    form: the same in the colours of the shape described. R-precision: share of samples whose nearest caption is their
+    own. Chamfer: distance to the shape described. Frechet, kernel, MMD, COV, 1-NNA: distances to as many other held-
+    out shapes. memorisation: distance to training shapes, in tokens, over that of held-out shapes; of copies: what
+    copies would have. right class: share of samples whose nearest held-out shape has that class. one piece: share with
+    99 % of the surface in one component. diversity: mean Chamfer distance of pairs of a class, over that of held-out
+    shapes. seconds: of a sample, without decoding."""
 
     def __init__(self, args, n, shapes):
         self.args, self.n, self.scorer = args, n, Scorer(args.scorer, args.device or "cpu")
-        self.test = prepare("test", out=args.cache, data=args.data, copies=args.copies)
-        self.classes, count = np.array(self.test.classes), min(shapes, len(self.test) // 2)
-        self.names = [name for name in (CLASSES if args.data is None else sorted(set(self.classes))) if (self.classes == name).sum() > 1]
-        draw = self.test.cloud(range(len(self.test)), 2 * POINTS, np.random.default_rng(args.seed))
-        self.cloud, self.again = ([x[:, some] for x in draw] for some in (slice(POINTS), slice(POINTS, None)))
-        self.truth, self.rest = ([x[some] for x in self.cloud] for some in (slice(count), slice(count, 2 * count)))
-        self.captions = [max(captions, key=len) for captions in self.test.captions[:count]]        # the fullest
+        self.test = held_out(args)
+        self.classes = np.array(self.test.classes)
+        names = CLASSES if args.data is None else sorted(set(self.classes))
+        self.names = [name for name in names if (self.classes == name).sum() > 1]
+        count = min(shapes, len(self.test) // 2)
+        self.captions = longest_captions(self.test, range(count))
         self.named = [Job(f"name-{name}-{i}", name, None, (args.seed, i)) for name in self.names for i in range(n)]
         self.captioned = [Job(f"caption-{row}", text, None, (args.seed, row)) for row, text in enumerate(self.captions)]
-        if self.scorer.text:
-            self.asked, self.true = self.scorer.texts(self.captions), np.array([[a == b for b in self.captions] for a in self.captions])
-        self.features = self.scorer.clouds(*self.rest)
-        if self.scorer.text and self.asked.shape[1] != self.features.shape[1]:
-            raise UserError(f"{args.scorer} has {self.asked.shape[1]} features of a prompt and {self.features.shape[1]} of a cloud")
 
-    def told(self, points, normals, features):
-        """How well a shape for each caption obeys it; and in the colours of the shape described, so that its form alone counts."""
+        # two clouds of each held-out shape; captions describe the first `count` shapes, sets are compared with the next
+        clouds = self.test.cloud(range(len(self.test)), 2 * POINTS, np.random.default_rng(args.seed))     # r k 3 each
+        self.cloud, self.second_cloud = ([x[:, half] for x in clouds] for half in (slice(POINTS), slice(POINTS, None)))
+        self.described = [x[:count] for x in self.cloud]
+        self.others = [x[count:2 * count] for x in self.cloud]
+        self.features = self.scorer.clouds(*self.others)                          # r e
+        if self.scorer.text:
+            self.prompt_features = self.scorer.texts(self.captions)               # r e
+            self.same_caption = np.array([[a == b for b in self.captions] for a in self.captions])        # r r
+            widths = self.prompt_features.shape[1], self.features.shape[1]
+            if widths[0] != widths[1]:
+                raise UserError(f"{args.scorer} has {widths[0]} features of a prompt and {widths[1]} of a cloud")
+
+    def prompt_scores(self, points, normals, features):
+        """How well a shape for each caption fits it; "of form": in the colours of the shape described."""
         if not self.scorer.text:
             return {}
-        nearest = [torch.cdist(one, true).argmin(1) for one, true in zip(points, self.truth[0])]
-        colours = torch.stack([true[some] for true, some in zip(self.truth[2], nearest)])
-        form = self.scorer.clouds(points, normals, colours)
-        return {"prompt score": prompt_score(self.asked, features), "of form": prompt_score(self.asked, form),
-                "R-precision": r_precision(self.asked, features, self.true)}
+        nearest = [torch.cdist(cloud, true).argmin(1) for cloud, true in zip(points, self.described[0])]
+        colours = torch.stack([true[rows] for true, rows in zip(self.described[2], nearest)])             # r k 3
+        form = self.scorer.clouds(points, normals, colours)                       # r e
+        return {"prompt score": metrics.prompt_score(self.prompt_features, features),
+                "of form": metrics.prompt_score(self.prompt_features, form),
+                "R-precision": metrics.r_precision(self.prompt_features, features, self.same_caption)}
 
-    def like(self, points, features):
-        """How much a set is like held-out shapes, not those described: of these, each of its samples has a twin."""
-        return {"Frechet": frechet(features, self.features), "kernel": kernel_distance(features, self.features),
-                **mmd_cov_1nna(torch.as_tensor(points), self.rest[0])}
+    def set_scores(self, points, features):
+        """How much a set is like held-out shapes: not those described, since each sample resembles one of them."""
+        return {"Frechet": metrics.frechet(features, self.features),
+                "kernel": metrics.kernel_distance(features, self.features),
+                **metrics.mmd_cov_1nna(torch.as_tensor(points), self.others[0])}
 
     def real(self):
-        """What the shapes described score themselves."""
-        near, features = np.mean([chamfer(*pair) for pair in zip(self.truth[0], self.again[0])]), self.scorer.clouds(*self.truth)
-        return {**self.told(*self.truth[:2], features), "Chamfer to described": near, **self.like(self.truth[0], features),
-                "memorisation": 1., "of copies": "", "diversity": 1.}
+        """The scores of the shapes described themselves."""
+        features = self.scorer.clouds(*self.described)
+        floor = np.mean([chamfer(*pair) for pair in zip(self.described[0], self.second_cloud[0])])
+        return {**self.prompt_scores(*self.described[:2], features), "Chamfer to described": floor,
+                **self.set_scores(self.described[0], features), "memorisation": 1., "of copies": "", "diversity": 1.}
 
-    def scores(self, model, kept, **options):
-        """A checkpoint's -> a dict of all metrics, another of every class name, and its shapes from those names."""
-        args, look = self.args, shape(model.ready(self.args.rep), self.args.rep, self.args.resolution)
-        print(f"{model.folder}, running on {model.reason}")
-        train = learnt_from(model.folder, args)
-        told, named = (made(model, jobs, kept, look, **options) for jobs in (self.captioned, self.named))
-        cloud = [torch.from_numpy(told[key]) for key in ("points", "normals", "colours")]
-        features = self.scorer.clouds(*cloud)
-        near, by_class = [chamfer(*pair) for pair in zip(told["points"], self.truth[0])], []
-        distance = torch.cat([chamfer_matrix(part, self.cloud[0]) for part in tqdm(clouds(named).split(8), desc="Chamfer", unit="batch")])
-        sound = [key for key in ("one piece", "watertight", "closed edges") if key in named]
+    def scores(self, model, cache, **options):
+        """-> all metrics of a checkpoint, a row of metrics for each class name, the samples of the class names."""
+        result_of = shape_result(model, self.args.rep, self.args.resolution)
+        train = training_set_of(model.folder, self.args)
+        captioned = sample_all(model, self.captioned, cache, result_of, **options)
+        named = sample_all(model, self.named, cache, result_of, **options)
+        cloud = [torch.from_numpy(captioned[key]) for key in ("points", "normals", "colours")]            # r k 3 each
+        features = self.scorer.clouds(*cloud)                                     # r e
+        near = [chamfer(*pair) for pair in zip(captioned["points"], self.described[0])]
+        rows = self.class_rows(named)
+        means = mean(rows)
+        scores = {**self.prompt_scores(*cloud[:2], features), "Chamfer to described": np.mean(near),
+                  **self.set_scores(captioned["points"], features),
+                  **score_memorisation(train, model, self.test, captioned["tokens"]),
+                  "right class": means["right class"], **{key: means[key] for key in SOUNDNESS if key in means},
+                  "diversity": means["ratio"], "seconds": np.mean([*captioned["seconds"], *named["seconds"]])}
+        return scores, rows, named
+
+    def class_rows(self, named):
+        """For each class name: are its samples of that class, sound and diverse?"""
+        points, rows = torch.from_numpy(named["points"]), []                      # s k 3
+        batches = tqdm(points.split(8), desc="Chamfer", unit="batch")
+        distance = torch.cat([chamfer_matrix(batch, self.cloud[0]) for batch in batches])                 # s r
         for i, name in enumerate(self.names):
             own, same = slice(i * self.n, (i + 1) * self.n), self.classes == name
-            ours, real = diversity(clouds(named)[own]), others(self.cloud[0][same])
-            by_class.append({"class": name, "right class": np.mean(self.classes[distance[own].argmin(1)] == name)}
-                            | {key: named[key][own].mean() for key in sound}
-                            | {"Chamfer to nearest": distance[own][:, same].amin(1).mean().item(), "of held-out": real.amin(1).mean().item(),
-                               "diversity": ours, "diversity of held-out": real.mean().item(), "ratio": ours / real.mean().item()})
-        means = mean(by_class)
-        return {**self.told(*cloud[:2], features), "Chamfer to described": np.mean(near), **self.like(told["points"], features),
-                **copied(train, model, self.test, told["tokens"]), "right class": means["right class"],
-                **{key: means[key] for key in sound}, "diversity": means["ratio"],
-                "seconds": np.mean([*told["seconds"], *named["seconds"]])}, by_class, named
+            real = metrics.others(self.cloud[0][same])
+            diversity, diversity_of_real = metrics.diversity(points[own]), real.mean().item()
+            rows.append({"class": name, "right class": np.mean(self.classes[distance[own].argmin(1)] == name)}
+                        | {key: named[key][own].mean() for key in SOUNDNESS if key in named}
+                        | {"Chamfer to nearest": distance[own][:, same].amin(1).mean().item(),
+                           "of held-out": real.amin(1).mean().item(), "diversity": diversity,
+                           "diversity of held-out": diversity_of_real, "ratio": diversity / diversity_of_real})
+        return rows

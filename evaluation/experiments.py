@@ -1,56 +1,58 @@
-"""evaluation/experiments.py - the papers' questions: what does it cost to leave a part out, or to put another in its place?
+"""experiments.py - the questions of the papers: what does it bring to have this part, or to have another in its place?
 
-Every variant is trained by train.py on the same tokens, prompts and shapes, with the same steps and several seeds; what is trained
-already is not trained again, so the experiments share their first row. Then all are asked the same (evaluation/exam.py).
+The variants of an experiment are trained on the same tokens, prompts and shapes, for the same number of steps, with
+several seeds. A variant that is trained already is not trained again, so the experiments share their first row.
 
-    python evaluate.py versus            # LTM3D against other generators of the same size
-    python evaluate.py ablate-prefix     # the prefix against other ways to say what is wanted
-    python evaluate.py ablate-encoder    # the text tower against a bag of words, and hub encoders: --text-encoders NAME ...
-    python evaluate.py ablate-denoiser   # flow against ddpm, by the number of steps
-    python evaluate.py data-scaling      # the number of shapes to learn from: what is new, what is copied?
-    python evaluate.py overfit           # ten shapes of one class: does the prompt reach the shape?
+    python evaluate.py versus            # trains what it compares, as all VARIANTS below
+    python evaluate.py overfit           # ten shapes of one class: does each prompt give its shape?
+    python evaluate.py ablate-rgs        # Reconstruction-Guided Sampling: fidelity against diversity; trains nothing
 """
+import os
 import re
 import signal
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import prepare
-from engine.commands import UserError
+from engine.commands import UserError, between
 from engine.files import read_config, read_stage, read_weights
 from engine.state import plot_losses
-from evaluation.exam import POINTS, Exam, Job, clouds, kept, made, parts, shape
-from evaluation.metrics import chamfer, chamfer_matrix
-from evaluation.results import intervals, report, weights
+from evaluation import exam
+from evaluation.metrics import chamfer, chamfer_matrix, cosine
+from evaluation.results import interval, labels, weights, write_table
+from geometry import training_samples
 from geometry.render import contact_sheet, render_mesh, save_png
-from geometry.training_samples import painted
-from sample import LTM3D
+from geometry.shapes import CLASSES
+from prompts import image_tower
 
-VARIANTS = {  # name of the variant: flags of train.py, options of sampling
-    "versus": {"LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, growing guidance": ("", {"growth": 1.}),
-               "LTM3D, RGS": ("", {"alpha": .1}), "LTM3D, RGS within 1.5 sigma": ("", {"within": 1.5}),
-               "latent diffusion": ("--generator diffusion", {}), "autoregressive": ("--generator autoregressive", {}),
-               "autoregressive, growing guidance": ("--generator autoregressive", {"growth": 1.})},
-    "ablate-prefix": {"prefix": ("", {}), "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})},
-    "ablate-encoder": {"text tower": ("", {}), "bag of words": ("--text-encoder bag", {})},
-    "ablate-denoiser": {f"{name}, {steps} steps": (flags, {"denoise_steps": steps})
-                        for name, flags, counts in (("flow", "", (2, 4, 8, 16)), ("ddpm", "--denoiser ddpm", (25, 50, 100))) for steps in counts},
-    "data-scaling": {f"{count} shapes": (f"--shapes {count}", {}) for count in (130, 1300)} | {"all shapes": ("", {})},
+VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, options of sampling)})
+    "versus": ("LTM3D against other generators: same shape tokens, number of parameters and steps", {
+        "LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, RGS": ("", {"rgs": "sampled=.1"}),
+        "LTM3D, RGS within 1.5 sigma": ("", {"rgs": "within=1.5"}), "latent diffusion": ("--generator diffusion", {}),
+        "autoregressive": ("--generator autoregressive", {})}),
+    "ablate-prefix": ("a learnt prefix against plain cross-attention and mean-pooled conditioning", {
+        "prefix": ("", {}), "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})}),
+    "ablate-encoder": ("the text tower against a bag of words, and against text encoders of transformers", {
+        "text tower": ("", {}), "bag of words": ("--text-encoder bag", {})}),
+    "ablate-denoiser": ("flow against DDPM, by the number of denoising steps", {
+        **{f"flow, {steps} steps": ("", {"denoise_steps": steps}) for steps in (2, 4, 8, 16)},
+        **{f"ddpm, {steps} steps": ("--denoiser ddpm", {"denoise_steps": steps}) for steps in (25, 50, 100)}}),
+    "data-scaling": ("the number of training shapes: are samples new, or copies?", {
+        "130 shapes": ("--shapes 130", {}), "1300 shapes": ("--shapes 1300", {}), "all shapes": ("", {})}),
 }
-QUESTIONS = {
-    "versus": "LTM3D against other generators: same shape tokens, number of parameters and steps.", "ablate-prefix": "A learnt prefix against "
-    "plain cross-attention and mean-pooled conditioning.", "ablate-encoder": "The text tower against a bag of words, and against text encoders of "
-    "others.", "ablate-denoiser": "Flow against DDPM, by the number of denoising steps.", "data-scaling": "How many shapes to learn from: what is "
-    "new, what is copied?", "overfit": "The paper's first experiment, ten shapes of one class: does the prompt reach the shape?"}
 
+
+# ---------------------------------------------------------------------------- experiments that train
 
 def launch(flags):
-    """train.py in a process of its own -> its exit status. If we are stopped, it is, and has time to save."""
-    with subprocess.Popen([sys.executable, Path(__file__).parent.parent / "train.py", *flags]) as child:
+    """Train in a process of its own -> its exit status. If this process is stopped, that one has time to save."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(exam.ROOT), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen([sys.executable, "-m", "evaluation.peers", *flags], env=environment) as child:
         while True:
             try:
                 return child.wait()
@@ -58,80 +60,204 @@ def launch(flags):
                 child.send_signal(signal.SIGINT)
 
 
-def train(args, flags, seed):
-    """A backbone on the first stages of --checkpoint, unless it is there; -> its folder."""
-    name = re.sub(r"[^\w.]+", "-", flags).strip("-") or "ltm3d"
-    folder, words = Path(args.runs) / f"{name}-{seed}", flags.split()
-    told = {"--from": args.checkpoint[0], "--stage": "backbone", "--shapes": args.train_shapes, "--steps": args.steps, "--seed": seed,
-            "--cache": args.cache, "--out": folder} | ({"--device": args.device} if args.device else {}) | dict(zip(words[::2], words[1::2]))
-    if entry := read_config(folder).get("backbone"):
-        steps, shapes = entry["steps"], entry["data"].split("-")[2]                # shapes-train-COUNT-...
-        if (str(steps), shapes) != (str(told["--steps"]), str(told["--shapes"])):
-            raise UserError(f"{folder} was trained for {steps} steps with {shapes} shapes; give --steps {steps} --train-shapes {shapes}, "
-                            "or another --runs")
-        other = [name for name, made in entry["made_with"].items() if weights(args.checkpoint[0], name) != {name: made}]
-        if other:
-            raise UserError(f"{folder} was trained with another {other[0]} than that in {args.checkpoint[0]}; give another --runs")
-    else:
+def train(args, variant, seed):
+    """A backbone on the other stages of --checkpoint, with the flags of a variant; -> its folder."""
+    name = re.sub(r"[^\w.]+", "-", variant).strip("-") or "ltm3d"
+    folder, source = Path(args.runs) / f"{name}-{seed}", args.checkpoint[0]
+    words = variant.split()                                   # --flag value --flag value ...
+    flags = {"--from": source, "--stage": "backbone", "--shapes": args.train_shapes, "--steps": args.steps,
+             "--seed": seed, "--cache": args.cache, "--out": folder, "--device": args.device,
+             "--precision": args.precision} | dict(zip(words[::2], words[1::2]))
+    entry = read_config(folder).get("backbone")
+    if entry is None:
         print(f"training {folder}")
-        ended = launch([str(word) for flag in told.items() for word in flag])
-        if ended == 130:
+        status = launch([str(word) for flag in flags.items() if flag[1] is not None for word in flag])
+        if status == 130:
             raise KeyboardInterrupt
-        if ended:
-            raise UserError(f"training {folder} ended with status {ended}; see above")
+        if status:
+            raise UserError(f"training {folder} ended with status {status}; see above")
+        return folder
+
+    steps, shapes = entry["steps"], entry["data"].split("-")[2]                   # shapes-train-COUNT-...
+    if (str(steps), shapes) != (str(flags["--steps"]), str(flags["--shapes"])):
+        raise UserError(f"{folder} was trained for {steps} steps with {shapes} shapes; give --steps {steps} "
+                        f"--train-shapes {shapes}, or another --runs")
+    for stage, digest in entry["made_with"].items():
+        if weights(source, stage) != {stage: digest}:
+            raise UserError(f"{folder} was trained with another {stage} than that in {source}; give another --runs")
     return folder
 
 
 def compare_variants(args):
-    """Every metric of every variant, with 95 % confidence intervals over the seeds."""
-    variants = dict(VARIANTS[args.command])
+    """Train every variant with every seed; compare them by all metrics."""
+    variants = dict(VARIANTS[args.command][1])
     if args.command == "ablate-encoder":
         variants |= {name: (f"--text-encoder {name}", {}) for name in args.text_encoders}
-    if any({"alpha", "within"} & options.keys() for _, options in variants.values()):
-        read_stage(args.checkpoint[0], "reconstruct")         # rather an error now than after hours
-    exam, rows = Exam(args, args.n, args.shapes), []
+    if any("rgs" in options for _, options in variants.values()):
+        read_stage(args.checkpoint[0], "reconstruct")         # a missing one is an error now, not after hours
+    benchmark, rows, panels = exam.Exam(args, args.n, args.shapes), [], {}
     folders = {name: [train(args, flags, seed) for seed in range(args.seeds)] for name, (flags, _) in variants.items()}
     for name, (_, options) in variants.items():
         scores = []
         for folder in folders[name]:
-            slug = "-".join([folder.name, *(f"{key}-{value}" for key, value in options.items())])
-            keep = kept(args, slug, folder, *parts(args.rep), what="variants", options=options)
-            scores.append(exam.scores(LTM3D(folder, args.device), keep, **options)[0])
-        stages = ["backbone"] + ["reconstruct"] * bool({"alpha", "within"} & options.keys())         # RGS has a network of its own
-        count = sum(x.numel() for stage in stages for x in read_weights(folders[name][0] / f"{stage}.safetensors").values()) / 1e6
-        minutes = np.mean([sum(read_config(folder)[stage]["seconds"] for stage in stages) for folder in folders[name]]) / 60
-        rows.append({"variant": name, "M parameters": count, "minutes": minutes} | intervals(scores))
-    real = exam.real()
-    of = f"means of {args.seeds} trainings and 95 % confidence intervals" if args.seeds > 1 else "one training of each"
-    print(f"{args.steps} steps, {of}; else as evaluate.py generate says")
-    report(args.out, args.command, [{"variant": "held-out shapes"} | {key: real.get(key, "") for key in list(rows[0])[1:]}, *rows])
-    panels = {}
-    for name, each in folders.items():
-        panels.setdefault(tuple(each), name)                  # one for variants that are the same weights
-    curves = {name: [(f"seed {i}", folder / "backbone.csv", "held_out") for i, folder in enumerate(each)] for each, name in panels.items()}
+            label = "-".join([folder.name, *(f"{key}-{value}" for key, value in options.items())])
+            cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), what="variants", options=options)
+            scores.append(benchmark.scores(exam.open_model(args, folder), cache, **options)[0])
+        stages = ["backbone", "reconstruct"] if "rgs" in options else ["backbone"]
+        files = [read_weights(folders[name][0] / f"{stage}.safetensors") for stage in stages]
+        seconds = [sum(read_config(folder)[stage]["seconds"] for stage in stages) for folder in folders[name]]
+        rows.append({"variant": name, "M parameters": sum(x.numel() for file in files for x in file.values()) / 1e6,
+                     "minutes": np.mean(seconds) / 60})
+        numbers = [key for key, value in scores[0].items() if not isinstance(value, str)]
+        rows[-1] |= {key: interval([score[key] for score in scores]) for key in numbers}
+        panels.setdefault(tuple(folders[name]), name)         # one panel for variants with the same weights
+
+    several = f"means of {args.seeds} trainings, with 95 % confidence intervals"
+    print(f"{args.steps} steps, {several if args.seeds > 1 else 'one training'}; else as evaluate.py generate says")
+    real = {"variant": "held-out shapes"} | benchmark.real()
+    write_table(args.out, args.command, [{key: real.get(key, "") for key in rows[0]}, *rows])
+    curves = {name: [(f"seed {i}", folder / "backbone.csv", "held_out") for i, folder in enumerate(paths)]
+              for paths, name in panels.items()}
     plot_losses(curves, Path(args.out) / f"{args.command}-losses.png")
     print(f"{args.out}/{args.command}-losses.png")
 
 
 def overfit(args):
-    """Does the fullest caption of each give that shape?"""
+    """The paper's first experiment, ten training shapes of one class: does each longest caption give its shape?"""
     folder = train(args, f"--classes {args.of} --shapes {args.train_shapes}", 0)
     split = prepare("train", args.train_shapes, args.cache, classes=[args.of])
-    captions, model = [max(each, key=len) for each in split.captions], LTM3D(folder, args.device)
-    jobs = [Job(f"shape-{row}", text, None, (args.seed, row)) for row, text in enumerate(captions)]
-    results = made(model, jobs, kept(args, folder.name, folder, *parts(args.rep)), shape(model, args.rep, args.resolution))
-    draw = split.cloud(range(len(split)), 2 * POINTS, np.random.default_rng(args.seed))[0]
-    true, again = draw[:, :POINTS].contiguous(), draw[:, POINTS:]
-    distance = chamfer_matrix(clouds(results), true)
-    rows = [{"caption": text, "Chamfer": distance[i, i].item(), "its floor": chamfer(true[i], again[i]), "nearest of the others":
-             distance[i, torch.arange(len(split)) != i].min().item(), "nearest is its own": float(captions[distance[i].argmin()] == text)}
-            for i, text in enumerate(captions)]
-    report(args.out, args.command, rows, mean_row=True)
-    drawn = [render_mesh(*painted(split.shape(row)), size=192) for row in range(len(split))]
-    drawn += [model.decode(torch.from_numpy(t), args.rep, job.seed, args.resolution).picture(192) for t, job in zip(results["tokens"], jobs)]
-    save_png(f"{args.out}/overfit-shapes.png", contact_sheet(drawn, len(split)))
+    captions, model = exam.longest_captions(split, range(len(split))), exam.open_model(args, folder)
+    jobs = [exam.Job(f"shape-{row}", text, None, (args.seed, row)) for row, text in enumerate(captions)]
+    cache = exam.result_cache(args, folder.name, folder, *exam.stages_of(args.rep))
+    results = exam.sample_all(model, jobs, cache, exam.shape_result(model, args.rep, args.resolution))
+    clouds = split.cloud(range(len(split)), 2 * exam.POINTS, np.random.default_rng(args.seed))[0]         # r 2k 3
+    true, second = clouds[:, :exam.POINTS].contiguous(), clouds[:, exam.POINTS:]
+    distance = chamfer_matrix(results["points"], true)                            # r r
+    rows = []
+    for i, text in enumerate(captions):
+        others = torch.arange(len(split)) != i
+        rows.append({"caption": text, "Chamfer": distance[i, i].item(), "its floor": chamfer(true[i], second[i]),
+                     "nearest of the others": distance[i, others].min().item(),
+                     "nearest is its own": float(captions[distance[i].argmin()] == text)})
+    write_table(args.out, args.command, rows, mean_row=True)
+    pictures = [render_mesh(*training_samples.vertex_coloured(split.shape(row)), size=192) for row in range(len(split))]
+    pictures += [model.decode(torch.from_numpy(tokens), args.rep, job.seed, args.resolution).picture(192)
+                 for tokens, job in zip(results["tokens"], jobs)]
+    save_png(f"{args.out}/overfit-shapes.png", contact_sheet(pictures, len(split)))
     print(f"{args.out}/overfit-shapes.png")
 
 
+# ---------------------------------------------------------------------------- Reconstruction-Guided Sampling
+
+REAL = "(the shapes themselves)"
+RGS_COLUMNS = ("prompt", "rule", "a, figure", "a, text", "window", "prompt score", "Chamfer to described",
+               "share of diversity", "share of diversity less floor")
+
+
+def rgs_rules(args):
+    """{name of the rule: (a in the paper's figure, a in its text, window, options of sampling)}"""
+    rules = {"sampling only": ("", "", "", {"rgs": "none"})}
+    for a, window in [(a, .75) for a in args.alphas] + [(.1, window) for window in args.windows]:
+        name = f"a = {a:g}" if window == .75 else f"a = {a:g}, {window:g} of the steps"
+        rules[name] = f"{a:g}", f"{1 - a:g}", f"{window:g}", {"rgs": f"sampled={a}", "window": window}
+    return rules | {f"within {reach:g} sigma": ("", "", "0.75", {"rgs": f"within={reach}"}) for reach in args.within}
+
+
+def rgs_scores(results, n, prompt_features, described, scorer):
+    """n samples of each of r prompts (features r e) of r shapes (clouds r k 3) -> how faithful, how diverse."""
+    k, same = exam.POINTS, torch.eye(n, dtype=torch.bool)
+    features = scorer.clouds(*(results[name][:, :k] for name in ("points", "normals", "colours")))        # (r n) e
+    points = torch.from_numpy(results["points"])                                  # (r n) 2k 3
+    first, second = points[:, :k].contiguous().split(n), points[:, k:].contiguous().split(n)      # r times n k 3
+    near = [chamfer_matrix(own, shape[None]).tolist() for own, shape in zip(first, described)]
+    pairs = [chamfer_matrix(*halves) for halves in zip(first, second)]            # r times n n
+    diversity = np.mean([matrix[~same].mean().item() for matrix in pairs])
+    floor = np.mean([matrix[same].mean().item() for matrix in pairs])             # two halves of one cloud
+    return {"prompt score": np.diag(cosine(np.repeat(prompt_features, n, 0), features)).mean(),
+            "Chamfer to described": np.mean(near), "diversity": diversity, "diversity less floor": diversity - floor}
+
+
+def ablate_rgs(args):
+    """Reconstruction-Guided Sampling, the paper's rule and ours: fidelity against diversity."""
+    if Path(args.scorer).suffix == ".py" and "picture" in args.prompts:
+        raise UserError(f"{args.scorer} has no features of pictures; give --prompts name caption, or another --scorer")
+    test, rows = exam.held_out(args, ("surface", "pictures")), np.arange(args.shapes)
+    scorer, table = exam.Scorer(args.scorer, args.device or "cpu"), []
+    (folder, label), = labels(args.checkpoint).items()
+    model = exam.open_model(args, folder)
+    result_of = exam.shape_result(model, args.rep, args.resolution, 2 * exam.POINTS)
+    pictures = test.pictures(rows, np.random.default_rng(args.seed))              # r 3 s s
+    names = [test.classes[row] for row in rows]
+    texts = {"name": names, "caption": exam.longest_captions(test, rows), "picture": [None] * len(rows)}
+    described = test.cloud(rows, exam.POINTS, np.random.default_rng(args.seed))   # points, normals, colours: r k 3 each
+    for kind in args.prompts:
+        if kind == "picture":
+            tower = image_tower.load(args.scorer)
+            features = tower.embed(tower.tokens(pictures)[0]).numpy()             # r e
+        else:
+            features = scorer.texts(texts[kind])                                  # r e
+        prompt_score = np.diag(cosine(features, scorer.clouds(*described))).mean()
+        table.append(dict.fromkeys(RGS_COLUMNS, "") | {"prompt": kind, "rule": REAL, "prompt score": prompt_score})
+        plain = None                                          # the scores of sampling only, the first rule
+        for rule, (figure, text, window, options) in rgs_rules(args).items():
+            scores = []
+            for seed in range(args.seed, args.seed + args.seeds):
+                cache = exam.result_cache(args, f"{label}/{kind}, {rule}, {seed}", folder, *exam.stages_of(args.rep),
+                                          "vision", options=options, sample=seed)
+                jobs = [exam.Job(f"{kind}-{row}-{i}", texts[kind][row], pictures[row] if kind == "picture" else None,
+                                 (seed, int(row), i)) for row, i in product(rows, range(args.n))]
+                results = exam.sample_all(model, jobs, cache, result_of, **options)
+                scores.append(rgs_scores(results, args.n, features, described[0], scorer))
+            plain = plain or scores
+            row = {"prompt": kind, "rule": rule, "a, figure": figure, "a, text": text, "window": window}
+            for key in ("prompt score", "Chamfer to described"):
+                row[key] = interval([score[key] for score in scores])
+            for key in ("diversity", "diversity less floor"):
+                row[f"share of {key}"] = interval([score[key] / base[key] for score, base in zip(scores, plain)])
+            table.append(row)
+
+    several = f"means of {args.seeds} samplings, with 95 % confidence intervals" if args.seeds > 1 else "one sampling"
+    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {several}. share of diversity: mean\n"
+          "Chamfer distance of pairs of samples of a prompt, over that of sampling only; less floor: without its floor")
+    write_table(args.out, args.command, table, draw=draw_rgs)
+
+
+def draw_rgs(plt, rows):
+    """A panel for each kind of prompt: diversity to the right, prompt score upwards."""
+    kinds = list(dict.fromkeys(row["prompt"] for row in rows))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.2), squeeze=False, layout="constrained")
+    for axis, kind in zip(axes[0], kinds):
+        real, *others = [row for row in rows if row["prompt"] == kind]
+        axis.axhline(real["prompt score"], color="grey", linewidth=.5, linestyle="dashed", label=REAL)
+        axis.legend(loc="lower left", fontsize="x-small")
+        for row in others:
+            cells = row["share of diversity less floor"], row["prompt score"]
+            (x, dx), (y, dy) = (cell if isinstance(cell, tuple) else (cell, 0) for cell in cells)
+            ours = row["rule"].startswith("within")
+            colour = "#c44e52" if ours else "black" if row["rule"] == "sampling only" else "#4c72b0"
+            axis.errorbar(x, y, dy, dx, "o", color=colour, elinewidth=.5, markersize=4)
+            place = dict(xytext=(-1, -3), ha="right", va="top") if ours else dict(xytext=(1, 3))
+            axis.annotate(row["rule"], (x, y), textcoords="offset points", size="x-small", color=colour, rotation=55,
+                          **place)
+        axis.margins(.16, .24)                                # room for the labels
+        axis.set(title=f"prompt: a {kind}", xlabel="share of diversity less floor", ylabel="prompt score")
+    return figure
+
+
 TRAINED = [*VARIANTS, "overfit"]
-EXPERIMENTS = {name: compare_variants for name in VARIANTS} | {"overfit": overfit}
+
+
+def add_flags(flag):
+    """The flags of these commands alone. flag(names of commands, name, **settings) adds one."""
+    kinds, share, reach = ["name", "caption", "picture"], between(0, 1, float), between(0, 100, float)
+    rgs = ["ablate-rgs"]
+    flag(rgs, "--prompts", nargs="+", choices=kinds, default=kinds, help="kinds of prompt")
+    flag(rgs, "--alphas", nargs="*", type=share, default=[0, .05, .1, .2, .3, .5, .9], help="weights of sampled tokens")
+    flag(rgs, "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .5], help="besides .75, at a = .1")
+    flag(rgs, "--within", nargs="*", type=reach, default=[1, 1.5, 2], help="reaches of our rule, standard deviations")
+    flag([*rgs, *VARIANTS], "--seeds", type=between(1, 100), default=3, help="samplings or trainings of each variant")
+    flag(TRAINED, "--train-shapes", type=between(2), default=20_800, help="built-in shapes that variants learn from")
+    flag(TRAINED, "--steps", type=between(1), default=1200, help="training steps of every variant")
+    flag(TRAINED, "--runs", default="runs/experiments", help="folder of the trained variants")
+    flag(["ablate-encoder"], "--text-encoders", nargs="+", default=[], metavar="NAME", help="of transformers, to add")
+    flag(["overfit"], "--of", choices=CLASSES, default="chair", help="the class")

@@ -1,8 +1,8 @@
-"""evaluation/timing.py - how long does it take, how much memory, how many operations? What bench.py asks of everything.
+"""timing.py - how long something takes, how much memory, how many operations; bench.py measures with it.
 
-On a machine that others use too, seconds do not hold, but the ratio of two ways that take turns does.
+Seconds change from run to run on a machine that others use too. The ratio of two ways that take turns hardly does.
 
-    python bench.py decode         # one of the commands that need it
+    python bench.py decode         # a command that needs it
 """
 import contextlib
 import ctypes
@@ -17,80 +17,68 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-class Peak:
-    """The most memory that the process holds above what it held before, MB; of a GPU, what torch allocates there. nan where /proc is not."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def held(self):
-        pages = Path("/proc/self/statm")
-        return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.is_file() else math.nan
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.start = torch.cuda.memory_allocated()
-            return self
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)                  # what was freed before is given back, not used again unseen
-        self.start = self.most = self.held()
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def watch(self):
-        while not self.over.wait(.005):
-            self.most = max(self.most, self.held())
-
-    def __exit__(self, *_):
-        if self.device.type == "cuda":
-            self.most = torch.cuda.max_memory_allocated()
-        else:
-            self.over.set()
-            self.thread.join()
-        self.megabytes = (self.most - self.start) / 2 ** 20
+def memory_in_use():
+    """Bytes that the process holds; nan where there is no /proc."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.is_file() else math.nan
 
 
-def seconds(way, device):
-    """How long it takes, and the most memory that it takes."""
-    with Peak(device) as peak:
-        start = time.perf_counter()
+def measure(way, device):
+    """-> the seconds that way() takes, and the most MB that are in use meanwhile, above what was in use before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
         way()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken = time.perf_counter() - start
-    return taken, peak.megabytes
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+
+    def watch():
+        while not over.wait(.005):
+            readings.append(memory_in_use())
+
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)                      # returns freed memory: its reuse would not be counted
+    readings, over, thread = [memory_in_use()], threading.Event(), threading.Thread(target=watch, daemon=True)
+    thread.start()
+    start = time.perf_counter()
+    way()
+    seconds = time.perf_counter() - start
+    over.set()
+    thread.join()
+    return seconds, (max(readings) - readings[0]) / 2 ** 20
 
 
 def matmul_peak(device, autocast):
-    """FLOP/s of the best of some large matrix products, in the precision that the models run in."""
+    """FLOP/s of the fastest of ten large matrix products, in the precision that the models run in."""
     side = 8192 if device.type == "cuda" else 2048
     with autocast():
         a = torch.randn(side, side, device=device)
         a = a.to((a[:8, :8] @ a[:8, :8]).dtype)
-        return 2 * side ** 3 / min(seconds(lambda: a @ a, device)[0] for _ in range(10))
+        return 2 * side ** 3 / min(measure(lambda: a @ a, device)[0] for _ in range(10))
 
 
-def flops(way):
-    """Floating-point operations of the matrix products of way(device), counted without making any: on the device "meta"."""
+def count_flops(way):
+    """Floating-point operations of the matrix products of way(device). The device "meta" only counts them."""
     with FlopCounterMode(display=False) as counter:
         way(torch.device("meta"))
     return counter.get_total_flops()
 
 
-def turns(ways, bench, work=None):
-    """{name: function} take turns -> a row each. work: {name: its FLOPs}."""
-    times, memory, warm = {name: [] for name in ways}, {name: [] for name in ways}, bench.rounds > 1
-    for i in range(bench.rounds + warm):
+def take_turns(ways, bench, flops=None):
+    """{name: function} take turns, `bench.rounds` times -> a row for each. flops: {name: operations}."""
+    seconds, memory = {name: [] for name in ways}, {name: [] for name in ways}
+    warm_up = bench.rounds > 1
+    for i in range(bench.rounds + warm_up):
         for name, way in ways.items():
-            taken, most = seconds(way, bench.device)
-            memory[name].append(most)
-            if i >= warm:
-                times[name].append(taken)
-    median = {name: statistics.median(each) for name, each in times.items()}
-    first = median[next(iter(ways))]
-    return [{"way": name, "seconds": median[name], "spread": (max(each) - min(each)) / median[name], "times as fast": first / median[name],
-             "peak MB": max(memory[name])} | ({"share of matmul peak": work[name] / median[name] / bench.peak} if work else {})
-            for name, each in times.items()]
+            duration, megabytes = measure(way, bench.device)
+            memory[name].append(megabytes)
+            if i >= warm_up:
+                seconds[name].append(duration)
+
+    rows, median = [], {name: statistics.median(values) for name, values in seconds.items()}
+    for name, values in seconds.items():
+        rows.append({"way": name, "seconds": median[name], "spread": (max(values) - min(values)) / median[name],
+                     "times as fast": median[next(iter(ways))] / median[name], "peak MB": max(memory[name])})
+        if flops:
+            rows[-1]["share of matmul peak"] = flops[name] / median[name] / bench.peak
+    return rows
