@@ -27,14 +27,14 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
 }
-DRAWS = 4    # noise draws a masked token and step: the MAE's work is shared by all of them
+DRAWS = 4    # noise draws a masked token and step: all of them share the MAE's work
 CACHED = 2 ** 20    # tokens times width times branches of guidance that a CPU computes at once (cache_sized)
 
 
 # ---------------------------------------------------------------------------- DenoiseNet
 
 class DenoiseNet(nn.Module):
-    """A residual MLP on one noisy token; time and context vector c_i set the shift, scale and gate of its blocks (adaLN)."""
+    """A residual MLP on one noisy token; time and context vector c_i set shift, scale, gate of its blocks (adaLN)."""
 
     def __init__(self, channels, context_dim, dim, depth):
         super().__init__()
@@ -42,7 +42,8 @@ class DenoiseNet(nn.Module):
         self.t = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.c = nn.Linear(context_dim, dim)
         self.modulate = nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in range(depth))
-        self.mlp = nn.ModuleList(nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim)) for _ in range(depth))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim)) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.last, self.out = nn.Linear(dim, 2 * dim), nn.Linear(dim, channels)
         for layer in (*self.modulate, self.last, self.out):   # every block starts as the identity, the output as 0
@@ -64,14 +65,14 @@ class DenoiseNet(nn.Module):
 def guidance_branches(condition, b, cfg):
     """The branches that classifier-free guidance compares, stacked along the batch: r branches of b samples each.
 
-    Each branch is told one kind of prompt less than the branch before it; the last is told nothing. With text and picture:
+    Each branch sees one kind of prompt less than the branch before it; the last sees none. With text and picture:
 
         branch 0: text and picture      branch 1: text      branch 2: nothing
         hidden:   {}                              {image}             {text, image}
         strengths: [cfg of the image (0 against 1), cfg of the text (1 against 2)]
 
     cfg: one strength, or {kind: strength}. If all strengths are 1 the branches add up to branch 0 alone: then r = 1.
-    -> the condition of r b samples, {kind: (r b,), True = this sample is not told}, the strengths.
+    -> the condition of r b samples; {kind: (r b,), True = dropped}; the strengths.
     """
     kinds = list(condition)                                                       # ["text", "image"]
     strengths = [cfg.get(kind, 2.) if isinstance(cfg, dict) else cfg for kind in reversed(kinds)]
@@ -87,7 +88,7 @@ def guidance_branches(condition, b, cfg):
 
 
 def guided(net, x, t, c, strengths):
-    """Classifier-free guidance with a strength for each kind of prompt (Brooks et al. 2023). x: k c and t: k are shared by
+    """Classifier-free guidance with a strength for each kind of prompt (Brooks et al. 2023). x: k c, t: k are shared by
     all branches; c: (r k) d holds their context vectors.
 
         out = out_nothing + sum_i strength_i (out_i - out_(i+1))
@@ -101,7 +102,7 @@ def guided(net, x, t, c, strengths):
 # ---------------------------------------------------------------------------- denoisers
 
 def draw_noise(generators, shape, device):
-    """One array of noise a sample, each from its own random generator: b, then `shape`."""
+    """Noise of b samples: b ... Each sample has its own random generator, so it does not depend on its batch."""
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in generators])).to(device)
 
 
@@ -122,8 +123,8 @@ class Flow:
 
     @staticmethod
     def sample(net, c, noise, steps, strengths=(), temperature=1.):
-        """noise k 1 c, context vectors c (r k) d -> tokens k c. Adams-Bashforth steps from t = 0 to 1: second order with one
-        evaluation a step. temperature scales the noise."""
+        """noise k 1 c, context vectors c (r k) d -> tokens k c. Adams-Bashforth steps from t = 0 to 1: second order
+        with one evaluation a step. temperature scales the noise."""
         x, before = temperature * noise[:, 0], None
         for i in range(steps):
             t = torch.full((len(x),), i / steps, device=x.device)                 # k
@@ -194,14 +195,15 @@ class Backbone(nn.Module):
         """The MAE: prefix b p d, shape tokens x b n c, order b n (its first `known` entries are known tokens)
         -> context vectors c_i of the tokens `rows` (b m): b m d."""
         b, p, d = prefix.shape
-        seen = repeat(order[:, :known], "b k -> b k d", d=d)                      # b k d, indices
-        y = (self.token(x) + self.place_in).gather(1, seen)                       # b k d
+        index = repeat(order[:, :known], "b k -> b k d", d=d)                     # b k d
+        y = (self.token(x) + self.place_in).gather(1, index)                      # b k d
         y = torch.cat([prefix, y], 1)                                             # b (p + k) d
         for block in self.encoder:                                                # sees the known tokens only
             y = block(y)
         y = self.norm_in(y)
 
-        full = repeat(self.unknown, "d -> b n d", b=b, n=self.tokens).to(y.dtype).scatter(1, seen, y[:, p:])      # b n d
+        full = repeat(self.unknown, "d -> b n d", b=b, n=self.tokens).to(y.dtype)
+        full = full.scatter(1, index, y[:, p:])                                   # b n d
         y = torch.cat([y[:, :p], full], 1) + self.place_out                       # b (p + n) d
         for block in self.decoder[:-1]:                                           # sees all places
             y = block(y)
@@ -211,7 +213,7 @@ class Backbone(nn.Module):
         """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the hidden tokens."""
         b, n, device = len(x), self.tokens, x.device
         # The share of hidden tokens is that of a random moment of generation, the same for the whole batch: no padding.
-        # (MAR hides at least .7 of them. Then the tokens placed last, when nearly all are known, are never learnt, and tear.)
+        # (MAR hides at least .7 of them: then tokens placed last, when nearly all are known, are never learnt.)
         ratio = math.cos(math.pi / 2 * torch.rand(1).item())
         known = n - math.ceil(n * ratio)
         order = torch.rand(b, n, device=device).argsort(1)                        # b n
@@ -226,36 +228,37 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def generate(self, condition, seeds, steps=10, denoise_steps=None, cfg=2., temperature=1., steer=None, window=.75):
-        """condition (prefix.py) and one seed a sample -> shape tokens b n c. steer: RGS, what the MAE sees of the tokens x
-        during the first `window` of the steps (reconstruct.py); None: x itself."""
+        """condition (prefix.py) and one seed a sample -> shape tokens b n c.
+        steer: RGS, a function of x that gives what the MAE sees in the first `window` of the steps (reconstruct.py)."""
         b, n, c, device = len(seeds), self.tokens, self.channels, self.unknown.device
         denoise_steps = denoise_steps or self.denoiser.steps
-        generators = [np.random.default_rng(seed) for seed in seeds]              # a sample does not depend on its batch
+        generators = [np.random.default_rng(seed) for seed in seeds]              # a sample is independent of its batch
         order = torch.from_numpy(np.stack([rng.permutation(n) for rng in generators])).to(device)             # b n
         noise = draw_noise(generators, (n, self.denoiser.draws(denoise_steps), c), device)                    # b n s c
 
         condition, drop, strengths = guidance_branches(condition, b, cfg)
         prefix = self.prefix(condition, drop)                                     # (r b) p d
-        r = len(strengths) + 1
+        r, rgs_steps = len(strengths) + 1, math.ceil(window * steps) if steer else 0
 
         x = torch.zeros(b, n, c, device=device)                                   # b n c, tokens not known yet are 0
         for step, (known, then) in enumerate(schedule(n, steps)):
             new = order[:, known:then]                                            # b m, the tokens of this step
-            steered = x if steer is None or step >= math.ceil(window * steps) else steer(x)                   # b n c
+            steered = steer(x) if step < rgs_steps else x                         # b n c, RGS
 
-            # MAE: c_i = f(prefix, known tokens)
-            context = self.contexts(prefix, steered.repeat(r, 1, 1), order.repeat(r, 1), known, new.repeat(r, 1))
+            # MAE: c_i = f(prefix, known tokens), in all r branches
+            stacked = [repeat(y, "b ... -> (r b) ...", r=r) for y in (steered, order, new)]
+            context = self.contexts(prefix, stacked[0], stacked[1], known, stacked[2])                    # (r b) m d
+            context = rearrange(context, "rb m d -> (rb m) d")
 
             # DenoiseNet: x_i ~ p(x_i | c_i), guided by the r branches
-            sample = self.denoiser.sample(self.net, rearrange(context, "rb m d -> (rb m) d"), take(noise, new),
-                                          denoise_steps, strengths, temperature)  # (b m) c
-            x = place(x, new, sample)
+            sample = self.denoiser.sample(self.net, context, take(noise, new), denoise_steps, strengths, temperature)
+            x = place(x, new, sample)                                             # b n c; sample: (b m) c
         return x
 
 
 def take(x, rows):
     """x b n ..., rows b m -> those rows of every sample, one below the other: (b m) ..."""
-    return torch.cat([one[some] for one, some in zip(x, rows)])
+    return torch.cat([sample[chosen] for sample, chosen in zip(x, rows)])
 
 
 def place(x, rows, values):
@@ -265,7 +268,7 @@ def place(x, rows, values):
 
 
 def cache_sized(backbone, condition, seeds):
-    """Parts of a batch, whose activations fit a CPU's cache: many shapes then take a fifth less time. -> (condition, seeds) pairs."""
+    """Parts of a batch whose activations fit a CPU's cache, which takes a fifth less time: condition, seeds pairs."""
     size = len(seeds)
     if backbone.token.weight.device.type == "cpu":
         size = max(1, CACHED // (backbone.tokens * backbone.dim * (len(condition) + 1)))
@@ -280,7 +283,7 @@ def schedule(n, steps):
     known, pairs = 0, []
     for step in range(1, steps + 1):
         then = n - math.floor(n * math.cos(math.pi / 2 * step / steps) + 1e-9)
-        then = min(max(then, known + 1), n - (steps - step))                      # leave one for each step to come
+        then = min(max(then, known + 1), n - (steps - step))                      # leave one token for every later step
         pairs.append((known, then))
         known = then
     return pairs
@@ -290,5 +293,6 @@ def load(folder):
     """The backbone of a checkpoint folder, frozen."""
     entry = read_stage(folder, "backbone")
     if entry.get("generator", "masked") != "masked":
-        raise UserError(f"the backbone in {folder} is a peer of LTM3D's ({entry['generator']}); python evaluate.py versus samples those")
+        raise UserError(f"the backbone in {folder} is a peer of LTM3D's ({entry['generator']}); "
+                        "python evaluate.py versus samples those")
     return load_model(Backbone, f"{folder}/backbone.safetensors", **entry["settings"])

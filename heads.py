@@ -1,7 +1,7 @@
 """heads.py - shape tokens -> a representation: signed distance, points, 3D Gaussians, faces.
 
-LTM3D trains a tokenizer per representation. Here one encoder's tokens are read by four heads, and the backbone, which
-makes the tokens, never knows which. A head is a class with
+LTM3D trains a tokenizer for each representation. Here four heads read the tokens of one encoder, and the backbone,
+which generates the tokens, never knows which head will read them. A head is a class with
 
     reads       what it learns from: {method of data.Prepared: how many points; None: all there are}
     needs       other heads that it decodes with
@@ -24,7 +24,7 @@ from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
 from engine.networks import Block, fourier, grid_points, time_embedding
 from geometry.export import Cloud, Gaussians, Mesh
-from geometry.light import baked
+from geometry.light import baked_light
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, weld
 from geometry.render import splat
 from geometry.surface import TRUNCATION, chunks, extract
@@ -46,7 +46,7 @@ class QueryDecoder(nn.Module):
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
     def read(self, tokens):                                   # b n c -> memory b n d
-        x = self.token(tokens) + self.place
+        x = self.token(tokens) + self.place                                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:
             x = block(x, positions=(anchors, anchors))
@@ -72,8 +72,8 @@ class SdfHead(QueryDecoder):
         super().__init__(**size, outputs=4)
 
     def loss(self, tokens, batch):
-        """L1 of the clipped distance, at queries and at surface points, where it is 0; squared error of the colour at surface
-        points. (L1 there learns the likeliest colour: where the height of a stripe is uncertain, that has no stripe.)"""
+        """L1 of the clipped distance, at queries and at surface points, where it is 0; squared error of colours
+        there. (L1 learns the likeliest colour: where the height of a stripe is uncertain, that has no stripe.)"""
         x = torch.cat([batch["queries"], batch["points"]], 1)                             # b k 3
         y = self.evaluate(self.read(tokens), x)                                           # b k 4
         k = batch["queries"].shape[1]
@@ -92,7 +92,7 @@ class PointHead(QueryDecoder):
     """A flow that carries noise to the surface, one point at a time: any number of points from one set of tokens.
     x_t = (1 - t) noise + t x; outputs are the velocity x - noise, and at t = 1 normal and colour."""
     reads, needs, COUNT = {"cloud": 768}, (), 4096
-    STEPS = 32       # the later, the smaller: where a point lands is decided at the end
+    STEPS = 32       # of the flow; later steps are smaller, because they decide where a point lands
 
     def __init__(self, **size):
         super().__init__(**size, outputs=9)
@@ -100,14 +100,18 @@ class PointHead(QueryDecoder):
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def loss(self, tokens, batch):
-        x, ends = batch["points"], batch["points"].shape[1] // 4
-        t = torch.rand(*x.shape[:2], 1, device=x.device)                                  # each point has a time of its own
-        t[:, :ends] = 1
-        noise = torch.randn_like(x)
-        y = self.velocity(self.read(tokens), (1 - t) * noise + t * x, t[..., 0])
-        flow = F.mse_loss(y[:, ends:, :3], (x - noise)[:, ends:])
-        normal, colour = (F.l1_loss(y[:, :ends, i:i + 3], batch[name][:, :ends]) for i, name in ((3, "normals"), (6, "colours")))
-        return flow + .2 * normal + .2 * colour, {"flow": flow.detach(), "normal": normal.detach(), "colour": colour.detach()}
+        """Squared error of the velocity; L1 of normals and colours, at a quarter of the points, for which t = 1."""
+        x = batch["points"]                                                               # b k 3
+        final = x.shape[1] // 4
+        t = torch.rand(*x.shape[:2], 1, device=x.device)                                  # b k 1, one for each point
+        t[:, :final] = 1
+        noise = torch.randn_like(x)                                                       # b k 3
+        y = self.velocity(self.read(tokens), (1 - t) * noise + t * x, t[..., 0])          # b k 9
+        flow = F.mse_loss(y[:, final:, :3], (x - noise)[:, final:])
+        normal = F.l1_loss(y[:, :final, 3:6], batch["normals"][:, :final])
+        colour = F.l1_loss(y[:, :final, 6:9], batch["colours"][:, :final])
+        logs = {"flow": flow.detach(), "normal": normal.detach(), "colour": colour.detach()}
+        return flow + .2 * normal + .2 * colour, logs
 
     def velocity(self, memory, x, t):                         # b k 3, b k -> b k 9
         b = len(x)
@@ -116,9 +120,9 @@ class PointHead(QueryDecoder):
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=COUNT):
-        x = torch.from_numpy(rng.standard_normal((points, 3), np.float32)).to(tokens.device)
+        x = torch.from_numpy(rng.standard_normal((points, 3), np.float32)).to(tokens.device)           # k 3
         with autocast():
-            memory = self.read(tokens[None])
+            memory = self.read(tokens[None])                                              # 1 n d
 
         def outputs(x, t):                                    # k 3, a time -> k 9
             with autocast():
@@ -126,16 +130,17 @@ class PointHead(QueryDecoder):
 
         times = 1 - torch.linspace(1, 0, self.STEPS + 1, device=x.device) ** 1.5
         for t, then in zip(times[:-1], times[1:]):
-            x = x + (then - t) * outputs(x, t)[:, :3]
-        y = outputs(x, times[-1])
-        return Cloud(x.cpu().numpy(), F.normalize(y[:, 3:6], dim=-1).cpu().numpy(), y[:, 6:].clamp(0, 1).cpu().numpy())
+            x = x + (then - t) * outputs(x, t)[:, :3]                                     # k 3
+        y = outputs(x, times[-1])                                                         # k 9
+        normals, colours = F.normalize(y[:, 3:6], dim=-1), y[:, 6:].clamp(0, 1)
+        return Cloud(x.cpu().numpy(), normals.cpu().numpy(), colours.cpu().numpy())
 
 
 # ---------------------------------------------------------------------------- gs
 
 class GaussianHead(QueryDecoder):
     """Tokens and points of the surface that the sdf head makes -> one Gaussian a point; learnt from pictures."""
-    POINTS = 4096    # Gaussians of a training picture; with more, each is a little smaller: they overlap, so there are no gaps
+    POINTS = 4096    # Gaussians of a training picture; if there are more, each is a little smaller
     SIZE = .016      # standard deviation that an output of 0 means
     reads, needs, COUNT = {"cloud": POINTS, "views": None}, ("sdf",), 16384
 
@@ -151,7 +156,7 @@ class GaussianHead(QueryDecoder):
 
     def loss(self, tokens, batch):
         """L1 of pictures of the Gaussians, before a random plain background, and of their colours."""
-        x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # about the error of the sdf head
+        x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # b k 3, error of the sdf head
         attributes, error = self.attributes(self.read(tokens), x), 0
         for i, gaussians in enumerate(zip(*attributes)):
             background = torch.rand(3, device=x.device)
@@ -160,25 +165,26 @@ class GaussianHead(QueryDecoder):
                 image = splat(*gaussians, *batch["angles"][i].tolist(), size=len(true), background=background)
             error = error + (image - true).abs().mean() / len(x)
         with torch.autocast(x.device.type, enabled=False):
-            target = batch["colours"] * baked(batch["normals"])                           # b k 3, light included
+            target = batch["colours"] * baked_light(batch["normals"])                     # b k 3, light included
         colour = F.l1_loss(attributes[-1], target)
         return error + .2 * colour, {"picture": error.detach(), "colour": colour.detach()}
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=COUNT):
         surface = heads["sdf"].decode(tokens, heads, rng, autocast, resolution)
-        x = torch.from_numpy(surface.surface(points, rng)[0]).to(tokens.device)
+        x = torch.from_numpy(surface.surface(points, rng)[0]).to(tokens.device)           # k 3
         with autocast():
-            out = self.attributes(self.read(tokens[None]), x[None])
-        means, scales, turns, opacities, colours = (y[0].float().cpu() for y in out)
-        return Gaussians(*(y.numpy() for y in (means, scales, F.normalize(turns, dim=-1), opacities, colours)))
+            attributes = self.attributes(self.read(tokens[None]), x[None])
+        means, scales, rotations, opacities, colours = (y[0].float().cpu() for y in attributes)
+        rotations = F.normalize(rotations, dim=-1)
+        return Gaussians(*(y.numpy() for y in (means, scales, rotations, opacities, colours)))
 
 
 # ---------------------------------------------------------------------------- mesh
 
 class MeshHead(nn.Module):
     """Face queries and tokens attend to each other. A query predicts FACES faces, neighbours in canonical order
-    (geometry/meshes.py). Every coordinate is a distribution over the bins; its logits have rank LEVELS, so that near bins
+    (geometry/meshes.py). Every coordinate is a distribution over bins; its logits have rank LEVELS, so that near bins
     have similar logits."""
     reads, needs, COUNT = {"faces": None}, (), None
     FACES, LEVELS = 4, 24
@@ -195,7 +201,7 @@ class MeshHead(nn.Module):
         self.bins = nn.Parameter(torch.randn(self.LEVELS, BINS) * self.LEVELS ** -.5)
         self.other = nn.Linear(dim, self.FACES * 4)           # is there a face; its colour
 
-    def forward(self, tokens):                                # b n c -> levels b s 9 l; does it exist b s; colours b s 3
+    def forward(self, tokens):                                # b n c -> levels b s 9 l, exists b s, colours b s 3
         x = self.token(tokens) + self.place
         n = x.shape[1]
         x = torch.cat([x, repeat(self.query, "q d -> b q d", b=len(x))], 1)
@@ -206,7 +212,7 @@ class MeshHead(nn.Module):
         other = rearrange(self.other(x).float(), "b q (f i) -> b (q f) i", f=self.FACES)
         return levels, other[..., 0], other[..., 1:]
 
-    def logits(self, levels):                                 # ... 9 l -> ... 9 BINS; only for faces that exist, about half
+    def logits(self, levels):                                 # ... 9 l -> ... 9 BINS; only of faces that exist, half
         return (levels @ self.bins).float()
 
     def loss(self, tokens, batch):
@@ -216,8 +222,9 @@ class MeshHead(nn.Module):
         exists = F.pad(true, (0, exists_logit.shape[1] - true.shape[1]))                  # b s
         corners, colours = batch["corners"].flatten(2), batch["face_colours"]             # b f 9, b f 3
 
-        logits = self.logits(levels[exists])                                              # faces of all shapes, one after another
-        order = match_like_components(logits.detach().split(true.sum(1).tolist()), corners, batch["components"])[..., None]
+        logits = self.logits(levels[exists])                                              # k 9 bins, of all shapes
+        logits_of_shapes = logits.detach().split(true.sum(1).tolist())
+        order = match_like_components(logits_of_shapes, corners, batch["components"])[..., None]
         corners, colours = (x.gather(1, order.expand_as(x)) for x in (corners, colours))
 
         bins = F.cross_entropy(logits.flatten(0, 1), corners[true].flatten())
@@ -227,7 +234,7 @@ class MeshHead(nn.Module):
 
     @staticmethod
     def between_shapes(tokens):
-        """Tokens b n c, one in four moved up to .45 of the way to the nearest other shape of the batch. Generated tokens may lie
+        """Tokens b n c, one in four moved up to .45 of the way to the nearest other shape. Generated tokens may lie
         between two shapes, and half of each makes no mesh: the head learns to choose the nearer one."""
         apart = torch.cdist(tokens.flatten(1), tokens.flatten(1)).fill_diagonal_(torch.inf)           # b b
         share = .45 * (4 * torch.rand(len(tokens), 1, 1, device=tokens.device) - 3).clamp(min=0)      # b 1 1
@@ -247,7 +254,7 @@ class MeshHead(nn.Module):
         vertices, faces, unfolded = weld(rearrange(share, "f (i j) bins -> f i j bins", i=3).cpu().numpy())
         exists, colours = exists[unfolded], colours[unfolded]
 
-        # 3. keep a component as a whole, or leave it out where the tokens are unsure of it: half of its faces would be debris
+        # 3. keep a component as a whole, or drop it where the tokens are unsure of it: half of its faces are debris
         component = face_components(faces, len(vertices))                                 # f
         kept = (np.bincount(component, exists) > .8 * np.bincount(component))[component]
 
@@ -266,35 +273,37 @@ HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}
 
 
 def spelling(name):
+    """"3dgs" is accepted for "gs"."""
     return {"3dgs": "gs"}.get(name.lower(), name.lower())
 
 
 def with_needs(reps):
-    """Representations as asked for -> those to have, what others need first."""
+    """Representations -> these and the ones that they need, which come first."""
     reps = HEADS if "all" in reps else reps
     return list(dict.fromkeys(name for rep in reps for name in (*HEADS[rep].needs, rep)))
 
 
 def loss(heads, tokens, samples):
-    """The sum of the heads' losses on the same tokens, each on its own samples. Several heads pull equally hard at an encoder,
-    however large their losses are."""
+    """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads get the same
+    norm, so that all pull equally hard at an encoder, however large their losses are."""
     losses, logs = [], {}
     for rep, batch in samples.items():
-        read = tokens[:len(next(iter(batch.values())))].clone()
-        if read.requires_grad and len(samples) > 1:
-            read.register_hook(lambda gradient: gradient / gradient.norm())
-        error, parts = heads[rep].loss(read, batch)
-        losses, logs = losses + [error], logs | {f"{rep} {name}": value for name, value in parts.items()}
+        x = tokens[:len(next(iter(batch.values())))].clone()                              # b n c
+        if x.requires_grad and len(samples) > 1:
+            x.register_hook(lambda gradient: gradient / gradient.norm())
+        loss, head_logs = heads[rep].loss(x, batch)
+        losses.append(loss)
+        logs |= {f"{rep} {name}": value for name, value in head_logs.items()}
     return sum(losses), logs
 
 
 def load(folder, reps, device="cpu"):
     """Heads of a checkpoint folder, and those that they need, frozen: {rep: head}."""
     settings, heads = read_stage(folder, "tokenizer")["settings"], {}
-    there = [name.removeprefix("head-") for name in trained_stages(folder) if name.startswith("head-")]
+    found = [name.removeprefix("head-") for name in trained_stages(folder) if name.startswith("head-")]
     for rep in with_needs(reps):
-        if rep not in there:
-            raise UserError(f"{folder} has no head for {rep}, only for {', '.join(there)}; make it with: "
+        if rep not in found:
+            raise UserError(f"{folder} has no head for {rep}, only for {', '.join(found)}; make it with: "
                             f"python train.py --rep {rep} --stage head --out {folder}")
         if f"head-{rep}" in read_config(folder):
             read_stage(folder, f"head-{rep}")                 # was it trained on these tokens?

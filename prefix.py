@@ -5,7 +5,7 @@
 The prefix is prepended to the shape tokens. It aligns the condition with the shape space while
 generating, so the shape tokenizer never has to know about language or pictures.
 
-A condition is a dict of what there is, {"text": (tokens b t e, mask b t), "image": ...}; each kind of prompt
+A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. Each kind
 has a width e of its own, and a learnt embedding says which kind a token is of.
 
     python -m pytest -q test_all.py -k prefix       # its tests
@@ -16,7 +16,7 @@ from torch import nn
 
 from engine.networks import Block
 
-DROPS = {  # kinds of prompt that a training sample is told -> how often
+DROPS = {  # kinds of prompt that a training sample sees -> how often
     (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
 
 
@@ -26,12 +26,12 @@ class Conditions(nn.Module):
     def __init__(self, widths, dim):
         super().__init__()
         self.norm = nn.ModuleDict({kind: nn.LayerNorm(e) for kind, e in widths.items()})
-        self.into = nn.ModuleDict({kind: nn.Linear(e, dim) for kind, e in widths.items()})      # its bias is the kind's embedding
+        self.into = nn.ModuleDict({kind: nn.Linear(e, dim) for kind, e in widths.items()})      # bias: which kind it is
         self.nothing = nn.Parameter(torch.randn(dim) * .02)   # stands for "no prompt"
 
     def forward(self, condition, drop=None):
-        """drop: {kind: b, True = this sample is not told}. -> tokens b t d and their mask b t; the last is `nothing`,
-        which counts where no other does."""
+        """drop: {kind: b, True = this sample does not see it}. -> tokens b t d and their mask b t. The last token is
+        `nothing`; the mask shows it where it hides all others."""
         tokens, masks = [], []
         for kind, (x, mask) in condition.items():
             tokens.append(self.into[kind](self.norm[kind](x)))                    # b t d
@@ -42,10 +42,10 @@ class Conditions(nn.Module):
 
 
 def random_drops(b, kinds, device):
-    """Which kinds of prompt each of b training samples is not told: {kind: b}."""
+    """Kinds of prompt that are hidden from b training samples, at random: {kind: b, True = hidden}."""
     choice = torch.multinomial(torch.tensor(list(DROPS.values())), b, replacement=True)      # b, rows of DROPS
-    told = {kind: torch.tensor([kind in names for names in DROPS]) for kind in kinds}
-    return {kind: ~told[kind][choice].to(device) for kind in kinds}
+    hidden = {kind: torch.tensor([kind not in names for names in DROPS]) for kind in kinds}
+    return {kind: hidden[kind][choice].to(device) for kind in kinds}
 
 
 class Prefix(nn.Module):

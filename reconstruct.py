@@ -41,29 +41,29 @@ class Reconstructor(nn.Module):
         x = self.cross(repeat(self.query, "n d -> b n d", b=len(context)), context, mask)
         for block in self.blocks:
             x = block(x)                                                          # b n d
-        return self.out(x).float(), self.log_variance(x.detach()).float()         # detached: MSE alone decides the guess
+        return self.out(x).float(), self.log_variance(x.detach()).float()         # detach: MSE alone decides the guess
 
     def loss(self, tokens, condition):
         """tokens b n c -> mean squared error + negative log likelihood, and both for the log."""
         recon, log_variance = self(condition, random_drops(len(tokens), condition, tokens.device))
         error = (recon - tokens) ** 2                                             # b n c
-        nll = (log_variance + error.detach() / log_variance.exp()).mean() / 2     # -log N(x; x_recon, sigma^2) + constant
+        nll = (log_variance + error.detach() / log_variance.exp()).mean() / 2     # -log N(x; x_recon, sigma^2) + const.
         return error.mean() + nll, {"error": error.mean().detach(), "unlikely": nll.detach()}
 
 
-# ---------------------------------------------------------------------------- RGS: what the backbone sees in the first steps
+# ---------------------------------------------------------------------------- RGS: what the backbone sees at first
 
 def blend(sampled, recon, weight):
     """The paper's rule: known = (1 - a) x_recon + a x_sampled, where `weight` = a is the weight of the sampled tokens.
 
-    That is alpha in the paper's pipeline figure (alpha = .1 keeps 90 % of the reconstruction). The paper's text reads alpha
-    the other way round ("alpha = 0 is pure diffusion"): there it is the weight of the reconstruction, 1 - a.
+    That is alpha in the paper's pipeline figure (alpha = .1 keeps 90 % of the reconstruction). The paper's text reads
+    it the other way round ("alpha = 0 is pure diffusion"): there it is the weight of the reconstruction, 1 - a.
     """
     return torch.lerp(recon, sampled, weight)
 
 
 def within(sampled, recon, log_variance, reach):
-    """Our rule, which keeps diversity: a sampled token is left as it is up to `reach` standard deviations from the guess."""
+    """Our rule, which keeps diversity: a sampled token stays as it is within `reach` sigma of the guess."""
     far = reach * (log_variance / 2).exp()                                        # b n c
     return recon + (sampled - recon).clamp(-far, far)
 
@@ -88,7 +88,7 @@ def parse_rgs(text):
 def steering(model, condition, rgs):
     """The function of the tokens sampled so far that the backbone sees in the first steps; None is sampling only.
 
-    rgs: a rule of `parse_rgs`. auto blends where there is a picture, which leaves little open, and samples from words alone.
+    rgs: a rule of `parse_rgs`. auto blends where there is a picture, which leaves little open, and samples from words.
     """
     rule, value = parse_rgs(rgs)
     if rule == "auto":

@@ -31,13 +31,14 @@ RESOLUTIONS = (32, 64, 128, 256, 512)
 
 
 class LTM3D:
-    """Every trained stage of a checkpoint folder; those that only some prompts or representations need are loaded late."""
+    """Every trained stage of a checkpoint folder; stages that only some prompts need are loaded late."""
 
     def __init__(self, folder="checkpoints/tiny", device=None, precision=None, load_backbone=backbone.load):
         beside = Path(__file__).parent / folder               # the shipped weights, when called from another folder
         self.folder = next((path for path in (Path(folder), beside) if path.is_dir()), None)
         if self.folder is None:
-            raise UserError(f"there is no folder {folder}; --checkpoint takes checkpoints/tiny or a folder that train.py made")
+            raise UserError(f"there is no folder {folder}; "
+                            "--checkpoint takes checkpoints/tiny or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device, precision)
         self.backbone = cast_once(load_backbone(self.folder).to(self.device), self.autocast)
         self.encoders = encoders.load(self.folder, self.device)
@@ -55,17 +56,17 @@ class LTM3D:
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, rgs="auto", **options):
-        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. rgs: reconstruct.parse_rgs; options:
-        those of Backbone.generate."""
+        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. rgs: reconstruct.parse_rgs;
+        options: those of Backbone.generate."""
         reconstruct.parse_rgs(rgs)
         if rgs == "auto" and not self.backbone.takes_rgs:
             rgs = "none"
         chunks = []
         with self.autocast():
             condition = self.encoders.encode(prompts, pictures)                   # {kind: (b t e, b t)}
-            for part, some in backbone.cache_sized(self.backbone, condition, seeds):
-                steer = reconstruct.steering(lambda condition: self.reconstruct(condition), part, rgs)
-                chunks.append(self.backbone.generate(part, some, steer=steer, **options).float())
+            for condition, seeds in backbone.cache_sized(self.backbone, condition, seeds):
+                steer = reconstruct.steering(lambda condition: self.reconstruct(condition), condition, rgs)
+                chunks.append(self.backbone.generate(condition, seeds, steer=steer, **options).float())
         return torch.cat(chunks)                                                  # b n c
 
     def sample(self, prompt=None, image=None, n=1, seed=0, steps=10, **options):
@@ -75,8 +76,8 @@ class LTM3D:
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")
         if not 1 <= steps <= self.backbone.tokens:
-            raise UserError(f"{steps} steps are not between 1 and the {self.backbone.tokens} shape tokens of {self.folder}: "
-                            "every step places at least one")
+            raise UserError(f"{steps} steps are not between 1 and {self.backbone.tokens}, the number of shape tokens "
+                            f"of {self.folder}: every step places at least one")
         prompts = None if prompt is None else [prompt] * n
         pictures = None
         if image is not None:
@@ -93,7 +94,8 @@ class LTM3D:
         if resolution not in RESOLUTIONS:
             raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
         head = self.load_heads(rep).heads[rep]
-        return head.decode(tokens, self.heads, np.random.default_rng(seed), self.autocast, resolution, points or head.COUNT)
+        points, rng = points or head.COUNT, np.random.default_rng(seed)
+        return head.decode(tokens, self.heads, rng, self.autocast, resolution, points)
 
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, **options):
         """`sample`, then `decode`: a list of n shapes."""
@@ -108,33 +110,34 @@ load = LTM3D
 
 def arguments():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--text", help="what to make, e.g. \"a round table\"")
-    parser.add_argument("--image", help="a picture of what to make (png, jpg, webp), alone or with --text")
-    parser.add_argument("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
-                        help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
-    parser.add_argument("--n", type=between(1, 10_000), default=1, help="how many shapes")
-    parser.add_argument("--seed", type=between(0), default=0, help="another seed, another shape; shape i depends on (seed, i)")
-    parser.add_argument("--steps", type=between(1, 10_000), default=10, help="unmasking steps, at most the number of shape tokens")
-    parser.add_argument("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 4 flow, 100 ddpm)")
-    parser.add_argument("--cfg", type=between(0, 100, float), default=2., help="classifier-free guidance by the text; 1 is none")
-    parser.add_argument("--cfg-image", type=between(0, 100, float), default=2., help="the same by the picture")
-    parser.add_argument("--temperature", type=between(0, 10, float), default=1., help="of the noise; lower is tamer")
-    parser.add_argument("--rgs", default="auto", metavar="RULE",
-                        help="Reconstruction-Guided Sampling: sampled=A and recon=A blend what the backbone sees in the first steps, A is "
-                             "the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in its "
-                             "text); within=S keeps tokens within S standard deviations of the reconstruction; none; auto: "
-                             "sampled=.1 with a picture, none without")
-    parser.add_argument("--window", type=between(0, 1, float), default=.75, help="the first share of the steps, in which RGS acts; 1: all")
-    parser.add_argument("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
-    parser.add_argument("--points", type=between(1, 1_000_000),
-                        help=f"of a point cloud or of Gaussians (default: {heads.PointHead.COUNT}, {heads.GaussianHead.COUNT})")
-    parser.add_argument("--turntable", action="store_true", help="also a GIF of each shape turning")
-    parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
+    flag, points = parser.add_argument, f"{heads.PointHead.COUNT}, {heads.GaussianHead.COUNT}"
+    flag("--text", help="what to make, e.g. \"a round table\"")
+    flag("--image", help="a picture of what to make (png, jpg, webp), alone or with --text")
+    flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
+         help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
+    flag("--n", type=between(1, 10_000), default=1, help="how many shapes")
+    flag("--seed", type=between(0), default=0, help="another seed, another shape; shape i depends on (seed, i)")
+    flag("--steps", type=between(1, 10_000), default=10, help="unmasking steps, at most the number of shape tokens")
+    flag("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 4 flow, 100 ddpm)")
+    flag("--cfg", type=between(0, 100, float), default=2., help="classifier-free guidance by the text; 1 is none")
+    flag("--cfg-image", type=between(0, 100, float), default=2., help="the same by the picture")
+    flag("--temperature", type=between(0, 10, float), default=1., help="of the noise; lower is tamer")
+    flag("--rgs", default="auto", metavar="RULE",
+         help="Reconstruction-Guided Sampling: what the backbone sees in the first steps. sampled=A, recon=A: a blend, "
+              "A is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in "
+              "its text); within=S: tokens within S standard deviations of the reconstruction; none; auto: sampled=.1 "
+              "with a picture, none without")
+    flag("--window", type=between(0, 1, float), default=.75, help="RGS acts in this first share of the steps; 1 is all")
+    flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
+    flag("--points", type=between(1, 1_000_000), help=f"of a point cloud or of Gaussians (default: {points})")
+    flag("--turntable", action="store_true", help="also a GIF of each shape turning")
+    flag("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
     add_device_flags(parser)
-    parser.add_argument("--out", default="out", help="folder to write to")
+    flag("--out", default="out", help="folder to write to")
     args = parser.parse_args()
     if args.text is None and not args.image:
         parser.error("say what to make, with --text or --image")
+    reconstruct.parse_rgs(args.rgs)
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
     return args
 
@@ -146,7 +149,7 @@ def file_name(text, image):
 
 
 class Stopwatch:
-    """Seconds of each phase: `lap(phase)` ends one."""
+    """Seconds of every phase: `lap(phase)` ends a phase."""
 
     def __init__(self):
         self.seconds, self.start = {}, time.perf_counter()
@@ -175,8 +178,9 @@ def main():
     print(f"running on {model.reason}")
     watch.lap("load")
 
-    tokens = model.sample(args.text, args.image, args.n, args.seed, args.steps, denoise_steps=args.denoise_steps,
-                          cfg={"text": args.cfg, "image": args.cfg_image}, temperature=args.temperature, rgs=args.rgs, window=args.window)
+    tokens = model.sample(args.text, args.image, args.n, args.seed, args.steps, rgs=args.rgs, window=args.window,
+                          denoise_steps=args.denoise_steps, temperature=args.temperature,
+                          cfg={"text": args.cfg, "image": args.cfg_image})         # n n c
     watch.lap("tokens")
 
     out, name, pictures = make_folder(args.out), file_name(args.text, args.image), []

@@ -1,15 +1,16 @@
-"""train.py - every stage of LTM3D, chained: encoders -> tokenizer -> vision -> head -> backbone (+ prefix) -> reconstruct.
+"""train.py - every stage, chained: encoders -> tokenizer -> vision -> head -> backbone (+ prefix) -> reconstruct.
 
     python train.py --rep sdf                          # everything, built-in shapes, an hour on two cores
-    python train.py --rep pc                           # what is missing for point clouds: with the above at hand, a head
+    python train.py --rep pc                           # what is missing for point clouds: if the above is done, a head
     python train.py --rep sdf --stage backbone         # one stage alone
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
     python train.py --rep sdf --size base --device cuda
     torchrun --nproc_per_node=8 train.py --rep sdf --size large      # many GPUs (engine/processes.py)
 
-A stage that is done is skipped. A stage that was stopped goes on exactly where it was (engine/loop.py). runs/<name>/ holds
-what sample.py reads (safetensors, config.json) and what a person reads: <stage>.csv, losses.png, <stage>-<step>.png.
+A stage that is done is skipped. A stage that was stopped goes on exactly where it was (engine/loop.py). runs/<name>/
+holds what sample.py reads (safetensors, config.json) and what a person reads: <stage>.csv, losses.png,
+<stage>-<step>.png.
 """
 from collections import Counter
 from functools import partial
@@ -32,16 +33,19 @@ from engine.loop import fit
 from engine.run import Run, copy_stages
 from evaluation import progress  # a finished stage says how good it is; nothing that is learnt depends on it
 from geometry.captions import article
-from geometry.prepare import TRAIN_SHAPES, begins
+from geometry.prepare import TRAIN_SHAPES, name_begins
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
 from heads import HEADS
 from prompts import image_tower, text_tower
 
-DEFAULTS = {  # of the tiny size: steps, batch, peak learning rate. Stages are seeded by their position here: append, never insert
-    "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "vision": (1200, 64, 2e-3), "backbone": (1700, 64, 2e-3),
+# of the tiny size: steps, batch, peak learning rate. Stages are seeded by their position here: append, never insert
+DEFAULTS = {
+    "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "vision": (1200, 64, 2e-3),
+    "backbone": (1700, 64, 2e-3),
     "reconstruct": (600, 64, 2e-3),
-    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (5000, 32, 2e-3),
+    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3),
+    "head-mesh": (5000, 32, 2e-3),
 }
 JUDGED = 52          # held-out shapes that a head is measured on
 GENERATORS = {"masked": backbone_.Backbone}
@@ -52,17 +56,21 @@ save_picture = processes.first_process_only(save_png)
 
 def train_encoders(run):
     """The text tower, with a cloud tower that it learns to agree with."""
+    # data
     captions = [caption for split in (run.train, run.test) for captions in split.captions for caption in captions]
-    settings, words = text_tower.SIZES[run.size], text_tower.vocabulary(captions)
-    model = text_tower.TextAndCloud(words, **settings)
+    words = text_tower.vocabulary(captions)
 
     def draw(split, rng):
         return text_tower.training_batch(split, model, rng, run.micro_batch_size("encoders"))
 
-    def loss_of(model, batch):
-        return model.loss(*batch)
+    # model
+    settings = text_tower.SIZES[run.size]
+    model = text_tower.TextAndCloud(words, **settings)
 
-    model, seconds = fit(run, "encoders", model, draw, loss_of)
+    # loss
+    model, seconds = fit(run, "encoders", model, draw, lambda model, batch: model.loss(*batch))
+
+    # save
     with run.autocast():
         metrics = text_tower.retrieval(model, run.test)
     run.finish("encoders", seconds, {"encoders": model}, settings=settings, vocabulary=words, metrics=metrics)
@@ -70,14 +78,17 @@ def train_encoders(run):
 
 def train_tokenizer(run):
     """The shape encoder, with the heads that it is to serve."""
-    settings = tokenizer_.SIZES[run.size]
-    heads = {rep: HEADS[rep](**settings) for rep in run.first}
-    model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)} | heads)
-
+    # data
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size("tokenizer"))
         return split.cloud(rows, 1024, rng), head_samples(run, run.first, split, rows, rng)
 
+    # model
+    settings = tokenizer_.SIZES[run.size]
+    model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)})
+    model.update({rep: HEADS[rep](**settings) for rep in run.first})
+
+    # loss
     def loss_of(model, batch):
         cloud, samples = batch
         return heads_.loss(model, model["tokenizer"](*cloud), samples)
@@ -87,6 +98,8 @@ def train_tokenizer(run):
         save_picture(path, progress.reconstructions(run, model, tokens, run.first[-1]))
 
     model, seconds = fit(run, "tokenizer", model, draw, loss_of, show)
+
+    # save
     tokenizer, heads = model["tokenizer"], {rep: model[rep] for rep in run.first}
     tokenizer_.standardise(tokenizer, heads.values(), encode(run, tokenizer, run.train, limit=2000).to(run.device))
     metrics = progress.head_metrics(run, heads, encode(run, tokenizer, run.test, limit=JUDGED), run.first[-1])
@@ -96,44 +109,55 @@ def train_tokenizer(run):
 
 def train_vision(run):
     """The image tower, with a reader that is thrown away."""
+    # data
     aligner, tokenizer = text_tower.load(run.folder).to(run.device), tokenizer_.load(run.folder).to(run.device)
     tokens = {split: encode(run, tokenizer, split) for split in (run.train, run.test)}       # shapes n c
-    settings = image_tower.SIZES[run.size] | {"out": aligner.width}
-    _, n, channels = tokens[run.test].shape
     with run.autocast():
-        clouds = {split: image_tower.embed_clouds(aligner, split) for split in (run.train, run.test)}
-    small = reconstruct_.SIZES[run.size] | {"depth": 1}
-    reader = reconstruct_.Reconstructor(n, channels, {"image": settings["dim"]}, **small)
-    model = nn.ModuleDict({"vision": image_tower.ImageTower(**settings), "reader": reader})
+        clouds = {split: image_tower.embed_clouds(aligner, split) for split in (run.train, run.test)}        # shapes e
 
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size("vision"))
         return split.pictures(rows, rng), clouds[split], torch.from_numpy(rows), tokens[split][rows]
 
+    # model
+    settings = image_tower.SIZES[run.size] | {"out": aligner.width}
+    _, n, channels = tokens[run.test].shape
+    small = reconstruct_.SIZES[run.size] | {"depth": 1}
+    reader = reconstruct_.Reconstructor(n, channels, {"image": settings["dim"]}, **small)
+    model = nn.ModuleDict({"vision": image_tower.ImageTower(**settings), "reader": reader})
+
+    # loss
     def loss_of(model, batch):
         pictures, all_clouds, own, x = batch
         return model["vision"].loss(pictures, all_clouds, own, model["reader"], x)
 
     model, seconds = fit(run, "vision", model, draw, loss_of)
+
+    # save
     with run.autocast():
         metrics = image_tower.retrieval(model["vision"], aligner, run.test)
     run.finish("vision", seconds, {"vision": model["vision"]}, settings=settings, metrics=metrics)
 
 
 def train_head(run, rep):
-    """One head on frozen tokens, with the noise that the tokenizer had in training. A head that was trained with the encoder goes on."""
+    """One head on frozen tokens, with the noise that the tokenizer had in training."""
+    # data
     stage = f"head-{rep}"
-    tokenizer, needed = tokenizer_.load(run.folder).to(run.device), heads_.load(run.folder, HEADS[rep].needs, run.device)
-    if stage in trained_stages(run.folder):
-        model = nn.ModuleDict(heads_.load(run.folder, [rep])).requires_grad_()
-    else:
-        model = nn.ModuleDict({rep: HEADS[rep](**tokenizer_.SIZES[run.size])})
+    tokenizer = tokenizer_.load(run.folder).to(run.device)
+    needed = heads_.load(run.folder, HEADS[rep].needs, run.device)
     tokens = {split: encode(run, tokenizer, split) for split in (run.train, run.test)}       # shapes n c
 
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size(stage))
         return tokens[split][rows], head_samples(run, [rep], split, rows, rng)
 
+    # model: a head that the encoder was trained with goes on
+    if stage in trained_stages(run.folder):
+        model = nn.ModuleDict(heads_.load(run.folder, [rep])).requires_grad_()
+    else:
+        model = nn.ModuleDict({rep: HEADS[rep](**tokenizer_.SIZES[run.size])})
+
+    # loss
     def loss_of(model, batch):
         x, samples = batch
         return heads_.loss(model, x + tokenizer_.NOISE * torch.randn_like(x), samples)
@@ -142,17 +166,22 @@ def train_head(run, rep):
         save_picture(path, progress.reconstructions(run, needed | dict(model.items()), tokens[run.test][:14], rep))
 
     model, seconds = fit(run, stage, model, draw, loss_of, show)
+
+    # save
     metrics = progress.head_metrics(run, needed | dict(model.items()), tokens[run.test][:JUDGED], rep)
     run.finish(stage, seconds, {stage: model[rep]}, metrics=metrics)
 
 
 def train_backbone(run):
     """Prefix, masked auto-encoder and DenoiseNet, on frozen tokens and frozen encoders."""
-    encoders, heads, tokens, sizes = conditioned(run)
+    # data
+    encoders, heads, sizes, draw = tokens_and_prompts(run, "backbone")
+
+    # model
     settings = backbone_.SIZES[run.size] | sizes | {"denoiser": run.denoiser}
     model = run.generators[run.generator](**settings)
-    draw = tokens_and_prompts(run, "backbone", encoders, tokens)
 
+    # loss
     def loss_of(model, batch):
         x, drawn = batch
         return model.loss(x, encoders.encode_drawn(drawn)), {}
@@ -163,17 +192,23 @@ def train_backbone(run):
         save_picture(path, contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts))
 
     model, seconds = fit(run, "backbone", model, draw, loss_of, show)
+
+    # save
     metrics = {"nearest held-out shape is of the class asked for": progress.class_accuracy(run, encoders, model, heads)}
-    run.finish("backbone", seconds, {"backbone": model}, generator=run.generator, settings=settings, towers=run.encoders, metrics=metrics)
+    run.finish("backbone", seconds, {"backbone": model}, generator=run.generator, settings=settings,
+               towers=run.encoder_names, metrics=metrics)
 
 
 def train_reconstruct(run):
     """The deterministic first guess of RGS."""
-    encoders, heads, tokens, sizes = conditioned(run)
+    # data
+    encoders, heads, sizes, draw = tokens_and_prompts(run, "reconstruct")
+
+    # model
     settings = reconstruct_.SIZES[run.size] | sizes
     model = reconstruct_.Reconstructor(**settings)
-    draw = tokens_and_prompts(run, "reconstruct", encoders, tokens)
 
+    # loss
     def loss_of(model, batch):
         x, drawn = batch
         return model.loss(x, encoders.encode_drawn(drawn))
@@ -184,7 +219,9 @@ def train_reconstruct(run):
         save_picture(path, contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts))
 
     model, seconds = fit(run, "reconstruct", model, draw, loss_of, show)
-    run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.encoders)
+
+    # save
+    run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.encoder_names)
 
 
 STAGES = {"encoders": train_encoders, "tokenizer": train_tokenizer, "vision": train_vision, "head": train_head,
@@ -194,46 +231,44 @@ STAGES = {"encoders": train_encoders, "tokenizer": train_tokenizer, "vision": tr
 # ---------------------------------------------------------------------------- what the stages share
 
 def head_samples(run, reps, split, rows, rng):
-    """Samples for each head, of as many of the shapes as its own stage takes."""
+    """{rep: samples for its head}, of the first shapes, as many as the head's own stage takes."""
     return {rep: split.samples(rows[:run.micro_batch_size(f"head-{rep}")], HEADS[rep].reads, rng) for rep in reps}
 
 
 def encode(run, tokenizer, split, limit=None):
     """The tokens of a prepared set: shapes n c."""
-    weights = run.folder / "tokenizer.safetensors"
+    weights = run.folder / "tokenizer.safetensors"            # those of a trained tokenizer are stored
     return tokenizer_.encode_set(tokenizer, split, run.device, run.autocast, weights if weights.is_file() else None, limit)
 
 
-def conditioned(run):
-    """What backbone and reconstructor stand on: frozen encoders and heads, the tokens of both sets, sizes."""
-    encoders = encoders_.make(run.folder, **run.encoders, device=run.device)
+def tokens_and_prompts(run, stage):
+    """What backbone and reconstructor stand on: frozen encoders and heads, the sizes of tokens, and a function that draws a
+    batch of shape tokens, with one caption and one picture of each shape."""
+    encoders = encoders_.make(run.folder, **run.encoder_names, device=run.device)
     tokenizer = tokenizer_.load(run.folder).to(run.device)
     tokens = {split: encode(run, tokenizer, split) for split in (run.train, run.test)}       # shapes n c
     _, n, channels = tokens[run.test].shape
-    sizes = {"tokens": n, "channels": channels, "widths": encoders.widths}
-    return encoders, heads_.load(run.folder, run.first, run.device), tokens, sizes
 
-
-def tokens_and_prompts(run, stage, encoders, tokens):
-    """What draws a batch of shape tokens, each with one of its captions and one of its pictures."""
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size(stage))
         return tokens[split][rows], encoders.draw(split, rows, rng)
 
     for split in (run.train, run.test):
         draw(split, np.random.default_rng(0))                 # encoders of transformers read all prompts here, once
-    return draw
+    heads = heads_.load(run.folder, run.first, run.device)
+    return encoders, heads, {"tokens": n, "channels": channels, "widths": encoders.widths}, draw
 
 
 def prepare_data(run, args):
     """Sets run.train, run.test and the prompts that are drawn while training."""
     kinds = list(dict.fromkeys(["surface", "pictures", *kinds_of(HEADS[rep] for rep in run.first + run.reps)]))
-    run.train, run.test = (prepare(split, count, args.cache, args.workers, kinds, args.data, args.copies, classes=args.classes)
-                           for split, count in (("train", args.shapes), ("test", None)))
+    rest = args.cache, args.workers, kinds, args.data, args.copies
+    run.train = prepare("train", args.shapes, *rest, classes=args.classes)
+    run.test = prepare("test", None, *rest, classes=args.classes)
     if min(len(run.train), len(run.test)) < 2:
         where = f", see {run.train.folder}/skipped.csv" if run.train.broken else ""
-        raise UserError(f"{args.data} has {len(run.train)} shapes to train on and {len(run.test)} held out, two of each are needed; "
-                        f"{len(run.train.broken)} were left out{where}")
+        raise UserError(f"{args.data} has {len(run.train)} shapes to train on and {len(run.test)} held out, two of "
+                        f"each are needed; {len(run.train.broken)} were left out{where}")
     common = [name for name, _ in Counter(run.test.classes).most_common(len(CLASSES))]
     run.classes = common if args.data else [name for name in CLASSES if name in common]
     run.prompts = [article(name) for name in run.classes]
@@ -245,41 +280,43 @@ def prepare_data(run, args):
 
 def arguments(generators):
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations to train")
-    parser.add_argument("--tokens", choices=["shared", "own", "joint"], default="shared",
-                        help="shared: heads on the tokens of one encoder, which is trained for sdf; own: an encoder and a backbone for "
-                             "each representation alone; joint: one encoder trained with all these heads")
-    parser.add_argument("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done); a head that the "
-                        "encoder was trained with goes on learning, on frozen tokens")
-    parser.add_argument("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
+    flag = parser.add_argument
+    flag("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"],
+         help="representations to train")
+    flag("--tokens", choices=["shared", "own", "joint"], default="shared",
+         help="shared: heads on the tokens of one encoder, which is trained for sdf; own: an encoder and a backbone "
+              "for each representation alone; joint: one encoder trained with all these heads")
+    flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done); a head that "
+         "the encoder was trained with goes on learning, on frozen tokens")
+    flag("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     for kind in encoders_.KINDS:
-        parser.add_argument(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers to condition on, a hub name that "
-                            "is in its cache or a folder (prompts/pretrained.py); default: the built-in one, which is trained here")
+        flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers: a hub name that is in its "
+             "cache, or a folder (prompts/pretrained.py); default: the built-in one, which is trained here")
     if len(generators) > 1:
-        parser.add_argument("--generator", choices=list(generators), default="masked", help="LTM3D's masked backbone, or a peer of it")
+        flag("--generator", choices=list(generators), default="masked", help="LTM3D's masked backbone, or a peer of it")
     parser.set_defaults(generator="masked")
-    parser.add_argument("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
-    for i, (name, kind, what) in enumerate((("steps", between(1), "training steps of a stage"), ("batch", between(1), "batch size"),
-                                            ("lr", between(1e-9, 1, float), "peak learning rate"))):
-        defaults = ", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items())
-        parser.add_argument(f"--{name}", type=kind, help=f"{what} (default: {defaults})")
-    parser.add_argument("--micro-batches", type=between(1), help="a step's batch is computed in this many parts, in turn or by several "
-                        "processes: more take less memory (default: one for each process)")
-    parser.add_argument("--shard", action="store_true", help="every process holds a share of the backbone, not a copy: for models that are "
-                        "too large for one GPU")
-    parser.add_argument("--recompute", action="store_true", help="compute activations again in the backward pass instead of storing them: "
-                        "less memory, longer steps")
-    parser.add_argument("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
-    parser.add_argument("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
-    parser.add_argument("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
-    parser.add_argument("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
+    flag("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
+    defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items()) for i in range(3)]
+    flag("--steps", type=between(1), help=f"training steps of a stage (default: {defaults[0]})")
+    flag("--batch", type=between(1), help=f"batch size (default: {defaults[1]})")
+    flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")
+    flag("--micro-batches", type=between(1), help="compute a step's batch in so many parts, in turn or by several "
+         "processes: more take less memory (default: one for each process)")
+    flag("--shard", action="store_true", help="every process holds a share of the backbone, not a copy: for models "
+         "that are too large for one GPU")
+    flag("--recompute", action="store_true", help="compute activations again in the backward pass instead of storing "
+         "them: less memory, longer steps")
+    flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
+    flag("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
+    flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
+    flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
     add_device_flags(parser)
-    parser.add_argument("--seed", type=between(0), default=0, help="of weights and noise")
-    parser.add_argument("--from", dest="source", metavar="FOLDER", help="a trained folder; its stages other than the backbone are copied "
-                        "where --out has none")
-    parser.add_argument("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
-    parser.add_argument("--cache", default="cache", help="folder of the prepared data")
-    parser.add_argument("--workers", type=between(1), default=2, help="processes that prepare data")
+    flag("--seed", type=between(0), default=0, help="of weights and noise")
+    flag("--from", dest="source", metavar="FOLDER", help="a trained folder; its stages other than the backbone are "
+         "copied where --out has none")
+    flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
+    flag("--cache", default="cache", help="folder of the prepared data")
+    flag("--workers", type=between(1), default=2, help="processes that prepare data")
     return parser.parse_args()
 
 
@@ -289,18 +326,18 @@ def chain(args, generators, reps, first, folder):
         settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
         run = Run(args, settings, reps, first, folder)
         run.generators = generators
-        encoders_.load_pretrained(**run.encoders, device=run.device)              # a missing one is an error now, not in an hour
+        encoders_.load_pretrained(**run.encoder_names, device=run.device)              # if missing: an error now, not later
         if args.source:
-            copy_stages(Path(args.source), folder, run.encoders)
-        run.check_folder(args.data, begins(args.data))
+            copy_stages(Path(args.source), folder, run.encoder_names)
+        run.check_folder(name_begins(args.data))
         print(f"{run.folder}, running on {run.reason}")
         prepare_data(run, args)
         stages = stages_of(args, run.reps)
         for name in stages:
             if name not in trained_stages(run.folder):
-                run.micro_batch_size(name)                           # the same
+                run.micro_batch_size(name)                    # the same
     for name, train in stages.items():
-        goes_on = args.stage and name.removeprefix("head-") in args.rep           # a head that the encoder was trained with
+        goes_on = args.stage and name.removeprefix("head-") in args.rep           # a head trained with the encoder
         if name in (read_config(run.folder) if goes_on else trained_stages(run.folder)):
             print(f"{name}: already done in {run.folder}")
             continue
@@ -314,7 +351,8 @@ def stages_of(args, reps):
     if args.image_encoder:
         stages.pop("vision", None)
     heads = {f"head-{rep}": partial(train_head, rep=rep) for rep in reps}
-    return {name: train for stage in stages for name, train in (heads if stage == "head" else {stage: stages[stage]}).items()}
+    functions = {stage: heads if stage == "head" else {stage: stages[stage]} for stage in stages}
+    return {name: train for group in functions.values() for name, train in group.items()}
 
 
 def main(generators=GENERATORS):

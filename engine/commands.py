@@ -9,25 +9,25 @@ from torch import nn
 # ---------------------------------------------------------------------------- mistakes of users, and flags
 
 class UserError(Exception):
-    """What a user can mend: says what was wrong, with what, and what to do."""
+    """A mistake that the user can mend. The message says what was wrong, with what, and what to do."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows every default, where there is one."""
+    """Help that shows the default of every flag that has one."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose complaints are one line."""
+    """A parser whose errors are one line."""
 
     def __init__(self, description=None, **rest):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **rest)
 
     def error(self, message):
-        alone = os.environ.get("RANK", "0") == "0"            # of many processes (engine/processes.py), which all have these flags, one says it
-        self.exit(2, f"error: {message}; see {self.prog} --help\n" if alone else None)
+        first = os.environ.get("RANK", "0") == "0"            # of several processes, the first says it
+        self.exit(2, f"error: {message}; see {self.prog} --help\n" if first else None)
 
 
 def between(low, high=2 ** 63 - 1, kind=int):
@@ -42,7 +42,7 @@ def between(low, high=2 ** 63 - 1, kind=int):
 
 
 def command(main):
-    """Run a script: a user's mistake is one line and exit status 2, Ctrl-C one word and 130."""
+    """Runs a script. A user's mistake is one line and exit status 2; Ctrl-C is one word and 130."""
     try:
         main()
     except UserError as error:
@@ -85,11 +85,12 @@ def pick_device(name=None, precision=None):
 
 def add_device_flags(parser):
     parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="of matrix products (default: bf16 where the processor has it)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"],
+                        help="of matrix products (default: bf16 where the processor has it)")
 
 
 def cast_once(model, autocast):
-    """A frozen model's matrices as autocast would cast them at every call: the same numbers, a fifth faster."""
+    """Casts the matrices of a frozen model once, where autocast would cast them at every call: a fifth faster."""
     with autocast():
         if torch.is_autocast_enabled(next(model.parameters()).device.type):
             for layer in model.modules():

@@ -1,4 +1,4 @@
-"""files.py - files that are whole or not there, checkpoints that are checked: weights, and config.json beside them."""
+"""files.py - files that are never half written, and checkpoints: weights, and config.json beside them."""
 import contextlib
 import hashlib
 import json
@@ -12,7 +12,7 @@ from engine.commands import UserError
 
 
 def make_folder(folder):
-    """Make the folder that results will go to; rather an error now than after minutes of work."""
+    """Makes the folder for results. An error now is better than an error after minutes of work."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -22,7 +22,7 @@ def make_folder(folder):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yields a temporary name beside `path`; renamed onto it on success, removed on any failure."""
+    """Yields a temporary name beside `path`. That file becomes `path` on success and is removed on any failure."""
     path = Path(path)
     if not path.name:
         raise UserError(f"cannot write to '{path}', it is a folder; name a file")
@@ -34,12 +34,14 @@ def atomic_write(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True) if path.parent.is_dir() else None
+        if path.parent.is_dir():
+            part.unlink(missing_ok=True)
 
 
 def save_weights(path, state, half=False):
     """A state dict to safetensors; half: floating-point weights as fp16 (what is shipped)."""
-    state = {k: (v.half() if half and v.is_floating_point() else v).detach().cpu().contiguous() for k, v in state.items()}
+    state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
+    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with atomic_write(path) as part:
         try:
             save_file(state, part)
@@ -49,7 +51,7 @@ def save_weights(path, state, half=False):
 
 
 def read_weights(path, cure="copy or train it again"):
-    """A safetensors file -> dict of tensors; one clear line when it is not one."""
+    """A safetensors file -> dict of tensors."""
     if not Path(path).is_file():
         raise UserError(f"no file {path}; is --checkpoint a folder that train.py made, and is this stage trained?")
     try:
@@ -59,24 +61,24 @@ def read_weights(path, cure="copy or train it again"):
 
 
 def load_weights(model, path, renamed=()):
-    """Fill `model` from `path`, checking every name and shape; says what differs. renamed: {old name: name}, how names begin."""
-    there, here = read_weights(path), model.state_dict()
+    """Fills `model` from `path`; every name and shape is checked. renamed: {how old names begin: how they begin now}."""
+    saved, own = read_weights(path), model.state_dict()
     for old, new in dict(renamed).items():
-        there = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in there.items()}
-    wrong = [f"missing {k}" for k in here.keys() - there.keys()] + [f"unknown {k}" for k in there.keys() - here.keys()]
-    wrong += [f"{k} is {tuple(there[k].shape)}, not {tuple(here[k].shape)}" for k in here.keys() & there.keys()
-              if there[k].shape != here[k].shape]
+        saved = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in saved.items()}
+    wrong = [f"missing {k}" for k in own.keys() - saved.keys()] + [f"unknown {k}" for k in saved.keys() - own.keys()]
+    wrong += [f"{k} is {tuple(saved[k].shape)}, not {tuple(own[k].shape)}" for k in own.keys() & saved.keys()
+              if saved[k].shape != own[k].shape]
     if wrong:
-        raise UserError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:3])}"
-                         + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-    if not all(x.isfinite().all() for x in there.values()):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:3])}{more}")
+    if not all(x.isfinite().all() for x in saved.values()):
         raise UserError(f"{path} holds numbers that are not finite: it is damaged; copy or train it again")
-    model.load_state_dict(there)
+    model.load_state_dict(saved)
     return model
 
 
 def load_model(kind, path, renamed=(), **settings):
-    """Build `kind` from the settings of its config.json, fill it from `path` and freeze it."""
+    """A model of the class `kind`, with the settings of its config.json and the weights of `path`, frozen."""
     try:
         model = kind(**settings)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
@@ -86,7 +88,7 @@ def load_model(kind, path, renamed=(), **settings):
 
 
 class Entry(dict):
-    """What config.json says of a stage."""
+    """The entry of a stage in config.json."""
 
     def __missing__(self, key):
         raise UserError(f"a stage in config.json has no '{key}'; was the file edited? restore it or train again")
@@ -103,7 +105,7 @@ def read_config(folder):
 
 
 def write_config(folder, stage, **entries):
-    """Merge one stage's entries into config.json."""
+    """Writes entries of one stage into config.json."""
     config = read_config(folder)
     config[stage] = {**config.get(stage, {}), **entries}
     with atomic_write(Path(folder) / "config.json") as part:
@@ -111,15 +113,16 @@ def write_config(folder, stage, **entries):
 
 
 def digest(*paths):
-    """Twelve letters that name what is in a file, or in several."""
+    """Twelve letters that stand for the content of one file or several."""
     return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:12]
 
 
 def read_stage(folder, stage):
-    """A trained stage's entry of config.json; checks that what it was trained on is what lies beside it."""
+    """The entry of a trained stage in config.json. The stages that it was trained on have to lie beside it."""
     entry = read_config(folder).get(stage)
     if entry is None:
-        raise UserError(f"{folder} holds no trained {stage}; make it with: python train.py --stage {stage} --out {folder}")
+        raise UserError(f"{folder} holds no trained {stage}; make it with: "
+                        f"python train.py --stage {stage} --out {folder}")
     for name, made_with in dict(entry.get("made_with", {})).items():
         path = Path(folder) / f"{name}.safetensors"
         if path.is_file() and digest(path) != made_with:
@@ -129,7 +132,7 @@ def read_stage(folder, stage):
 
 
 def trained_stages(folder):
-    """The stages that a checkpoint folder holds; a head is one, also when it was trained with the encoder."""
+    """The stages in a checkpoint folder; a head that was trained with the encoder is a stage, too."""
     config = read_config(folder)
     heads = config.get("tokenizer", {}).get("heads", ())
     return list(dict.fromkeys([*config, *(f"head-{rep}" for rep in heads)]))

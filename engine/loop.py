@@ -1,6 +1,6 @@
 """loop.py - the training loop that every stage shares.
 
-Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone, and the state on disk holds all the rest
+Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone, and the state on disk holds the rest
 (engine/state.py). So a run that was stopped goes on as if it had not been, and many processes (engine/processes.py)
 learn what one does.
 
@@ -29,7 +29,7 @@ THREADS = 4                                  # that draw batches for a GPU
 
 
 def fit(run, stage, model, draw, loss_of, show=None):
-    """Train `model` on loss_of(model, draw(split, rng)) -> loss, logs. -> its moving average, frozen, and the seconds it took.
+    """Train `model` on loss_of(model, draw(split, rng)) -> loss, logs. -> its moving average, frozen, and the seconds.
     show(model, path) draws a picture of what the model does."""
     steps, batch, lr = run.settings[stage]
     state_path = make_folder(run.folder) / f"{stage}.state.safetensors"
@@ -80,7 +80,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
 
 
 def set_up(run, stage, model):
-    """The model on its device, its moving average, and where the average ends up; sharded and recomputed as the flags say."""
+    """The model on its device, its moving average, and where the average ends up; sharded, recomputed by flags."""
     model = model.to(run.device).train()
     ema = EMA(model)
     result = ema.model
@@ -100,8 +100,8 @@ def recompute_blocks(model):
 
 
 def batches(run, stage, draw, first, steps):
-    """The micro-batches of all steps to come, each with a seed: a function of (seed, stage, step, micro-batch) alone, so that
-    resumed = uninterrupted and one process = many."""
+    """The micro-batches of all steps to come, each with a seed, a function of (seed, stage, step, micro-batch) alone:
+    resumed = uninterrupted, one process = many."""
     def drawn(step, i):
         rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step, i))
         return int(rng.integers(2 ** 62)), draw(run.train, rng)
@@ -118,7 +118,7 @@ def batches(run, stage, draw, first, steps):
 
 
 def to_device(batch, device):
-    """Every tensor of a batch, a dict or a list of them, onto the device."""
+    """Moves every tensor of a batch, which may be a dict or a list, to the device."""
     if isinstance(batch, torch.Tensor):
         if device.type == "cuda" and not batch.is_cuda:
             batch = batch.pin_memory()                        # else the copy is waited for
@@ -129,7 +129,7 @@ def to_device(batch, device):
 
 
 def gradients(run, model, loss_of, ready):
-    """Forward and backward passes of a step, whose micro-batches are shared by all processes; -> its loss and logs, and the
+    """Forward and backward passes of a step, whose micro-batches all processes share; -> its loss and logs, and the
     seconds that it waited for data."""
     total, waited = {}, 0
     for _ in range(run.micro_batches // processes.world()):

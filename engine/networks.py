@@ -15,13 +15,13 @@ from torch import nn
 
 # ---------------------------------------------------------------------------- attention
 
-# attention weights of far points are tiny (denormal) numbers, with which a CPU computes eight times slower; here they are 0
+# attention weights of far points are denormal numbers, with which a CPU is eight times slower; here they become 0
 torch.set_flush_denormal(True)
 GAMMAS = (0., 4., 16., 32.)  # distance bias per head, cycled: one head global, the others ever more local
 
 
 def split_bf16(x):
-    """x = hi + lo with both parts exact in bf16 (to 16 bits): together they keep what a bf16 product would round away."""
+    """x = hi + lo with both parts exact in bf16 (to 16 bits): together they keep what a bf16 product rounds away."""
     hi = x.to(torch.bfloat16).to(x.dtype)
     return hi, x - hi
 
@@ -31,8 +31,8 @@ def distance_features(x, heads, side):
 
         softmax(q k - gamma_h |a - x|^2)          a: position of a query, x: position of a key
 
-    -gamma |a - x|^2 = gamma (2 a.x - |x|^2 - |a|^2) is a dot product, so the features are 13 more dimensions of query and
-    key, ordinary attention applies, and no mask (b h q k) is ever made. a = a_hi + a_lo and x = x_hi + x_lo (split_bf16):
+    -gamma |a - x|^2 = gamma (2 a.x - |x|^2 - |a|^2) is a dot product, so the features are 13 more dimensions of query
+    and key, and ordinary attention applies without a mask (b h q k). a = a_hi + a_lo and x = x_hi + x_lo (split_bf16):
 
         query part     2 a_hi   2 a_lo   2 a_hi      -1      -|a|^2        times gamma_h
         key part         x_hi     x_hi     x_lo   |x|^2           1

@@ -1,14 +1,14 @@
-"""engine/processes.py - one training run in many processes, on one machine or on several.
+"""processes.py - one training run in many processes, on one machine or on several.
 
     torchrun --nproc_per_node=8 train.py --rep sdf --size large
-    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 train.py ...      # on each of four machines that share a disk
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 train.py ...      # on each of four machines
 
-The batch of a step comes in parts, each with its own randomness; of w processes the r-th takes the parts r, r + w, ..., and all
-gradients are added up. So what is learnt depends on the number of parts, not on that of processes: a run that was stopped goes on
-with more of them or with one. The first alone prints and writes. With --shard the backbone is held in shares, for models that are too
-large to be held by each.
+A step's batch consists of micro-batches, each with its own randomness. Of w processes, process r takes the
+micro-batches r, r + w, ..., and all gradients are added up. So what is learnt depends on the number of micro-batches,
+not of processes: a run that was stopped goes on with more processes or with one. Only the first process prints and
+writes. With --shard every process holds a share of the backbone instead of a copy, for models too large for one GPU.
 
-    python -m pytest -q test_all.py -k processes         # its tests
+    python -m pytest -q engine -k processes         # its tests
 """
 import functools
 import os
@@ -27,7 +27,7 @@ def start():
     """Joins the other processes, if torchrun has started some."""
     if "RANK" not in os.environ:
         return
-    # numbers of the CPU travel by gloo, so that no GPU has to be waited for; to prepare data may take the first one hours
+    # numbers of the CPU travel by gloo, without waiting for a GPU; the first process may prepare data for hours
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -47,7 +47,7 @@ def world():
 
 
 def own_device(device):
-    """The GPU of this process, where the name of a device leaves it open."""
+    """The GPU of this process, unless the user named one."""
     if world() > 1 and torch.cuda.is_available() and device in (None, "cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return f"cuda:{os.environ['LOCAL_RANK']}"
@@ -56,29 +56,29 @@ def own_device(device):
 
 @torch.no_grad()
 def sum_over_processes(tensors):
-    """Each becomes its sum over all processes, in one message. They have to lie on one device."""
+    """Replaces each tensor by its sum over all processes, in one message. All tensors lie on one device."""
     if world() == 1:
         return
     flat = torch.cat([x.flatten() for x in tensors])
     try:
         dist.all_reduce(flat)
     except RuntimeError as error:
-        raise UserError(f"process {rank()} of {world()} waits for one that has ended, see above; the same command goes on from what was "
-                        f"saved last ({str(error).splitlines()[0]})") from None
+        raise UserError(f"process {rank()} of {world()} waits for one that has ended, see above; the same command "
+                        f"goes on from what was saved last ({str(error).splitlines()[0]})") from None
     for x, summed in zip(tensors, flat.split([x.numel() for x in tensors])):
         x.copy_(summed.view_as(x))
 
 
-def any_process(wish):
-    """Does any process wish it?"""
-    flag = torch.tensor([float(bool(wish))])
+def any_process(condition):
+    """Is it true in any process?"""
+    flag = torch.tensor([float(bool(condition))])
     sum_over_processes([flag])
     return flag.item() > 0
 
 
 @contextmanager
 def first_process_ahead():
-    """The first process goes ahead: what it writes, the others find, and what is wrong, it alone says."""
+    """The first process goes ahead: the others find the files that it writes, and it alone reports errors."""
     if rank():
         try:
             any_process(False)
@@ -102,9 +102,9 @@ def first_process_only(write):
 # ---------------------------------------------------------------------------- shares of a model
 
 def shard(model, device):
-    """FSDP2: a process holds a share of each tensor, of weights, gradients and moments; when it is a block's turn, its are gathered.
-    Gradients are added up on the way back."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # a second, that few need
+    """FSDP2: a process holds a share of every tensor: weights, gradients, moments. The weights of a block are gathered
+    when it computes; gradients are added up in the backward pass."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second to import
     mesh = dist.init_device_mesh(device.type, (world(),))
     blocks = [block for block in model.modules() if isinstance(block, Block)]
     for module in (*blocks, model):
@@ -120,7 +120,7 @@ def whole_tensor(x):
 
 
 def sharded_like(x, share):
-    """A whole tensor, held as that one is."""
+    """The whole tensor x, sharded as `share` is."""
     if not hasattr(share, "full_tensor") or x.shape != share.shape:
         return x
     from torch.distributed.tensor import distribute_tensor

@@ -9,7 +9,8 @@ from engine.files import atomic_write, digest, make_folder, read_config, save_we
 from engine.state import plot_losses
 
 BEFORE = {  # stage -> the stages whose weights it was trained on, of those that are in the folder
-    "vision": ("encoders", "tokenizer"), "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision"),
+    "vision": ("encoders", "tokenizer"),
+    "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision"),
     "head-sdf": ("tokenizer",), "head-pc": ("tokenizer",), "head-mesh": ("tokenizer",), "head-gs": ("tokenizer",)}
 
 
@@ -24,13 +25,15 @@ class Run:
         self.folder, self.size, self.seed, self.settings = Path(folder), args.size, args.seed, settings
         self.generator, self.denoiser = args.generator, args.denoiser
         self.reps, self.first = reps, first
-        self.encoders = {"text": args.text_encoder, "image": args.image_encoder}
-        self.micro_batches, self.shard, self.recompute = args.micro_batches or processes.world(), args.shard, args.recompute
+        self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}
+        self.micro_batches = args.micro_batches or processes.world()
+        self.shard, self.recompute = args.shard, args.recompute
         if self.shard and processes.world() == 1:
-            raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun, or leave --shard out")
+            raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun, "
+                            "or leave --shard out")
         if self.micro_batches % processes.world():
-            raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; give --micro-batches {processes.world()} "
-                            "or a multiple")
+            raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
+                            f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
 
     def micro_batch_size(self, stage):
@@ -38,22 +41,25 @@ class Run:
         batch = self.settings[stage][1]
         if batch % self.micro_batches:
             mend = -(-batch // self.micro_batches) * self.micro_batches
-            raise UserError(f"a batch of {batch} ({stage}) cannot be cut into {self.micro_batches} micro-batches; give --batch {mend}")
+            raise UserError(f"a batch of {batch} ({stage}) cannot be cut into {self.micro_batches} micro-batches; "
+                            f"give --batch {mend}")
         return batch // self.micro_batches
 
-    def check_folder(self, data, begin):
-        """The stages in the folder have to be of the same encoders, size, generator and shapes; begin: how the name of such a
-        prepared set begins."""
+    def check_folder(self, begin):
+        """The stages in the folder have to be of the same encoders, size and generator, and of a prepared set whose
+        name begins so."""
         for stage, entry in read_config(self.folder).items():
-            found = {"size": entry["size"], "generator": entry.get("generator", self.generator)}
-            for name, value in found.items():
-                if value != getattr(self, name):
-                    raise UserError(f"the {stage} in {self.folder} has the {name} {value}; give --{name} {value}, or another --out")
-            if entry.get("towers", self.encoders) != self.encoders:
-                raise UserError(f"the {stage} in {self.folder} is conditioned on the encoders {entry['towers']}; give the same ones, "
-                                "or another --out")
+            flags = {"--size": (self.size, entry["size"]),
+                     "--generator": (self.generator, entry.get("generator", self.generator))}
+            for flag, (value, found) in flags.items():
+                if value != found:
+                    raise UserError(f"the {stage} in {self.folder} is of {flag} {found}; give that, or another --out")
+            if entry.get("towers", self.encoder_names) != self.encoder_names:
+                raise UserError(f"the {stage} in {self.folder} is conditioned on the encoders {entry['towers']}; "
+                                "give the same ones, or another --out")
             if not entry["data"].startswith(begin):
-                raise UserError(f"the {stage} in {self.folder} learnt from {entry['data']}; give the same --data, or another --out")
+                raise UserError(f"the {stage} in {self.folder} learnt from {entry['data']}; "
+                                "give the same --data, or another --out")
 
     @processes.first_process_only
     def finish(self, stage, seconds, files, **entries):
@@ -64,8 +70,9 @@ class Run:
         weights = {name: self.folder / f"{name}.safetensors" for name in BEFORE.get(stage, ())}
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
         git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)
-        write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed, seconds=round(seconds),
-                     data=self.train.folder.name, made_with=made_with, revision=git.stdout.strip(), **entries)
+        write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed,
+                     seconds=round(seconds), data=self.train.folder.name, made_with=made_with,
+                     revision=git.stdout.strip(), **entries)
         (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
         self.plot()
         print(f"{stage}: done in {seconds / 60:.1f} minutes  {entries.get('metrics', '')}")
@@ -77,9 +84,10 @@ class Run:
 
 
 def copy_stages(source, folder, encoders):
-    """All stages of a trained folder but the backbone; a reconstructor only if it was conditioned on the same encoders."""
+    """All stages of a trained folder but the backbone; the reconstructor only if it has the same encoders."""
     if "tokenizer" not in trained_stages(source):
-        raise UserError(f"there is no trained tokenizer in {source}; --from takes checkpoints/tiny or a folder that train.py made")
+        raise UserError(f"there is no trained tokenizer in {source}; "
+                        "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(folder)
     for stage in set(trained_stages(source)) - {"backbone", *trained_stages(folder)}:
         if config.get(stage, {}).get("towers", encoders) != encoders:

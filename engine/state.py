@@ -14,7 +14,7 @@ from engine.files import atomic_write, read_weights, save_weights
 # ---------------------------------------------------------------------------- optimizers
 
 def optimizers(model, lr):
-    """Muon for the weight matrices inside the network, AdamW for all else; a module with a RATE learns RATE times as fast."""
+    """Muon for the weight matrices inside the network, AdamW for the rest; a module's RATE multiplies its rate."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = {module.weight for module in linear if min(module.weight.shape) >= 64}
     rates = {p: m.RATE for m in model.modules() if hasattr(m, "RATE") for p in m.parameters()}
@@ -58,7 +58,8 @@ def load_state(path, model, ema, opts):
             own = module.state_dict()
             module.load_state_dict({k: processes.sharded_like(state[name + k], v) for k, v in own.items()})
     except (KeyError, RuntimeError):
-        raise UserError(f"{path} is of a model of another size; use another --out, or delete it to start again") from None
+        raise UserError(f"{path} is of a model of another size; "
+                        "use another --out, or delete it to start again") from None
     for i, opt in enumerate(opts):
         slots, params = {}, [p for group in opt.param_groups for p in group["params"]]
         for key in (k for k in state if k.startswith(f"opt.{i}.")):
@@ -88,7 +89,7 @@ def stop_after_step(bar, stage):
 # ---------------------------------------------------------------------------- the log
 
 class Log:
-    """<stage>.csv: the mean loss and logs of the steps since the last row, the held-out loss, the share of time waited."""
+    """<stage>.csv: mean loss and logs of the steps since the last row, the held-out loss, the share of time waited."""
 
     def __init__(self, path, first, sums):
         self.path, self.sums, self.waited, self.since = path, sums, 0, time.time()
@@ -125,7 +126,7 @@ class Log:
 
 
 def plot_losses(panels, out):
-    """{title: [(label, csv file, its column), ...]} -> one picture, a panel a title, without files that are not there."""
+    """{title: [(label, csv file, its column), ...]} -> one picture, a panel a title; missing files are left out."""
     import matplotlib  # takes a second to import
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
