@@ -24,6 +24,7 @@ from geometry.training_samples import KINDS
 from prompts import image_tower, text_tower
 
 HERE = Path(__file__).parent
+PREPARE = data.prepare
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ                # several processes run tests: each gets one thread
 if PARALLEL:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -133,8 +134,8 @@ def train_small(patch, folder, count, *args, watched=False, generators=train.GEN
         patch.setattr(run_folder, "plot_losses", lambda panels, out: None)
     for module, size in SMALL.items():
         patch.setitem(module.SIZES, "small", size)
-    patch.setattr(train, "prepare", lambda split, _, *rest, **more: data.prepare("train", count, *rest, **more))
-    patch.setattr(train, "CLASSES", ("table", "chair"))
+    patch.setattr(data, "prepare", lambda split, _, *rest, **more: PREPARE("train", count, *rest, **more))
+    patch.setattr(progress, "CLASSES", ("table", "chair"))
     flags = "--size", "small", "--shapes", count, "--out", folder, "--cache", folder.parent / "cache"
     return run(lambda: train.main(generators), *flags, *args)
 

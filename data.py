@@ -37,6 +37,18 @@ def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",
     return Prepared(Path(out) / source.name, source, kinds)
 
 
+def training_sets(args, kinds):
+    """The training set and the held-out set of the flags of train.py."""
+    settings = args.cache, args.workers, kinds, args.data, args.copies
+    train = prepare("train", args.shapes, *settings, classes=args.classes)
+    test = prepare("test", None, *settings, classes=args.classes)
+    if min(len(train), len(test)) < 2:
+        where = f", see {train.folder}/skipped.csv" if train.broken else ""
+        raise UserError(f"{args.data} has {len(train)} shapes to train on and {len(test)} held out, two of each are "
+                        f"needed; {len(train.broken)} were left out{where}")
+    return train, test
+
+
 def kinds_of(heads):
     """The kinds of samples that some heads learn from."""
     return list(dict.fromkeys(READ_FROM[name] for head in heads for name in head.reads))

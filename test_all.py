@@ -150,7 +150,7 @@ def test_heads_learn_and_decode(rep, prepared):
     split, rows, rng = prepared[0], np.array([0, 1]), np.random.default_rng(0)
     models = nn.ModuleDict({name: heads.HEADS[name](**SMALL[tokenizer]) for name in heads.with_needs([rep])})
     tokens, optimizer, losses = torch.randn(2, 64, 8), torch.optim.Adam(models.parameters(), 3e-3), []
-    for _ in range(6):
+    for _ in range(4):
         samples = split.samples(rows, heads.HEADS[rep].reads, np.random.default_rng(0))
         loss, _ = models[rep].loss(tokens, samples)
         optimizer.zero_grad()

@@ -72,7 +72,9 @@ def standardise(tokenizer, heads, tokens):
 def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
     """The tokens of a prepared set, or of its first `limit` shapes: shapes n c. weights: the file of a frozen
     tokenizer, whose tokens are computed once and saved beside the set."""
-    path = split.folder / f"tokens-{digest(weights)}-{split.name}.npy" if weights and limit is None else None
+    path = None
+    if weights and weights.is_file() and limit is None:
+        path = split.folder / f"tokens-{digest(weights)}-{split.name}.npy"
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float()
     count, chunks = min(limit or len(split), len(split)), []

@@ -12,7 +12,6 @@ A stage that is done is skipped. A stage that was stopped goes on exactly where 
 holds what sample.py reads (safetensors, config.json) and what a person reads: <stage>.csv, losses.png,
 <stage>-<step>.png.
 """
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -25,14 +24,13 @@ import encoders as encoders_
 import heads as heads_
 import reconstruct as reconstruct_
 import tokenizer as tokenizer_
-from data import kinds_of, prepare
+from data import kinds_of, training_sets
 from engine import processes
-from engine.commands import Parser, UserError, add_device_flags, between, command
+from engine.commands import Parser, add_device_flags, between, command
 from engine.files import read_config, trained_stages
 from engine.loop import fit
 from engine.run import Run, copy_stages
 from evaluation import progress  # a finished stage says how good it is; nothing that is learnt depends on it
-from geometry.captions import article
 from geometry.prepare import TRAIN_SHAPES, name_begins
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
@@ -228,8 +226,6 @@ STAGES = {"encoders": train_encoders, "tokenizer": train_tokenizer, "vision": tr
           "backbone": train_backbone, "reconstruct": train_reconstruct}
 
 
-# ---------------------------------------------------------------------------- what the stages share
-
 def head_samples(run, reps, split, rows, rng):
     """{rep: samples for its head}, of the first shapes, as many as the head's own stage takes."""
     return {rep: split.samples(rows[:run.micro_batch_size(f"head-{rep}")], HEADS[rep].reads, rng) for rep in reps}
@@ -237,13 +233,13 @@ def head_samples(run, reps, split, rows, rng):
 
 def encode(run, tokenizer, split, limit=None):
     """The tokens of a prepared set: shapes n c."""
-    weights = run.folder / "tokenizer.safetensors"            # those of a trained tokenizer are stored
-    return tokenizer_.encode_set(tokenizer, split, run.device, run.autocast, weights if weights.is_file() else None, limit)
+    weights = run.folder / "tokenizer.safetensors"
+    return tokenizer_.encode_set(tokenizer, split, run.device, run.autocast, weights, limit)
 
 
 def tokens_and_prompts(run, stage):
-    """What backbone and reconstructor stand on: frozen encoders and heads, the sizes of tokens, and a function that draws a
-    batch of shape tokens, with one caption and one picture of each shape."""
+    """What backbone and reconstructor stand on: frozen encoders and heads, the sizes of tokens, and a function that
+    draws a batch of shape tokens, with one caption and one picture of each shape."""
     encoders = encoders_.make(run.folder, **run.encoder_names, device=run.device)
     tokenizer = tokenizer_.load(run.folder).to(run.device)
     tokens = {split: encode(run, tokenizer, split) for split in (run.train, run.test)}       # shapes n c
@@ -259,25 +255,6 @@ def tokens_and_prompts(run, stage):
     return encoders, heads, {"tokens": n, "channels": channels, "widths": encoders.widths}, draw
 
 
-def prepare_data(run, args):
-    """Sets run.train, run.test and the prompts that are drawn while training."""
-    kinds = list(dict.fromkeys(["surface", "pictures", *kinds_of(HEADS[rep] for rep in run.first + run.reps)]))
-    rest = args.cache, args.workers, kinds, args.data, args.copies
-    run.train = prepare("train", args.shapes, *rest, classes=args.classes)
-    run.test = prepare("test", None, *rest, classes=args.classes)
-    if min(len(run.train), len(run.test)) < 2:
-        where = f", see {run.train.folder}/skipped.csv" if run.train.broken else ""
-        raise UserError(f"{args.data} has {len(run.train)} shapes to train on and {len(run.test)} held out, two of "
-                        f"each are needed; {len(run.train.broken)} were left out{where}")
-    common = [name for name, _ in Counter(run.test.classes).most_common(len(CLASSES))]
-    run.classes = common if args.data else [name for name in CLASSES if name in common]
-    run.prompts = [article(name) for name in run.classes]
-    if "table" in run.classes and args.data is None:
-        run.prompts.append("a round table")
-
-
-# ---------------------------------------------------------------------------- the command
-
 def arguments(generators):
     parser = Parser(__doc__.split("\n")[0])
     flag = parser.add_argument
@@ -292,9 +269,8 @@ def arguments(generators):
     for kind in encoders_.KINDS:
         flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers: a hub name that is in its "
              "cache, or a folder (prompts/pretrained.py); default: the built-in one, which is trained here")
-    if len(generators) > 1:
-        flag("--generator", choices=list(generators), default="masked", help="LTM3D's masked backbone, or a peer of it")
-    parser.set_defaults(generator="masked")
+    flag("--generator", choices=list(generators), default="masked", help="the backbone; `python -m evaluation.peers` "
+         "has the same flags and peers of it")
     flag("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items()) for i in range(3)]
     flag("--steps", type=between(1), help=f"training steps of a stage (default: {defaults[0]})")
@@ -326,12 +302,14 @@ def chain(args, generators, reps, first, folder):
         settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
         run = Run(args, settings, reps, first, folder)
         run.generators = generators
-        encoders_.load_pretrained(**run.encoder_names, device=run.device)              # if missing: an error now, not later
+        encoders_.load_pretrained(**run.encoder_names, device=run.device)         # if missing: an error now, not later
         if args.source:
             copy_stages(Path(args.source), folder, run.encoder_names)
         run.check_folder(name_begins(args.data))
         print(f"{run.folder}, running on {run.reason}")
-        prepare_data(run, args)
+        kinds = ["surface", "pictures", *kinds_of(HEADS[rep] for rep in run.first + run.reps)]
+        run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
+        run.classes, run.prompts = progress.classes_and_prompts(run.test, built_in=args.data is None)
         stages = stages_of(args, run.reps)
         for name in stages:
             if name not in trained_stages(run.folder):

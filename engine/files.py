@@ -61,7 +61,7 @@ def read_weights(path, cure="copy or train it again"):
 
 
 def load_weights(model, path, renamed=()):
-    """Fills `model` from `path`; every name and shape is checked. renamed: {how old names begin: how they begin now}."""
+    """Fills `model` from `path`; every name and shape is checked. renamed: {old beginning of a name: new one}."""
     saved, own = read_weights(path), model.state_dict()
     for old, new in dict(renamed).items():
         saved = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in saved.items()}

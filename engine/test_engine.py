@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import nn
 
 import heads
-from conftest import CHAIN, assert_one_line, run, same_files, small_backbone, train_small
+from conftest import CHAIN, assert_one_line, once, run, same_files, small_backbone, train_small
 from engine import commands, files, loop, networks, processes
 from engine.commands import UserError
 from geometry import render
@@ -243,13 +243,13 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(loop, "CHECK", 4)
-    assert train_small(monkeypatch, whole, 26, *flags) == 0
+    assert train_small(monkeypatch, whole, 4, *flags) == 0
     monkeypatch.setattr(loop, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
     for stage in CHAIN:
-        assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 130
+        assert train_small(monkeypatch, cut, 4, *flags, "--stage", stage) == 130
         assert (cut / f"{stage}.state.safetensors").is_file()
         assert signal.getsignal(signal.SIGTERM) == handler
-        assert train_small(monkeypatch, cut, 26, *flags, "--stage", stage) == 0
+        assert train_small(monkeypatch, cut, 4, *flags, "--stage", stage) == 0
     assert len(list(cut.glob("*.safetensors"))) == 6
     assert same_files(whole, cut, "*.safetensors")
     for stage in CHAIN:
@@ -289,22 +289,21 @@ def one_of_two(rank, ports, folder, source):
         processes.end()
 
 
-@pytest.fixture(scope="module")
-def two_processes(overfitted, tmp_path_factory):
-    """A folder with the runs of ENDS in two processes, each ended and then finished in one, and `one`, a run in one."""
-    folder = tmp_path_factory.mktemp("processes")
+def run_in_two_processes(folder, source):
+    """Fills the folder with the runs of ENDS, each ended and then finished in one process, and `one`, a run in one."""
+    folder.mkdir()
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in ENDS]
         for free in sockets:
             free.bind(("localhost", 0))
         ports = [free.getsockname()[1] for free in sockets]
     spawn = multiprocessing.get_context("spawn")
-    both = [spawn.Process(target=one_of_two, args=(rank, ports, folder, overfitted)) for rank in range(2)]
+    both = [spawn.Process(target=one_of_two, args=(rank, ports, folder, source)) for rank in range(2)]
     for process in both:
         process.start()
     with pytest.MonkeyPatch.context() as patch:
         flags = *BACKBONE, "--micro-batches", 2
-        assert train_small(patch, folder / "one", 2, "--from", overfitted, *flags) == 0
+        assert train_small(patch, folder / "one", 2, "--from", source, *flags) == 0
         for process in both:
             process.join(100)
             process.kill()                                    # a process that hangs has written no status
@@ -313,7 +312,11 @@ def two_processes(overfitted, tmp_path_factory):
             if state.is_file():
                 (folder / f"{end}.step").write_text(f"{int(files.read_weights(state)['step'])}")
             assert train_small(patch, folder / end, 2, *flags) == 0
-    return folder
+
+
+@pytest.fixture(scope="session")
+def two_processes(overfitted, tmp_path_factory):
+    return once(tmp_path_factory, "processes", lambda folder: run_in_two_processes(folder, overfitted))
 
 
 @pytest.mark.parametrize("end", ENDS)

@@ -283,7 +283,7 @@ class Exam:
         distance = torch.cat([chamfer_matrix(batch, self.cloud[0]) for batch in batches])                 # s r
         for i, name in enumerate(self.names):
             own, same = slice(i * self.n, (i + 1) * self.n), self.classes == name
-            real = metrics.others(self.cloud[0][same])
+            real = metrics.distances_to_others(self.cloud[0][same])
             diversity, diversity_of_real = metrics.diversity(points[own]), real.mean().item()
             rows.append({"class": name, "right class": np.mean(self.classes[distance[own].argmin(1)] == name)}
                         | {key: named[key][own].mean() for key in SOUNDNESS if key in named}

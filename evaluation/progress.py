@@ -2,13 +2,24 @@
 
     python train.py --rep sdf        # what calls it, after every stage and on the way
 """
+from collections import Counter
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from evaluation.judges import JUDGES
 from evaluation.metrics import chamfer_matrix
+from geometry.captions import article
 from geometry.render import contact_sheet
+from geometry.shapes import CLASSES
+
+
+def classes_and_prompts(test, built_in):
+    """The most common classes of the held-out shapes, and the prompts that are drawn while training."""
+    common = [name for name, _ in Counter(test.classes).most_common(len(CLASSES))]
+    classes = [name for name in CLASSES if name in common] if built_in else common
+    return classes, [article(name) for name in classes] + ["a round table"] * (built_in and "table" in classes)
 
 
 def class_accuracy(run, encoders, model, heads, n=4, points=1024):

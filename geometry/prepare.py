@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import os
-import resource
 import signal
 import threading
 import time
@@ -26,6 +25,9 @@ from engine.commands import UserError
 from engine.files import atomic_write
 from geometry import mesh_files, real, shapes, soup
 from geometry.training_samples import KINDS, TAKE
+
+with contextlib.suppress(ImportError):                        # Windows has none
+    import resource
 
 CHUNK = 130                   # shapes in a chunk
 MEMORY = 12 << 30             # bytes that a worker may allocate
@@ -198,7 +200,7 @@ def start_worker(parent):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    with contextlib.suppress(ValueError, OSError):            # macOS refuses such a limit
+    with contextlib.suppress(NameError, ValueError, OSError):          # Windows and macOS have no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
