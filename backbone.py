@@ -1,6 +1,6 @@
 """backbone.py - Conditional Distribution Modelling (LTM3D section 3.3): prefix -> shape tokens.
 
-    p(X | T) = prod_i p(x_i | known tokens, T)
+    p(X | T) = prod_i p(x_i | known tokens, T)          X: all shape tokens, T: the prompt
 
 A masked auto-encoder sees [prefix, known tokens] and gives every unknown token i a context vector
 c_i; a small MLP (DenoiseNet) runs a diffusion on that one token given c_i. Training hides a random
@@ -27,7 +27,7 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
 }
-DRAWS = 4    # noise draws a masked token and step: all of them share the MAE's work
+DRAWS = 4    # noise draws per hidden token and step: all of them share the MAE's work
 CACHED = 2 ** 20    # tokens times width times branches of guidance that a CPU computes at once (cache_sized)
 
 
@@ -78,12 +78,12 @@ def guidance_branches(condition, b, cfg):
     strengths = [cfg.get(kind, 2.) if isinstance(cfg, dict) else cfg for kind in reversed(kinds)]
     if all(strength == 1 for strength in strengths):
         strengths = []
-    hidden = [set(kinds[len(kinds) - i:]) for i in range(len(strengths) + 1)]     # r sets of kinds
+    hidden = [set(kinds[len(kinds) - i:]) for i in range(len(strengths) + 1)]     # of each branch: r sets of kinds
 
     stacked, drop = {}, {}
     for kind, (tokens, mask) in condition.items():
         stacked[kind] = [repeat(x, "b ... -> (r b) ...", r=len(hidden)) for x in (tokens, mask)]
-        drop[kind] = torch.tensor([kind in kinds for kinds in hidden], device=mask.device).repeat_interleave(b)
+        drop[kind] = torch.tensor([kind in branch for branch in hidden], device=mask.device).repeat_interleave(b)
     return stacked, drop, strengths
 
 
@@ -107,7 +107,7 @@ def draw_noise(generators, shape, device):
 
 
 class Flow:
-    """Rectified flow: x_t = (1 - t) noise + t x, the network gives the velocity x - noise."""
+    """The default, a rectified flow: x_t = (1 - t) noise + t x, the network gives the velocity x - noise."""
     steps = 4                                                 # by default
 
     @staticmethod
@@ -142,7 +142,7 @@ class DDPM:
     alphas = (alphas / alphas[0]).clamp_min(1e-5).float()     # a_0 = 1 ... a_T ~ 0
 
     @staticmethod
-    def draws(steps):                                         # one to start from, one more a step but the last
+    def draws(steps):                                         # one to start from, one per step but the last
         return steps
 
     @classmethod
@@ -228,7 +228,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def generate(self, condition, seeds, steps=10, denoise_steps=None, cfg=2., temperature=1., steer=None, window=.75):
-        """condition (prefix.py) and one seed a sample -> shape tokens b n c.
+        """condition (prefix.py) and one seed per sample -> shape tokens b n c.
         steer: RGS, a function of x that gives what the MAE sees in the first `window` of the steps (reconstruct.py)."""
         b, n, c, device = len(seeds), self.tokens, self.channels, self.unknown.device
         denoise_steps = denoise_steps or self.denoiser.steps
@@ -238,30 +238,31 @@ class Backbone(nn.Module):
 
         condition, drop, strengths = guidance_branches(condition, b, cfg)
         prefix = self.prefix(condition, drop)                                     # (r b) p d
-        r, rgs_steps = len(strengths) + 1, math.ceil(window * steps) if steer else 0
+        r = len(strengths) + 1
+        rgs_steps = math.ceil(window * steps) if steer else 0
 
         x = torch.zeros(b, n, c, device=device)                                   # b n c, tokens not known yet are 0
         for step, (known, then) in enumerate(schedule(n, steps)):
             new = order[:, known:then]                                            # b m, the tokens of this step
-            steered = steer(x) if step < rgs_steps else x                         # b n c, RGS
+            seen = steer(x) if step < rgs_steps else x                            # b n c, RGS; only known tokens count
 
             # MAE: c_i = f(prefix, known tokens), in all r branches
-            stacked = [repeat(y, "b ... -> (r b) ...", r=r) for y in (steered, order, new)]
-            context = self.contexts(prefix, stacked[0], stacked[1], known, stacked[2])                    # (r b) m d
+            seen, places, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (seen, order, new))
+            context = self.contexts(prefix, seen, places, known, rows)            # (r b) m d
             context = rearrange(context, "rb m d -> (rb m) d")
 
             # DenoiseNet: x_i ~ p(x_i | c_i), guided by the r branches
             sample = self.denoiser.sample(self.net, context, take(noise, new), denoise_steps, strengths, temperature)
-            x = place(x, new, sample)                                             # b n c; sample: (b m) c
+            x = put(x, new, sample)                                               # b n c; sample: (b m) c
         return x
 
 
 def take(x, rows):
-    """x b n ..., rows b m -> those rows of every sample, one below the other: (b m) ..."""
-    return torch.cat([sample[chosen] for sample, chosen in zip(x, rows)])
+    """x b n ..., rows b m -> those rows of every batch element, one below the other: (b m) ..."""
+    return torch.cat([element[chosen] for element, chosen in zip(x, rows)])
 
 
-def place(x, rows, values):
+def put(x, rows, values):
     """x b n c with the rows b m of every sample replaced by `values`, (b m) c."""
     index = repeat(rows, "b m -> b m c", c=x.shape[-1])
     return x.scatter(1, index, rearrange(values, "(b m) c -> b m c", b=len(x)).to(x.dtype))

@@ -123,7 +123,7 @@ def evaluate_joint(args):
     print(f"minutes: of training. {args.shapes} held-out shapes reconstructed, {args.n} samples of every class name")
     write_table(args.out, args.command, [rows[key] for key in sorted(rows)])
     curves = [(label, Path(folder) / "backbone.csv", "held_out") for folder, label in labels(args.checkpoint).items()]
-    if any(path.is_file() for _, path, _ in curves):          # shipped weights come without
+    if any(path.is_file() for _, path, _ in curves):          # an old folder may have none
         plot_losses({"backbone, held-out loss": curves}, Path(args.out) / "joint-losses.png")
         print(f"{args.out}/joint-losses.png")
 

@@ -3,11 +3,15 @@
 LTM3D trains a tokenizer for each representation. Here four heads read the tokens of one encoder, and the backbone,
 which generates the tokens, never knows which head will read them. A head is a class with
 
-    reads       what it learns from: {method of data.Prepared: how many points; None: all there are}
+    reads       what it learns from: {cloud, queries, faces or views: how many points; None: all there are}
     needs       other heads that it decodes with
-    COUNT       how many points it makes by default
-    loss        (tokens b n c, batch: the tensors of `reads`) -> loss, logs
+    COUNT       how many points it makes by default; None: it makes no points
+    RATE        how many times the learning rate it learns with (engine/state.py); optional
+    token       an nn.Linear, its first layer: tokenizer.standardise changes it
+    loss        (tokens b n c, batch: what the methods of data.Prepared named in `reads` return) -> loss, logs
     decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (geometry/export.py)
+
+A new head also needs a line in HEADS, in DEFAULTS of train.py, and in JUDGES of evaluation/judges.py.
 
     python train.py --rep pc --stage head        # trains one on frozen tokens
     python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes
@@ -73,7 +77,7 @@ class SdfHead(QueryDecoder):
 
     def loss(self, tokens, batch):
         """L1 of the clipped distance, at queries and at surface points, where it is 0; squared error of colours
-        there. (L1 learns the likeliest colour: where the height of a stripe is uncertain, that has no stripe.)"""
+        there. (L1 learns the likeliest colour: where the height of a stripe is uncertain, the stripe is lost.)"""
         x = torch.cat([batch["queries"], batch["points"]], 1)                             # b k 3
         y = self.evaluate(self.read(tokens), x)                                           # b k 4
         k = batch["queries"].shape[1]
@@ -188,7 +192,7 @@ class MeshHead(nn.Module):
     have similar logits."""
     reads, needs, COUNT = {"faces": None}, (), None
     FACES, LEVELS = 4, 24
-    RATE = 4         # times the learning rate of the others: it learns fastest there (engine/loop.py)
+    RATE = 4         # times the learning rate of the others: it learns fastest there
 
     def __init__(self, side, channels, dim, heads):
         super().__init__()
@@ -212,7 +216,7 @@ class MeshHead(nn.Module):
         other = rearrange(self.other(x).float(), "b q (f i) -> b (q f) i", f=self.FACES)
         return levels, other[..., 0], other[..., 1:]
 
-    def logits(self, levels):                                 # ... 9 l -> ... 9 BINS; only of faces that exist, half
+    def logits(self, levels):                                 # ... 9 l -> ... 9 BINS; only for faces that exist
         return (levels @ self.bins).float()
 
     def loss(self, tokens, batch):
@@ -273,7 +277,7 @@ HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}
 
 
 def spelling(name):
-    """"3dgs" is accepted for "gs"."""
+    '''The name of a representation; "3dgs" is accepted for "gs".'''
     return {"3dgs": "gs"}.get(name.lower(), name.lower())
 
 

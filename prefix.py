@@ -6,7 +6,7 @@ The prefix is prepended to the shape tokens. It aligns the condition with the sh
 generating, so the shape tokenizer never has to know about language or pictures.
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. Each kind
-has a width e of its own, and a learnt embedding says which kind a token is of.
+has its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
 
     python -m pytest -q test_all.py -k prefix       # its tests
 """
@@ -16,7 +16,7 @@ from torch import nn
 
 from engine.networks import Block
 
-DROPS = {  # kinds of prompt that a training sample sees -> how often
+SHOWN = {  # kinds of prompt that a training sample sees -> how often
     (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
 
 
@@ -43,8 +43,8 @@ class Conditions(nn.Module):
 
 def random_drops(b, kinds, device):
     """Kinds of prompt that are hidden from b training samples, at random: {kind: b, True = hidden}."""
-    choice = torch.multinomial(torch.tensor(list(DROPS.values())), b, replacement=True)      # b, rows of DROPS
-    hidden = {kind: torch.tensor([kind not in names for names in DROPS]) for kind in kinds}
+    choice = torch.multinomial(torch.tensor(list(SHOWN.values())), b, replacement=True)      # b, rows of SHOWN
+    hidden = {kind: torch.tensor([kind not in names for names in SHOWN]) for kind in kinds}
     return {kind: hidden[kind][choice].to(device) for kind in kinds}
 
 

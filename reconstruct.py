@@ -1,16 +1,18 @@
 """reconstruct.py - Latent Token Reconstruction and Reconstruction-Guided Sampling, RGS (LTM3D section 3.4).
 
-    x_recon = SelfAttention^D(CrossAttention(learnable shape tokens, condition))      n x c
+    x_recon = SelfAttention^D(CrossAttention(learnt queries, condition))      n x c
 
 A deterministic first guess of all shape tokens, trained apart from the backbone with MSE against the tokenizer's
 tokens: the mean of what the prompt allows. During the first steps of generation the backbone sees the known tokens
 blended with this guess (`blend`), so that they keep to the prompt.
 
-Blending with a mean costs diversity. Our second rule (`within`) needs to know how far a token may be from the guess, so
-the reconstructor also predicts log sigma^2, by maximum likelihood of N(x_recon, sigma^2).
+Blending with a mean costs diversity. A second rule, ours (`within`), has to know how far a token may be from the
+guess. So the reconstructor also predicts log sigma^2, by maximum likelihood of N(x_recon, sigma^2).
 
     python train.py --rep sdf --stage reconstruct
 """
+import math
+
 import torch
 from einops import repeat
 from torch import nn
@@ -20,6 +22,7 @@ from engine.files import load_model, read_stage
 from engine.networks import Block
 from prefix import Conditions, random_drops
 
+RENAMED = {"doubt.": "log_variance."}     # weights saved before it had this name
 SIZES = {
     "tiny": dict(dim=192, depth=4, heads=6), "small": dict(dim=384, depth=6, heads=6),
     "base": dict(dim=768, depth=8, heads=12), "large": dict(dim=1024, depth=12, heads=16),
@@ -48,7 +51,7 @@ class Reconstructor(nn.Module):
         recon, log_variance = self(condition, random_drops(len(tokens), condition, tokens.device))
         error = (recon - tokens) ** 2                                             # b n c
         nll = (log_variance + error.detach() / log_variance.exp()).mean() / 2     # -log N(x; x_recon, sigma^2) + const.
-        return error.mean() + nll, {"error": error.mean().detach(), "unlikely": nll.detach()}
+        return error.mean() + nll, {"error": error.mean().detach(), "nll": nll.detach()}
 
 
 # ---------------------------------------------------------------------------- RGS: what the backbone sees at first
@@ -63,7 +66,7 @@ def blend(sampled, recon, weight):
 
 
 def within(sampled, recon, log_variance, reach):
-    """Our rule, which keeps diversity: a sampled token stays as it is within `reach` sigma of the guess."""
+    """Our rule, which keeps diversity: each channel of a sampled token stays within `reach` sigma of the guess."""
     far = reach * (log_variance / 2).exp()                                        # b n c
     return recon + (sampled - recon).clamp(-far, far)
 
@@ -73,20 +76,21 @@ RGS_FORMS = "none, auto, sampled=A or recon=A (A: a weight from 0 to 1) or withi
 
 def parse_rgs(text):
     """"none", "auto", "sampled=A" (the figure's alpha), "recon=A" (the text's alpha), "within=S" -> rule, number."""
+    if text in ("none", "auto"):
+        return text, None
     rule, _, number = str(text).partition("=")
+    most = {"sampled": 1., "recon": 1., "within": 100.}.get(rule, -1.)
     try:
-        value = float(number) if number else None
+        value = float(number)
     except ValueError:
-        value = -1.
-    most = {"sampled": 1., "recon": 1., "within": 100.}.get(rule)
-    known = rule in ("none", "auto") and text == rule or most is not None and value is not None and 0 <= value <= most
-    if not known:
+        value = math.nan
+    if not 0 <= value <= most:
         raise UserError(f"RGS takes {RGS_FORMS}, not '{text}'")
     return rule, value
 
 
 def steering(model, condition, rgs):
-    """The function of the tokens sampled so far that the backbone sees in the first steps; None is sampling only.
+    """The function that turns the tokens sampled so far into those that the backbone sees; None: no RGS.
 
     rgs: a rule of `parse_rgs`. auto blends where there is a picture, which leaves little open, and samples from words.
     """
@@ -105,4 +109,4 @@ def steering(model, condition, rgs):
 def load(folder):
     """The reconstructor of a checkpoint folder, frozen."""
     settings = read_stage(folder, "reconstruct")["settings"]
-    return load_model(Reconstructor, f"{folder}/reconstruct.safetensors", {"doubt.": "log_variance."}, **settings)
+    return load_model(Reconstructor, f"{folder}/reconstruct.safetensors", RENAMED, **settings)

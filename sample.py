@@ -31,7 +31,7 @@ RESOLUTIONS = (32, 64, 128, 256, 512)
 
 
 class LTM3D:
-    """Every trained stage of a checkpoint folder; stages that only some prompts need are loaded late."""
+    """Every trained stage of a checkpoint folder. The reconstructor and the heads are loaded when they are needed."""
 
     def __init__(self, folder="checkpoints/tiny", device=None, precision=None, load_backbone=backbone.load):
         beside = Path(__file__).parent / folder               # the shipped weights, when called from another folder
@@ -64,13 +64,13 @@ class LTM3D:
         chunks = []
         with self.autocast():
             condition = self.encoders.encode(prompts, pictures)                   # {kind: (b t e, b t)}
-            for condition, seeds in backbone.cache_sized(self.backbone, condition, seeds):
-                steer = reconstruct.steering(lambda condition: self.reconstruct(condition), condition, rgs)
-                chunks.append(self.backbone.generate(condition, seeds, steer=steer, **options).float())
+            for chunk, chunk_seeds in backbone.cache_sized(self.backbone, condition, seeds):
+                steer = reconstruct.steering(lambda chunk: self.reconstruct(chunk), chunk, rgs)    # loaded if needed
+                chunks.append(self.backbone.generate(chunk, chunk_seeds, steer=steer, **options).float())
         return torch.cat(chunks)                                                  # b n c
 
     def sample(self, prompt=None, image=None, n=1, seed=0, steps=10, **options):
-        """n samples of one prompt, one picture file, or both -> shape tokens n n c. options: as for `tokens`."""
+        """n samples of one prompt, one picture file, or both -> shape tokens b n c, b = n. options: as for `tokens`."""
         if prompt is None and image is None:
             raise UserError("there is no prompt; give a text, an image or both")
         if n < 1:
@@ -103,7 +103,7 @@ class LTM3D:
         return [self.decode(t, rep, (seed, i), resolution, points) for i, t in enumerate(tokens)]
 
 
-load = LTM3D
+load = LTM3D          # load() is what the Python API shows
 
 
 # ---------------------------------------------------------------------------- the command
@@ -143,7 +143,7 @@ def arguments():
 
 
 def file_name(text, image):
-    """What the files of a prompt are called; a picture in --out is not written over."""
+    """What the files of a prompt are called. A picture alone gives from-NAME, so that it is not written over."""
     name = f"from {Path(image).stem}" if text is None else text
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "shape"
 
@@ -180,7 +180,7 @@ def main():
 
     tokens = model.sample(args.text, args.image, args.n, args.seed, args.steps, rgs=args.rgs, window=args.window,
                           denoise_steps=args.denoise_steps, temperature=args.temperature,
-                          cfg={"text": args.cfg, "image": args.cfg_image})         # n n c
+                          cfg={"text": args.cfg, "image": args.cfg_image})         # b n c
     watch.lap("tokens")
 
     out, name, pictures = make_folder(args.out), file_name(args.text, args.image), []

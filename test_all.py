@@ -37,7 +37,7 @@ from engine.commands import UserError, pick_device
 from evaluation import peers
 from evaluation.judges import grid_iou
 from geometry import export
-from prefix import DROPS, Prefix, random_drops
+from prefix import SHOWN, Prefix, random_drops
 
 # ---------------------------------------------------------------------------- the code
 
@@ -193,10 +193,10 @@ def test_a_dropped_prompt_has_no_influence():
 
 
 def test_prompts_are_dropped_at_the_given_rates():
-    """Each combination of prompts comes as often as DROPS says."""
+    """Each combination of prompts comes as often as SHOWN says."""
     torch.manual_seed(0)
     drop = random_drops(20_000, ["text", "image"], "cpu")
-    for kinds, share in DROPS.items():
+    for kinds, share in SHOWN.items():
         same = torch.stack([drop[kind] != (kind in kinds) for kind in drop]).all(0)
         assert abs(same.float().mean() - share) < .02
 

@@ -2,7 +2,7 @@
 
 LTM3D section 3.1 freezes a shape encoder and decoder and generates tokens in between.
 paper: tokens have no order; here: shape token i belongs to anchor a_i, a fixed point of a grid in [-1, 1]^3,
-because anchors give the backbone a canonical order, and they give attention a distance.
+so token i is the same place in every shape, and attention has a distance.
 
     points, normals, colours, b k 3 each  ->  tokens b n c, unit variance
 
@@ -73,7 +73,7 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
     """The tokens of a prepared set, or of its first `limit` shapes: shapes n c. weights: the file of a frozen
     tokenizer, whose tokens are computed once and saved beside the set."""
     path = None
-    if weights and weights.is_file() and limit is None:
+    if weights and weights.is_file() and limit is None:       # a limit: the tokenizer is still in training
         path = split.folder / f"tokens-{digest(weights)}-{split.name}.npy"
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float()

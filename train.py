@@ -37,7 +37,7 @@ from geometry.shapes import CLASSES
 from heads import HEADS
 from prompts import image_tower, text_tower
 
-# of the tiny size: steps, batch, peak learning rate. Stages are seeded by their position here: append, never insert
+# steps, batch, peak learning rate, tuned at tiny. Stages are seeded by their position here: append, never insert
 DEFAULTS = {
     "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "vision": (1200, 64, 2e-3),
     "backbone": (1700, 64, 2e-3),
@@ -276,7 +276,7 @@ def arguments(generators):
     flag("--steps", type=between(1), help=f"training steps of a stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size (default: {defaults[1]})")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")
-    flag("--micro-batches", type=between(1), help="compute a step's batch in so many parts, in turn or by several "
+    flag("--micro-batches", type=between(1), help="split a step's batch, computed in turn or by several "
          "processes: more take less memory (default: one for each process)")
     flag("--shard", action="store_true", help="every process holds a share of the backbone, not a copy: for models "
          "that are too large for one GPU")
@@ -313,7 +313,7 @@ def chain(args, generators, reps, first, folder):
         stages = stages_of(args, run.reps)
         for name in stages:
             if name not in trained_stages(run.folder):
-                run.micro_batch_size(name)                    # the same
+                run.micro_batch_size(name)                    # an error now, not later
     for name, train in stages.items():
         goes_on = args.stage and name.removeprefix("head-") in args.rep           # a head trained with the encoder
         if name in (read_config(run.folder) if goes_on else trained_stages(run.folder)):

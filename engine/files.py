@@ -77,12 +77,12 @@ def load_weights(model, path, renamed=()):
     return model
 
 
-def load_model(kind, path, renamed=(), **settings):
-    """A model of the class `kind`, with the settings of its config.json and the weights of `path`, frozen."""
+def load_model(model_class, path, renamed=(), **settings):
+    """A model of this class, with the settings of its config.json and the weights of `path`, frozen."""
     try:
-        model = kind(**settings)
+        model = model_class(**settings)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"the settings beside {path} make no {kind.__name__} ({str(error).splitlines()[0]}); "
+        raise UserError(f"the settings beside {path} make no {model_class.__name__} ({str(error).splitlines()[0]}); "
                         "was config.json edited? restore it or train again") from None
     return load_weights(model, path, renamed).eval().requires_grad_(False)
 
@@ -118,7 +118,7 @@ def digest(*paths):
 
 
 def read_stage(folder, stage):
-    """The entry of a trained stage in config.json. The stages that it was trained on have to lie beside it."""
+    """The entry of a trained stage in config.json. Stages beside it have to be those that it was trained on."""
     entry = read_config(folder).get(stage)
     if entry is None:
         raise UserError(f"{folder} holds no trained {stage}; make it with: "

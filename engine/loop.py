@@ -29,7 +29,8 @@ THREADS = 4                                  # that draw batches for a GPU
 
 
 def fit(run, stage, model, draw, loss_of, show=None):
-    """Train `model` on loss_of(model, draw(split, rng)) -> loss, logs. -> its moving average, frozen, and the seconds.
+    """Train `model` on loss_of(model, draw(split, rng)), which gives loss and logs. Returns the moving average,
+    frozen, and the seconds.
     show(model, path) draws a picture of what the model does."""
     steps, batch, lr = run.settings[stage]
     state_path = make_folder(run.folder) / f"{stage}.state.safetensors"
@@ -80,7 +81,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
 
 
 def set_up(run, stage, model):
-    """The model on its device, its moving average, and where the average ends up; sharded, recomputed by flags."""
+    """The model on its device, its moving average, and the model that the average ends up in, as the flags say."""
     model = model.to(run.device).train()
     ema = EMA(model)
     result = ema.model

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         """x: b q d, context: b k e -> b q d. mask: b k or b q k, True = attend to it. positions: (b q 3, b k 3)."""
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (rearrange(y, "b k (h e) -> b h k e", h=self.heads).contiguous() for y in (q, k, v))
+        q, k, v = (rearrange(y, "b k (h w) -> b h k w", h=self.heads).contiguous() for y in (q, k, v))
         width = q.shape[-1]
         q = q * width ** -0.5
         if positions is not None:
@@ -83,8 +83,8 @@ class Attention(nn.Module):
             scores = q @ k.mT                                                     # b h q k
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
-            out = scores.softmax(-1).to(v.dtype) @ v    # b h q e; the softmax itself adds up in fp32
-        return self.to_out(rearrange(out, "b h k e -> b k (h e)"))
+            out = scores.softmax(-1).to(v.dtype) @ v    # b h q w; the softmax itself adds up in fp32
+        return self.to_out(rearrange(out, "b h k w -> b k (h w)"))
 
 
 class Block(nn.Module):
@@ -123,7 +123,7 @@ def time_embedding(t, dim):
 
 
 def grid_points(side, device=None):
-    """Centres of a side^3 grid of cells over [-1, 1]^3, x slowest: side^3 3."""
+    """Centres of a side^3 grid of cells over [-1, 1]^3: side^3 3. Row (x side + y) side + z; y is up."""
     axis = (torch.arange(side, device=device) + .5) * 2 / side - 1
     return rearrange(torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1), "x y z i -> (x y z) i")
 

@@ -8,14 +8,13 @@ from engine.commands import UserError, pick_device
 from engine.files import atomic_write, digest, make_folder, read_config, save_weights, trained_stages, write_config
 from engine.state import plot_losses
 
-BEFORE = {  # stage -> the stages whose weights it was trained on, of those that are in the folder
+BEFORE = {  # stage -> the stages whose weights it is trained on, of those that are in the folder; a head: the tokenizer
     "vision": ("encoders", "tokenizer"),
-    "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision"),
-    "head-sdf": ("tokenizer",), "head-pc": ("tokenizer",), "head-mesh": ("tokenizer",), "head-gs": ("tokenizer",)}
+    "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision")}
 
 
 class Run:
-    """What every stage is given. train.py adds the data: `train`, `test` and `prompts`.
+    """What every stage is given. train.py adds `train` and `test`, `classes` and `prompts`, `generators`.
 
     settings: {stage: (steps, batch, peak learning rate)}; reps: those to decode; first: the heads that the encoder is
     trained with.
@@ -67,7 +66,8 @@ class Run:
         for name, module in files.items():
             save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True)
         steps, batch, lr = self.settings[stage]
-        weights = {name: self.folder / f"{name}.safetensors" for name in BEFORE.get(stage, ())}
+        before = ("tokenizer",) if stage.startswith("head-") else BEFORE.get(stage, ())
+        weights = {name: self.folder / f"{name}.safetensors" for name in before}
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
         git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed,

@@ -29,7 +29,7 @@ def optimizers(model, lr):
 
 
 def learning_rate(step, steps, peak):
-    """Warm up over 100 steps, hold, fall linearly to 0 over the second half."""
+    """Warm up over 100 steps, or a tenth of them if that is less; hold; fall linearly to 0 over the second half."""
     return peak * min(1, (step + 1) / min(100, steps / 10), 2 * (steps - step) / steps)
 
 

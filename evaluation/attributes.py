@@ -3,7 +3,7 @@
 A checker takes o, the occupancy (x y z, y up, cropped to its bounding box), and measures one attribute of
 geometry/shapes.py. Thresholds lie half way between the builders' proportions.
 
-    python evaluate.py attributes --rep sdf     # "a table with one leg": how many samples have one?
+    python evaluate.py attributes     # "a table with one leg": how many samples have one?
 """
 import numpy as np
 import torch

@@ -28,11 +28,12 @@ POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
 SOUNDNESS = "one piece", "watertight", "closed edges"         # what a representation may say of its surface
 ROOT = Path(__file__).parent.parent
-CODE = [ROOT / name for name in (                             # the files that decide what a sample looks like
+CODE = [ROOT / name for name in (                             # the files that decide what a result is
     "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py",
     "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py", "geometry/meshes.py",
-    "geometry/export.py", "geometry/render.py", "geometry/light.py", "engine/networks.py", "engine/commands.py",
-    "evaluation/exam.py", "evaluation/peers.py")]
+    "geometry/export.py", "geometry/render.py", "geometry/light.py", "geometry/solids.py", "geometry/shapes.py",
+    "engine/networks.py", "engine/commands.py", "evaluation/exam.py", "evaluation/peers.py", "evaluation/judges.py",
+    "evaluation/metrics.py", "evaluation/attributes.py")]
 
 
 # ---------------------------------------------------------------------------- models and data
@@ -204,8 +205,8 @@ def score_memorisation(train, model, test, tokens):
 class Exam:
     """The same prompts for every generator. prompt score: cosine of the features of a caption and of its sample. of
     form: the same in the colours of the shape described. R-precision: share of samples whose nearest caption is their
-    own. Chamfer: distance to the shape described. Frechet, kernel, MMD, COV, 1-NNA: distances to as many other held-
-    out shapes. memorisation: distance to training shapes, in tokens, over that of held-out shapes; of copies: what
+    own. Chamfer: distance to the shape described. Frechet, kernel, MMD, COV, 1-NNA: distances to as many other
+    held-out shapes. memorisation: distance to training shapes, in tokens, over that of held-out shapes; of copies: what
     copies would have. right class: share of samples whose nearest held-out shape has that class. one piece: share with
     99 % of the surface in one component. diversity: mean Chamfer distance of pairs of a class, over that of held-out
     shapes. seconds: of a sample, without decoding."""

@@ -1,6 +1,6 @@
 """progress.py - what a training run shows of itself: metrics and pictures of held-out shapes.
 
-    python train.py --rep sdf        # what calls it, after every stage and on the way
+    python train.py --rep sdf        # calls it while tokenizer, heads and backbone train, and when they are done
 """
 from collections import Counter
 

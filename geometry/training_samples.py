@@ -16,7 +16,7 @@ POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws fro
 FACES = 256                   # most faces of a low-poly mesh
 PICTURES = 2                  # of a shape, as image prompts
 VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
-KINDS = {                     # kind of samples -> its arrays, one row a shape: 116, 6, 57 and 66 kB
+KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 57 and 66 kB
     "surface": dict(points=(np.float16, (POINTS, 3)), normals=(np.int8, (POINTS, 3)), colours=(np.uint8, (POINTS, 3)),
                     queries=(np.float16, (QUERIES, 3)), distance=(np.float16, (QUERIES,))),
     "faces": dict(corners=(np.int16, (FACES, 3, 3)), face_colours=(np.uint8, (FACES, 3)),
@@ -29,7 +29,7 @@ KINDS = {                     # kind of samples -> its arrays, one row a shape: 
 
 
 def take_surface(shape, rng):
-    """Queries: 2/6 within .015 of the surface, 3/6 within .06, 1/6 anywhere."""
+    """Queries: 2/6 are surface points plus noise of deviation .015, 3/6 of .06, 1/6 are anywhere."""
     points, normals, colours = shape.surface(POINTS, rng)                      # k 3 each
     k = QUERIES // 6
     near = points[rng.permutation(POINTS)[:2 * k]] + rng.normal(0, .015, (2 * k, 3))
