@@ -53,14 +53,14 @@ class Encoders:
 
 
 def make(folder, text=None, image=None, device="cpu"):
-    """text, image: a hub name or a folder; None is the built-in tower in the checkpoint folder."""
-    other = load_pretrained(text, image, device)
-    return Encoders(other[0] or text_tower.load(folder).to(device), other[1] or image_tower.load(folder).to(device))
+    """text, image: a hub name, a folder, or (text) "bag", a bag of words; None: the tower in the checkpoint folder."""
+    text, image = load_pretrained(text, image, device)
+    return Encoders(text or text_tower.load(folder).to(device), image or image_tower.load(folder).to(device))
 
 
 @functools.cache
 def load_pretrained(text=None, image=None, device="cpu"):
-    """The towers of these names, loaded once; None stays None."""
+    """The text and the image tower of these names, loaded once; None stays None."""
     if text == "bag":
         tower = text_tower.BagOfWords(device)
     else:

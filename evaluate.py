@@ -213,7 +213,7 @@ def evaluate_retrieval(args):
         with autocast():
             recalls = {"caption": text_tower.retrieval(towers, test),
                        "picture": image_tower.retrieval(vision, towers, test)}
-        tables[label] = [{"asked with": kind, "shapes": str(found["shapes"]), "R@1": found["recall_at_1"],
+        tables[label] = [{"prompt": kind, "shapes": str(found["shapes"]), "R@1": found["recall_at_1"],
                           "R@5": found["recall_at_5"]} for kind, found in recalls.items()]
     write_tables(args.out, args.command, tables, means=False)
 

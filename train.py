@@ -192,7 +192,7 @@ def train_backbone(run):
     model, seconds = fit(run, "backbone", model, draw, loss_of, show)
 
     # save
-    metrics = {"nearest held-out shape is of the class asked for": progress.class_accuracy(run, encoders, model, heads)}
+    metrics = {"nearest held-out shape is of the right class": progress.class_accuracy(run, encoders, model, heads)}
     run.finish("backbone", seconds, {"backbone": model}, generator=run.generator, settings=settings,
                towers=run.encoder_names, metrics=metrics)
 

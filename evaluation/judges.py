@@ -2,6 +2,8 @@
 
     JUDGES[rep](heads, tokens n c, a prepared set, row, rng, autocast, points) -> {metric: number}
 
+points: for the F-score of sdf; 0 leaves it out, which saves time. evaluate.py prints the docstring of a judge.
+
     python evaluate.py tokenizer --rep sdf       # stage 1: held-out shapes, encoded and decoded
 """
 import numpy as np
@@ -52,7 +54,7 @@ def grid_iou(head, tokens, shape, autocast, resolution=64):
 
 def judge_sdf(heads, tokens, split, row, rng, autocast, points):
     """IoU on a 64^3 grid; L1 of the distance, in truncations, at queries drawn as in training; F-score at .02 of the
-    surfaces, by so many points of each, unless that is 0."""
+    surfaces, by `points` points of each."""
     shape, results = split.shape(row), {}
     if points:
         surface = heads["sdf"].decode(tokens, heads, rng, autocast).surface(points, rng)[0]

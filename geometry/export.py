@@ -138,6 +138,7 @@ def write_glb(path, vertices, faces, colours, smooth=True):
     if len(faces) == 0:
         raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
     mesh = trimesh.Trimesh(vertices, faces, process=False)          # process would merge and reorder vertices
+    # trimesh would round COLOR_0 to 8 bits; an attribute with an underscore, a custom one, it writes as it is
     mesh.vertex_attributes["_linear"] = to_linear(as_tensor(colours, torch.float64)).float().numpy()
 
     def finish(tree):

@@ -73,8 +73,8 @@ class BuiltIn:
 
 @functools.cache
 def fingerprint():
-    """Of the code that makes built-in samples: the parts of the first 260 shapes, and samples of one of every class.
-    Samples of changed code go to another folder."""
+    """A digest of the code that makes built-in samples: the parts of the first 260 shapes, samples of one of every
+    class. Samples of changed code go to another folder."""
     digest, classes = hashlib.sha256(), len(shapes.CLASSES)
     for row in range(20 * classes):
         shape = shapes.make(SEED, row)

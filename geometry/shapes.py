@@ -1,4 +1,4 @@
-"""shapes.py - the built-in shapes: thirteen classes of toy furniture and vehicles, made of coloured parts.
+"""shapes.py - the built-in shapes: thirteen classes of toys, from tables to trees, made of coloured parts.
 
 A shape is a list of parts with closed-form signed distance. The list gives the exact field, a coloured point cloud and
 true captions, as a function of (seed, index), with nothing to download. LTM3D itself trains on ShapeNet and Objaverse;
@@ -13,7 +13,7 @@ from geometry.captions import write_captions
 from geometry.solids import COLOURS, Shape, ball, box, capsule, cone, cylinder, rod, rotation_about, tube
 
 LONGEST = 1.8       # side of the bounding box after normalisation: room for a margin in [-1, 1]^3
-ALONG_Z, ALONG_X = rotation_about("x", 90), rotation_about("z", -90)    # lay a turned part down: y to z, y to x
+ALONG_Z, ALONG_X = rotation_about("x", 90), rotation_about("z", -90)    # lay a round part down: y to z, y to x
 COUNTS = ("no", "one", "two", "three", "four", "five")
 
 

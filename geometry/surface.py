@@ -1,7 +1,9 @@
 """surface.py - shape tokens -> a mesh: distances on a grid that is refined near the surface, then marching cubes.
 
 A dense grid of 256^3 has 17 million points, of which half a million matter. A head (heads.py) reads the tokens once and
-evaluates the points in chunks. A cache of the tokens' keys and values would save only 1 operation in 100.
+evaluates the points in chunks.
+
+Letters: r grid points along a side, k points.
 
     python bench.py decode             # compares its mesh and its time with those of the dense grid
 """
@@ -14,7 +16,7 @@ from skimage.measure import marching_cubes
 
 TRUNCATION = .1     # heads learn distances up to this; deeper inside a shape, distances are only a bound
 COARSE = 32         # cells along a side of the first grid; a resolution is 32 times a power of two
-NEAR = 1.           # a finer grid is evaluated first within this many of its cells of the surface
+NEAR = 1.           # cells: points of a finer grid that are nearer to the surface are evaluated first
 
 
 def any_of_eight(x):
@@ -27,7 +29,7 @@ def any_of_eight(x):
 def corners_of_cut_cells(inside):
     """Booleans r r r at grid points, True inside -> r r r, True at all corners of cells that the surface cuts."""
     cells = any_of_eight(inside) & any_of_eight(~inside)      # a cell has eight corners: r - 1 along each axis
-    return any_of_eight(F.pad(cells, [1] * 6))                # a corner has eight cells; the border is not cut
+    return any_of_eight(F.pad(cells, [1] * 6))                # a corner has eight cells; outside the grid none is cut
 
 
 @torch.no_grad()
@@ -82,7 +84,7 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
     grid = sdf_grid(lambda x: evaluate(x)[:, 0], resolution, hierarchical, tokens.device)
     if grid.min() >= 0:
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64), np.zeros((0, 3), np.float32)
-    vertices, faces, _, _ = marching_cubes(grid, 0., gradient_direction="descent")
+    vertices, faces, _, _ = marching_cubes(grid, 0., gradient_direction="descent")     # faces outward
     vertices = np.ascontiguousarray(vertices * 2 / resolution - 1, dtype=np.float32)
     colours = evaluate(torch.from_numpy(vertices).to(tokens.device))[:, 1:].clamp(0, 1).cpu().numpy()
     return vertices, np.ascontiguousarray(faces, dtype=np.int64), colours

@@ -54,8 +54,8 @@ def read_picture(path):
 
 
 def cut_out(picture):
-    """h w 3 -> h w, 1 on the object and 0 on the background; 1 everywhere if no plain background is found. It is plain
-    if most of the border has one colour. It ends at the first step in colour: a soft shadow is part of it."""
+    """h w 3 -> h w, 1 on the object and 0 on the background; 1 everywhere if no plain background is found. A
+    background is plain if most of the border has one colour. It ends at a step in colour, so it has soft shadows."""
     border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])                    # k 3
     plain = np.median(border, 0)                              # 3, the colour of the background
     if (abs(border - plain).max(1) < .1).mean() < .8:
