@@ -95,7 +95,7 @@ def published(model, condition, seeds, steps, denoise_steps, cfg=2.):
         c, c_no_prompt = contexts(prefix), contexts(no_prompt)                                        # (b m) d
         new = order[:, known:then]                                                                    # b m
         sample = model.denoiser.sample(guided, c, backbone.take(noise, new), denoise_steps)           # (b m) c
-        x = backbone.place(x, new, sample)
+        x = backbone.put(x, new, sample)
     return x
 
 
