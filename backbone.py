@@ -222,8 +222,8 @@ class Backbone(nn.Module):
         prefix = self.prefix(condition, random_drops(b, condition, device))       # b p d
         c = self.contexts(prefix, x, order, known, hidden)                        # b m d
         x = x.gather(1, repeat(hidden, "b m -> b m c", c=self.channels))          # b m c
-        c = repeat(c, "b m d -> (r b m) d", r=DRAWS)
-        x = repeat(x, "b m c -> (r b m) c", r=DRAWS)
+        c = repeat(c, "b m d -> (draws b m) d", draws=DRAWS)
+        x = repeat(x, "b m c -> (draws b m) c", draws=DRAWS)
         return self.denoiser.loss(self.net, x, c)
 
     @torch.no_grad()
@@ -234,7 +234,7 @@ class Backbone(nn.Module):
         denoise_steps = denoise_steps or self.denoiser.steps
         generators = [np.random.default_rng(seed) for seed in seeds]              # a sample is independent of its batch
         order = torch.from_numpy(np.stack([rng.permutation(n) for rng in generators])).to(device)             # b n
-        noise = draw_noise(generators, (n, self.denoiser.draws(denoise_steps), c), device)                    # b n s c
+        noise = draw_noise(generators, (n, self.denoiser.draws(denoise_steps), c), device)                # b n draws c
 
         condition, drop, strengths = guidance_branches(condition, b, cfg)
         prefix = self.prefix(condition, drop)                                     # (r b) p d
@@ -263,13 +263,14 @@ def take(x, rows):
 
 
 def put(x, rows, values):
-    """x b n c with the rows b m of every sample replaced by `values`, (b m) c."""
+    """x b n c with the rows b m of every batch element replaced by `values`, (b m) c."""
     index = repeat(rows, "b m -> b m c", c=x.shape[-1])
     return x.scatter(1, index, rearrange(values, "(b m) c -> b m c", b=len(x)).to(x.dtype))
 
 
 def cache_sized(backbone, condition, seeds):
-    """Parts of a batch whose activations fit a CPU's cache, which takes a fifth less time: condition, seeds pairs."""
+    """Splits a batch into chunks whose activations fit a CPU's cache, which takes a fifth less time. Yields pairs:
+    condition, seeds."""
     size = len(seeds)
     if backbone.token.weight.device.type == "cpu":
         size = max(1, CACHED // (backbone.tokens * backbone.dim * (len(condition) + 1)))

@@ -186,7 +186,7 @@ def bench_decode(bench):
         turns = take_turns(ways, bench)
         same = np.mean([all(map(np.array_equal, *pair)) for pair in zip(*meshes.values())])
         rows += [{"resolution": f"{resolution}"} | row
-                 | {"seconds": row["seconds"] / count, "points asked": points[row["way"]] / count,
+                 | {"seconds": row["seconds"] / count, "points evaluated": points[row["way"]] / count,
                     "times fewer": points["dense"] / points[row["way"]], "same mesh": same} for row in turns]
     return rows
 

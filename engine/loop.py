@@ -29,9 +29,8 @@ THREADS = 4                                  # that draw batches for a GPU
 
 
 def fit(run, stage, model, draw, loss_of, show=None):
-    """Train `model` on loss_of(model, draw(split, rng)), which gives loss and logs. Returns the moving average,
-    frozen, and the seconds.
-    show(model, path) draws a picture of what the model does."""
+    """Trains `model` on loss_of(model, draw(split, rng)), which gives loss and logs. Returns its moving average,
+    frozen, and the seconds. show(model, path) draws a picture of what the model does."""
     steps, batch, lr = run.settings[stage]
     state_path = make_folder(run.folder) / f"{stage}.state.safetensors"
     model, ema, result = set_up(run, stage, model)

@@ -61,7 +61,7 @@ class SideFiles(trimesh.resolvers.Resolver):
     def keys(self):
         return []
 
-    def write(self, name, data):
+    def write(self, name, data):                              # trimesh wants it of a resolver, and never calls it here
         raise NotImplementedError
 
     def namespaced(self, namespace):
