@@ -737,5 +737,5 @@ def test_readme_sample_command_runs_as_written(fresh_copy, tmp_path):
 def test_readme_test_command_finds_the_tests(fresh_copy):
     found = fresh_copy([*readme_command("-m pytest"), "--collect-only"])
     assert found.returncode == 0, found.stdout + found.stderr
-    for name in ("test_all.py", "test_engine.py", "test_geometry.py", "test_prompts.py", "test_evaluation.py"):
+    for name in ("test_all.py", "test_engine.py", "test_shapes.py", "test_prompts.py", "test_peers.py"):
         assert name in found.stdout

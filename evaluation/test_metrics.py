@@ -1,0 +1,193 @@
+"""test_metrics.py - the tests of results, scores and metrics."""
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import sample
+import tokenizer
+from conftest import run
+from engine.commands import UserError
+from evaluation import exam, metrics, results
+
+# ---------------------------------------------------------------------------- results and scores
+
+def test_labels_are_as_short_as_possible():
+    """Checkpoints of one name get labels of their own; one that is named twice gets a single one."""
+    assert list(results.labels(["a/tiny", "a/tiny/", "b/tiny", "b/x/tiny"]).values()) == ["a-tiny", "b-tiny", "x-tiny"]
+    assert list(results.labels(["runs/tiny/", "checkpoints/small"]).values()) == ["tiny", "small"]
+
+
+def test_damaged_results_are_one_line(tmp_path):
+    """An array instead of a dict, results that are unlike, results without settings."""
+    cache = results.ResultCache(tmp_path, seed=0)
+    cache.write("one", {"x": np.zeros(3)})
+    cache.write("longer", {"x": np.zeros(4)})
+    with pytest.raises(UserError, match="unlike the others"):
+        exam.sample_all(None, [exam.Job(name, "", None, ()) for name in ("one", "longer")], cache, None)
+    with (tmp_path / "array.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(UserError, match="array.npz is damaged"):
+        cache.read("array")
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(UserError, match="seed: None, now 1"):
+        results.ResultCache(tmp_path, seed=1)
+
+
+def test_copies_are_known(overfitted, prepared):
+    """Training shapes score least, copies of them (other points) a little more, held-out shapes 1."""
+    train, test = prepared
+    model, encoder = sample.LTM3D(overfitted), tokenizer.load(overfitted)
+    sets = [tokenizer.encode_set(encoder, split, model.device, model.autocast).numpy() for split in prepared]
+    known, new = (exam.score_memorisation(train, model, test, tokens) for tokens in sets)
+    assert known["memorisation"] < known["of copies"] < .9
+    assert known["of copies"] == new["of copies"]
+    assert new["memorisation"] == pytest.approx(1, abs=1e-3)
+    assert exam.score_memorisation(None, model, test, None) == {"memorisation": "", "of copies": ""}
+
+
+def test_a_scorer_may_be_a_file(tmp_path):
+    path = tmp_path / "scorer.py"
+    path.write_text("def cloud(points, normals, colours):\n    return points.mean(1)\n")
+    scorer, points = exam.Scorer(str(path)), np.random.default_rng(0).random((100, 8, 3))
+    assert np.allclose(scorer.clouds(points, points, points), points.mean(1), atol=1e-6)
+    assert scorer.text is None
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("x = 1", "no attribute 'cloud'"), ("1 +", "SyntaxError"), ("import ulip", "No module named 'ulip'"),
+    ("exit(3)", "SystemExit"), (None, "gives no features")])
+def test_a_scorer_without_features_is_one_line(text, complaint, tmp_path, capsys):
+    if text:
+        (tmp_path / "scorer.py").write_text(text)
+    assert run(evaluate.main, "generate", "--scorer", tmp_path / "scorer.py", "--out", tmp_path) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code, complaint", [
+    ("return points.mean(1) * float('nan')", "not finite"), ("return points[:1, 0]", r"\(1, 3\) for 64"),
+    ("return 3", "AttributeError"), ("return points.mean(1) * 0", "all 0"), ("exit(3)", "SystemExit"),
+    ("return points", r"\(64, 8, 3\)")])
+def test_features_are_checked(code, complaint, tmp_path):
+    (tmp_path / "scorer.py").write_text(f"def cloud(points, normals, colours):\n    {code}\n")
+    points = np.ones((100, 8, 3))
+    with pytest.raises(UserError, match=complaint):
+        exam.Scorer(str(tmp_path / "scorer.py")).clouds(points, points, points)
+
+
+def test_pictures_need_a_trained_scorer(tmp_path, capsys):
+    assert run(evaluate.main, "ablate-rgs", "--scorer", "scorer.py", "--out", tmp_path) == 2
+    assert "has no features of pictures; give --prompts name caption" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- metrics
+
+def test_metrics_of_two_shapes_by_hand():
+    """Two points that move by 3 and 4; occupancies that share a third of their cells; a picture that is .1 lighter."""
+    a = np.array([[0., 0, 0], [10, 0, 0]])
+    b = a + [[3, 0, 0], [0, 4, 0]]
+    assert metrics.emd(a, b) == 3.5
+    assert metrics.chamfer(a, b) == 7
+    assert metrics.chamfer(a[:1], b) == 3 + (3 + 116 ** .5) / 2
+    assert [metrics.fscore(a, b, threshold) for threshold in (1, 3.5, 5)] == [0, .5, 1]
+    assert metrics.iou(np.array([1, 1, 0], bool), np.array([0, 1, 1], bool)) == 1 / 3
+    image = np.zeros((16, 16, 3))
+    assert metrics.psnr(image, image + .1) == pytest.approx(20)
+    assert metrics.ssim(image, image) == 1
+    assert metrics.ssim(image, image + .1) < 1
+
+
+def test_scores_of_prompts_by_hand():
+    prompts, samples = np.array([[1., 0], [0, 1]]), np.array([[0., 2], [3, 4]])   # cosines 0, 1; .6, .8
+    assert metrics.prompt_score(prompts, samples) == pytest.approx(.4)
+    assert metrics.r_precision(prompts, samples, np.eye(2, dtype=bool)) == .5
+    assert metrics.r_precision(prompts, samples, np.ones((2, 2), bool)) == 1
+
+
+def test_faces_within_some_bins_by_hand():
+    """Of three faces one is right, one is off by a bin, one by two; the order and the first corner do not matter."""
+    true = np.arange(27).reshape(3, 3, 3) * 4
+    found = true[[2, 0, 1]] + np.array([0, 1, 2])[:, None, None] * np.eye(3, dtype=int)
+    assert [metrics.faces_within(np.roll(found, 1, 1), true, bins) for bins in (0, 1, 2)] == [1 / 3, 2 / 3, 1]
+    assert metrics.faces_within(found[:1], true, 2) == 1 / 3
+
+
+def random_balls(rng, n, centre=0.):
+    """n noisy balls of different sizes: n k 3."""
+    x = rng.normal(size=(n, 300, 3)) * rng.uniform(.2, 1, (n, 1, 3)) + centre
+    return torch.tensor(x, dtype=torch.float)
+
+
+def test_the_matrix_has_the_distances_of_all_pairs():
+    rng = np.random.default_rng(0)
+    a, b = random_balls(rng, 20), random_balls(rng, 20)
+    matrix = metrics.chamfer_matrix(a, b)
+    assert all(abs(matrix[i, j] - metrics.chamfer(a[i], b[j])) < 1e-3 for i in range(3) for j in range(20))
+    assert torch.allclose(metrics.chamfer_matrix(a, a), metrics.chamfer_matrix(a, a.clone()), atol=1e-3)
+    assert metrics.diversity(a[:2]) == pytest.approx(metrics.chamfer(a[0], a[1]), abs=1e-3)
+
+
+def test_sets_of_copies_equals_and_strangers():
+    """MMD, COV and 1-NNA of copies, of a set of the same kind, of strangers, of one shape again and again."""
+    rng = np.random.default_rng(0)
+    real, equal, far = random_balls(rng, 20), random_balls(rng, 20), random_balls(rng, 20, 9.)
+    one_shape = torch.cat([real[:1]] * 20) + .001 * random_balls(rng, 20)
+    copies, equal, strange, lazy = (metrics.mmd_cov_1nna(x, real) for x in (real.clone(), equal, far, one_shape))
+    assert (copies["COV"], copies["1-NNA"]) == (1, 0)
+    assert copies["MMD"] < 1e-2
+    assert .3 < equal["1-NNA"] < .7
+    assert equal["COV"] > .25
+    assert strange["1-NNA"] == 1
+    assert strange["MMD"] > 9
+    assert lazy["COV"] == 1 / 20
+
+
+def test_memorisation_of_vectors():
+    """0 for training shapes, about 1 for others; by hand: 1 to the nearest, over the root of 17."""
+    train, held_out, new = np.random.default_rng(0).normal(size=(3, 400, 8))
+    assert metrics.memorisation(train[:20], held_out, train) < 1e-6
+    assert metrics.memorisation(new, held_out, train) == pytest.approx(1, rel=.05)
+    assert metrics.memorisation([[1., 0]], [[0, 5]], [[0., 0], [4, 4]]) == pytest.approx(1 / 17 ** .5)
+
+
+def test_frechet_distance_of_gaussians():
+    """If covariances commute it is sum (mu - nu)^2 + (sigma - tau)^2."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 4))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T        # mean 0, covariance 1 exactly
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    other = x * np.array([1., 2, 3, 4]) @ turn + [1, 2, 0, 0]
+    assert metrics.frechet(x @ turn, other) == pytest.approx(5 + 0 + 1 + 4 + 9, rel=1e-6)
+    assert abs(metrics.frechet(x, x)) < 1e-6
+
+
+def test_kernel_distance_term_by_term():
+    x = np.random.default_rng(0).normal(size=(2000, 4))
+    a, b = x[:5], x[5:9]
+    kernel = lambda u, v: (u @ v / 4 + 1) ** 3
+    within = lambda z: np.mean([kernel(u, v) for i, u in enumerate(z) for j, v in enumerate(z) if i != j])
+    across = np.mean([kernel(u, v) for u in a for v in b])
+    assert metrics.kernel_distance(a, b) == pytest.approx(within(a) + within(b) - 2 * across)
+    assert abs(metrics.kernel_distance(x[:1000], x[1000:])) < .05
+    assert metrics.kernel_distance(x[:1000], x[1000:] + .3) > .05
+
+
+@pytest.mark.parametrize("measure, complaint", [
+    (lambda x: metrics.chamfer(x[:0], x), "the first cloud has 0, at least 1"),
+    (lambda x: metrics.chamfer(x, x * np.nan), "second cloud holds numbers"),
+    (lambda x: metrics.emd(x, x[:3]), "of clouds of one size, not of 4 and 3"),
+    (lambda x: metrics.fscore(x[:, :2], x, .1), "has the shape (4, 2), not k 3"),
+    (lambda x: metrics.diversity(x[None]), "has 1, at least 2"),
+    (lambda x: metrics.mmd_cov_1nna(x[None], x[None]), "the set of samples has 1, at least 2"),
+    (lambda x: metrics.mmd_cov_1nna(np.stack([x, x]), np.stack([x] * 3)), "not 2 samples and 3"),
+    (lambda x: metrics.frechet(x[:1], x), "first set of features has 1"),
+    (lambda x: metrics.kernel_distance(x, x[:, :0]), "second set of features has"),
+    (lambda x: metrics.memorisation(x, x, x), "are training shapes"),
+    (lambda x: metrics.memorisation(x, x, x[:0]), "of training shapes has 0"),
+    (lambda x: metrics.iou(x > 99, x > 99), "not both empty"),
+])
+def test_what_cannot_be_measured_is_an_error(measure, complaint):
+    with pytest.raises(UserError) as caught:
+        measure(np.arange(12.).reshape(4, 3))
+    assert complaint in str(caught.value)

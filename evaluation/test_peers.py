@@ -1,0 +1,77 @@
+"""test_peers.py - the tests of the peers of the backbone."""
+
+import pytest
+import torch
+
+import backbone
+from conftest import WIDTHS, prompted, small_backbone
+from evaluation import peers
+from prompts import text_tower
+
+# ---------------------------------------------------------------------------- peers
+
+@pytest.mark.parametrize("size", backbone.SIZES)
+def test_peers_are_as_large(size):
+    """Of every size, all generators have the same number of parameters, to 6 %."""
+    settings = dict(tokens=64, channels=16, widths=WIDTHS, **backbone.SIZES[size])
+    with torch.device("meta"):
+        models = {name: kind(**settings) for name, kind in peers.GENERATORS.items()}
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert all(abs(count / counts["masked"] - 1) < .06 for count in counts.values()), counts
+
+
+@pytest.mark.parametrize("generator", peers.GENERATORS)
+def test_every_generator_learns_what_belongs_to_a_prompt(generator):
+    """Two prompts, two sets of tokens: after some steps each prompt gives its own."""
+    torch.manual_seed(0)
+    sizes = dict(dim=32, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2)
+    model = peers.GENERATORS[generator](tokens=6, channels=3, widths={"text": 8}, **sizes)
+    x = torch.randn(2, 6, 3).repeat(4, 1, 1)                                      # b n c
+    text, mask = torch.randn(2, 4, 8).repeat(4, 1, 1), torch.ones(8, 4, dtype=torch.bool)
+    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
+    for _ in range(250):
+        model.loss(x, {"text": (text, mask)}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    samples = model.eval().generate({"text": (text[:2], mask[:2])}, [0, 1], steps=4, cfg=1.)
+    distance = ((samples[:, None] - x[None, :2]) ** 2).mean((2, 3)).sqrt()        # 2 2
+    assert distance.diag().max() < .35
+    assert min(distance[0, 1], distance[1, 0]) > .7
+
+
+def test_a_chain_does_not_look_ahead():
+    """autoregressive: c_i depends on every token before i and on none from it on."""
+    model, condition = small_backbone(generator="autoregressive")
+    prefix, x = model.prefix(condition), torch.randn(3, 26, 8)
+    c, changed = model.contexts(prefix, x), x.clone()
+    changed[:, 10] += 1
+    same = torch.isclose(c, model.contexts(prefix, changed), atol=1e-6).all(-1).all(0)
+    assert same[:11].all()
+    assert not same[11:].any()                         # c_11 is the first context vector that depends on x_10
+
+
+@pytest.mark.parametrize("generator", ["masked", "pooled", "cross"])
+def test_contexts_depend_on_the_condition_not_on_its_order(generator):
+    """The context vectors depend on the condition tokens, not on their order nor on those behind the mask."""
+    model, condition = small_backbone(generator=generator)[0], prompted()
+    x, order = torch.randn(3, 27, 8), torch.rand(3, 27).argsort(1)
+
+    def contexts(change):
+        changed = {kind: change(tokens, mask) for kind, (tokens, mask) in condition.items()}
+        return model.contexts(model.prefix(changed), x, order, 9, order)          # b n d
+
+    plain = contexts(lambda tokens, mask: (tokens, mask))
+    turned = contexts(lambda tokens, mask: (tokens.flip(1), mask.flip(1)))
+    noisy = contexts(lambda tokens, mask: (tokens.masked_fill(~mask[..., None], 9.), mask))
+    negated = contexts(lambda tokens, mask: (-tokens, mask))
+    assert torch.allclose(plain, turned, atol=1e-5)
+    assert torch.allclose(plain, noisy, atol=1e-5)
+    assert not torch.allclose(plain, negated, atol=1e-3)
+
+
+def test_a_bag_of_words_has_no_order():
+    bag = text_tower.BagOfWords("cpu")
+    texts = "a red chair with a blue lamp", "blue with lamp red chair", "a blue chair"
+    plain, turned, other = (bag.tokens([text])[0] for text in texts)
+    assert torch.allclose(plain, turned, atol=1e-5)
+    assert not torch.allclose(plain, other, atol=.1)

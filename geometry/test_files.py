@@ -1,0 +1,321 @@
+"""test_files.py - the tests of prepared sets, and shapes from files of any kind."""
+import contextlib
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+
+import data
+import train
+from conftest import HERE, TrueHead, assert_one_line, run, same_files
+from engine.commands import UserError
+from evaluation import judges
+from geometry import mesh_files, meshes, prepare, real, shapes, soup, training_samples
+
+# ---------------------------------------------------------------------------- data
+
+@pytest.mark.parametrize("name", ["points.npy", "surface-00000.json"])
+def test_damaged_cache_is_one_line(prepared, name, tmp_path):
+    """A file that is cut short is named as such, with what to do."""
+    folder = shutil.copytree(prepared[1].folder, tmp_path / "set")
+    (folder / name).write_bytes((folder / name).read_bytes()[:500])
+    with pytest.raises(UserError, match="delete it"):
+        data.Prepared(folder, prepared[1].source, ["surface"])
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Preparation in threads, which see all patches; a thread can neither ignore Ctrl-C nor take signals."""
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(prepare, "start_worker", lambda parent: None)
+    monkeypatch.setattr(mesh_files, "limit", lambda seconds: contextlib.nullcontext())
+
+
+def test_interrupted_preparation_resumes(tmp_path, monkeypatch, in_threads):
+    """Killed in the middle of a chunk and started again = never interrupted, byte by byte."""
+    monkeypatch.setattr(prepare, "CHUNK", 3)
+    whole = data.prepare("train", 8, tmp_path / "whole", workers=1)
+    take_surface = training_samples.take_surface
+
+    def stop_at_fifth(shape, rng):
+        if rng.bit_generator.seed_seq.entropy == (0, 4, 1):
+            raise InterruptedError
+        return take_surface(shape, rng)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setitem(training_samples.TAKE, "surface", stop_at_fifth)
+        data.prepare("train", 8, tmp_path / "cut", workers=1)
+    cut = tmp_path / "cut" / whole.folder.name
+    assert (cut / "surface-00000.json").is_file() and not (cut / "surface-00001.json").is_file()
+    assert len(data.prepare("train", 8, tmp_path / "cut", workers=1)) == 8 and same_files(whole.folder, cut)
+
+
+def test_other_shapes_are_another_set(monkeypatch):
+    """One part of one shape that looks different changes the fingerprint."""
+    make, fingerprint = shapes.make, prepare.fingerprint.__wrapped__        # not the cached one
+    first, second = fingerprint(), fingerprint()
+
+    def changed(seed, index):
+        shape = make(seed, index)
+        shape.parts[0].sides += index == 100
+        return shape
+
+    monkeypatch.setattr(shapes, "make", changed)
+    assert first == second != fingerprint()
+
+
+# ---------------------------------------------------------------------------- shapes of files
+
+def sheets():
+    """An open box of five sheets, two of them inside out, with a hidden ball inside and a ball on top."""
+    box, turned = trimesh.creation.box((1, 1, 1)), np.array([2, 3, 8, 9])
+    faces = np.asarray(box.faces)[np.asarray(box.face_normals)[:, 1] > -.5].copy()
+    faces[turned] = faces[turned, ::-1]
+    above, inside = trimesh.creation.icosphere(2, .3), trimesh.creation.icosphere(2, .2)
+    above.apply_translation((0, .7, 0))
+    return trimesh.util.concatenate([trimesh.Trimesh(box.vertices, faces, process=False), above, inside])
+
+
+def white_soup(vertices, faces):
+    return soup.Soup(np.asarray(vertices), np.asarray(faces), np.ones((len(faces), 3)))
+
+
+def test_soup_is_a_solid():
+    """A ball with every other face inside out and a hidden box: distances are those of the ball and its skin."""
+    ball, inner = trimesh.creation.icosphere(4, .8), trimesh.creation.box((.3, .3, .3))
+    faces = np.asarray(ball.faces).copy()
+    faces[::2] = faces[::2, ::-1]
+    both = trimesh.util.concatenate([trimesh.Trimesh(ball.vertices, faces, process=False), inner])
+    solid = white_soup(both.vertices, both.faces)
+    x = np.random.default_rng(0).uniform(-1, 1, (2000, 3))
+    true = np.linalg.norm(x, axis=1) - .8 - soup.SKIN
+    near = abs(true) < .2
+    assert abs(solid.distance(x[near]) - true[near]).max() < .006
+    assert (solid.distance(x[~near]) * true[~near] > 0).all()
+    points, normals, _ = solid.surface(500, np.random.default_rng(0))
+    assert abs(np.linalg.norm(points, axis=1) - .8 - soup.SKIN).max() < .006
+    assert ((points * normals).sum(1) > .75).all()
+
+
+def test_open_sheets_become_solid():
+    """A box without a bottom is hollow, and its walls are solid."""
+    mesh = sheets()
+    solid = white_soup(mesh.vertices, mesh.faces)
+    inside = np.array([(.5, 0, 0), (0, .5, .1), (0, .7, 0)])              # a wall, the top, the ball on top
+    assert (solid.distance(inside) < 0).all()
+    assert (solid.distance(np.array([(.3, 0, .3), (.6, 0, 0)])) > 0).all()
+
+
+def test_a_flat_square_is_a_thin_solid():
+    """Its mesh is closed and as thick as two skins. Edge on, a picture shows nothing."""
+    square = np.array([[-.5, 0, -.5], [.5, 0, -.5], [.5, 0, .5], [-.5, 0, .5]])
+    solid = white_soup(square, [[0, 1, 2], [0, 2, 3]])
+    vertices, faces, _ = solid.mesh()
+    assert meshes.watertight(faces)
+    assert abs(np.ptp(vertices, 0) - [1, 0, 1] - 2 * soup.SKIN).max() < .02
+    assert (training_samples.take_faces(solid, np.random.default_rng(0))["components"] >= 0).sum() > 10
+    pictures = training_samples.draw_pictures(solid, [(0, 30), (0, 0)])
+    assert [coverage.any() for coverage in pictures["picture_coverage"]] == [True, False]
+
+
+def test_a_mesh_needs_distances_only_near_the_surface():
+    """`side` is right only near the surface, and gives the same mesh as `distance`."""
+    mesh = sheets()
+    solid = white_soup(mesh.vertices, mesh.faces)
+    assert all(map(np.array_equal, soup.surface_of(solid.side), soup.surface_of(solid.distance)))
+
+
+def library(path, models, entries):
+    """A Sweet Home 3D library of these files and catalogue lines."""
+    lines = [f"{key}#{i}={value}" for i, entry in enumerate(entries, 1) for key, value in entry.items()]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("PluginFurnitureCatalog.properties", "\n".join(["license=CC0", *lines]).encode("latin-1"))
+        for name, content in models.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_library_is_read(tmp_path, capsys):
+    """Name, licence, author, rotation, icon and the colour of a material; a broken entry is skipped with the reason."""
+    box, icon = trimesh.creation.box((1, 2, 3)), io.BytesIO()
+    Image.new("RGBA", (32, 32), (255, 0, 0, 255)).save(icon, "png")
+    files = {"a/box.obj": "mtllib some.mtl\nusemtl red\n" + trimesh.exchange.obj.export_obj(box),
+             "a/some.mtl": "newmtl red\nKd 1 0 0\n", "a/box.png": icon.getvalue()}
+    good = {"name": "Caf\u00e9 tableTop 2", "model": "/a/box.obj", "icon": "/a/box.png", "creator": "Ann",
+            "modelRotation": "1 0 0 0 0 1 0 -1 0"}
+    skips = [{"model": "/../box.obj"}, {"model": "/a/none.obj"}, {"model": "/a/box.png"}]
+    unreadable = good | {"modelRotation": "one turn"}
+    items, skipped = real.list_items(library(tmp_path / "some.sh3f", files, [good, *skips, unreadable]))
+    shape = mesh_files.shape(items[0])
+    assert (items[0].captions, items[0].licence, items[0].author) == (["caf\u00e9 table top", "top"], "CC0", "Ann")
+    assert shape.icon.shape == (32, 32, 4) and (shape.colours == [1, 0, 0]).all()
+    assert np.allclose(np.ptp(shape.vertices, 0), np.array([1, 3, 2]) / 3 * mesh_files.LONGEST, atol=1e-4)
+    reasons = [re.search(r"outside|has no|none of", reason)[0] for _, reason in skipped]
+    assert reasons == ["outside", "has no", "none of"]
+    with pytest.raises(UserError, match="cannot be read"):
+        mesh_files.shape(items[1])
+    assert run(real.main, tmp_path / "some.sh3f") == 0 and "\n2 shapes, CC0, by Ann\n" in capsys.readouterr().out
+
+
+def test_a_caption_names_something():
+    """Sizes are left out of names, and captions that fit any shape are left out."""
+    assert real.tidy("Bookcase_45x160") == "bookcase"
+    assert real.Item("", "", captions=["3D model", "car model", "car model", "???", "model"]).captions == ["car model"]
+    assert real.Item("", "", captions=["a model"]).captions == ["shape"]
+
+
+def test_folder_is_read(tmp_path):
+    """Captions from a table, a text beside the mesh, ShapeNet's numbers or the names; a broken table is one line."""
+    for path in ("chairs/one.obj", "chairs/two.ply", "03001627/ab12/models/model_normalized.obj", "lamp_7.stl"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        trimesh.creation.box((1, 1, 1)).export(tmp_path / path)
+    table = 'file,caption\nchairs/one.obj,"a ""red"", chair"\nchairs/one.obj,a caf\xe9 chair\nnone.obj,x\n\n'
+    (tmp_path / "captions.csv").write_bytes(table.encode("latin-1"))
+    (tmp_path / "chairs" / "two.txt").write_text("a blue chair\n")
+    (tmp_path / "picture.tiff").write_bytes(b"")
+    items, skipped = real.list_items(tmp_path)
+    assert {item.key: item.captions for item in items} == {
+        "chairs/one.obj": ['a "red", chair', "a caf\xe9 chair", "chairs"], "chairs/two.ply": ["a blue chair", "chairs"],
+        "03001627/ab12/models/model_normalized.obj": ["chair"], "lamp_7.stl": ["lamp"]}
+    assert sorted(name for name, _ in skipped) == ["none.obj", "picture.tiff"]
+    for table, fault in (('chairs/one.obj,"a chair\nlamp_7.stl,a lamp\n', "is a quote open"),
+                         ("lamp_7.stl;a lamp\n", "no line of file,caption")):
+        (tmp_path / "captions.csv").write_text(table)
+        with pytest.raises(UserError, match=fault):
+            real.list_items(tmp_path)
+
+
+def broken_files():
+    """Files that are no shapes: name -> content and the expected reason, a regular expression."""
+    header = {"asset": {"version": "2.0"}, "extensionsRequired": ["KHR_draco_mesh_compression"]}
+    return {"cut.glb": (trimesh.creation.box((1, 1, 1)).export(file_type="glb")[:200], "cannot be read"),
+            "draco.gltf": (json.dumps(header).encode(), "compressed"),
+            "empty.obj": (b"# nothing\n", "read|triangles"),
+            "nan.obj": (b"v 0 0 0\nv nan 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"),
+            "other.stl": (b"\x89PNG\r\n\x1a\n not a mesh at all", "read|triangles|finite|area"),
+            "flat.off": (b"OFF\n3 1 0\n0 0 0\n1 1 1\n2 2 2\n3 0 1 2\n", "without area"),
+            "point.obj": (b"v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "single point")}
+
+
+def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
+    """Broken files are named with the reason, good ones are prepared; two files of one name in two folders are two."""
+    source = tmp_path / "source"
+    for folder in ("one", "two"):
+        (source / folder).mkdir(parents=True)
+        trimesh.creation.icosphere(2).export(source / folder / "ball.obj")
+    broken = broken_files()
+    for name, (content, _) in broken.items():
+        (source / name).write_bytes(content)
+    flags = ("--data", source, "--out", tmp_path / "cache", "--picture", tmp_path / "sheet.png", "--workers", 1)
+    assert run(data.main, *flags) == 0
+    assert "7 of 9 shapes" in capsys.readouterr().out and (tmp_path / "sheet.png").is_file()
+    table = next((tmp_path / "cache").glob("*/skipped.csv"))
+    with table.open() as file:
+        reasons = {row["file"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons.keys() == broken.keys()
+    assert all(re.search(broken[name][1], reason) for name, reason in reasons.items()), reasons
+
+    monkeypatch.setattr(prepare.Files, "in_split", lambda self, record: True)    # nothing is held out
+    split = data.prepare(out=tmp_path / "cache", kinds=("surface", "pictures"), data=source, workers=1)
+    points, _, _ = split.cloud(np.array([1]), 100, np.random.default_rng(0))
+    assert split.classes == ["one", "two"] and points.norm(dim=-1).min() > .89
+    monkeypatch.setitem(training_samples.TAKE, "surface", lambda *_: 1 / 0)
+    prepare.prepare_chunk(split.folder, split.source, 0, ["surface"])
+    again = data.Prepared(split.folder, split.source, ["surface"])
+    assert "(ZeroDivisionError: division by zero)" in again.broken["one/ball.obj"]
+
+
+def test_files_are_judged_by_their_own_samples(tmp_path, monkeypatch):
+    """A head that gives the true distances is right at the queries of a row, also if an earlier file was left out."""
+    monkeypatch.setattr(judges, "grid_iou", lambda *_: 1.)          # slow, and it does not read the samples
+    for i in range(4):
+        trimesh.creation.box((1, 1, 1 + i)).export(tmp_path / f"box{i}.obj")
+    (tmp_path / "a.obj").write_text("v 1 2 3")
+    split = data.prepare("train", out=tmp_path / "cache", data=tmp_path, workers=1)
+    assert len(split) > 1 and (split.rows > np.arange(len(split))).all()
+    heads = {"sdf": TrueHead(split.shape(0))}
+    assert judges.judge_sdf(heads, torch.zeros(1, 1), split, 0, None, contextlib.nullcontext, 0)["L1"] < .01
+
+
+def test_file_that_crashes_its_loader(tmp_path):
+    """A crash in somebody's C code costs that file alone."""
+    (tmp_path / "source").mkdir()
+    for name in ("a", "b", "c"):
+        trimesh.creation.box((1, 1, 1)).export(tmp_path / "source" / f"{name}.obj")
+    code = ("import os, data; from geometry import mesh_files; shape = mesh_files.shape\n"
+            "mesh_files.shape = lambda item, copy: os.abort() if 'b.obj' in item.key else shape(item, copy)\n"
+            f"print(data.prepare(out='{tmp_path}/cache', data='{tmp_path}/source', workers=1).broken)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert "{'b.obj': 'the loader crashed twice on this file'}" in done.stdout, done.stderr
+
+
+def test_file_that_takes_too_long(tmp_path, monkeypatch):
+    """A loader that never ends is stopped."""
+    monkeypatch.setattr(mesh_files, "SECONDS", 1)
+    monkeypatch.setattr(mesh_files, "load_meshes", lambda *_: time.sleep(30))
+    trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
+    with pytest.raises(UserError, match="more than 1 seconds"):
+        mesh_files.shape(real.list_items(tmp_path)[0][0])
+
+
+@pytest.mark.parametrize("make, complaint", [
+    (lambda path: None, "there is no"), (lambda path: path.mkdir(), "holds no shapes"),
+    (lambda path: path.write_bytes(b"no zip"), "no Sweet Home 3D library")])
+def test_bad_data_is_one_line(make, complaint, tmp_path, capsys):
+    """A path that does not exist, an empty folder, a library that is no ZIP file."""
+    path = tmp_path / "some.sh3f"
+    make(path)
+    assert run(data.main, "--data", path, "--out", tmp_path / "cache") == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+
+
+def test_shards_are_the_whole(tmp_path, monkeypatch, in_threads):
+    """Two shares prepared one after the other = all at once; the first alone lacks the shapes of the other."""
+    monkeypatch.setattr(prepare, "CHUNK", 2)
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(4):
+        trimesh.creation.box((1, 1 + i, 1)).export(source / f"box{i}.obj")
+    arguments = dict(data=source, workers=1)
+    whole = data.prepare(out=tmp_path / "whole", **arguments)
+    second = data.prepare(out=tmp_path / "shares", shard=(1, 2), **arguments)
+    both = data.prepare(out=tmp_path / "shares", shard=(0, 2), **arguments)
+    assert len(second) <= 2 and same_files(whole.folder, both.folder)
+    assert not len(data.prepare(out=tmp_path / "none", shard=(2, 3), **arguments))         # a share without a chunk
+    held_out = data.prepare("test", out=tmp_path / "whole", **arguments)
+    assert held_out.folder == whole.folder and held_out.name != whole.name       # one folder; caches have the name
+    assert len(held_out) + len(whole) == 4 and not set(held_out.rows) & set(whole.rows)
+
+
+def test_too_few_files_to_train_on(tmp_path, capsys):
+    """One file leaves nothing to hold out."""
+    trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
+    flags = ("--data", tmp_path / "box.obj", "--cache", tmp_path / "cache", "--out", tmp_path / "run")
+    assert run(train.main, *flags) == 2
+    assert_one_line(capsys.readouterr().err.split("\n")[-2], "two of each are needed")
+
+
+def test_batches_are_functions_of_their_generator(prepared):
+    """The same generator gives the same batch; the distances in it are those of the shapes in its rows."""
+    split, rows = prepared[0], np.array([3, 20])
+    batch, again, other = (split.queries(rows, 640, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    points, normals, colours = split.cloud(rows, 1024, np.random.default_rng(0))
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not torch.equal(batch["queries"], other["queries"])
+    for i, row in enumerate(rows):
+        shape = split.shape(row)
+        assert abs(shape.distance(batch["queries"][i].numpy()) - batch["distance"][i].numpy()).max() < 1e-3
+        assert abs(shape.distance(points[i].numpy())).max() < 2e-3          # points are stored in half precision
+    assert (normals.norm(dim=-1) - 1).abs().max() < .02 and 0 <= colours.min() <= colours.max() <= 1

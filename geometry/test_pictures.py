@@ -1,0 +1,170 @@
+"""test_pictures.py - the tests of pictures, and files that come out."""
+import re
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from conftest import TrueHead
+from engine.commands import UserError
+from geometry import export, render, shapes, surface
+from geometry.light import to_linear, view_rotation
+
+# ---------------------------------------------------------------------------- pictures and files
+
+def ball(radius=.7):
+    shape = shapes.Shape("ball", [shapes.ball((0, 0, 0), radius, "red")], {}, [])
+    return surface.extract(TrueHead(shape), torch.zeros(1, 1), 32)
+
+
+def test_glb_round_trip(tmp_path):
+    """Vertices and faces are read exactly, colours to five decimals; other readers open it; same mesh, same bytes."""
+    vertices, faces, _ = ball()
+    colours = np.random.default_rng(0).random(vertices.shape, np.float32)
+    for name in "ab":
+        export.write_glb(tmp_path / f"{name}.glb", vertices, faces, colours)
+    assert (tmp_path / "a.glb").read_bytes() == (tmp_path / "b.glb").read_bytes()
+    again = export.read_shape(tmp_path / "a.glb")
+    assert np.array_equal(again.vertices, vertices) and np.array_equal(again.faces, faces)
+    assert abs(again.colours - colours).max() < 1e-5
+    assert trimesh.load(tmp_path / "a.glb", force="mesh").is_watertight
+    with pytest.raises(UserError, match="ends in .glb"):
+        export.write_glb(tmp_path / "a.obj", vertices, faces, colours)
+
+
+def test_glb_of_others(tmp_path):
+    """Colours in 8 bits are the same colours. A mesh without colours, two meshes, bad vertices: one line each."""
+    vertices, faces, colours = ball()
+    linear = (255 * to_linear(torch.from_numpy(colours))).round().byte().numpy()
+    export.write_glb(tmp_path / "ours.glb", vertices, faces, colours)
+    for scale, name in ((1, "theirs"), (np.nan, "nan"), (9, "far")):
+        mesh = trimesh.Trimesh(vertices * scale, faces, vertex_colors=linear, process=False)
+        mesh.export(tmp_path / f"{name}.glb")
+    trimesh.Trimesh(vertices, faces, process=False).export(tmp_path / "grey.glb")
+    trimesh.Scene([trimesh.Trimesh(vertices + i, faces) for i in range(2)]).export(tmp_path / "two.glb")
+    export.Mesh(vertices, faces, colours, smooth=False).save(tmp_path / "flat.glb")
+    export.write_glb(tmp_path / "thin.glb", vertices * [1, 0, 0], faces, colours)
+
+    ours, theirs = export.read_shape(tmp_path / "ours.glb"), export.read_shape(tmp_path / "theirs.glb")
+    assert abs(ours.colours - theirs.colours).max() < .02
+    assert ours.smooth and not export.read_shape(tmp_path / "flat.glb").smooth
+    for name, complaint in (("grey", "no vertex colours"), ("two", "holds 2 meshes"), ("nan", "not finite"),
+                            ("far", "reaches to"), ("none", "cannot read"), ("thin", "no area")):
+        with pytest.raises(UserError, match=complaint):
+            export.read_shape(tmp_path / f"{name}.glb")
+
+
+def gaussians(count, seed=0):
+    """Of all kinds: needles, discs, nearly opaque and nearly clear, some outside the picture."""
+    rng = np.random.default_rng(seed)
+    arrays = (rng.uniform(-1.2, 1.2, (count, 3)), np.exp(rng.uniform(-5, -1.5, (count, 3))),
+              rng.standard_normal((count, 4)), rng.uniform(.02, .99, count), rng.random((count, 3)))
+    return [torch.from_numpy(x.astype(np.float32)) for x in arrays]
+
+
+def saved_gaussians(path, count):
+    """Gaussians in a file -> Gaussians."""
+    means, scales, rotations, opacities, colours = (x.numpy() for x in gaussians(count))
+    rotations /= np.linalg.norm(rotations, axis=1, keepdims=True)
+    g = export.Gaussians(means, scales, rotations, opacities, colours)
+    g.save(path)
+    return g
+
+
+def splat_by_pixel(means, scales, rotations, opacities, colours, azimuth, elevation, size, background):
+    """Every Gaussian at every pixel, in float64, by the formulas of the paper, not by geometry/render.py."""
+    a, e = np.radians([azimuth, elevation])
+    view = np.array([[np.cos(a), 0, -np.sin(a)], [-np.sin(a) * np.sin(e), np.cos(e), -np.cos(a) * np.sin(e)],
+                     [np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)]])
+    focal, image = render.EYE / render.HALF * size / 2, np.tile(np.asarray(background, float), (size, size, 1))
+    x = means @ view.T
+    pixels = np.stack(np.mgrid[:size, :size][::-1], -1) + .5       # size size 2: x, y
+    for i in np.argsort(x[:, 2]):                                  # far to near: each covers those behind it
+        (u, v), distance = x[i, :2], render.EYE - x[i, 2]
+        centre = size / 2 + focal * np.array([u, -v]) / distance
+        jacobian = focal / distance * np.array([[1, 0, u / distance], [0, -1, -v / distance]]) @ view
+        rotation = Rotation.from_quat(rotations[i][[1, 2, 3, 0]]).as_matrix()
+        covariance = jacobian @ rotation @ np.diag(scales[i] ** 2) @ rotation.T @ jacobian.T + .3 * np.eye(2)
+        offset, inverse = pixels - centre, np.linalg.inv(covariance)
+        alpha = opacities[i] * np.exp(-.5 * np.einsum("yxi,ij,yxj->yx", offset, inverse, offset))
+        alpha = np.minimum(alpha, .99)[..., None]
+        image = alpha * colours[i] + (1 - alpha) * image
+    return image
+
+
+def test_splatting_is_the_formula():
+    """By tiles = one Gaussian after the other over every pixel, whatever the number of tiles at a time."""
+    g = gaussians(60)
+    true = splat_by_pixel(*(x.double().numpy() for x in g), 40, 25, 40, (.2, .5, 1.))
+    for tiles in (1, 4, 100):
+        error = abs(render.splat(*g, 40, 25, 40, (.2, .5, 1.), tiles).numpy() - true)
+        assert error.max() < .02 and error.mean() < 1e-3           # splat draws nothing beyond 3 sigma
+
+
+def test_splatting_has_true_gradients(monkeypatch):
+    """The gradient of every input = finite differences, in double precision."""
+    monkeypatch.setattr(render, "TILE", 8)
+    g = [x.double().requires_grad_() for x in gaussians(4, seed=3)]
+    with torch.no_grad():
+        g[1].clamp_(min=.15)                                       # wide: their rim at 3 sigma lies outside the picture
+    monkeypatch.setattr(render, "view_rotation", lambda *angles: view_rotation(*angles).double())
+    assert torch.autograd.gradcheck(lambda *g: render.splat(*g, 40, 25, 6), g, eps=1e-6, atol=1e-4)
+
+
+def test_gaussians_round_trip(tmp_path):
+    """The 3DGS layout: we read the same values and draw the same picture; another reader reads the same values."""
+    g = saved_gaussians(tmp_path / "g.ply", 300)
+    again = export.read_shape(tmp_path / "g.ply")
+    for name in ("means", "scales", "rotations", "opacities", "colours"):
+        assert abs(getattr(again, name) - getattr(g, name)).max() < 1e-5
+    assert abs(g.picture(64).astype(int) - again.picture(64)).max() <= 1
+    other = trimesh.load(tmp_path / "g.ply").metadata["_ply_raw"]["vertex"]["data"]
+    names = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
+    assert list(other.dtype.names) == names and np.array_equal(other["x"].ravel(), g.means[:, 0])
+    assert np.allclose(1 / (1 + np.exp(-other["opacity"].ravel())), g.opacities, atol=1e-5)
+    assert np.allclose(np.exp(other["scale_1"].ravel()), g.scales[:, 1], rtol=1e-5)
+    assert np.allclose(other["f_dc_2"].ravel() * .28209479 + .5, g.colours[:, 2], atol=1e-5)
+
+
+def test_cloud_round_trip(tmp_path):
+    """Points, normals and 8-bit colours, as we and another reader read them."""
+    rng = np.random.default_rng(0)
+    cloud = export.Cloud(*(rng.random((50, 3)).astype(np.float32) for _ in range(3)))
+    cloud.save(tmp_path / "c.ply")
+    again, other = export.read_shape(tmp_path / "c.ply"), trimesh.load(tmp_path / "c.ply")
+    assert np.array_equal(again.points, cloud.points) and np.array_equal(again.normals, cloud.normals)
+    assert np.array_equal(other.vertices.astype(np.float32), cloud.points)
+    assert np.array_equal(other.colors[:, :3], np.round(cloud.colours * 255))
+    assert abs(again.colours - cloud.colours).max() < .002
+
+
+@pytest.mark.parametrize("damage, complaint", [
+    (lambda b: b.replace(b"f_dc_1", b"f_no_1"), "has no f_dc_1"),
+    (lambda b: b.replace(b"binary_little_endian", b"ascii"), "only binary"),
+    (lambda b: b[:-4] + np.float32(np.nan).tobytes(), "not finite"), (lambda b: b[:-1], "truncated"),
+    (lambda b: b[3:], "not a PLY"), (lambda b: b"", "not a PLY"),
+    (lambda b: b.replace(b"element vertex", b"element edges "), "not 'vertex'"),
+    (lambda b: re.sub(rb"vertex \d+", b"vertex -5", b), "not 'vertex'"),
+    (lambda b: re.sub(rb"vertex \d+", b"vertex 0", b), "no points")])
+def test_bad_ply_is_one_line(damage, complaint, tmp_path):
+    """Missing fields, ASCII, NaN, truncated, another kind of file."""
+    saved_gaussians(tmp_path / "g.ply", 5)
+    (tmp_path / "bad.ply").write_bytes(damage((tmp_path / "g.ply").read_bytes()))
+    with pytest.raises(UserError, match=complaint):
+        export.read_shape(tmp_path / "bad.ply")
+
+
+def test_contact_sheet_holds_every_picture(tmp_path):
+    """Five pictures in three columns: the size is as computed, each picture is found in its place, also in the file."""
+    pictures = [np.full((32, 32, 3), 40 * i, np.uint8) for i in range(5)]
+    sheet = render.contact_sheet(pictures, 3)
+    assert sheet.shape == (2 * 36 + 4, 3 * 36 + 4, 3)
+    for i, picture in enumerate(pictures):
+        y, x = 4 + i // 3 * 36, 4 + i % 3 * 36
+        assert (sheet[y:y + 32, x:x + 32] == picture).all()
+    render.save_png(tmp_path / "sheet.png", sheet)
+    assert (np.asarray(Image.open(tmp_path / "sheet.png")) == sheet).all()
+    assert render.contact_sheet(pictures, 3, labels=list("abcde")).shape[0] > sheet.shape[0]

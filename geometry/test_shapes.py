@@ -1,0 +1,320 @@
+"""test_shapes.py - the tests of built-in shapes, low-poly meshes, surfaces."""
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import trimesh
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+import heads
+from conftest import TrueHead
+from engine import networks
+from engine.commands import UserError
+from geometry import meshes, prepare, shapes, solids, surface, training_samples
+from geometry.captions import NUMBERS
+
+# ---------------------------------------------------------------------------- shapes
+
+@pytest.mark.parametrize("index", range(len(shapes.CLASSES)), ids=shapes.CLASSES)
+def test_distance_is_that_to_the_surface(index):
+    """The field = a search among 200,000 samples of the visible surface (.006 apart), in size and in sign."""
+    shape, rng = shapes.make(3, index), np.random.default_rng(0)
+    points, normals, _ = shape.surface(200_000, rng)
+    x = (points[:3000] + rng.normal(0, .06, (3000, 3))).astype(np.float32)
+    field, (distance, nearest) = shape.distance(x), cKDTree(points).query(x)
+    deep = field < 1e-4 - surface.TRUNCATION                            # here the field is only a bound
+    error = abs(abs(field) - distance)[~deep]
+    assert error.mean() < .002
+    assert np.quantile(error, .99) < .008
+    assert error.max() < .04
+    assert (distance[deep] > surface.TRUNCATION - .02).all()
+    assert (field[~deep] < 0).sum() > 500
+    side = ((x - points[nearest]) * normals[nearest]).sum(1)            # which side of the nearest sample
+    clear = abs(side) > .7 * distance
+    assert clear.mean() > .9
+    assert ((side > 0) == (field > 0))[clear].mean() > .999
+
+
+@pytest.mark.parametrize("index", range(len(shapes.CLASSES)), ids=shapes.CLASSES)
+def test_surface_points_lie_on_the_surface(index):
+    """At surface points the distance is 0, its gradient is the normal (but at creases), colours are those of parts."""
+    shape = shapes.make(4, index)
+    points, normals, colours = shape.surface(2000, np.random.default_rng(0))
+    assert len(points) == 2000
+    assert abs(shape.distance(points)).max() < 1e-4
+    steps = .002 * np.eye(3, dtype=np.float32)
+    rise = np.stack([shape.distance(points + step) - shape.distance(points - step) for step in steps], 1)
+    assert ((rise / .004 * normals).sum(1) > .98).mean() > .9
+    assert {tuple(colour) for colour in colours} <= {tuple(np.float32(colour)) for colour in shape.palette}
+
+
+def test_shapes_are_functions_of_seed_and_index():
+    """The same (seed, index) gives the same shape, bit by bit. Another seed or index gives another."""
+    x = np.random.default_rng(0).uniform(-1, 1, (500, 3))
+    one, again, *others = [shapes.make(*key) for key in ((0, 5), (0, 5), (1, 5), (0, 18))]
+    assert one.captions == again.captions
+    assert (one.distance(x) == again.distance(x)).all()
+    assert all((one.distance(x) != other.distance(x)).mean() > .5 for other in others)
+
+
+def test_train_and_test_never_meet(prepared):
+    """Both sets have every class and no shape in common."""
+    training, test = prepared
+    assert set(training.classes) == set(test.classes) == set(shapes.CLASSES)
+    assert max(prepare.TRAIN_SHAPES, 10 ** 7) <= prepare.TEST == min(record["index"] for record in test.records)
+    clouds = [{split.arrays["points"][row].tobytes() for row in range(26)} for split in prepared]
+    assert len(clouds[0]) == len(clouds[1]) == 26
+    assert not clouds[0] & clouds[1]
+
+
+def test_shapes_fill_their_box():
+    """The longest side is 1.8, and the shape is centred: nothing comes near the faces of [-1, 1]^3."""
+    for index in range(26):
+        points, _, _ = shapes.make(2, index).surface(20_000, np.random.default_rng(0))
+        low, high = points.min(0), points.max(0)
+        assert abs((high - low).max() - 1.8) < .02
+        assert abs(low + high).max() < .04
+
+
+def test_captions_are_true():
+    """Captions are lowercase, the class name comes first. They name arms, engines and numbers as the shape has them."""
+    for index in range(520):
+        shape = shapes.make(1, index)
+        has = shape.attributes
+        assert shape.captions[0] == shape.name
+        assert len(set(shape.captions)) == len(shape.captions) >= 5
+        for caption in shape.captions:
+            assert caption == caption.lower()
+            for noun in ("arms", "handle", "label", "stripe", "footboard", "engines"):
+                if re.search(rf"\b{noun}\b", caption):
+                    without = bool(re.search(rf"without[\w ]* {noun}|without {noun}", caption))
+                    assert bool(has[noun]) != without, (caption, has)
+            counts = {"boards", "cushions", "legs", "engines", "layers"} & has.keys()
+            for number, noun in re.findall(r"\b(one|two|three|four|five|[1-5]) (?:\w+ )?(\w+?)\b", caption):
+                plural = next((count for count in counts if noun.rstrip("s") == count.rstrip("s")), None)
+                assert plural is None or int(NUMBERS.get(number, number)) == has[plural], (caption, has)
+
+
+def test_counts_hold_on_the_geometry():
+    """Slices of the field have as many table legs and shelf boards as the captions say."""
+    s = np.linspace(-.95, .95, 400)
+    plane = np.stack(np.meshgrid(s, [0], s, indexing="ij"), -1).reshape(-1, 3)           # half way up
+    column = np.stack([0 * s, s, 0 * s + .05], 1)                                        # clear of the back
+    for number in range(0, 12 * 13, 13):
+        table = shapes.make(5, number + shapes.CLASSES.index("table"))
+        shelf = shapes.make(5, number + shapes.CLASSES.index("shelf"))
+        assert ndimage.label(table.distance(plane).reshape(400, 400) < 0)[1] == table.attributes["legs"]
+        assert ndimage.label(shelf.distance(column) < 0)[1] == shelf.attributes["boards"]
+
+
+# ---------------------------------------------------------------------------- low-poly meshes
+
+def one_hot_bins(corners):
+    """Corners f 3 3 -> distributions over the bins that are sure: f 3 3 BINS."""
+    return np.eye(meshes.BINS)[corners]
+
+
+def closed_components(vertices, faces):
+    return trimesh.Trimesh(vertices, faces, process=False).split(only_watertight=True)
+
+
+@pytest.mark.parametrize("fine, most, near", [(False, 256, .11), (True, 10_000, .006)], ids=["low", "fine"])
+@pytest.mark.parametrize("index", [*range(len(shapes.CLASSES)), 25], ids=[*shapes.CLASSES, "round tree"])
+def test_meshes_are_closed_and_near(index, fine, most, near):
+    """A low-poly mesh has at most 256 faces. Both meshes are closed, outward and near, the fine one nearer."""
+    shape = shapes.make(3, index)
+    vertices, faces, colours = shape.mesh(fine)
+    assert len(faces) == len(colours) <= most
+    components = closed_components(vertices, faces)
+    assert len(components) == sum(fine or part.sides > 0 for part in shape.parts)
+    assert all(component.volume > 0 for component in components)
+    visible, _, _ = meshes.sample_surface(vertices, faces, 500, np.random.default_rng(0), hidden=False)
+    assert abs(shape.distance(visible)).max() < near
+
+
+def test_canonical_order_ignores_the_order_of_a_file():
+    """Shuffled faces, rotated corners and renumbered vertices give the same sequence. Inside out is another mesh."""
+    vertices, faces, colours = shapes.make(0, 2).mesh()
+    canonical, rng = meshes.canonical(vertices, faces, colours), np.random.default_rng(0)
+    for _ in range(3):
+        rows, number = rng.permutation(len(faces)), rng.permutation(len(vertices))
+        turned = np.stack([np.roll(face, rng.integers(3)) for face in faces[rows]])
+        other = meshes.canonical(vertices[np.argsort(number)], number[turned], colours[rows])
+        assert all(map(np.array_equal, canonical, other))
+    assert not np.array_equal(meshes.canonical(vertices, faces[:, ::-1], colours)[0], canonical[0])
+
+
+def test_canonical_order_walks_over_edges():
+    """Each component starts at its highest vertex. Every other face is entered over an edge of an earlier face."""
+    vertices, faces, colours = shapes.make(0, 2).mesh()
+    corners, _, number = meshes.canonical(vertices, faces, colours)
+    assert len(corners) == len(faces)
+    for component in np.split(corners, np.flatnonzero(np.diff(number)) + 1):
+        assert component[0, 0, 1] == component[..., 1].max()
+        edges = [list(map(tuple, np.stack([face, np.roll(face, -1, 0)], 1).reshape(3, 6))) for face in component]
+        assert all(tuple(np.roll(face[0], 3)) in sum(edges[:i], []) for i, face in enumerate(edges) if i)
+
+
+def test_a_bulging_ball_keeps_its_order():
+    """Wherever a low-poly ball bulges, its faces come in the order of the round one."""
+    part = solids.ball((0, 0, 0), .6, "green", 15)
+    x, faces = part.mesh(fine=False)
+    names, rng = np.repeat(np.arange(len(faces))[:, None], 3, 1), np.random.default_rng(0)
+    _, order, _ = meshes.canonical(x, faces, names)
+    for turn in rng.uniform(0, 2 * np.pi, 8):
+        centre = .35 * np.sin(turn), rng.uniform(-.3, 0), .35 * np.cos(turn)
+        bulging = solids.ball(centre, .4, "green").bulge(x, part.centre)
+        assert np.linalg.norm(bulging, axis=1).max() > .7
+        assert np.array_equal(meshes.canonical(bulging, faces, names)[1], order)
+
+
+@pytest.mark.parametrize("index", range(len(shapes.CLASSES)), ids=shapes.CLASSES)
+def test_welding_closes_what_was_closed(index):
+    """Single faces become closed components in their old places. With corners that are off by a bin they nearly do."""
+    shape, rng = shapes.make(0, index), np.random.default_rng(0)
+    corners, *_ = meshes.canonical(*shape.mesh())
+    vertices, faces, unfolded = meshes.weld(one_hot_bins(corners))
+    assert unfolded.all() and meshes.watertight(faces)
+    assert abs(vertices[faces] - corners).max() < 1e-6
+    assert len(closed_components(vertices, faces)) == sum(part.sides > 0 for part in shape.parts)
+    off = (rng.random(corners.shape) < .1) * rng.integers(-1, 2, corners.shape)
+    _, faces, unfolded = meshes.weld(one_hot_bins((corners + off).clip(0, meshes.BINS - 1)))
+    assert meshes.closed_edges(faces) > .98
+    assert unfolded.mean() > .9
+
+
+def test_holes_are_closed():
+    """A mesh without one face gets that face again. A closed mesh and an empty one stay as they are."""
+    corners, *_ = meshes.canonical(*shapes.make(0, 12).mesh())
+    _, faces, _ = meshes.weld(one_hot_bins(np.delete(corners, len(corners) // 2, 0)))
+    closed = meshes.close_holes(faces)
+    assert not meshes.watertight(faces) and meshes.watertight(closed)
+    assert np.array_equal(closed[:-1], faces)
+    assert np.array_equal(meshes.close_holes(closed), closed)
+    assert len(meshes.close_holes(faces[:0])) == meshes.closed_edges(faces[:0]) == 0
+    assert [len(x) for x in meshes.weld(one_hot_bins(corners[:0]))] == [0, 0, 0]
+
+
+def test_unsure_corners_decide_together():
+    """Two meshes 12 bins apart are about as likely. Each corner leans to one by chance. The welded mesh is closed,
+    and more vertices than corners lie where the likelier mesh has them."""
+    corners, *_ = meshes.canonical(*shapes.make(0, 0).mesh())
+    lean = .52 + .2 * (np.random.default_rng(0).random((*corners.shape, 1)) - .5)
+    share = lean * one_hot_bins(corners) + (1 - lean) * one_hot_bins(corners - 12)
+    vertices, faces, unfolded = meshes.weld(share)
+    assert unfolded.all() and meshes.watertight(faces)
+    assert (share.argmax(-1) == corners).mean() < .65
+    assert (np.round(vertices[faces]) == corners).mean() > .75
+
+
+@pytest.mark.parametrize("unsure", [None, 0, 2])
+def test_unsure_components_are_left_out_whole(unsure, monkeypatch):
+    """If every second face of a component is unsure, the mesh has all other components. If none is, it is whole."""
+    corners, _, components = meshes.canonical(*shapes.make(0, 1).mesh())                 # a chair
+    head, bins = heads.MeshHead(2, 4, 64, 2), F.one_hot(torch.from_numpy(corners).flatten(1), meshes.BINS)
+    exists = torch.full((1, len(corners)), 6.)
+    exists[:, (components == unsure) & (np.arange(len(corners)) % 2 == 0)] = 0.
+    monkeypatch.setattr(head, "logits", lambda levels: levels)
+    monkeypatch.setattr(head, "forward", lambda tokens: (20. * bins[None], exists, torch.ones(*exists.shape, 3)))
+    mesh, sure = head.decode(torch.zeros(8, 4), {}, None), components != unsure
+    assert meshes.watertight(mesh.faces) and len(mesh.faces) == sure.sum()
+    true = np.unique(meshes.bin_centres(corners[sure]).reshape(-1, 3), axis=0)
+    assert abs(np.sort(mesh.vertices.ravel()) - np.sort(true.ravel())).max() < 1e-6
+
+
+def test_like_components_may_come_in_any_order(prepared):
+    """The canonical order is right, and that of two legs swapped. A head without an opinion gets the canonical one."""
+    batch = prepared[0].faces([1])                                                       # a chair
+    corners, components = batch["corners"].flatten(2), batch["components"]
+    sizes = components[components >= 0].bincount().tolist()
+    first = next(i for i in range(len(sizes) - 1) if sizes[i] == sizes[i + 1])
+    start, size, rows = sum(sizes[:first]), sizes[first], torch.arange(training_samples.FACES)
+    swapped = rows.clone()
+    swapped[start:start + 2 * size] = rows[start:start + 2 * size].roll(size)
+    for order in (rows, swapped):
+        logits = 5. * F.one_hot(corners[:, order].clamp(min=0), meshes.BINS)
+        assert torch.equal(meshes.match_like_components(logits, corners, components)[0], order)
+    assert torch.equal(meshes.match_like_components(0 * logits, corners, components)[0], rows)
+
+
+def test_mesh_head_learns_from_tokens_between_two_shapes(prepared, monkeypatch):
+    """Training moves tokens towards the most similar shape of the batch, and never past the middle."""
+    torch.manual_seed(0)
+    head, inputs = heads.MeshHead(4, 16, 64, 2), []
+    tokens = torch.tensor([0., 1., 3.])[:, None, None].expand(3, 64, 16)
+    monkeypatch.setattr(head, "forward", lambda x: inputs.append(x) or heads.MeshHead.forward(head, x))
+    for _ in range(20):
+        head.loss(tokens, prepared[0].faces([0, 1, 2]))
+    share = (torch.stack(inputs) - tokens)[..., 0, 0] / torch.tensor([1., -1., -2.])     # towards 1, 0 and 1
+    assert 0 <= share.min() < .01
+    assert .4 < share.max() < .5
+
+
+@pytest.mark.parametrize("vertices, faces, complaint", [
+    (np.eye(3), np.zeros((0, 3), int), "no faces"), (np.eye(3) * np.nan, [[0, 1, 2]], "NaN"),
+    (np.eye(3), [[1, 2, 3]], "has vertex 3"), (np.eye(3) * 1e-6, [[0, 1, 2]], "larger than a bin")])
+def test_bad_meshes_are_one_line(vertices, faces, complaint):
+    """No faces, missing vertices, vertices that are not numbers, a mesh in one bin."""
+    with pytest.raises(UserError, match=complaint):
+        meshes.canonical(vertices, np.array(faces), np.ones((len(faces), 3)))
+
+
+def test_repeated_faces_are_dropped():
+    """Of three faces one is degenerate and one is repeated from another corner."""
+    corners, _, _ = meshes.canonical(np.eye(3), np.array([[0, 1, 2], [1, 2, 0], [0, 1, 1]]), np.ones((3, 3)))
+    assert len(corners) == 1
+
+
+def test_large_meshes_are_simplified():
+    """A ball of 1280 faces becomes one of at most 256, no farther out than it was."""
+    ball = trimesh.creation.icosphere(3, .8)
+    colours = np.random.default_rng(0).random((len(ball.faces), 3))
+    points, few, paint = meshes.simplify_to(np.array(ball.vertices), np.array(ball.faces), colours, 256)
+    assert 200 < len(few) == len(paint) <= 256
+    assert abs(np.linalg.norm(points, axis=1) - .8).max() < .1
+    assert (abs(points) <= abs(ball.vertices).max(0)).all()
+
+
+# ---------------------------------------------------------------------------- distances -> a mesh
+
+SHAPE_GRIDS = {"chair-64": (1, 64), "mug-64": (8, 64), "shelf-64": (5, 64), "lamp-128": (3, 128)}
+
+
+@pytest.mark.parametrize("index, resolution", SHAPE_GRIDS.values(), ids=SHAPE_GRIDS)
+def test_hierarchical_is_dense(index, resolution):
+    """A grid refined near the surface gives the same mesh as a dense one: closed, outward, of the right volume."""
+    shape = shapes.make(6, index)
+    head = TrueHead(shape)
+    fine, dense = (surface.extract(head, torch.zeros(1, 1), resolution, hierarchical=h) for h in (True, False))
+    assert all(map(np.array_equal, fine, dense))
+    vertices, faces, colours = fine
+    mesh = trimesh.Trimesh(vertices, faces, process=False)
+    inside = (shape.distance(networks.grid_points(64).numpy()) < 0).mean() * 8
+    assert len(faces) > 1000
+    assert mesh.is_watertight and mesh.is_winding_consistent
+    assert abs(mesh.volume / inside - 1) < .05
+    assert abs(shape.distance(vertices)).max() < .03
+    assert 0 <= colours.min() <= colours.max() <= 1
+
+
+def test_cut_cells_have_corners_on_both_sides():
+    inside = torch.rand(5, 6, 7, generator=torch.Generator().manual_seed(0)) < .1
+    corners = [slice(i, i + 2) for i in range(6)]
+    true = torch.zeros_like(inside)
+    for cell in ((x, y, z) for x in corners[:4] for y in corners[:5] for z in corners):
+        true[cell] |= inside[cell].any() & ~inside[cell].all()
+    assert torch.equal(surface.corners_of_cut_cells(inside), true)
+    assert true.any() and not true.all()
+
+
+@pytest.mark.parametrize("sign, full", [(-1., True), (1., False)], ids=["inside", "outside"])
+def test_nothing_leaves_the_cube(sign, full):
+    """A field that is inside everywhere gives a closed mesh, one that is outside everywhere an empty one."""
+    head = TrueHead(None)
+    head.evaluate = lambda memory, x: torch.full((1, x.shape[1], 4), sign)
+    fine, dense = (surface.extract(head, torch.zeros(1, 1), 64, hierarchical=h) for h in (True, False))
+    assert all(map(np.array_equal, fine, dense))
+    assert meshes.watertight(fine[1]) == full == (len(fine[1]) > 0)
