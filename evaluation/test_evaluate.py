@@ -1,4 +1,4 @@
-"""test_commands.py - the tests of bench.py, evaluate.py and the experiments."""
+"""test_evaluate.py - the tests of evaluate.py, of its experiments, and of bench.py."""
 import csv
 import os
 import shutil

@@ -1,0 +1,286 @@
+"""test_commands.py - the tests of train.py, of sample.py, and of the README's commands.
+
+    python -m pytest -q test_commands.py
+"""
+import csv
+import functools
+import os
+import pickle
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+import data
+import sample
+import train
+from conftest import CHAIN, HERE, assert_one_line, run, same_files, train_small
+from engine import files
+from engine.commands import UserError, pick_device
+from evaluation import peers
+from evaluation.judges import grid_iou
+from geometry import export
+
+# ---------------------------------------------------------------------------- train
+
+def same_weights(one, two, stages):
+    names = [f"{stage}.safetensors" for stage in stages]
+    return all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("kinds", [("text",), ("image",), ("text", "image")], ids="+".join)
+def test_two_shapes_overfitted_through_all_stages(overfitted, kinds, tmp_path_factory):
+    """train.py, then a prompt -> tokens -> field: the prompted one of two shapes comes back with IoU >= .9."""
+    model = sample.load(overfitted).load_heads("sdf")
+    split = data.prepare("train", 2, tmp_path_factory.getbasetemp() / "cache", kinds=("surface", "pictures"))
+    texts = ["a table", "a chair"] if "text" in kinds else None
+    pictures = split.pictures(np.arange(2), np.random.default_rng(0), vary=False) if "image" in kinds else None
+    for i, tokens in enumerate(model.tokens(texts, [0, 1], pictures)):
+        assert grid_iou(model.heads["sdf"], tokens, split.shape(i), model.autocast) >= .9
+        assert grid_iou(model.heads["sdf"], tokens, split.shape(1 - i), model.autocast) < .5
+
+
+def test_run_folder_holds_curves_and_pictures(overfitted):
+    """Every stage leaves a CSV, some a picture, and its entry in config.json; no state and no unfinished file stays."""
+    names = {path.name for path in overfitted.iterdir()}
+    config = files.read_config(overfitted)
+    assert {f"{stage}.csv" for stage in CHAIN} | {"losses.png"} <= names
+    assert {"tokenizer-000280.png", "backbone-000180.png"} <= names
+    assert not any("state" in name or "part" in name for name in names)
+    assert list(config) == CHAIN
+    assert config["backbone"]["steps"] == 180
+    assert 1. in config["backbone"]["metrics"].values()
+    rows = list(csv.DictReader((overfitted / "tokenizer.csv").open()))
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+
+
+def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
+    monkeypatch.setattr(train, "fit", None)
+    assert train_small(monkeypatch, overfitted, 2) == 0
+    assert capsys.readouterr().out.count("already done") == 6
+
+
+@pytest.mark.parametrize("data_name, flags, complaint", [
+    ("shapes-train", ["--size", "tiny"], "is of --size small"), ("furniture", [], "learnt from furniture")])
+def test_a_stage_of_another_run_is_refused(overfitted, data_name, flags, complaint, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(overfitted, tmp_path / "run")
+    (folder / "config.json").write_text((folder / "config.json").read_text().replace("shapes-train", data_name))
+    assert train_small(monkeypatch, folder, 2, *flags) == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+
+
+def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
+    """--rep all on a trained folder trains three heads and nothing else. sample.py then writes one shape in each."""
+    new = {"head-pc", "head-mesh", "head-gs"}
+    assert set(files.read_config(four)) == {*CHAIN, *new}
+    assert {path.stem for path in four.glob("*.safetensors")} == {*CHAIN, "head-sdf", *new}
+    assert same_weights(four, overfitted, CHAIN)
+    flags = "--text", "a table", "--checkpoint", four, "--resolution", 32, "--points", 300
+    assert run(sample.main, *flags, "--rep", "sdf", "pc", "3DGS", "--out", tmp_path) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"a-table-0-sdf.glb", "a-table-0-pc.ply", "a-table-0-gs.ply", "a-table-0-gs.png", "a-table.png"} <= names
+    assert len(export.read_shape(tmp_path / "a-table-0-pc.ply").points) == 300
+    assert isinstance(export.read_shape(tmp_path / "a-table-0-gs.ply"), export.Gaussians)
+
+
+BACKBONE = "--stage", "backbone", "--steps", 2, "--batch", 2
+
+
+def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypatch, capsys):
+    """--from copies all stages but the backbone; the new backbone may be of another kind, which sample.py refuses."""
+    flags, folder = ("--from", overfitted, "--generator", "diffusion", *BACKBONE), tmp_path / "peer"
+    assert train_small(monkeypatch, folder, 2, *flags, generators=peers.GENERATORS) == 0
+    config, source = files.read_config(folder), files.read_config(overfitted)
+    assert config["backbone"]["generator"] == "diffusion"
+    assert {**config, "backbone": 0} == {**source, "backbone": 0}
+    assert same_weights(folder, overfitted, [stage for stage in source if stage != "backbone"])
+
+    capsys.readouterr()
+    assert run(sample.main, "--text", "a table", "--checkpoint", folder, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err, "is a peer of LTM3D")
+    assert train_small(monkeypatch, folder, 2, *BACKBONE) == 2
+    assert_one_line(capsys.readouterr().err, "is of --generator diffusion")
+    model = sample.load(folder, load_backbone=peers.load)
+    assert model.tokens(["a table"], [0]).shape == (1, 64, 8)
+    with pytest.raises(UserError, match="give --rgs none"):
+        model.tokens(["a table"], [0], rgs="sampled=.1")
+
+
+def test_from_needs_a_trained_folder(tmp_path, monkeypatch, capsys):
+    assert train_small(monkeypatch, tmp_path / "run", 2, "--from", tmp_path, *BACKBONE) == 2
+    assert_one_line(capsys.readouterr().err, "there is no trained tokenizer in")
+
+
+def test_a_reconstructor_of_another_encoder_is_not_copied(overfitted, tmp_path, monkeypatch):
+    flags = "--from", overfitted, "--text-encoder", "bag", *BACKBONE
+    assert train_small(monkeypatch, tmp_path / "bag", 2, *flags) == 0
+    assert set(files.read_config(tmp_path / "bag")) == {*CHAIN} - {"reconstruct"}
+
+
+def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
+    """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
+    flags = "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2
+    assert train_small(monkeypatch, tmp_path / "own", 2, *flags) == 0
+    assert files.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
+    assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
+
+
+def test_a_head_goes_on_where_the_tokenizer_left_it(overfitted, tmp_path, monkeypatch, capsys):
+    """--stage head --rep sdf: the head that was trained with the encoder learns on, once; the encoder stays."""
+    folder = shutil.copytree(overfitted, tmp_path / "run")
+    flags = "--rep", "sdf", "--stage", "head", "--steps", 1, "--batch", 2, "--lr", 1e-9
+    for _ in range(2):
+        assert train_small(monkeypatch, folder, 2, *flags) == 0
+    assert capsys.readouterr().out.count("already done") == 1
+    logs = {stage: list(csv.DictReader((folder / f"{stage}.csv").open())) for stage in ("head-sdf", "tokenizer")}
+    assert len(logs["head-sdf"]) == 1
+    assert float(logs["head-sdf"][0]["loss"]) < .5 * float(logs["tokenizer"][0]["loss"])
+    assert same_weights(folder, overfitted, ["tokenizer"])
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--stage", "dinner"], "choose from"), (["--steps", "0"], "--steps: must be at least 1"),
+    (["--lr", "nan"], "--lr: must be between"), (["--seed", "-1"], "--seed: must be"), (["--shapes", "x"], "invalid"),
+    (["--bacth", "3"], "unrecognized arguments: --bacth"),
+    (["--device", "toaster"], "--device toaster cannot be used here"),
+    (["--stage", "backbone"], "holds no trained encoders")])
+def test_train_bad_input_is_one_line(flags, complaint, tmp_path, monkeypatch, capsys):
+    """A mistake is one line that names it, with exit status 2, and nothing is written."""
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------- sample
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_precision_of_the_user_wins(precision, dtype, monkeypatch):
+    """--precision counts more than what the processor can do, and sample.py computes in it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": precision == "fp32"})
+    for name, expected in ((precision, precision == "bf16"), (None, precision == "fp32")):
+        device, autocast, _ = pick_device("cpu", precision=name)
+        with autocast():
+            assert torch.is_autocast_enabled(device.type) == expected
+    model = sample.load(device="cpu", precision=precision)
+    assert model.backbone.token.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("options, complaint", [
+    (dict(prompt=None), "there is no prompt"), (dict(rep="obj"), "sdf, pc, mesh, gs"),
+    (dict(resolution=96), "32, 64, 128, 256, 512"), (dict(n=0), "at least 1"), (dict(steps=65), "shape tokens"),
+    (dict(rgs="sampled"), "RGS takes"), (dict(rgs="sampled=5"), "from 0 to 1")])
+def test_python_api_names_a_wrong_argument(overfitted, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        sample.load(overfitted, device="cpu").generate(**dict(prompt="a table", steps=1) | options)
+
+
+def test_same_seed_same_bytes(overfitted, tmp_path):
+    """The command twice = the same files; the Python API = the command; another seed is another mesh."""
+    flags = "--text", "a table", "--checkpoint", overfitted, "--resolution", 64, "--n", 2
+    for out, seed in (("one", 5), ("two", 5), ("other", 6)):
+        assert run(sample.main, *flags, "--seed", seed, "--out", tmp_path / out) == 0
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {"a-table-0.glb", "a-table-0.png", "a-table-1.glb", "a-table-1.png", "a-table.png"}
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    for i, mesh in enumerate(sample.load(overfitted).generate("a table", rep="sdf", n=2, seed=5, resolution=64)):
+        mesh.save(tmp_path / "api.glb")
+        content = (tmp_path / "api.glb").read_bytes()
+        assert content == (tmp_path / "one" / f"a-table-{i}.glb").read_bytes()
+        assert content != (tmp_path / "other" / f"a-table-{i}.glb").read_bytes()
+        assert trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).is_watertight
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    (["--colour", "red"], "unrecognized arguments: --colour"), (["--step", "3"], "unrecognized arguments: --step"),
+    (["--steps", "0"], "--steps: must be between"), (["--steps", "65"], "65 steps are not between 1 and"),
+    (["--cfg", "-1"], "--cfg: must be"), (["--cfg", "nan"], "--cfg: must be"), (["--n", "0"], "--n: must be"),
+    (["--seed", "-1"], "--seed: must be"), (["--resolution", "100000"], "choose from 32, 64"),
+    (["--rgs", "sampled=2"], "RGS takes none, auto, sampled=A"), (["--rgs", "x"], "RGS takes none, auto, sampled=A"),
+    (["--window", "2"], "--window: must be between 0 and 1"), (["--rep", "voxels"], "choose from"),
+    (["--points", "0"], "--points: must be"), (["--device", "toaster"], "--device toaster"),
+    (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
+    (["--text", ""], "is empty"), (["--text", "with the"], "names nothing"), (["--device", "meta"], "--device meta"),
+    (["--checkpoint", "nowhere"], "there is no folder nowhere"), (["--out", "{file}/below"], "cannot write")])
+def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, capsys):
+    """A mistake is one line that names it, with exit status 2, and nothing is written."""
+    (tmp_path / "file").write_text("")
+    flags = [flag.format(file=tmp_path / "file") for flag in flags]
+    base = "--text", "a table", "--checkpoint", overfitted, "--resolution", 32, "--out", tmp_path / "out"
+    assert run(sample.main, *base, *flags) == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name, damage, complaint", [
+    ("backbone.safetensors", lambda content: content[:len(content) // 2], "truncated"),
+    ("backbone.safetensors", lambda content: content[:-1000] + b"\xff" * 1000, "not finite"),
+    ("head-sdf.safetensors", lambda content: pickle.dumps([1]), "no safetensors"),
+    ("tokenizer.safetensors", lambda content: content + b"0", "trained with another tokenizer"),
+    ("reconstruct.safetensors", None, "no file"),
+    ("config.json", lambda content: content[:100], "not readable JSON"),
+    ("config.json", lambda content: b"{}", "holds no trained backbone"),
+    ("config.json", lambda content: content.replace(b'"dim": 64', b'"dim": 128'), "does not fit this model"),
+    ("config.json", lambda content: content.replace(b'"heads": 4', b'"heads": 7'), "7 attention heads do not divide"),
+    ("config.json", lambda content: content.replace(b'"settings"', b'"sittings"'), "has no 'settings'")])
+def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp_path, capsys):
+    """Truncated, foreign, missing, exchanged and other-sized files of a checkpoint are named."""
+    folder = shutil.copytree(overfitted, tmp_path / "checkpoint")
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if damage:
+        (folder / name).write_bytes(damage(content))
+    flags = "--text", "a table", "--rgs", "sampled=.1", "--checkpoint", folder, "--out", tmp_path / "out"
+    assert run(sample.main, *flags) == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
+    """A sample without a surface is an error, not a traceback."""
+    empty = export.Mesh(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3)))
+    monkeypatch.setattr(sample.LTM3D, "decode", lambda *_: empty)
+    assert run(sample.main, "--text", "a table", "--checkpoint", overfitted, "--out", tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err, "empty")
+
+
+# ---------------------------------------------------------------------------- README
+
+def readme_command(script):
+    """The README's first command that calls this script, as a list; the installation before it is left out."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    lines = [line.split("&&")[-1].strip() for block in blocks for line in block.splitlines()]
+    return shlex.split(next(line for line in lines if line.startswith(f"python {script}")), comments=True)
+
+
+@pytest.fixture
+def fresh_copy(tmp_path):
+    """A copy of the code with the shipped weights -> what runs a command in it."""
+    for path in (HERE / "pyproject.toml", *HERE.glob("*.py"), *HERE.glob("[a-z]*/*.py")):
+        copied = tmp_path / path.relative_to(HERE)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copied)
+    (tmp_path / "checkpoints").symlink_to(HERE / "checkpoints")
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return functools.partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+def test_readme_sample_command_runs_as_written(fresh_copy, tmp_path):
+    done = fresh_copy(readme_command("sample.py"))
+    assert done.returncode == 0, done.stderr
+    paths = [tmp_path / line for line in done.stdout.splitlines() if re.fullmatch(r"\S+\.(glb|ply|png|gif)", line)]
+    assert paths
+    assert all(path.is_file() for path in paths)
+
+
+def test_readme_test_command_finds_the_tests(fresh_copy):
+    found = fresh_copy([*readme_command("-m pytest"), "--collect-only"])
+    assert found.returncode == 0, found.stdout + found.stderr
+    for name in ("test_all.py", "test_engine.py", "test_shapes.py", "test_prompts.py", "test_peers.py"):
+        assert name in found.stdout
