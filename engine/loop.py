@@ -3,8 +3,6 @@
 Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone, and the state on disk holds the rest
 (engine/state.py). So a run that was stopped goes on as if it had not been, and many processes (engine/processes.py)
 learn what one does.
-
-    python train.py --rep sdf        # runs it
 """
 import copy
 import functools

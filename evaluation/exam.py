@@ -1,7 +1,4 @@
-"""exam.py - what a checkpoint makes of many prompts: sampled in batches, decoded, stored one by one, scored.
-
-    python evaluate.py generate --rep sdf       # a command that needs it
-"""
+"""exam.py - what a checkpoint makes of many prompts: sampled in batches, decoded, stored one by one, scored."""
 import importlib.util
 import time
 from pathlib import Path

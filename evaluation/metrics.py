@@ -2,9 +2,6 @@
 
 Papers differ in whether a Chamfer distance is squared, summed or averaged. Here distances are not squared, they are
 averaged over the points of a cloud, and the two directions are added. Shapes fill 1.8 of a cube of side 2.
-
-    python -m evaluation.metrics out/table-0.glb out/chair-0.ply     # compares two files that sample.py wrote
-    python evaluate.py generate --rep sdf                            # prints most metrics
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +13,7 @@ from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from engine.commands import Parser, UserError, between, command
-from geometry.export import read_shape
+from engine.commands import UserError
 
 
 def check(x, what, least=1, form="k 3"):
@@ -193,20 +189,3 @@ def prompt_score(prompts, shapes):
 def r_precision(prompts, shapes, true):
     """Share of shapes (n e) whose nearest prompt (n e) is true of them. true: n n, [i, j] = prompt j of shape i."""
     return true[np.arange(len(shapes)), cosine(shapes, prompts).argmax(1)].mean()
-
-
-def main():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("files", nargs=2, metavar="FILE", help="what sample.py wrote, .glb or .ply")
-    parser.add_argument("--points", type=between(1, 4096), default=2048,
-                        help="points drawn from each shape; the earth mover's distance of more takes minutes")
-    parser.add_argument("--threshold", type=between(1e-6, 2, float), default=.02, help="distance of the F-score")
-    args = parser.parse_args()
-    a, b = (read_shape(file).surface(args.points, np.random.default_rng(i))[0] for i, file in enumerate(args.files))
-    print(f"Chamfer distance         {chamfer(a, b):.5f}")
-    print(f"earth mover's distance   {emd(a, b):.5f}")
-    print(f"F-score at {args.threshold:<13g} {fscore(a, b, args.threshold):.5f}")
-
-
-if __name__ == "__main__":
-    command(main)

@@ -1,7 +1,4 @@
-"""progress.py - what a training run shows of itself: metrics and pictures of held-out shapes.
-
-    python train.py --rep sdf        # calls it while tokenizer, heads and backbone train, and when they are done
-"""
+"""progress.py - what a training run shows of itself: metrics and pictures of held-out shapes."""
 from collections import Counter
 
 import numpy as np

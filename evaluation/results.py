@@ -2,8 +2,6 @@
 
 Each result that takes long has a file of its own, so a run that was stopped goes on where it was. A table is a list of
 rows: dicts with the same keys, texts first. A number may be a pair: a mean and half of its 95 % confidence interval.
-
-    python evaluate.py generate --rep sdf       # a command that writes them
 """
 import csv
 import json

@@ -1,8 +1,6 @@
 """timing.py - how long something takes, how much memory, how many operations; bench.py measures with it.
 
 Seconds change from run to run on a machine that others use too. The ratio of two ways that take turns hardly does.
-
-    python bench.py decode         # a command that needs it
 """
 import contextlib
 import ctypes

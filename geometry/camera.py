@@ -1,8 +1,6 @@
 """camera.py - the camera, and a z-buffer: which point of a mesh, or of many balls, each pixel shows.
 
 Letters: f faces, v vertices, k points, p pixels. A `view` is a rotation, 3 3 (geometry/light.py).
-
-    python -m geometry.export out/table-0.glb        # a picture of a mesh
 """
 import math
 

@@ -2,8 +2,6 @@
 
 The light is a list of lamps: a sun that covers a small disc, a fill from the other side, a sky that covers the
 hemisphere. Every lamp casts a hard shadow. The sum of many hard shadows is soft. Letters: l lamps, k points.
-
-    python -m geometry.export out/table-0.glb        # a picture in this light
 """
 import math
 
