@@ -10,6 +10,7 @@ from torch import nn
 from engine import processes
 from engine.commands import UserError
 from engine.files import atomic_write, read_weights, save_weights
+from engine.muon import Muon
 
 # ---------------------------------------------------------------------------- optimizers
 
@@ -24,7 +25,7 @@ def optimizers(model, lr):
         return [{"params": [p for p in chosen if rates.get(p, 1) == rate], "rate": rate}
                 for rate in sorted({rates.get(p, 1) for p in chosen})]
 
-    return [torch.optim.Muon(groups(True), lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
+    return [Muon(groups(True), lr, decay=.01),
             torch.optim.AdamW(groups(False), lr, betas=(.9, .99), weight_decay=.01, fused=True)]
 
 

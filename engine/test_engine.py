@@ -22,7 +22,7 @@ from torch import nn
 
 import heads
 from conftest import CHAIN, assert_one_line, once, run, same_files, small_backbone, train_small
-from engine import commands, files, loop, networks, processes
+from engine import commands, files, loop, muon, networks, processes
 from engine.commands import UserError
 from geometry import render
 
@@ -61,6 +61,23 @@ def test_casting_once_is_casting_always(bf16):
         after = commands.cast_once(layer, autocast)(x)
     assert torch.equal(before, after)
     assert layer.feed[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+@pytest.mark.parametrize("bf16, tolerance", [(True, 1e-4), (False, .03)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64)])
+def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
+    """Three steps end where those of torch.optim.Muon do; in fp32 but for the rounding of bf16."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(muon, "has_bf16", lambda device: bf16)
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    optimizers = (muon.Muon([ours], 1e-2, decay=.01),
+                  torch.optim.Muon([theirs], 1e-2, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).abs().mean() < tolerance * (theirs - 1).abs().mean()
 
 
 @pytest.mark.parametrize("first, decay", [(10_000, .9), (0, .999)], ids=["constant", "warm-up"])
