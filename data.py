@@ -3,6 +3,7 @@
 geometry/prepare.py fills the arrays of a prepared set; Prepared reads them. The built-in shapes need no download.
 
     python data.py                       # prepares the built-in shapes, and draws some of them
+    python data.py --classes table --shapes 32
     python data.py --data path/to/meshes --out cache
     python data.py --data path/to/meshes --out cache --shard 0/4      # on the first of four machines
 """
@@ -148,6 +149,7 @@ def main():
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
          help="only the i-th of n shares: n machines can fill one folder")
     flag("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many built-in training shapes to prepare")
+    flag("--classes", nargs="+", choices=shapes.CLASSES, metavar="CLASS", help="built-in classes (default: all)")
     flag("--out", default="cache", help="folder of the prepared sets")
     flag("--workers", type=between(1), default=2, help="processes to use")
     flag("--picture", default="out/shapes.png", help="contact sheet to write")
@@ -155,7 +157,7 @@ def main():
 
     make_folder(Path(args.picture).parent)
     start = time.time()
-    settings = args.out, args.workers, args.kinds, args.data, args.copies, args.shard
+    settings = args.out, args.workers, args.kinds, args.data, args.copies, args.shard, args.classes
     train = prepare("train", args.shapes, *settings)
     test = prepare("test", None, *settings)
     print(f"{train.folder}: {len(train)} shapes to train on, {len(test)} held out, {time.time() - start:.1f} s")

@@ -21,8 +21,11 @@ COUNTS = ("no", "one", "two", "three", "four", "five")
 # A builder draws the attributes, then free proportions. It returns parts, attributes and phrases for captions.
 # u(a, b) is a random number from a to b, pick(...) one of its arguments. w, h, d are the width, height and depth of the
 # whole shape, s the height of a seat, t a thickness, r a radius. The ground is y = 0; make() scales all to LONGEST.
-# Parts overlap by .03 or more: a shape is one solid, not a pile of parts that touch.
-# phrases: nouns (other names of the shape), adjectives, having, lacking (what it has and has not; {} = second colour).
+# Parts overlap by .03 or more: a shape is one solid, not a pile of parts that touch. Its low-poly mesh has at most 256
+# faces: `sides` of round parts decide that, and geometry/test_shapes.py tells.
+# phrases: nouns (other names of the shape), adjectives, having, lacking (what it has and has not; {} = second colour);
+# none of them has to be there. An attribute "colour" stands for that of most of the surface, if it is not `colour`.
+# A new class goes into BUILDERS, at the end of the list: `python data.py --classes CLASS --shapes 32` draws it.
 
 def corners(x, z):
     return [(i * x, j * z) for i in (-1, 1) for j in (-1, 1)]
@@ -260,6 +263,7 @@ def make(seed, index):
     colour, second = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
     parts, attributes, phrases = BUILDERS[name](rng.uniform, pick, colour, second)
     attributes = {"colour": colour} | attributes
+    phrases = dict.fromkeys(("nouns", "adjectives", "having", "lacking"), []) | phrases
     if any("{}" in phrase for phrase in phrases["having"]):
         attributes["second"] = second
     bounds = np.stack([part.bounds() for part in parts])                        # (parts, 2, 3)

@@ -220,7 +220,8 @@ def rod(start, end, r, colour, sides=6):
     start, end = np.array(start), np.array(end)
     length = np.linalg.norm(end - start)
     y = (end - start) / length
-    x = np.cross(y, [0, 0, 1.]) / np.linalg.norm(np.cross(y, [0, 0, 1.]))
+    x = np.cross(y, [0, 0, 1.] if abs(y[2]) < .99 else [1., 0, 0])
+    x = x / np.linalg.norm(x)
     return capsule((start + end) / 2, r, length + 2 * r, colour, np.stack([x, y, np.cross(x, y)], 1), sides)
 
 def rotation_about(axis, degrees):

@@ -79,6 +79,14 @@ def test_shapes_fill_their_box():
         assert abs(low + high).max() < .04
 
 
+@pytest.mark.parametrize("end", [(0, 0, 1), (0, 1, 0), (1, 0, 0), (.3, -.2, .4)])
+def test_a_rod_goes_from_start_to_end(end):
+    """Also along the axis that its rotation is made with."""
+    rod = solids.rod((.1, .1, .1), np.add(end, .1), .05, "red")
+    x = np.array([(.1, .1, .1), np.add(end, .1), np.array(end) / 2 + .1], np.float32)
+    assert np.allclose(solids.Shape("", [rod], {}, []).distance(x), -.05, atol=1e-5)
+
+
 def test_captions_are_true():
     """Captions are lowercase, the class name comes first. They name arms, engines and numbers as the shape has them."""
     for index in range(520):
@@ -103,7 +111,7 @@ def test_counts_hold_on_the_geometry():
     s = np.linspace(-.95, .95, 400)
     plane = np.stack(np.meshgrid(s, [0], s, indexing="ij"), -1).reshape(-1, 3)           # half way up
     column = np.stack([0 * s, s, 0 * s + .05], 1)                                        # clear of the back
-    for number in range(0, 12 * 13, 13):
+    for number in range(0, 12 * len(shapes.CLASSES), len(shapes.CLASSES)):
         table = shapes.make(5, number + shapes.CLASSES.index("table"))
         shelf = shapes.make(5, number + shapes.CLASSES.index("shelf"))
         assert ndimage.label(table.distance(plane).reshape(400, 400) < 0)[1] == table.attributes["legs"]
