@@ -36,6 +36,7 @@ from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
 from heads import HEADS
 from prompts import image_tower, text_tower
+from prompts.reading import name_things
 
 # steps, batch, peak learning rate, tuned at tiny. Stages are seeded by their position here: append, never insert
 DEFAULTS = {
@@ -56,14 +57,14 @@ def train_encoders(run):
     """The text tower, with a cloud tower that it learns to agree with."""
     # data
     captions = [caption for split in (run.train, run.test) for captions in split.captions for caption in captions]
-    words = text_tower.vocabulary(captions)
+    words, things = text_tower.vocabulary(captions), name_things(captions)
 
     def draw(split, rng):
         return text_tower.training_batch(split, model, rng, run.micro_batch_size("encoders"))
 
     # model
     settings = text_tower.SIZES[run.size]
-    model = text_tower.TextAndCloud(words, **settings)
+    model = text_tower.TextAndCloud(words, things, **settings)
 
     # loss
     model, seconds = fit(run, "encoders", model, draw, lambda model, batch: model.loss(*batch))
@@ -71,7 +72,8 @@ def train_encoders(run):
     # save
     with run.autocast():
         metrics = text_tower.retrieval(model, run.test)
-    run.finish("encoders", seconds, {"encoders": model}, settings=settings, vocabulary=words, metrics=metrics)
+    run.finish("encoders", seconds, {"encoders": model}, settings=settings, vocabulary=words, things=things,
+               metrics=metrics)
 
 
 def train_tokenizer(run):

@@ -3,7 +3,10 @@ import re
 
 NUMBERS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 ARTICLES = {"a", "an", "the"}  # left out, so that "table", "a table" and "the table" are one prompt
-FILLERS = {"with", "without", "and", "of", "in", "3d", "model", "style"}  # a prompt of only these names no shape
+FILLERS = {"with", "without", "and", "of", "in", "that", "is", "has", "no", "3d", "model", "style"}  # name no shape
+SYNONYMS = {"grey": "gray", "purple": "violet", "teal": "turquoise", "slim": "narrow", "wide": "broad", "tall": "high",
+            "round": "circular"}
+SYNONYM_SHARE = .15             # of these words, in captions
 
 
 def words(text):
@@ -14,27 +17,45 @@ def words(text):
 def article(phrase):
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
+
 def enumeration(phrases):
     """["a", "b", "c"] -> "a, b and c"."""
     return " and ".join([", ".join(phrases[:-1])] * (len(phrases) > 1) + phrases[-1:])
 
+
 def write_captions(rng, name, attributes, phrases):
     """Captions from the bare class name to a full description. Each is true of the shape. The draws differ from shape
     to shape: over a data set every attribute is named alone and together with others. phrases: see shapes.py."""
-    colour, second = attributes["colour"], attributes.get("second", "")
-    plain = [phrase.replace("{} ", "") for phrase in phrases["having"]]
-    coloured = enumeration([phrase.format(second) for phrase in phrases["having"]])
-    adjectives, lacking = phrases.get("adjectives", []), phrases.get("lacking", [])
-    noun = str(rng.choice(phrases["nouns"] + [name]))
+    draw = lambda options: str(rng.choice(options))
+    colour, adjectives = attributes["colour"], phrases.get("adjectives", [])
+    noun, other = draw(phrases["nouns"] + [name]), draw(phrases["nouns"] + [name])
+
+    # what it has, without and with its colour, and what it lacks
+    has = [phrase.replace("{} ", "") for phrase in phrases["having"]]
+    has_coloured = [phrase.format(attributes.get("second", "")) for phrase in phrases["having"]]
+    coloured = [phrase for phrase in has_coloured if phrase not in has]
+    lacks = phrases.get("lacking", [])
+    bare = lambda phrase: phrase.removeprefix("a ")           # "without a back", but "no back"
+    with_ = [f"with {phrase}" for phrase in has]              # "with no back" and "without a back"
+    with_ += [without for phrase in lacks for without in (f"without {phrase}", f"with no {bare(phrase)}")]
+    that = [f"has {phrase}" for phrase in has] + [f"has no {bare(phrase)}" for phrase in lacks]
+
     # "double bed" needs no second "double", and "a table with a round top" no second "round"
-    described = " ".join([word for word in adjectives if word not in noun + coloured] + [colour, noun])
-    everything = f"{article(described)} with {coloured}" + f" without {enumeration(lacking)}" * bool(lacking)
-    details = [f"with {phrase}" for phrase in plain] + [f"without {phrase}" for phrase in lacking]
-    detail, other = (str(phrase) for phrase in rng.choice(details, 2))
-    captions = [name, article(name), article(noun), article(f"{colour} {noun}"),
-                f"{article(name)} {detail}", f"{article(f'{colour} {name}')} {other}", everything,
-                f"a 3d model of {article(name)}, in the style of {everything}"]
+    everything = enumeration(has_coloured) if has else ""
+    described = " ".join([word for word in adjectives if word not in noun + everything] + [colour, noun])
+    full = f"a {described}" + f" with {everything}" * bool(has) + f" without {enumeration(lacks)}" * bool(lacks)
+    captions = [name, f"a {name}", f"a {noun}", f"a {colour} {noun}", f"a {name} {draw(with_)}",
+                f"a {colour} {other} {draw(with_)}", f"a {other} that is {colour} and {draw(that)}", full]
     if adjectives:
-        captions.append(article(f"{rng.choice(adjectives)} {name}"))
-    with_digits = " ".join(NUMBERS.get(word, word) for word in captions[4].split())
-    return list(dict.fromkeys(captions + [with_digits]))       # without repetitions
+        captions.append(f"a {draw(adjectives)} {name}")
+    if coloured:
+        captions += [f"a {colour} {noun} with {draw(coloured)}", f"a {other} with {draw(coloured)}"]
+    for number, thing in re.findall(r"(\w+) (?:wide )?(leg|wheel)s?\b", " ".join(has)):
+        captions.append(f"a {draw([number, NUMBERS[number]])}-{thing}ged {other}".replace("wheelg", "wheel"))
+    captions.append(" ".join(NUMBERS.get(word, word) for word in captions[4].split()))          # with digits
+
+    # other words for the same, but in the names; "an orange cap"
+    synonym = lambda word: SYNONYMS[word] if word in SYNONYMS and rng.random() < SYNONYM_SHARE else word
+    captions = captions[:4] + [" ".join(map(synonym, caption.split())) for caption in captions[4:]]
+    captions = [re.sub(r"\ba (?=[aeiou])", "an ", caption) for caption in captions]
+    return list(dict.fromkeys(captions))                      # without repetitions

@@ -7,9 +7,7 @@ The text tower conditions the backbone. The cloud tower scores shapes against te
     cloud:  coloured oriented points -> one unit vector b e, close to the vectors of captions that are true of it
 
     python train.py --rep sdf --stage encoders       # trains both towers
-    python -m prompts.text_tower "a round table"     # the words that are nearest to a prompt
 """
-import difflib
 import math
 import sys
 from zlib import crc32
@@ -20,10 +18,11 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from engine.commands import Parser, UserError, command
+from engine.commands import UserError
 from engine.files import load_model, read_stage
 from engine.networks import Block, fourier
-from geometry.captions import FILLERS, words
+from geometry.captions import words
+from prompts.reading import read
 
 SIZES = {  # dim is also e, the width of a condition token
     "tiny": dict(dim=128, depth=2, heads=4), "small": dict(dim=256, depth=4, heads=8),
@@ -43,11 +42,11 @@ def vocabulary(captions):
 class TextAndCloud(nn.Module):
     """The two towers, and the temperature of their comparison."""
 
-    def __init__(self, vocabulary, dim, depth, heads):
+    def __init__(self, vocabulary, things, dim, depth, heads):
         super().__init__()
         self.width = dim                                      # e
         self.vocabulary, self.index = list(vocabulary), {word: i for i, word in enumerate(vocabulary)}
-        self.warned = set()                                   # unknown words that have had their warning
+        self.things, self.remarks = list(things), set()       # nouns that can be made; remarks that were printed
         self.word = nn.Embedding(len(self.vocabulary), dim)
         self.place = nn.Parameter(torch.randn(LENGTH, dim) * dim ** -.5)
         nn.init.normal_(self.word.weight, std=dim ** -.5)
@@ -99,20 +98,14 @@ class TextAndCloud(nn.Module):
         return total, {"text_to_cloud": hits[0], "cloud_to_text": hits[1], "temperature": (-self.scale).exp().detach()}
 
     def known_words(self, prompt):
-        """A prompt -> the ids of its words. It warns of words that are not in the vocabulary and leaves them out."""
-        all_words = words(prompt)
-        known = [word for word in all_words if word in self.index]
-        if not set(known) - FILLERS:
-            examples = ", ".join([word for word in self.vocabulary if word.isalpha() and word not in FILLERS][:20])
-            fault = f"'{' '.join(prompt.split())[:60]}' names nothing this encoder knows" if all_words else "is empty"
-            raise UserError(f"the prompt {fault}; name one of {examples}")
-        for word in all_words:
-            if word not in self.index and word not in self.warned:
-                self.warned.add(word)
-                near = ", ".join(difflib.get_close_matches(word, self.vocabulary)) or "none is spelt like it"
-                print(f"warning: the unknown word '{word}' is left out; nearest: {near}", file=sys.stderr)
+        """A prompt -> the ids of its words. Remarks on what was left out are printed once each."""
+        known, remarks = read(prompt, self.index, self.things)
         if len(known) > LENGTH:
-            print(f"warning: only {LENGTH} of the {len(known)} words of a prompt are read", file=sys.stderr)
+            remarks.append(f"only {LENGTH} of the {len(known)} words of a prompt are read")
+        for remark in remarks:
+            if remark not in self.remarks:
+                self.remarks.add(remark)
+                print(f"warning: {remark}", file=sys.stderr)
         return [self.index[word] for word in known[:LENGTH]]
 
     def word_ids(self, prompts):
@@ -184,22 +177,5 @@ def retrieval(encoders, prepared, count=200):
 def load(folder):
     """The towers of a checkpoint folder, frozen."""
     entry = read_stage(folder, "encoders")
-    settings = entry["settings"] | {"vocabulary": entry["vocabulary"]}
+    settings = entry["settings"] | {key: entry[key] for key in ("vocabulary", "things")}
     return load_model(TextAndCloud, f"{folder}/encoders.safetensors", **settings)
-
-
-def main():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("prompt", help="a text prompt")
-    parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
-    args = parser.parse_args()
-    encoders = load(args.checkpoint)
-    prompt = encoders.embed_text(*encoders.word_ids([args.prompt]))               # 1 e
-    names = [word for word in encoders.vocabulary if word not in FILLERS]
-    score = (encoders.embed_text(*encoders.word_ids(names)) @ prompt.T)[:, 0]
-    for i in score.argsort(descending=True)[:8].tolist():
-        print(f"{score[i]:6.2f}  {names[i]}")
-
-
-if __name__ == "__main__":
-    command(main)

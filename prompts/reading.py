@@ -1,0 +1,123 @@
+"""reading.py - a text prompt becomes words of a vocabulary. What is left out is said; what cannot be made is an error.
+
+    python -m prompts.reading "a blue chiar with no arms"       # what is read of a prompt
+
+A word that is not in the vocabulary may be a plural or a slip of the keyboard: then its known form is read. Another
+word is left out, with a warning; but the noun that a prompt is about has to be known, and is never guessed.
+"""
+import difflib
+import re
+import sys
+
+from engine.commands import Parser, UserError, command
+from engine.files import read_stage
+from geometry.captions import words
+
+ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"
+NEIGHBOURS = {pair for row in ROWS for pair in zip(row, row[1:])} | {
+    pair for upper, lower in zip(ROWS, ROWS[1:]) for i in (0, 1) for pair in zip(upper[i:], lower)}
+POLITE = {"please", "thanks", "thank", "you"}
+LINKS = {"with", "without", "that", "which", "has", "having", "and", "in", "on", "under", "beside", "for", "from"}
+
+
+def name_things(captions):
+    """The nouns that captions are about, sorted: the last word of the first phrase."""
+    phrases = [noun_phrases(caption) for caption in captions]
+    return sorted({first[-1] for first, *_ in filter(None, phrases)})
+
+
+# ---------------------------------------------------------------------------- one word
+
+def singulars(word):
+    """What a plural may be the plural of."""
+    return [word.removesuffix(end) + new for end, new in (("ves", "f"), ("es", ""), ("s", "")) if word.endswith(end)]
+
+
+def is_slip(word, known):
+    """Is `word` typed for `known`: two letters swapped, one left out, doubled or struck for its neighbour?
+
+    Words of three letters and other first letters are no slips, or "bad" were a bed and "cable" a table."""
+    if len(word) == len(known) > 3:
+        wrong = [i for i, pair in enumerate(zip(word, known)) if len(set(pair)) == 2]
+        if len(wrong) == 2 and wrong[1] == wrong[0] + 1:
+            i, j = wrong
+            return word[i] == known[j] and word[j] == known[i]
+        pair = (word[wrong[0]], known[wrong[0]]) if len(wrong) == 1 else None
+        return len(word) > 4 and wrong[:1] != [0] and (pair in NEIGHBOURS or pair and pair[::-1] in NEIGHBOURS)
+    if len(word) + 1 == len(known) > 3:
+        return word[:1] == known[0] and any(word == known[:i] + known[i + 1:] for i in range(1, len(known)))
+    if len(word) == len(known) + 1 > 3:
+        return any(word == known[:i] + known[i - 1] + known[i:] for i in range(1, len(known) + 1))
+    return False
+
+
+def known_form(word, vocabulary):
+    """The word of the vocabulary that `word` is, a plural of or a slip for; None if there is none or more than one."""
+    if word in vocabulary:
+        return word
+    for found in ([single for single in singulars(word) if single in vocabulary],
+                  sorted({known for known in vocabulary if any(is_slip(x, known) for x in (word, *singulars(word)))})):
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+# ---------------------------------------------------------------------------- a prompt
+
+def read(prompt, vocabulary, things):
+    """A prompt -> its words, all of the vocabulary, and remarks on what was not taken as it stands. The noun that it is
+    about has to be one of `things`."""
+    if not words(prompt):
+        raise UserError("the prompt is empty; name a thing, for instance: " + ", ".join(things[:8]))
+    forms = {word: known_form(word, vocabulary) for word in words(prompt)}
+    phrases = noun_phrases(prompt)
+    about = [phrase for phrase in phrases if any(forms[word] in things for word in phrase)]
+    unknown = unknown_noun(phrases, forms, things)
+    if unknown or not about:
+        noun = unknown or next((word for phrase in phrases for word in phrase[::-1] if not forms[word]), None)
+        fault = f"'{noun}' is nothing that can be made" if noun else f"'{' '.join(prompt.split())[:60]}' names no thing"
+        near = noun and difflib.get_close_matches(noun, things, cutoff=.5)
+        raise UserError(f"{fault}; nearest: {', '.join(near)}" if near else f"{fault}; name one of {', '.join(things)}")
+
+    remarks = [f"'{word}' is read as '{known}'" for word, known in forms.items()
+               if known not in (word, None) and known not in singulars(word)]
+    if len(about) > 1:
+        remarks.append(f"one shape is made, of '{' '.join(about[0])}' and '{' '.join(about[1])}' together")
+    for word in [word for word, known in forms.items() if known is None and word not in POLITE]:
+        near = ", ".join(difflib.get_close_matches(word, vocabulary)) or "none is spelt like it"
+        remarks.append(f"the unknown word '{word}' is left out; nearest: {near}")
+    return list(filter(None, map(forms.get, words(prompt)))), remarks
+
+
+def noun_phrases(prompt):
+    """The words of a prompt between commas and linking words: "a red chair with no arms" -> [red chair], [no arms]."""
+    links = "|".join(LINKS)
+    return [phrase for part in re.split(rf"[,;:.!?\n]|\b(?:{links})\b", prompt.lower()) if (phrase := words(part))]
+
+
+def unknown_noun(phrases, forms, things):
+    """The unknown noun that a prompt is about: it ends the phrase with the first thing ("tree house"), or an earlier,
+    short phrase ("a house with a table"). None if there is none."""
+    for i, phrase in enumerate(phrases):
+        phrase = [word for word in phrase if word not in POLITE]
+        thing = max((k for k, word in enumerate(phrase) if forms[word] in things), default=None)
+        if thing is not None:
+            return phrase[-1] if thing == len(phrase) - 2 and not forms[phrase[-1]] else None
+        if phrase and not forms[phrase[-1]] and (i == 0 and len(phrase) < 3 or len(phrase) == 1):
+            return phrase[-1]
+    return None
+
+
+def main():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("prompt", help="a text prompt")
+    parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
+    args = parser.parse_args()
+    entry = read_stage(args.checkpoint, "encoders")
+    found, remarks = read(args.prompt, entry["vocabulary"], entry["things"])
+    print(*remarks, sep="\n", file=sys.stderr)
+    print(*found)
+
+
+if __name__ == "__main__":
+    command(main)
