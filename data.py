@@ -34,6 +34,7 @@ def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",
     """Prepare the missing samples of built-in shapes, or of the files of `data` -> Prepared. shard (i, n): only share i
     of n."""
     source = Files(split, data, copies) if data else BuiltIn(split, count, classes)
+    kinds = ["records", *(kind for kind in kinds if kind != "records")]
     fill(Path(out) / source.name, source, kinds, workers, shard)
     return Prepared(Path(out) / source.name, source, kinds)
 
@@ -59,19 +60,20 @@ class Prepared:
     """A prepared set, read from disk as needed: the shapes of the split that have samples of all kinds."""
 
     def __init__(self, folder, source, kinds):
-        self.folder, self.source, self.name = Path(folder), source, source.name
-        if isinstance(source, Files):                         # both splits are in one folder
-            self.name += f"-{source.split}"
+        self.folder, self.source = Path(folder), source
+        self.folders = {kind: self.folder / source.folder(kind) for kind in kinds}
+        self.name = f"{source.name}-{source.split}" if isinstance(source, Files) else source.name
         try:
-            self.arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r")
+            self.arrays = {name: np.load(self.folders[kind] / f"{name}.npy", mmap_mode="r")
                            for kind in kinds for name in KINDS[kind]}
-            records = [read_records(self.folder, kind) for kind in kinds]
+            records = [read_records(self.folders[kind]) for kind in kinds]
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is damaged ({error}); delete it, and run the same command again") from None
         broken = {row: record for of_kind in records for row, record in of_kind.items() if "broken" in record}
         self.broken = {record["file"]: record["broken"] for record in broken.values()}
-        rows = [row for row, record in records[0].items() if row not in broken and source.in_split(record)]
-        self.rows = np.array(rows, int)                       # rows of the arrays: one for each shape of this set
+        rows = sorted(row for row in set.intersection(*map(set, records))
+                      if row not in broken and source.in_split(records[0][row]))
+        self.rows = np.array(rows, int)       # rows of the arrays: one for each shape of this set
         self.records = [records[0][row] for row in rows]
         self.classes = [record["class"] for record in self.records]
         self.captions = [record["captions"] for record in self.records]
@@ -144,7 +146,7 @@ def main():
     flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
                         "(geometry/real.py); default: the built-in shapes")
     flag("--copies", type=between(1, 100), default=1, help="copies of each file's shape: mirrored, stretched")
-    flag("--kinds", nargs="+", choices=list(KINDS), default=["surface", "pictures"],
+    flag("--kinds", nargs="+", choices=[kind for kind in KINDS if KINDS[kind]], default=["surface", "pictures"],
          help="samples to take: surface for all heads, pictures for image prompts, faces for mesh, views for gs")
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
          help="only the i-th of n shares: n machines can fill one folder")

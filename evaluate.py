@@ -193,7 +193,7 @@ def check_checkers(args):
             result = {}
             for name, attribute, checker, prompts in attributes.ATTRIBUTES:
                 value = true.get(attribute)
-                if test.classes[row] == name and (attribute == "colour" or value in prompts):
+                if test.classes[row] == name and (attribute in ("colour", "second") and value or value in prompts):
                     result[f"{name}: {attribute}"] = attributes.has_attribute(found, attribute, checker, value)
             cache.write(f"{row}", result)
         for key, value in cache.read(f"{row}").items():

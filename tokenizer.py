@@ -74,7 +74,7 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
     tokenizer, whose tokens are computed once and saved beside the set."""
     path = None
     if weights and weights.is_file() and limit is None:       # a limit: the tokenizer is still in training
-        path = split.folder / f"tokens-{digest(weights)}-{split.name}.npy"
+        path = split.folders["surface"] / f"tokens-{digest(weights)}-{split.name}.npy"
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float()
     count, chunks = min(limit or len(split), len(split)), []

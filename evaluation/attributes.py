@@ -1,7 +1,8 @@
 """attributes.py - does a shape have the attribute that its prompt names? Measured on the solid itself.
 
 A checker takes o, the occupancy (x y z, y up, cropped to its bounding box), and measures one attribute of
-geometry/shapes.py. Thresholds lie half way between the builders' proportions.
+geometry/shapes.py. Thresholds lie half way between the builders' proportions. The checker of a colour takes `paint`
+instead, of the same size: the row of COLOURS that is nearest to the colour of each surface cell, elsewhere -1.
 
     python evaluate.py attributes     # "a table with one leg": how many samples have one?
 """
@@ -123,6 +124,15 @@ def crown_layers(o):
     return len(find_peaks(np.sqrt(np.append(o.sum((0, 2)), 0)), prominence=3)[0])
 
 
+def colour(x=(0, 1), y=(0, 1), z=(0, 1), rank=0):
+    """-> a checker: the most common colour within these shares of the box, or with rank 1 the next most common one."""
+    def check(paint):
+        box = paint[tuple(span(n, *share) for n, share in zip(paint.shape, (x, y, z)))]
+        counts = np.bincount(box[box >= 0], minlength=len(COLOURS))
+        return list(COLOURS)[counts.argsort()[-1 - rank]]
+    return check
+
+
 def prompts(template, *values):
     """{value: prompt}: the template with the value in it."""
     words = {2: "two", 3: "three", 4: "four", 5: "five"}
@@ -173,22 +183,37 @@ ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, {value: p
     ("tree", "crown", lambda o: "round" if o.sum((0, 2)).argmax() > .45 * o.shape[1] else "cone",
      prompts("a tree with a {} crown", "round", "cone")),
     ("tree", "layers", crown_layers, prompts("a tree with {} layers", 2, 3)),
-    *((name, "colour", None, prompts(f"a {{}} {name}", "red", "blue", "yellow", "green"))
-      for name in ("car", "mug", "chair"))]
+    *((name, "colour", colour(), prompts(f"a {{}} {name}", "red", "blue", "yellow", "green"))
+      for name in ("car", "mug", "chair")),
+    ("table", "second", colour(y=(0, .7)), prompts("a white table with four {} legs", "black", "red")),
+    ("chair", "second", colour(y=(0, .3)), prompts("a blue chair with four {} legs", "yellow", "white")),
+    ("stool", "second", colour(y=(.1, .6)), prompts("a red stool with three {} legs", "black", "green")),
+    ("lamp", "second", colour(y=(0, .06)), prompts("a green lamp with a {} base", "white", "brown")),
+    ("sofa", "second", colour((.25, .75), (.42, .7), (.5, 1)),
+     prompts("a grey sofa with two {} cushions", "pink", "teal")),
+    ("shelf", "second", colour((.3, .7), z=(.6, 1)), prompts("a brown shelf with four {} boards", "white", "orange")),
+    ("bed", "second", colour((.3, .7), (.3, .8), (.55, .8)), prompts("a red bed with a {} blanket", "blue", "green")),
+    ("bench", "second", colour(y=(0, .3)), prompts("a green bench with four {} legs", "black", "yellow")),
+    ("mug", "second", colour(rank=1), prompts("a tall white mug with a handle and a {} stripe", "red", "blue")),
+    ("aeroplane", "second", colour(x=(0, .15)), prompts("a white aeroplane with straight {} wings", "red", "blue")),
+    ("bottle", "second", colour(y=(.94, 1)), prompts("a black bottle with a {} cap", "red", "yellow"))]
 
 
 def measure_shape(field):
-    """A field (evaluation/judges.py) -> its cropped occupancy and the palette's name for most of its surface."""
+    """A field (evaluation/judges.py) -> o and paint, as checkers take them."""
     o = occupancy(field)                                                          # x y z
     if not o.any():
-        return o[:0], None
-    surface = torch.from_numpy(np.argwhere(o & ~binary_erosion(o))).float() * CELL - 1      # k 3
-    colours = field(surface)[:, 1:]                                                         # k 3
+        return o[:0], o[:0]
+    surface = np.argwhere(o & ~binary_erosion(o))                                 # k 3
+    colours = field(torch.from_numpy(surface).float() * CELL - 1)[:, 1:]          # k 3
     nearest = torch.cdist(colours, torch.tensor(list(COLOURS.values()))).argmin(1)          # k, rows of COLOURS
-    return crop(o), list(COLOURS)[nearest.mode().values]
+    paint = np.full(o.shape, -1)
+    paint[tuple(surface.T)] = nearest.numpy()
+    box = tuple(slice(low, high + 1) for low, high in zip(surface.min(0), surface.max(0)))
+    return o[box], paint[box]
 
 
 def has_attribute(measured, attribute, checker, value):
     """Does a shape, from `measure_shape`, have this value of the attribute? Empty shapes and specks do not."""
-    o, colour = measured
-    return min(o.shape) >= SPECK and (colour if attribute == "colour" else checker(o)) == value
+    o, paint = measured
+    return min(o.shape) >= SPECK and checker(paint if attribute in ("colour", "second") else o) == value

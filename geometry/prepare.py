@@ -1,8 +1,9 @@
 """prepare.py - fills the arrays of a prepared set, in many processes. It can resume, and survives files that crash it.
 
-A prepared set is a folder of arrays (one row a shape), and JSON files with records of the shapes: one for each kind of
-samples and each chunk of shapes. A chunk's JSON is written last, so a chunk that has one is done. A killed run goes on
-where it was, and several processes or machines can share the work.
+A prepared set has a folder for each kind of samples, with arrays (one row a shape), and a JSON file for each chunk of
+shapes, which is written when the chunk is done. A killed run goes on where it was, and several processes or machines
+can share the work. A folder's name ends in a digest of what its kind depends on: new captions leave the arrays as they
+are.
 """
 import contextlib
 import functools
@@ -51,8 +52,10 @@ class BuiltIn:
         self.first, self.skipped, self.classes = TEST if split == "test" else 0, [], classes
         default = TEST_SHAPES if split == "test" else TRAIN_SHAPES
         self.count = count or default * len(classes or shapes.CLASSES) // len(shapes.CLASSES)
-        values = json.dumps([SEED, self.first, self.count, CHUNK, fingerprint(), *(classes or ())])
-        self.name = f"{name_begins(None)}{split}-{self.count}-{hashlib.sha256(values.encode()).hexdigest()[:12]}"
+        self.name = "-".join([f"{name_begins(None)}{split}", f"{self.count}", *(classes or ())])
+
+    def folder(self, kind):
+        return f"{kind}-{fingerprint(kind)}"
 
     def index(self, row):
         if not self.classes:
@@ -71,19 +74,21 @@ class BuiltIn:
         return True
 
 
+def short_digest(*values):
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
+
+
 @functools.cache
-def fingerprint():
-    """A digest of the code that makes built-in samples: the parts of the first 260 shapes, samples of one of every
-    class. Samples of changed code go to another folder."""
-    digest, classes = hashlib.sha256(), len(shapes.CLASSES)
-    for row in range(20 * classes):
-        shape = shapes.make(SEED, row)
-        digest.update(repr((shape.parts, shape.captions)).encode())
-        if row < classes:
-            for kind in TAKE if row == 0 else ("surface", "faces"):          # pictures take long: of one shape only
-                for values in TAKE[kind](shape, np.random.default_rng(0)).values():
-                    digest.update(np.float16(values).tobytes())
-    return digest.hexdigest()
+def fingerprint(kind):
+    """A digest of the code that makes samples of this kind: the captions, or the parts, of the first 260 shapes, and
+    samples of one of every class. Samples of changed code go to another folder."""
+    first = [shapes.make(SEED, row) for row in range(20 * len(shapes.CLASSES))]
+    if kind == "records":
+        return short_digest(CHUNK, [(shape.name, shape.attributes, shape.captions) for shape in first])
+    sampled = first[:len(shapes.CLASSES) if kind in ("surface", "faces") else 1]          # pictures take long
+    taken = [TAKE[kind](shape, np.random.default_rng(0)) for shape in sampled]
+    return short_digest(SEED, CHUNK, [shape.parts for shape in first],
+                        [np.float16(values).tobytes() for samples in taken for values in samples.values()])
 
 
 class Files:
@@ -93,13 +98,17 @@ class Files:
     def __init__(self, split, path, copies=1):
         self.split, self.copies, (self.items, self.skipped) = split, copies, real.list_items(path)
         self.count, self.first = copies * len(self.items), 0
-        values = [(item.key, item.captions, item.rotation, Path(item.file).stat().st_size) for item in self.items]
-        values = repr([values, copies, KINDS, soup.CELLS, soup.SKIN, soup.POOL, CHUNK])
-        self.name = f"{name_begins(path)}{hashlib.sha256(values.encode()).hexdigest()[:12]}"
+        self.values = [(item.key, item.rotation, Path(item.file).stat().st_size) for item in self.items]
+        self.name = f"{name_begins(path)}{short_digest(self.values, copies)}"
         numbers = {item.key: int(hashlib.sha256(item.key.encode()).hexdigest(), 16) for item in self.items}
         tenth = {key for key, number in numbers.items() if number % 10 == 0}
         lowest = sorted(numbers, key=numbers.get)[:min(2, len(numbers) // 2)]
         self.held_out = tenth if len(tenth) > 1 else set(lowest)
+
+    def folder(self, kind):
+        if kind == "records":
+            return f"{kind}-{short_digest(CHUNK, [item.captions for item in self.items])}"
+        return f"{kind}-{short_digest(CHUNK, KINDS[kind], soup.CELLS, soup.SKIN, soup.POOL)}"
 
     def item(self, row):
         return self.items[row % len(self.items)]
@@ -119,16 +128,17 @@ class Files:
 
 # ---------------------------------------------------------------------------- preparing
 
-def read_records(folder, kind):
-    """The records of all shapes whose samples of this kind are done: {row: record}."""
-    return {int(path.stem[-5:]) * CHUNK + i: record for path in sorted(folder.glob(f"{kind}-*.json"))
+def read_records(folder):
+    """{row: record} of all shapes that are done in the folder of a kind."""
+    return {int(path.stem) * CHUNK + i: record for path in sorted(folder.glob("?????.json"))
             for i, record in enumerate(json.loads(path.read_text()))}
 
 
 def prepare_chunk(folder, source, chunk, kinds):
-    """Fill the rows of a chunk in the arrays of these kinds, then write the records of its shapes. -> their number."""
+    """Fill the rows of a chunk in the arrays of these kinds, then write what became of its shapes. -> their number."""
     torch.set_num_threads(1)                                  # other workers use the other cores
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for kind in kinds for name in KINDS[kind]}
+    arrays = {name: np.load(folder / source.folder(kind) / f"{name}.npy", mmap_mode="r+")
+              for kind in kinds for name in KINDS[kind]}
     attempts = folder / f"tried-{chunk:05d}"                  # rows at which a worker crashed, then the current row
     crashed = attempts.read_text().split() if attempts.is_file() else []
     records = []
@@ -151,9 +161,10 @@ def prepare_chunk(folder, source, chunk, kinds):
             unknown = f"no samples can be taken of it ({type(error).__name__}: {error})"
             reason = str(error) if isinstance(error, UserError) else unknown
             records.append({"file": source.item(row).key, "broken": reason})
-    for kind in kinds:
-        with atomic_write(folder / f"{kind}-{chunk:05d}.json") as part:
-            part.write_text(json.dumps(records))
+    for kind in kinds:                                        # only "records" says more than which files are broken
+        done = records if kind == "records" else [{key: x[key] for key in x if "broken" in x} for x in records]
+        with atomic_write(folder / source.folder(kind) / f"{chunk:05d}.json") as part:
+            part.write_text(json.dumps(done))
     attempts.unlink()
     return len(records)
 
@@ -162,14 +173,14 @@ def fill(folder, source, kinds, workers=2, share=(0, 1)):
     """Prepare the missing chunks of a set; share (i, n): only chunks i, i + n, i + 2 n ..."""
     todo = {}                                                 # {chunk: kinds of samples that it lacks}
     for chunk in range(share[0], -(-source.count // CHUNK), share[1]):
-        missing = [kind for kind in kinds if not (folder / f"{kind}-{chunk:05d}.json").is_file()]
+        missing = [kind for kind in kinds if not (folder / source.folder(kind) / f"{chunk:05d}.json").is_file()]
         if missing:
             todo[chunk] = missing
             (folder / f"tried-{chunk:05d}").unlink(missing_ok=True)    # an earlier run may have ended for other reasons
-    for kind in [kind for kind in kinds if not any(folder.glob(f"{kind}-*.json"))]:
-        for name, (dtype, shape) in KINDS[kind].items():
-            if not (folder / f"{name}.npy").is_file():
-                create_array(folder / f"{name}.npy", dtype, (source.count, *shape))
+    for path, (dtype, shape) in {folder / source.folder(kind) / f"{name}.npy": form for kind in kinds
+                                 for name, form in KINDS[kind].items()}.items():
+        if not path.is_file():
+            create_array(path, dtype, (source.count, *shape))
 
     total = sum(min(CHUNK, source.count - chunk * CHUNK) for chunk in todo)
     with tqdm(total=total, unit="shape", desc=f"preparing {source.name}: {', '.join(kinds)}", disable=not todo) as bar:

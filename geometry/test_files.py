@@ -1,6 +1,7 @@
 """test_files.py - the tests of prepared sets, and shapes from files of any kind."""
 import contextlib
 import csv
+import functools
 import io
 import json
 import re
@@ -26,11 +27,12 @@ from geometry import mesh_files, meshes, prepare, real, shapes, soup, training_s
 
 # ---------------------------------------------------------------------------- data
 
-@pytest.mark.parametrize("name", ["points.npy", "surface-00000.json"])
+@pytest.mark.parametrize("name", ["points.npy", "00000.json"])
 def test_damaged_cache_is_one_line(prepared, name, tmp_path):
     """A file that is cut short is named as such, with what to do."""
     folder = shutil.copytree(prepared[1].folder, tmp_path / "set")
-    (folder / name).write_bytes((folder / name).read_bytes()[:500])
+    path = folder / prepared[1].folders["surface"].name / name
+    path.write_bytes(path.read_bytes()[:1])
     with pytest.raises(UserError, match="delete it"):
         data.Prepared(folder, prepared[1].source, ["surface"])
 
@@ -57,23 +59,30 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch, in_threads):
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setitem(training_samples.TAKE, "surface", stop_at_fifth)
         data.prepare("train", 8, tmp_path / "cut", workers=1)
-    cut = tmp_path / "cut" / whole.folder.name
-    assert (cut / "surface-00000.json").is_file() and not (cut / "surface-00001.json").is_file()
-    assert len(data.prepare("train", 8, tmp_path / "cut", workers=1)) == 8 and same_files(whole.folder, cut)
+    cut = tmp_path / "cut" / whole.folder.name / whole.folders["surface"].name
+    assert (cut / "00000.json").is_file() and not (cut / "00001.json").is_file()
+    assert len(data.prepare("train", 8, tmp_path / "cut", workers=1)) == 8
+    assert same_files(whole.folders["surface"], cut)
 
 
-def test_other_shapes_are_another_set(monkeypatch):
-    """One part of one shape that looks different changes the fingerprint."""
-    make, fingerprint = shapes.make, prepare.fingerprint.__wrapped__        # not the cached one
-    first, second = fingerprint(), fingerprint()
+def test_a_kind_of_samples_is_named_by_what_it_depends_on(monkeypatch):
+    """Another part of one shape is another surface; another caption leaves the surface as it is, and is another record."""
+    fingerprint, make = prepare.fingerprint.__wrapped__, shapes.make        # not the cached one
+    change = {"parts": lambda shape: setattr(shape.parts[0], "sides", shape.parts[0].sides + 1),
+              "captions": lambda shape: shape.captions.append("a thing")}
 
-    def changed(seed, index):
+    def changed(seed, index, what):
         shape = make(seed, index)
-        shape.parts[0].sides += index == 100
+        if index == 100:
+            change[what](shape)
         return shape
 
-    monkeypatch.setattr(shapes, "make", changed)
-    assert first == second != fingerprint()
+    kinds = "surface", "records"
+    before = [fingerprint(kind) for kind in kinds]
+    assert before == [fingerprint(kind) for kind in kinds]
+    for what, same in (("parts", [False, True]), ("captions", [True, False])):
+        monkeypatch.setattr(shapes, "make", functools.partial(changed, what=what))
+        assert [fingerprint(kind) == old for kind, old in zip(kinds, before)] == same
 
 
 # ---------------------------------------------------------------------------- shapes of files
@@ -292,7 +301,7 @@ def test_shards_are_the_whole(tmp_path, monkeypatch, in_threads):
     whole = data.prepare(out=tmp_path / "whole", **arguments)
     second = data.prepare(out=tmp_path / "shares", shard=(1, 2), **arguments)
     both = data.prepare(out=tmp_path / "shares", shard=(0, 2), **arguments)
-    assert len(second) <= 2 and same_files(whole.folder, both.folder)
+    assert len(second) <= 2 and same_files(whole.folders["surface"], both.folders["surface"])
     assert not len(data.prepare(out=tmp_path / "none", shard=(2, 3), **arguments))         # a share without a chunk
     held_out = data.prepare("test", out=tmp_path / "whole", **arguments)
     assert held_out.folder == whole.folder and held_out.name != whole.name       # one folder; caches have the name

@@ -1,7 +1,8 @@
 """training_samples.py - four kinds of training samples, each a function of a shape and a random generator.
 
 A shape is any object with `surface`, `distance`, `mesh` and `icon`: a built-in shape (geometry/solids.py) or triangles
-of a file (geometry/soup.py). KINDS lists the arrays that each kind fills, one row a shape; data.py reads them.
+of a file (geometry/soup.py). KINDS lists the arrays that each kind fills, one row a shape; data.py reads them. The kind
+"records" has no arrays: its class, attributes and captions are JSON (geometry/prepare.py).
 """
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ KINDS = {                     # kind of samples -> its arrays, one row per shape
                      picture_normals=(np.int8, (PICTURES, SIZE, SIZE, 3)),
                      picture_coverage=(np.uint8, (PICTURES, SIZE, SIZE))),
     "views": dict(views=(np.uint8, (VIEW, VIEW, 4)), angles=(np.float32, (2,))),
+    "records": {},
 }
 
 
@@ -90,4 +92,5 @@ def vertex_coloured(shape):
     return vertices, faces, colours
 
 
-TAKE = {"surface": take_surface, "faces": take_faces, "pictures": take_pictures, "views": take_views}
+TAKE = {"surface": take_surface, "faces": take_faces, "pictures": take_pictures, "views": take_views,
+        "records": lambda shape, rng: {}}

@@ -99,9 +99,9 @@ class TokenCache:
     """The tokens of all captions or pictures of a prepared set, in a memory-mapped file beside it. keys: one for each
     caption or picture; inputs: a function from keys to the input of `tower.tokens`."""
 
-    def __init__(self, tower, split, keys, inputs, batch=64):
+    def __init__(self, tower, split, kind, keys, inputs, batch=64):
         name = hashlib.sha256(repr([tower.name, tower.model.config.to_dict()]).encode()).hexdigest()[:12]
-        path, lengths = (split.folder / f"tower-{name}-{split.name}{end}" for end in (".half", "-lengths.npy"))
+        path, lengths = (split.folders[kind] / f"tower-{name}-{split.name}{end}" for end in (".half", "-lengths.npy"))
         if not lengths.is_file():                             # this file is written last
             counts = []
             with atomic_write(path) as part, part.open("wb") as file:
@@ -123,7 +123,8 @@ class TokenCache:
 
 
 def caption_cache(tower, split):
-    return TokenCache(tower, split, sorted({caption for captions in split.captions for caption in captions}), list)
+    captions = sorted({caption for captions in split.captions for caption in captions})
+    return TokenCache(tower, split, "records", captions, list)
 
 
 def picture_cache(tower, split):
@@ -131,7 +132,7 @@ def picture_cache(tower, split):
         rows, numbers = np.divmod(np.array(keys), PICTURES)
         return split.pictures(rows, np.random.default_rng(keys[0]), numbers)
 
-    return TokenCache(tower, split, range(len(split) * PICTURES), inputs)
+    return TokenCache(tower, split, "pictures", range(len(split) * PICTURES), inputs)
 
 
 def main():

@@ -261,7 +261,7 @@ def test_encoders_of_transformers_end_to_end(overfitted, tmp_path, capsys):
     assert entry["towers"] == {"text": text, "image": image}
     assert entry["settings"]["widths"] == {"text": 32, "image": 32}
     assert not (folder / "vision.safetensors").exists()
-    assert len(list((tmp_path / "cache").glob("*/tower-*"))) == 4         # tokens and lengths, of texts and pictures
+    assert len(list((tmp_path / "cache").glob("*/*/tower-*"))) == 4         # tokens and lengths, of texts and pictures
 
     picture = save_disc(tmp_path / "disc.png", "RGBA")
     flags = "--checkpoint", folder, "--resolution", 32, "--out", tmp_path / "out"
