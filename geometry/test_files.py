@@ -66,7 +66,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch, in_threads):
 
 
 def test_a_kind_of_samples_is_named_by_what_it_depends_on(monkeypatch):
-    """Another part of one shape is another surface; another caption leaves the surface as it is, and is another record."""
+    """Other parts are another surface. Other captions leave the surface as it is, and are other records."""
     fingerprint, make = prepare.fingerprint.__wrapped__, shapes.make        # not the cached one
     change = {"parts": lambda shape: setattr(shape.parts[0], "sides", shape.parts[0].sides + 1),
               "captions": lambda shape: shape.captions.append("a thing")}
