@@ -8,6 +8,7 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
     python evaluate.py joint --checkpoint ...    # shared tokens against own
     python evaluate.py generate --rep sdf        # from class names and captions: every metric
     python evaluate.py attributes                # "a table with one leg": does the shape have one?
+    python evaluate.py words                     # prompts in words of their own, slips, plurals, synonyms
     python evaluate.py retrieval                 # the built-in towers: does a caption or a picture find its shape?
     python evaluate.py images --rep sdf          # from a caption, a picture, both: how near to the true shape?
     python evaluate.py cross-view --rep sdf      # eight views of one shape: is it the same shape eight times?
@@ -34,11 +35,13 @@ from data import kinds_of
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder, read_config, trained_stages
 from engine.state import plot_losses
-from evaluation import attributes, exam
+from evaluation import exam
+from evaluation.attributes import evaluate_attributes
 from evaluation.experiments import TRAINED, VARIANTS, ablate_rgs, add_flags, compare_variants, overfit
-from evaluation.judges import JUDGES, decoded_field, true_field
+from evaluation.judges import JUDGES
 from evaluation.metrics import chamfer, chamfer_matrix, emd
-from evaluation.results import ResultCache, labels, mean, write_table, write_tables
+from evaluation.results import labels, mean, write_table, write_tables
+from evaluation.words import evaluate_words
 from geometry import training_pictures, training_samples
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
@@ -158,49 +161,6 @@ def draw_samples(args, name, model, benchmark, tokens):
     print(f"{args.out}/{name}.png")
 
 
-def evaluate_attributes(args):
-    """Prompts that name a visible attribute: does the solid that comes out have it?"""
-    right, tables, jobs, wanted = check_checkers(args), {}, [], {}
-    if args.check:
-        rows = [{"checker": key, "shapes": str(len(values)), "right": np.mean(values)} for key, values in right.items()]
-        return write_table(args.out, "attributes-check", rows, mean_row=True)
-    for name, attribute, checker, prompts in attributes.ATTRIBUTES:
-        for value, prompt in prompts.items():
-            wanted[prompt] = name, attribute, checker, value
-            jobs += [exam.Job(f"{prompt}-{i}", prompt, None, (args.seed, i)) for i in range(args.n)]
-    for folder, label in labels(args.checkpoint).items():
-        cache = exam.result_cache(args, label, folder, *exam.stages_of("sdf"), rgs=args.rgs)
-        model = exam.open_model(args, folder).load_heads("sdf")
-
-        def result_of(tokens, job):
-            found = attributes.measure_shape(decoded_field(model.heads["sdf"], tokens, model.autocast))
-            return {"obeyed": attributes.has_attribute(found, *wanted[job.text][1:])}
-
-        obeyed = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)["obeyed"].reshape(-1, args.n).mean(1)
-        tables[label] = [{"prompt": prompt, "obeyed": share, "checker": np.mean(right[f"{name}: {attribute}"])}
-                         for (prompt, (name, attribute, *_)), share in zip(wanted.items(), obeyed)]
-    print(f"{args.n} samples a prompt. obeyed: the share that has it; checker: its right answers on held-out shapes")
-    write_tables(args.out, args.command, tables)
-
-
-def check_checkers(args):
-    """Every checker on the held-out shapes themselves -> {"class: attribute": for each shape, was it right?}"""
-    test, right = exam.held_out(args), {}
-    cache = ResultCache(f"{args.out}/{args.command}/checkers", shapes=test.name)
-    for row in tqdm(range(len(test)), desc="checking the checkers", unit="shape"):
-        if f"{row}" not in cache:
-            found, true = attributes.measure_shape(true_field(test.shape(row))), test.records[row]["attributes"]
-            result = {}
-            for name, attribute, checker, prompts in attributes.ATTRIBUTES:
-                value = true.get(attribute)
-                if test.classes[row] == name and (attribute in ("colour", "second") and value or value in prompts):
-                    result[f"{name}: {attribute}"] = attributes.has_attribute(found, attribute, checker, value)
-            cache.write(f"{row}", result)
-        for key, value in cache.read(f"{row}").items():
-            right.setdefault(key, []).append(value)
-    return right
-
-
 # ---------------------------------------------------------------------------- pictures
 
 def evaluate_retrieval(args):
@@ -282,9 +242,9 @@ def evaluate_views(args):
 
 COMMANDS = {
     "tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate,
-    "attributes": evaluate_attributes, "retrieval": evaluate_retrieval, "images": evaluate_images,
-    "cross-view": evaluate_views, "ablate-rgs": ablate_rgs, **dict.fromkeys(VARIANTS, compare_variants),
-    "overfit": overfit}
+    "attributes": evaluate_attributes, "words": evaluate_words, "retrieval": evaluate_retrieval,
+    "images": evaluate_images, "cross-view": evaluate_views, "ablate-rgs": ablate_rgs,
+    **dict.fromkeys(VARIANTS, compare_variants), "overfit": overfit}
 
 
 def arguments():
@@ -321,7 +281,7 @@ def arguments():
     flag(files, "--copies", type=between(1, 100), default=1, help="as in training")
     flag(["generate", *rgs, *TRAINED], "--scorer", default="checkpoints/tiny", help="gives features of clouds and "
          "prompts: a trained folder, or a Python file that defines cloud(points, normals, colours) and text(prompts)")
-    flag(["generate", "attributes", "images"], "--rgs", default="auto", metavar="RULE", help=RGS_FORMS)
+    flag(["generate", "attributes", "words", "images"], "--rgs", default="auto", metavar="RULE", help=RGS_FORMS)
     flag(["tokenizer"], "--points", type=between(100, 10 ** 7), default=100_000, help="of the F-score, each side")
     flag(["generate"], "--quick", action="store_true", help="a quarter of it: --n 4 --shapes 104")
     flag(["generate"], "--cfg", type=between(0, 100, float), default=2., help="guidance by the text; 1 is none")

@@ -8,10 +8,14 @@ instead, of the same size: the row of COLOURS that is nearest to the colour of e
 """
 import numpy as np
 import torch
-from scipy.ndimage import binary_erosion, binary_fill_holes, label
+from scipy import ndimage
+from scipy.ndimage import binary_erosion, binary_fill_holes
 from scipy.signal import find_peaks
+from tqdm import tqdm
 
-from evaluation.judges import occupancy
+from evaluation import exam
+from evaluation.judges import decoded_field, occupancy, true_field
+from evaluation.results import ResultCache, labels, write_table, write_tables
 from geometry.shapes import COLOURS
 
 CELL = 2 / 64       # side of a cell of that grid; no part of a built-in shape is thinner than 2.8 cells
@@ -44,7 +48,7 @@ def runs(line):
 
 def count_components(o):
     """How many components a horizontal layer has: the median over the layers, without specks."""
-    counts = [(np.bincount(label(o[:, y])[0].ravel())[1:] >= 4).sum() for y in range(o.shape[1])]
+    counts = [(np.bincount(ndimage.label(o[:, y])[0].ravel())[1:] >= 4).sum() for y in range(o.shape[1])]
     return int(np.median(counts))
 
 
@@ -217,3 +221,46 @@ def has_attribute(measured, attribute, checker, value):
     """Does a shape, from `measure_shape`, have this value of the attribute? Empty shapes and specks do not."""
     o, paint = measured
     return min(o.shape) >= SPECK and checker(paint if attribute in ("colour", "second") else o) == value
+
+
+def evaluate_attributes(args):
+    """Prompts that name a visible attribute: does the solid that comes out have it?"""
+    right, tables, jobs, wanted = check_checkers(args), {}, [], {}
+    if args.check:
+        rows = [{"checker": key, "shapes": str(len(values)), "right": np.mean(values)} for key, values in right.items()]
+        return write_table(args.out, "attributes-check", rows, mean_row=True)
+    for name, attribute, checker, texts in ATTRIBUTES:
+        for value, prompt in texts.items():
+            wanted[prompt] = name, attribute, checker, value
+            jobs += [exam.Job(f"{prompt}-{i}", prompt, None, (args.seed, i)) for i in range(args.n)]
+    for folder, label in labels(args.checkpoint).items():
+        cache = exam.result_cache(args, label, folder, *exam.stages_of("sdf"), rgs=args.rgs)
+        model = exam.open_model(args, folder).load_heads("sdf")
+
+        def result_of(tokens, job):
+            found = measure_shape(decoded_field(model.heads["sdf"], tokens, model.autocast))
+            return {"obeyed": has_attribute(found, *wanted[job.text][1:])}
+
+        obeyed = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)["obeyed"].reshape(-1, args.n).mean(1)
+        tables[label] = [{"prompt": prompt, "obeyed": share, "checker": np.mean(right[f"{name}: {attribute}"])}
+                         for (prompt, (name, attribute, *_)), share in zip(wanted.items(), obeyed)]
+    print(f"{args.n} samples a prompt. obeyed: the share that has it; checker: its right answers on held-out shapes")
+    write_tables(args.out, args.command, tables)
+
+
+def check_checkers(args):
+    """Every checker on the held-out shapes themselves -> {"class: attribute": for each shape, was it right?}"""
+    test, right = exam.held_out(args), {}
+    cache = ResultCache(f"{args.out}/{args.command}/checkers", shapes=test.name)
+    for row in tqdm(range(len(test)), desc="checking the checkers", unit="shape"):
+        if f"{row}" not in cache:
+            found, true = measure_shape(true_field(test.shape(row))), test.records[row]["attributes"]
+            result = {}
+            for name, attribute, checker, texts in ATTRIBUTES:
+                value = true.get(attribute)
+                if test.classes[row] == name and (attribute in ("colour", "second") and value or value in texts):
+                    result[f"{name}: {attribute}"] = has_attribute(found, attribute, checker, value)
+            cache.write(f"{row}", result)
+        for key, value in cache.read(f"{row}").items():
+            right.setdefault(key, []).append(value)
+    return right

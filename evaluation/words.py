@@ -1,0 +1,117 @@
+"""words.py - is a prompt understood that is worded in another way than the captions of training?
+
+    prompts     written by templates that no caption has; each names a class, its colour and another attribute
+    variants    "a red chair" with a slip of the keyboard, in the plural, or with a synonym
+
+A sample of each is measured: is the nearest held-out shape of its class, and has it what the prompt names?
+
+    python evaluate.py words
+"""
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from evaluation import exam
+from evaluation.attributes import ATTRIBUTES, colour, has_attribute, measure_shape
+from evaluation.judges import decoded_field
+from evaluation.metrics import chamfer_matrix
+from evaluation.results import labels, write_table
+from geometry.captions import article
+from geometry.shapes import CLASSES, COLOURS
+from prompts.reading import NEIGHBOURS
+
+LEAVES = ["green", "teal", "orange", "yellow", "pink", "red"]
+MOTTLED = {"stool", "shelf"}          # classes whose first colour does not cover most of the surface
+TEMPLATES = ("I would like {a} {adjective} {noun} {detail}, {colour}", "{colour} {noun}, {adjective}, {detail}",
+             "one {adjective} {noun} {detail}, painted {colour}",
+             "please show me {a} {noun} in {colour} {detail}, {adjective}",
+             "{noun} {detail} and in {colour}, {adjective}", "{a} {adjective} {noun}; colour: {colour}; {detail}")
+OTHER_NAMES = {"table": ["desk"], "sofa": ["couch", "settee"], "shelf": ["bookcase", "bookshelf"],
+               "mug": ["cup", "beaker"], "car": ["automobile"], "aeroplane": ["airplane", "plane"], "bottle": ["flask"],
+               "grey": ["gray"], "purple": ["violet"], "teal": ["turquoise"]}
+
+
+class Prompt(NamedTuple):
+    text: str
+    name: str                         # its class
+    wanted: list                      # (attribute, checker, value) of each attribute that it names
+
+
+def write_prompts(count, seed):
+    """Prompts by TEMPLATES, classes in turn, with attributes and colours at random."""
+    rng, prompts = np.random.default_rng(seed), []
+    for i in range(count):
+        name = CLASSES[i % len(CLASSES)]
+        first = str(rng.choice(LEAVES if name == "tree" else list(COLOURS)))
+        rows = [row for row in ATTRIBUTES if row[0] == name and row[1] != "colour"]
+        _, attribute, checker, values = rows[rng.integers(len(rows))]
+        value, plain = list(values.items())[rng.integers(len(values))]
+        known = re.fullmatch(rf"an? (?:(.*?) )?{name}(?: (with.*))?", plain)              # not "a sedan"
+        noun, adjective, detail = (name, known[1] or "", known[2] or "") if known else (plain[2:], "", "")
+        if attribute == "second":
+            new = str(rng.choice([other for other in COLOURS if other != first]))
+            adjective, detail, value = "", detail.replace(value, new), new
+        words = dict(a="an" if (adjective + noun)[0] in "aeiou" else "a", adjective=adjective, noun=noun, detail=detail)
+        text = TEMPLATES[rng.integers(len(TEMPLATES))].format(colour=first, **words)
+        wanted = [(attribute, checker, value)] + [("colour", colour(), first)] * (name not in MOTTLED)
+        text = re.sub(r" (?=[,;])|[,;] (?=[,;])", "", " ".join(text.split()).replace(", ,", ","))
+        prompts.append(Prompt(text.strip(",; "), name, wanted))
+    return prompts
+
+
+def slip(word, rng):
+    """Two letters swapped, one left out, one doubled, or one struck for its neighbour; never the first."""
+    i, kind = int(rng.integers(1, len(word) - 1)), rng.integers(4)
+    near = [b for a, b in [*NEIGHBOURS, *(pair[::-1] for pair in NEIGHBOURS)] if a == word[i]]
+    return [word[:i] + word[i + 1] + word[i] + word[i + 2:], word[:i] + word[i + 1:], word[:i] + word[i] + word[i:],
+            word[:i] + str(rng.choice(near)) + word[i + 1:]][kind]
+
+
+def write_variants(count, seed):
+    """"a red chair" with a slip, in the plural, or with a synonym, in turn."""
+    rng, prompts = np.random.default_rng(seed), []
+    names = [name for name in CLASSES if name not in MOTTLED]
+    while len(prompts) < count:
+        name, kind = str(rng.choice(names)), len(prompts) % 3
+        first = str(rng.choice(LEAVES if name == "tree" else list(COLOURS)))
+        words = [first, name]
+        i = int(rng.integers(2))
+        if kind == 0 and len(words[i]) > 3:
+            words[i] = slip(words[i], rng)
+        elif kind == 1:
+            words[1] = {"shelf": "shelves", "bench": "benches"}.get(name, f"{name}s")
+        elif kind == 2 and words[i] in OTHER_NAMES:
+            words[i] = str(rng.choice(OTHER_NAMES[words[i]]))
+        else:
+            continue
+        text = " ".join(words) if kind == 1 else article(" ".join(words))
+        prompts.append(Prompt(text, name, [("colour", colour(), first)]))
+    return prompts
+
+
+def evaluate_words(args):
+    """Prompts in words of their own, slips, plurals and synonyms: the right class, with what they name?"""
+    references, classes = exam.clouds_and_classes(exam.held_out(args), args.seed)
+    rows = []
+    for folder, label in labels(args.checkpoint).items():
+        model = exam.open_model(args, folder).load_heads("sdf")
+        for what, prompts in (("prompts", write_prompts(200, args.seed)), ("variants", write_variants(100, args.seed))):
+            cache = exam.result_cache(args, f"{label}-{what}", folder, *exam.stages_of("sdf"), rgs=args.rgs)
+            cloud_of = exam.shape_result(model, "sdf", 64)
+
+            def result_of(tokens, job):
+                found = measure_shape(decoded_field(model.heads["sdf"], tokens, model.autocast))
+                wanted = prompts[int(job.name.split("-")[1])].wanted
+                return cloud_of(tokens, job) | {"obeyed": np.mean([has_attribute(found, *want) for want in wanted])}
+
+            jobs = [exam.Job(f"{what}-{i}", prompt.text, None, (args.seed, i)) for i, prompt in enumerate(prompts)]
+            results = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)
+            nearest = classes[chamfer_matrix(results["points"], references).argmin(1)]
+            right, obeyed = nearest == [prompt.name for prompt in prompts], results["obeyed"]
+            rows.append({"checkpoint": label, "what": what, "right class": right.mean(), "attributes": obeyed.mean(),
+                         "all of it": (right & (obeyed == 1)).mean()})
+            for prompt, ok, share in zip(prompts, right, obeyed):
+                if not ok or share < 1:
+                    print(f"{'' if ok else 'another class, '}{share:.1f} of its attributes: {prompt.text}")
+    write_table(args.out, args.command, rows)
