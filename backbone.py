@@ -209,12 +209,13 @@ class Backbone(nn.Module):
             y = block(y)
         return self.norm_out(self.decoder[-1](y, rows=p + rows))                  # b m d
 
-    def loss(self, x, condition):
-        """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the hidden tokens."""
+    def loss(self, x, condition, moment=None):
+        """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the hidden tokens.
+        moment: of generation, from 0 (nothing is known) to 1; by default a random one."""
         b, n, device = len(x), self.tokens, x.device
-        # The share of hidden tokens is that of a random moment of generation, the same for the whole batch: no padding.
-        # (MAR hides at least .7 of them: then tokens placed last, when nearly all are known, are never learnt.)
-        ratio = math.cos(math.pi / 2 * torch.rand(1).item())
+        # The share of hidden tokens is the same for the whole batch: no padding. (MAR hides at least .7 of them, by a
+        # truncated normal: then tokens placed last, when nearly all are known, are never learnt.)
+        ratio = math.cos(math.pi / 2 * (torch.rand(1).item() if moment is None else moment))
         known = n - math.ceil(n * ratio)
         order = torch.rand(b, n, device=device).argsort(1)                        # b n
         hidden = order[:, known:]                                                 # b m

@@ -282,6 +282,7 @@ def arguments():
     flag(["generate", *rgs, *TRAINED], "--scorer", default="checkpoints/tiny", help="gives features of clouds and "
          "prompts: a trained folder, or a Python file that defines cloud(points, normals, colours) and text(prompts)")
     flag(["generate", "attributes", "words", "images"], "--rgs", default="auto", metavar="RULE", help=RGS_FORMS)
+    flag(["words"], "--count", type=between(2, 10_000), default=200, help="of prompts; half as many variants")
     flag(["tokenizer"], "--points", type=between(100, 10 ** 7), default=100_000, help="of the F-score, each side")
     flag(["generate"], "--quick", action="store_true", help="a quarter of it: --n 4 --shapes 104")
     flag(["generate"], "--cfg", type=between(0, 100, float), default=2., help="guidance by the text; 1 is none")

@@ -54,7 +54,7 @@ class Diffusion(nn.Module):
             y = block(y)
         return rearrange(self.out(y[:, -self.tokens:]).float(), "b n c -> b (n c)")
 
-    def loss(self, x, condition):                             # b n c
+    def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
         prefix = self.prefix(condition, random_drops(len(x), condition, x.device))                   # b p d
         return self.denoiser.loss(self.net, rearrange(x, "b n c -> b (n c)"), prefix)
 
@@ -99,7 +99,7 @@ class Autoregressive(nn.Module):
             y = block(y, mask=past)
         return self.norm(y[:, p:])
 
-    def loss(self, x, condition):                             # b n c
+    def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
         prefix = self.prefix(condition, random_drops(len(x), condition, x.device))                   # b p d
         c = self.contexts(prefix, x[:, :-1])                                      # b n d
         c, x = repeat(c, "b n d -> (r b n) d", r=DRAWS), repeat(x, "b n c -> (r b n) c", r=DRAWS)

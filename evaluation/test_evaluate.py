@@ -103,14 +103,15 @@ def rows_of(path):
     assert path.with_suffix(".md").is_file()
     assert path.with_suffix(".png").is_file()
     rows = list(csv.DictReader(path.with_suffix(".csv").open()))
-    texts = {list(rows[0])[0], "rep", "checkpoint", "reconstruction", "prompt", "rule"}
+    texts = {list(rows[0])[0], "rep", "checkpoint", "reconstruction", "prompt", "rule", "what"}
     assert all(np.isfinite(float(value)) for row in rows for key, value in row.items() if value and key not in texts)
     return rows
 
 
 @pytest.mark.parametrize("command, table", [
     ("tokenizer --rep pc --shapes 2", "tokenizer-pc"), ("cross --reps sdf pc --shapes 1", "cross"),
-    ("retrieval", "retrieval"), ("cross-view --shapes 1 --resolution 32", "cross-view-sdf"),
+    ("retrieval", "retrieval"), ("words --count 2", "words"),
+    ("cross-view --shapes 1 --resolution 32", "cross-view-sdf"),
 ])
 def test_evaluations_write_their_tables(command, table, four, tmp_path, examined):
     assert run(evaluate.main, *command.split(), "--checkpoint", four, "--out", tmp_path) == 0

@@ -9,7 +9,10 @@ import sample
 import tokenizer
 from conftest import run
 from engine.commands import UserError
-from evaluation import exam, metrics, results
+from evaluation import attributes, exam, metrics, results, words
+from evaluation.judges import true_field
+from geometry import shapes
+from prompts import reading, text_tower
 
 # ---------------------------------------------------------------------------- results and scores
 
@@ -191,3 +194,34 @@ def test_what_cannot_be_measured_is_an_error(measure, complaint):
     with pytest.raises(UserError) as caught:
         measure(np.arange(12.).reshape(4, 3))
     assert complaint in str(caught.value)
+
+
+# ---------------------------------------------------------------------------- prompts that are measured
+
+def test_second_colours_are_found():
+    """The checkers of second colours are right about built-in shapes themselves."""
+    rows = {row[0]: row for row in attributes.ATTRIBUTES if row[1] == "second"}
+    for index in range(26):
+        shape = shapes.make(6, index)
+        if shape.name in rows and "second" in shape.attributes:
+            found = attributes.measure_shape(true_field(shape))
+            assert attributes.has_attribute(found, *rows[shape.name][1:3], shape.attributes["second"]), shape.captions
+
+
+def test_prompts_are_worded_unlike_captions():
+    """No prompt is a caption; each names its class and can be read."""
+    captions = {caption for index in range(1300) for caption in shapes.make(0, index).captions}
+    vocabulary, things = text_tower.vocabulary(captions), reading.name_things(captions)
+    prompts = words.write_prompts(200, 0)
+    assert not captions & {prompt.text for prompt in prompts}
+    for prompt in prompts:
+        found, _ = reading.read(prompt.text, vocabulary, things)
+        assert prompt.name in found or prompt.name == "car"
+
+
+def test_slips_are_read_as_what_was_meant():
+    captions = {caption for index in range(1300) for caption in shapes.make(0, index).captions}
+    vocabulary, rng = text_tower.vocabulary(captions), np.random.default_rng(0)
+    meant = [str(rng.choice(["table", "chair", "bottle", "yellow", "purple", "stool"])) for _ in range(100)]
+    read = [reading.known_form(words.slip(word, rng), vocabulary) for word in meant]
+    assert sum(a == b for a, b in zip(read, meant)) >= 95

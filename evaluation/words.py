@@ -96,7 +96,8 @@ def evaluate_words(args):
     rows = []
     for folder, label in labels(args.checkpoint).items():
         model = exam.open_model(args, folder).load_heads("sdf")
-        for what, prompts in (("prompts", write_prompts(200, args.seed)), ("variants", write_variants(100, args.seed))):
+        for what, prompts in (("prompts", write_prompts(args.count, args.seed)),
+                              ("variants", write_variants(args.count // 2, args.seed))):
             cache = exam.result_cache(args, f"{label}-{what}", folder, *exam.stages_of("sdf"), rgs=args.rgs)
             cloud_of = exam.shape_result(model, "sdf", 64)
 
