@@ -4,7 +4,8 @@
 
 A masked auto-encoder sees [prefix, known tokens] and gives every unknown token i a context vector
 c_i; a small MLP (DenoiseNet) runs a diffusion on that one token given c_i. Training hides a random
-share of the tokens; generation starts with none known and places a few more a step.
+share of the tokens; generation starts with none known and places a few more a step. Unlike MAR, there is no dropout, the
+DenoiseNet learns no variance, and the learning rate falls linearly in the end (engine/state.py).
 
     python train.py --rep sdf --stage backbone
 """
@@ -161,7 +162,8 @@ class DDPM:
             a, b = cls.alphas[i].to(x.device), cls.alphas[j].to(x.device)
             t = torch.full((len(x),), i / cls.T, device=x.device)
             eps = guided(net, x, t, c, strengths)                                 # k c
-            clean = ((x - (1 - a).sqrt() * eps) / a.sqrt()).clamp(-5, 5)          # k c; tokens have unit variance
+            clean = (x - (1 - a).sqrt() * eps) / a.sqrt()                         # k c
+            clean = clean.clamp(-5, 5)                        # not in MAR; tokens have unit variance, none is larger
             ratio = a / b                                     # posterior q(x_j | x_i, clean)
             mean = (b.sqrt() * (1 - ratio) * clean + ratio.sqrt() * (1 - b) * x) / (1 - a)
             fresh = noise[:, (step + 1) % steps]              # the last step adds none: there 1 - b is 0
