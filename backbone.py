@@ -4,8 +4,8 @@
 
 A masked auto-encoder sees [prefix, known tokens] and gives every unknown token i a context vector
 c_i; a small MLP (DenoiseNet) runs a diffusion on that one token given c_i. Training hides a random
-share of the tokens; generation starts with none known and places a few more a step. Unlike MAR, there is no dropout, the
-DenoiseNet learns no variance, and the learning rate falls linearly in the end (engine/state.py).
+share of the tokens; generation starts with none known and places a few more a step. Unlike MAR, there is no dropout,
+the DenoiseNet learns no variance, and the learning rate falls linearly in the end (engine/state.py).
 
     python train.py --rep sdf --stage backbone
 """
