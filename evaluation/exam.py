@@ -206,7 +206,7 @@ class Exam:
     held-out shapes. memorisation: distance to training shapes, in tokens, over that of held-out shapes; of copies: what
     copies would have. right class: share of samples whose nearest held-out shape has that class. one piece: share with
     99 % of the surface in one component. diversity: mean Chamfer distance of pairs of a class, over that of held-out
-    shapes. seconds: of a sample, without decoding."""
+    shapes, both less the distance of two samplings of one shape. seconds: of a sample, without decoding."""
 
     def __init__(self, args, n, shapes):
         self.args, self.n, self.scorer = args, n, Scorer(args.scorer, args.device or "cpu")
@@ -283,9 +283,11 @@ class Exam:
             own, same = slice(i * self.n, (i + 1) * self.n), self.classes == name
             real = metrics.distances_to_others(self.cloud[0][same])
             diversity, diversity_of_real = metrics.diversity(points[own]), real.mean().item()
+            floor = np.mean([chamfer(*pair) for pair in zip(self.cloud[0][same], self.second_cloud[0][same])])
             rows.append({"class": name, "right class": np.mean(self.classes[distance[own].argmin(1)] == name)}
                         | {key: named[key][own].mean() for key in SOUNDNESS if key in named}
                         | {"Chamfer to nearest": distance[own][:, same].amin(1).mean().item(),
                            "of held-out": real.amin(1).mean().item(), "diversity": diversity,
-                           "diversity of held-out": diversity_of_real, "ratio": diversity / diversity_of_real})
+                           "diversity of held-out": diversity_of_real, "floor": floor,
+                           "ratio": (diversity - floor) / (diversity_of_real - floor)})
         return rows
