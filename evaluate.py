@@ -216,7 +216,7 @@ def evaluate_images(args):
 
 
 def evaluate_views(args):
-    """Eight views of one held-out shape make eight shapes: how far apart are they? With and without RGS."""
+    """Eight views of one held-out shape make eight shapes: how far apart are they? By rules of RGS."""
     test, tables = exam.held_out(args), {}
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), "vision")
@@ -227,9 +227,9 @@ def evaluate_views(args):
             unlit = training_samples.draw_pictures(shape, [(45 * i, 20) for i in range(8)])
             views = training_pictures.relight(*unlit.values(), np.random.default_rng(0), vary=False)        # 8 3 s s
             distances = {"shape": name}
-            for rule, rgs in (("sampling only", "none"), ("RGS", "auto")):
+            for rule in args.rules:
                 jobs = [exam.Job(f"{name}, {rule}-{i}", None, view, (args.seed, i)) for i, view in enumerate(views)]
-                pairs = list(combinations(exam.sample_all(model, jobs, cache, result_of, rgs=rgs)["points"], 2))
+                pairs = list(combinations(exam.sample_all(model, jobs, cache, result_of, rgs=rule)["points"], 2))
                 distances[f"Chamfer, {rule}"] = np.mean([chamfer(*pair) for pair in pairs])
                 distances[f"EMD, {rule}"] = np.mean([emd(*pair) for pair in pairs])
             pair = [shape.surface(exam.POINTS, np.random.default_rng(i))[0] for i in range(2)]
@@ -282,6 +282,7 @@ def arguments():
     flag(["generate", *rgs, *TRAINED], "--scorer", default="checkpoints/tiny", help="gives features of clouds and "
          "prompts: a trained folder, or a Python file that defines cloud(points, normals, colours) and text(prompts)")
     flag(["generate", "attributes", "words", "images"], "--rgs", default="auto", metavar="RULE", help=RGS_FORMS)
+    flag(["cross-view"], "--rules", nargs="+", default=["none", "auto"], metavar="RULE", help=f"of RGS: {RGS_FORMS}")
     flag(["words"], "--count", type=between(2, 10_000), default=200, help="of prompts; half as many variants")
     flag(["tokenizer"], "--points", type=between(100, 10 ** 7), default=100_000, help="of the F-score, each side")
     flag(["generate"], "--quick", action="store_true", help="a quarter of it: --n 4 --shapes 104")

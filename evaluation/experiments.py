@@ -23,7 +23,7 @@ from engine.commands import UserError, between
 from engine.files import read_config, read_stage, read_weights
 from engine.state import plot_losses
 from evaluation import exam
-from evaluation.metrics import chamfer, chamfer_matrix, cosine
+from evaluation.metrics import chamfer, chamfer_matrix, cosine, kernel_distance
 from evaluation.results import interval, labels, weights, write_table
 from geometry import training_samples
 from geometry.render import contact_sheet, render_mesh, save_png
@@ -150,7 +150,7 @@ def overfit(args):
 # ---------------------------------------------------------------------------- Reconstruction-Guided Sampling
 
 REAL = "(the shapes themselves)"
-RGS_COLUMNS = ("prompt", "rule", "a, figure", "a, text", "window", "prompt score", "Chamfer to described",
+RGS_COLUMNS = ("prompt", "rule", "a, figure", "a, text", "window", "prompt score", "Chamfer to described", "kernel",
                "share of diversity", "share of diversity less floor")
 
 
@@ -163,8 +163,9 @@ def rgs_rules(args):
     return rules | {f"within {reach:g} sigma": ("", "", "0.75", {"rgs": f"within={reach}"}) for reach in args.within}
 
 
-def rgs_scores(results, n, prompt_features, described, scorer):
-    """n samples of each of r prompts (features r e) of r shapes (clouds r k 3) -> how faithful, how diverse."""
+def rgs_scores(results, n, prompt_features, described, others, scorer):
+    """n samples of each of r prompts (features r e) of r shapes (clouds r k 3) -> how faithful, how diverse, how like
+    other held-out shapes (features s e)."""
     k, same = exam.POINTS, torch.eye(n, dtype=torch.bool)
     features = scorer.clouds(*(results[name][:, :k] for name in ("points", "normals", "colours")))        # (r n) e
     points = torch.from_numpy(results["points"])                                  # (r n) 2k 3
@@ -174,7 +175,8 @@ def rgs_scores(results, n, prompt_features, described, scorer):
     diversity = np.mean([matrix[~same].mean().item() for matrix in pairs])
     floor = np.mean([matrix[same].mean().item() for matrix in pairs])             # two halves of one cloud
     return {"prompt score": np.diag(cosine(np.repeat(prompt_features, n, 0), features)).mean(),
-            "Chamfer to described": np.mean(near), "diversity": diversity, "diversity less floor": diversity - floor}
+            "Chamfer to described": np.mean(near), "kernel": kernel_distance(features, others),
+            "diversity": diversity, "diversity less floor": diversity - floor}
 
 
 def ablate_rgs(args):
@@ -190,6 +192,8 @@ def ablate_rgs(args):
     names = [test.classes[row] for row in rows]
     texts = {"name": names, "caption": exam.longest_captions(test, rows), "picture": [None] * len(rows)}
     described = test.cloud(rows, exam.POINTS, np.random.default_rng(args.seed))   # points, normals, colours: r k 3 each
+    rest = range(args.shapes, len(test))
+    others = scorer.clouds(*test.cloud(rest, exam.POINTS, np.random.default_rng(args.seed)))            # s e
     for kind in args.prompts:
         if kind == "picture":
             tower = image_tower.load(args.scorer)
@@ -207,10 +211,10 @@ def ablate_rgs(args):
                 jobs = [exam.Job(f"{kind}-{row}-{i}", texts[kind][row], pictures[row] if kind == "picture" else None,
                                  (seed, int(row), i)) for row, i in product(rows, range(args.n))]
                 results = exam.sample_all(model, jobs, cache, result_of, **options)
-                scores.append(rgs_scores(results, args.n, features, described[0], scorer))
+                scores.append(rgs_scores(results, args.n, features, described[0], others, scorer))
             plain = plain or scores
             row = {"prompt": kind, "rule": rule, "a, figure": figure, "a, text": text, "window": window}
-            for key in ("prompt score", "Chamfer to described"):
+            for key in ("prompt score", "Chamfer to described", "kernel"):
                 row[key] = interval([score[key] for score in scores])
             for key in ("diversity", "diversity less floor"):
                 row[f"share of {key}"] = interval([score[key] / base[key] for score, base in zip(scores, plain)])
@@ -252,7 +256,7 @@ def add_flags(flag):
     kinds, share, reach = ["name", "caption", "picture"], between(0, 1, float), between(0, 100, float)
     rgs = ["ablate-rgs"]
     flag(rgs, "--prompts", nargs="+", choices=kinds, default=kinds, help="kinds of prompt")
-    flag(rgs, "--alphas", nargs="*", type=share, default=[0, .05, .1, .2, .3, .5, .9], help="weights of sampled tokens")
+    flag(rgs, "--alphas", nargs="*", type=share, default=[0, .05, .1, .15, .2, .3, .9], help="weights of sampled tokens")
     flag(rgs, "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .5], help="besides .75, at a = .1")
     flag(rgs, "--within", nargs="*", type=reach, default=[1, 1.5, 2], help="reaches of our rule, standard deviations")
     flag([*rgs, *VARIANTS], "--seeds", type=between(1, 100), default=3, help="samplings or trainings of each variant")
