@@ -192,7 +192,7 @@ def ablate_rgs(args):
     names = [test.classes[row] for row in rows]
     texts = {"name": names, "caption": exam.longest_captions(test, rows), "picture": [None] * len(rows)}
     described = test.cloud(rows, exam.POINTS, np.random.default_rng(args.seed))   # points, normals, colours: r k 3 each
-    rest = range(args.shapes, len(test))
+    rest = range(args.shapes, len(test)) or rows              # the other held-out shapes, where there are any
     others = scorer.clouds(*test.cloud(rest, exam.POINTS, np.random.default_rng(args.seed)))            # s e
     for kind in args.prompts:
         if kind == "picture":
@@ -256,7 +256,7 @@ def add_flags(flag):
     kinds, share, reach = ["name", "caption", "picture"], between(0, 1, float), between(0, 100, float)
     rgs = ["ablate-rgs"]
     flag(rgs, "--prompts", nargs="+", choices=kinds, default=kinds, help="kinds of prompt")
-    flag(rgs, "--alphas", nargs="*", type=share, default=[0, .05, .1, .15, .2, .3, .9], help="weights of sampled tokens")
+    flag(rgs, "--alphas", nargs="*", type=share, default=[0, .05, .1, .15, .2, .3, .9], help="weights of samples")
     flag(rgs, "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .5], help="besides .75, at a = .1")
     flag(rgs, "--within", nargs="*", type=reach, default=[1, 1.5, 2], help="reaches of our rule, standard deviations")
     flag([*rgs, *VARIANTS], "--seeds", type=between(1, 100), default=3, help="samplings or trainings of each variant")
