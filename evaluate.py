@@ -286,6 +286,8 @@ def arguments():
     flag(["words"], "--count", type=between(2, 10_000), default=200, help="of prompts; half as many variants")
     flag(["tokenizer"], "--points", type=between(100, 10 ** 7), default=100_000, help="of the F-score, each side")
     flag(["generate"], "--quick", action="store_true", help="a quarter of it: --n 4 --shapes 104")
+    flag(["generate"], "--split", choices=["test", "validation"], default="test", help="held-out shapes: "
+         "settings are chosen on the second split, numbers are reported on the first")
     flag(["generate"], "--cfg", type=between(0, 100, float), default=2., help="guidance by the text; 1 is none")
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)

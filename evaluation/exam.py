@@ -43,7 +43,10 @@ def open_model(args, folder):
 
 
 def held_out(args, kinds=("surface",)):
-    return prepare("test", out=args.cache, kinds=kinds, data=args.data, copies=args.copies)
+    split = getattr(args, "split", "test")
+    if args.data and split == "validation":
+        raise UserError("files have no validation split; leave --split out")
+    return prepare(split, out=args.cache, kinds=kinds, data=args.data, copies=args.copies)
 
 
 def clouds_and_classes(split, seed):
@@ -69,7 +72,7 @@ def result_cache(args, label, folder, *stages, what=None, **settings):
     stages, to these settings and to CODE: results of older code are not used."""
     rep = f"-{args.rep}" if "rep" in args else ""
     settings |= dict(seed=args.seed, weights=weights(folder, *stages), code=digest(*CODE), data=args.data)
-    settings |= dict(copies=args.copies, resolution=getattr(args, "resolution", None))
+    settings |= dict(copies=args.copies, resolution=getattr(args, "resolution", None), split=getattr(args, "split", ""))
     return ResultCache(f"{args.out}/{what or args.command}{rep}/{label}", **settings)
 
 

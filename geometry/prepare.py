@@ -34,6 +34,7 @@ CHUNK = 130                   # shapes in a chunk
 MEMORY = 12 << 30             # bytes that a worker may allocate
 SEED = 0                      # of all built-in shapes
 TEST = 10_000_000             # the number of the first test shape: no training shape has a number as high
+FIRST = {"train": 0, "test": TEST, "validation": 2 * TEST}    # of built-in shapes; settings are chosen on the last
 TRAIN_SHAPES = 10_400         # 800 of each class
 TEST_SHAPES = 520             # 40 of each class
 
@@ -49,8 +50,8 @@ class BuiltIn:
     """The built-in shapes of a split, of all classes in turn or of these."""
 
     def __init__(self, split, count=None, classes=None):
-        self.first, self.skipped, self.classes = TEST if split == "test" else 0, [], classes
-        default = TEST_SHAPES if split == "test" else TRAIN_SHAPES
+        self.first, self.skipped, self.classes = FIRST[split], [], classes
+        default = TRAIN_SHAPES if split == "train" else TEST_SHAPES
         self.count = count or default * len(classes or shapes.CLASSES) // len(shapes.CLASSES)
         self.name = "-".join([f"{name_begins(None)}{split}", f"{self.count}", *(classes or ())])
 
