@@ -28,6 +28,11 @@ class Encoders:
         given = {"text": prompts, "image": pictures}
         return {kind: self.towers[kind].tokens(x) for kind, x in given.items() if x is not None}
 
+    def remarks(self, prompt):
+        """What a user is told of a text prompt (prompts/reading.py). Other people's towers read everything."""
+        tower = self.towers["text"]
+        return tower.remarks(prompt) if isinstance(tower, text_tower.TextAndCloud) else []
+
     def draw(self, split, rows, rng):
         """One caption and one picture of each training shape: what `encode_drawn` takes."""
         captions = split.draw_captions(rows, rng)

@@ -79,6 +79,8 @@ class LTM3D:
             raise UserError(f"{steps} steps are not between 1 and {self.backbone.tokens}, the number of shape tokens "
                             f"of {self.folder}: every step places at least one")
         prompts = None if prompt is None else [prompt] * n
+        for remark in [] if prompt is None else self.encoders.remarks(prompt):
+            print(f"warning: {remark}", file=sys.stderr)
         pictures = None
         if image is not None:
             picture, warning = picture_files.load_picture(image)                  # 3 s s

@@ -64,9 +64,15 @@ def known_form(word, vocabulary):
 
 # ---------------------------------------------------------------------------- a prompt
 
-def read(prompt, vocabulary, things):
-    """A prompt -> its words, all of the vocabulary, and remarks on what was not taken as it stands. The noun that it is
-    about has to be one of `things`."""
+def known_words(prompt, vocabulary):
+    """The words of a prompt that are in the vocabulary, in their known form."""
+    forms = (known_form(word, vocabulary) for word in words(prompt))
+    return [form for form in forms if form]
+
+
+def remarks_on(prompt, vocabulary, things):
+    """What a user is told of a prompt: words that are not taken as they stand. If it is not about one of `things`: an
+    error, which names the nearest."""
     if not words(prompt):
         raise UserError("the prompt is empty; name a thing, for instance: " + ", ".join(things[:8]))
     forms = {word: known_form(word, vocabulary) for word in words(prompt)}
@@ -86,7 +92,7 @@ def read(prompt, vocabulary, things):
     for word in [word for word, known in forms.items() if known is None and word not in POLITE]:
         near = ", ".join(difflib.get_close_matches(word, vocabulary)) or "none is spelt like it"
         remarks.append(f"the unknown word '{word}' is left out; nearest: {near}")
-    return list(filter(None, map(forms.get, words(prompt)))), remarks
+    return remarks
 
 
 def noun_phrases(prompt):
@@ -114,9 +120,8 @@ def main():
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
     args = parser.parse_args()
     entry = read_stage(args.checkpoint, "encoders")
-    found, remarks = read(args.prompt, entry["vocabulary"], entry["things"])
-    print(*remarks, sep="\n", file=sys.stderr)
-    print(*found)
+    print(*remarks_on(args.prompt, entry["vocabulary"], entry["things"]), sep="\n", file=sys.stderr)
+    print(*known_words(args.prompt, entry["vocabulary"]))
 
 
 if __name__ == "__main__":

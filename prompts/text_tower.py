@@ -9,7 +9,6 @@ The text tower conditions the backbone. The cloud tower scores shapes against te
     python train.py --rep sdf --stage encoders       # trains both towers
 """
 import math
-import sys
 from zlib import crc32
 
 import numpy as np
@@ -22,7 +21,7 @@ from engine.commands import UserError
 from engine.files import load_model, read_stage
 from engine.networks import Block, fourier
 from geometry.captions import words
-from prompts.reading import read
+from prompts.reading import known_words, remarks_on
 
 SIZES = {  # dim is also e, the width of a condition token
     "tiny": dict(dim=128, depth=2, heads=4), "small": dict(dim=256, depth=4, heads=8),
@@ -46,7 +45,7 @@ class TextAndCloud(nn.Module):
         super().__init__()
         self.width = dim                                      # e
         self.vocabulary, self.index = list(vocabulary), {word: i for i, word in enumerate(vocabulary)}
-        self.things, self.remarks = list(things), set()       # nouns that can be made; remarks that were printed
+        self.things = list(things)                            # nouns that can be made
         self.word = nn.Embedding(len(self.vocabulary), dim)
         self.place = nn.Parameter(torch.randn(LENGTH, dim) * dim ** -.5)
         nn.init.normal_(self.word.weight, std=dim ** -.5)
@@ -98,15 +97,18 @@ class TextAndCloud(nn.Module):
         return total, {"text_to_cloud": hits[0], "cloud_to_text": hits[1], "temperature": (-self.scale).exp().detach()}
 
     def known_words(self, prompt):
-        """A prompt -> the ids of its words. Remarks on what was left out are printed once each."""
-        known, remarks = read(prompt, self.index, self.things)
-        if len(known) > LENGTH:
-            remarks.append(f"only {LENGTH} of the {len(known)} words of a prompt are read")
-        for remark in remarks:
-            if remark not in self.remarks:
-                self.remarks.add(remark)
-                print(f"warning: {remark}", file=sys.stderr)
+        """A prompt -> the ids of its known words."""
+        known = known_words(prompt, self.index)
+        if not known:
+            raise UserError(f"'{' '.join(prompt.split())[:60]}' has no word that this text tower knows")
         return [self.index[word] for word in known[:LENGTH]]
+
+    def remarks(self, prompt):
+        """What a user is told of a prompt; an error, if it is not about a thing that can be made."""
+        remarks = remarks_on(prompt, self.index, self.things)
+        if len(words(prompt)) > LENGTH:
+            remarks.append(f"only {LENGTH} words of a prompt are read")
+        return remarks
 
     def word_ids(self, prompts):
         """b strings -> ids b t and mask b t (True = a word); t is the length of the longest prompt."""
