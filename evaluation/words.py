@@ -108,8 +108,8 @@ def evaluate_words(args):
 
             jobs = [exam.Job(f"{what}-{i}", prompt.text, None, (args.seed, i)) for i, prompt in enumerate(prompts)]
             results = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)
-            nearest = classes[chamfer_matrix(results["points"], references).argmin(1)]
-            right, obeyed = nearest == [prompt.name for prompt in prompts], results["obeyed"]
+            nearest = classes[chamfer_matrix(results["points"], references).argmin(1).numpy()]
+            right, obeyed = nearest == np.array([prompt.name for prompt in prompts]), results["obeyed"]
             rows.append({"checkpoint": label, "what": what, "right class": right.mean(), "attributes": obeyed.mean(),
                          "all of it": (right & (obeyed == 1)).mean()})
             for prompt, ok, share in zip(prompts, right, obeyed):
