@@ -9,8 +9,7 @@
     torchrun --nproc_per_node=8 train.py --rep sdf --size large      # many GPUs (engine/processes.py)
 
 A stage that is done is skipped. A stage that was stopped goes on exactly where it was (engine/loop.py). runs/<name>/
-holds what sample.py reads (safetensors, config.json) and what a person reads: <stage>.csv, losses.png,
-<stage>-<step>.png.
+holds what sample.py reads (safetensors, config.json), and for people <stage>.csv, <stage>-<step>.png and losses.png.
 """
 from functools import partial
 from pathlib import Path
@@ -41,8 +40,7 @@ from prompts.reading import name_things
 # steps, batch, peak learning rate, tuned at tiny. Stages are seeded by their position here: append, never insert
 DEFAULTS = {
     "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "vision": (1200, 64, 2e-3),
-    "backbone": (1700, 64, 2e-3),
-    "reconstruct": (600, 64, 2e-3),
+    "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
     "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3),
     "head-mesh": (5000, 32, 2e-3),
 }
@@ -56,7 +54,7 @@ save_picture = processes.first_process_only(save_png)
 def train_encoders(run):
     """The text tower, with a cloud tower that it learns to agree with."""
     # data
-    captions = [caption for split in (run.train, run.test) for captions in split.captions for caption in captions]
+    captions = [caption for captions in run.train.captions for caption in captions]
     words, things = text_tower.vocabulary(captions), name_things(captions)
 
     def draw(split, rng):
@@ -71,9 +69,8 @@ def train_encoders(run):
 
     # save
     with run.autocast():
-        metrics = text_tower.retrieval(model, run.test)
-    run.finish("encoders", seconds, {"encoders": model}, settings=settings, vocabulary=words, things=things,
-               metrics=metrics)
+        found = dict(vocabulary=words, things=things, metrics=text_tower.retrieval(model, run.test))
+    run.finish("encoders", seconds, {"encoders": model}, settings=settings, **found)
 
 
 def train_tokenizer(run):
@@ -183,8 +180,7 @@ def train_backbone(run):
 
     # loss: in training at a random moment of generation, of held-out shapes the mean of eight
     def loss_of(model, batch):
-        x, drawn = batch
-        condition = encoders.encode_drawn(drawn)
+        x, condition = batch[0], encoders.encode_drawn(batch[1])
         moments = [None] if model.training else [(i + .5) / 8 for i in range(8)]
         return sum(model.loss(x, condition, moment) for moment in moments) / len(moments), {}
 

@@ -33,9 +33,12 @@ BANDS = 6      # finest wavelength 4 / 2^5 = .125, about the thickness of a part
 QUERIES = 16   # one query only averages over the cloud; to count the boards of a shelf takes several
 
 
+NO_WORD = ""   # stands for a caption of a held-out shape that has no known word
+
+
 def vocabulary(captions):
-    """Every word of the captions, sorted."""
-    return sorted({word for caption in captions for word in words(caption)})
+    """NO_WORD and every word of the captions, sorted."""
+    return sorted({NO_WORD} | {word for caption in captions for word in words(caption)})
 
 
 class TextAndCloud(nn.Module):
@@ -98,10 +101,7 @@ class TextAndCloud(nn.Module):
 
     def known_words(self, prompt):
         """A prompt -> the ids of its known words."""
-        known = known_words(prompt, self.index)
-        if not known:
-            raise UserError(f"'{' '.join(prompt.split())[:60]}' has no word that this text tower knows")
-        return [self.index[word] for word in known[:LENGTH]]
+        return [self.index[word] for word in known_words(prompt, self.index)[:LENGTH] or [NO_WORD]]
 
     def remarks(self, prompt):
         """What a user is told of a prompt; an error, if it is not about a thing that can be made."""
