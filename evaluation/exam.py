@@ -27,8 +27,9 @@ SOUNDNESS = "one piece", "watertight", "closed edges"         # what a represent
 ROOT = Path(__file__).parent.parent
 CODE = [ROOT / name for name in (                             # the files that decide what a result is
     "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py",
-    "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py", "geometry/meshes.py",
-    "geometry/export.py", "geometry/render.py", "geometry/light.py", "geometry/solids.py", "geometry/shapes.py",
+    "prompts/reading.py", "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py",
+    "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py", "geometry/solids.py",
+    "geometry/shapes.py",
     "engine/networks.py", "engine/commands.py", "evaluation/exam.py", "evaluation/peers.py", "evaluation/judges.py",
     "evaluation/metrics.py", "evaluation/attributes.py")]
 
