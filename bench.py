@@ -287,7 +287,7 @@ def bench_sizes(bench):
 
 
 def draw_curves(plt, rows):
-    """A panel for each thing that has sizes."""
+    """A panel for each quantity that is varied."""
     panels = list(dict.fromkeys(row["what"] for row in rows))
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), sharey=True, layout="constrained")
     ticks = [.01, .03, .1, .3, 1, 3, 10, 30, 100]

@@ -206,7 +206,7 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--window", "2"], "--window: must be between 0 and 1"), (["--rep", "voxels"], "choose from"),
     (["--points", "0"], "--points: must be"), (["--device", "toaster"], "--device toaster"),
     (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
-    (["--text", ""], "is empty"), (["--text", "with the"], "names no thing"), (["--device", "meta"], "--device meta"),
+    (["--text", ""], "is empty"), (["--text", "with the"], "names no shape"), (["--device", "meta"], "--device meta"),
     (["--text", "a house"], "'house' is nothing that can be made"),
     (["--checkpoint", "nowhere"], "there is no folder nowhere"), (["--out", "{file}/below"], "cannot write")])
 def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, capsys):

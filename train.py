@@ -35,7 +35,7 @@ from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
 from heads import HEADS
 from prompts import image_tower, text_tower
-from prompts.reading import name_things
+from prompts.reading import nouns_of
 
 # steps, batch, peak learning rate, tuned at tiny. Stages are seeded by their position here: append, never insert
 DEFAULTS = {
@@ -55,21 +55,21 @@ def train_encoders(run):
     """The text tower, with a cloud tower that it learns to agree with."""
     # data
     captions = [caption for captions in run.train.captions for caption in captions]
-    words, things = text_tower.vocabulary(captions), name_things(captions)
+    words, nouns = text_tower.vocabulary(captions), nouns_of(captions)
 
     def draw(split, rng):
         return text_tower.training_batch(split, model, rng, run.micro_batch_size("encoders"))
 
     # model
     settings = text_tower.SIZES[run.size]
-    model = text_tower.TextAndCloud(words, things, **settings)
+    model = text_tower.TextAndCloud(words, nouns, **settings)
 
     # loss
     model, seconds = fit(run, "encoders", model, draw, lambda model, batch: model.loss(*batch))
 
     # save
     with run.autocast():
-        found = dict(vocabulary=words, things=things, metrics=text_tower.retrieval(model, run.test))
+        found = dict(vocabulary=words, nouns=nouns, metrics=text_tower.retrieval(model, run.test))
     run.finish("encoders", seconds, {"encoders": model}, settings=settings, **found)
 
 

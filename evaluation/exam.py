@@ -29,9 +29,8 @@ CODE = [ROOT / name for name in (                             # the files that d
     "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py",
     "prompts/reading.py", "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py",
     "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py", "geometry/solids.py",
-    "geometry/shapes.py",
-    "engine/networks.py", "engine/commands.py", "evaluation/exam.py", "evaluation/peers.py", "evaluation/judges.py",
-    "evaluation/metrics.py", "evaluation/attributes.py")]
+    "geometry/shapes.py", "engine/networks.py", "engine/commands.py", "evaluation/exam.py", "evaluation/peers.py",
+    "evaluation/judges.py", "evaluation/metrics.py", "evaluation/attributes.py")]
 
 
 # ---------------------------------------------------------------------------- models and data

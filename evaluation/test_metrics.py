@@ -211,11 +211,11 @@ def test_second_colours_are_found():
 def test_prompts_are_worded_unlike_captions():
     """No prompt is a caption; each names its class and can be read."""
     captions = {caption for index in range(1300) for caption in shapes.make(0, index).captions}
-    vocabulary, things = text_tower.vocabulary(captions), reading.name_things(captions)
+    vocabulary, nouns = text_tower.vocabulary(captions), reading.nouns_of(captions)
     prompts = words.write_prompts(200, 0)
     assert not captions & {prompt.text for prompt in prompts}
     for prompt in prompts:
-        reading.remarks_on(prompt.text, vocabulary, things)   # no error
+        reading.remarks_on(prompt.text, vocabulary, nouns)   # no error
         assert prompt.name in reading.known_words(prompt.text, vocabulary) or prompt.name == "car"
 
 

@@ -50,8 +50,8 @@ def write_captions(rng, name, attributes, phrases):
         captions.append(f"a {draw(adjectives)} {name}")
     if coloured:
         captions += [f"a {colour} {noun} with {draw(coloured)}", f"a {other} with {draw(coloured)}"]
-    for number, thing in re.findall(r"(\w+) (?:wide )?(leg|wheel)s?\b", " ".join(has)):
-        captions.append(f"a {draw([number, NUMBERS[number]])}-{thing}ged {other}".replace("wheelg", "wheel"))
+    for number, part in re.findall(r"(\w+) (?:wide )?(leg|wheel)s?\b", " ".join(has)):
+        captions.append(f"a {draw([number, NUMBERS[number]])}-{part}ged {other}".replace("wheelg", "wheel"))
     captions.append(" ".join(NUMBERS.get(word, word) for word in captions[4].split()))          # with digits
 
     # other words for the same, but in the names; "an orange cap"

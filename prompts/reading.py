@@ -20,7 +20,7 @@ POLITE = {"please", "thanks", "thank", "you"}
 LINKS = {"with", "without", "that", "which", "has", "having", "and", "in", "on", "under", "beside", "for", "from"}
 
 
-def name_things(captions):
+def nouns_of(captions):
     """The nouns that captions are about, sorted: the last word of the first phrase."""
     phrases = [noun_phrases(caption) for caption in captions]
     return sorted({first[-1] for first, *_ in filter(None, phrases)})
@@ -70,20 +70,20 @@ def known_words(prompt, vocabulary):
     return [form for form in forms if form]
 
 
-def remarks_on(prompt, vocabulary, things):
-    """What a user is told of a prompt: words that are not taken as they stand. If it is not about one of `things`: an
+def remarks_on(prompt, vocabulary, nouns):
+    """What a user is told of a prompt: words that are not taken as they stand. If it is not about one of `nouns`: an
     error, which names the nearest."""
     if not words(prompt):
-        raise UserError("the prompt is empty; name a thing, for instance: " + ", ".join(things[:8]))
+        raise UserError("the prompt is empty; name a shape, for instance: " + ", ".join(nouns[:8]))
     forms = {word: known_form(word, vocabulary) for word in words(prompt)}
     phrases = noun_phrases(prompt)
-    about = [phrase for phrase in phrases if any(forms[word] in things for word in phrase)]
-    unknown = unknown_noun(phrases, forms, things)
+    about = [phrase for phrase in phrases if any(forms[word] in nouns for word in phrase)]
+    unknown = unknown_noun(phrases, forms, nouns)
     if unknown or not about:
         noun = unknown or next((word for phrase in phrases for word in phrase[::-1] if not forms[word]), None)
-        fault = f"'{noun}' is nothing that can be made" if noun else f"'{' '.join(prompt.split())[:60]}' names no thing"
-        near = noun and difflib.get_close_matches(noun, things, cutoff=.5)
-        raise UserError(f"{fault}; nearest: {', '.join(near)}" if near else f"{fault}; name one of {', '.join(things)}")
+        fault = f"'{noun}' is nothing that can be made" if noun else f"'{' '.join(prompt.split())[:60]}' names no shape"
+        near = noun and difflib.get_close_matches(noun, nouns, cutoff=.5)
+        raise UserError(f"{fault}; nearest: {', '.join(near)}" if near else f"{fault}; name one of {', '.join(nouns)}")
 
     remarks = [f"'{word}' is read as '{known}'" for word, known in forms.items()
                if known not in (word, None) and known not in singulars(word)]
@@ -101,14 +101,14 @@ def noun_phrases(prompt):
     return [phrase for part in re.split(rf"[,;:.!?\n]|\b(?:{links})\b", prompt.lower()) if (phrase := words(part))]
 
 
-def unknown_noun(phrases, forms, things):
-    """The unknown noun that a prompt is about: it ends the phrase with the first thing ("tree house"), or an earlier,
+def unknown_noun(phrases, forms, nouns):
+    """The unknown noun that a prompt is about: it ends the phrase with the first noun ("tree house"), or an earlier,
     short phrase ("a house with a table"). None if there is none."""
     for i, phrase in enumerate(phrases):
         phrase = [word for word in phrase if word not in POLITE]
-        thing = max((k for k, word in enumerate(phrase) if forms[word] in things), default=None)
-        if thing is not None:
-            return phrase[-1] if thing == len(phrase) - 2 and not forms[phrase[-1]] else None
+        last = max((k for k, word in enumerate(phrase) if forms[word] in nouns), default=None)
+        if last is not None:
+            return phrase[-1] if last == len(phrase) - 2 and not forms[phrase[-1]] else None
         if phrase and not forms[phrase[-1]] and (i == 0 and len(phrase) < 3 or len(phrase) == 1):
             return phrase[-1]
     return None
@@ -120,7 +120,7 @@ def main():
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
     args = parser.parse_args()
     entry = read_stage(args.checkpoint, "encoders")
-    print(*remarks_on(args.prompt, entry["vocabulary"], entry["things"]), sep="\n", file=sys.stderr)
+    print(*remarks_on(args.prompt, entry["vocabulary"], entry["nouns"]), sep="\n", file=sys.stderr)
     print(*known_words(args.prompt, entry["vocabulary"]))
 
 

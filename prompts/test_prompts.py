@@ -24,8 +24,8 @@ from prompts import picture_files, pretrained, reading, text_tower
 
 def small_text_tower():
     torch.manual_seed(0)
-    words, things = ["", "blue", "chair", "no", "red", "round", "seat", "table", "with"], ["chair", "table"]
-    return text_tower.TextAndCloud(words, things, **SMALL[text_tower]).eval()
+    words, nouns = ["", "blue", "chair", "no", "red", "round", "seat", "table", "with"], ["chair", "table"]
+    return text_tower.TextAndCloud(words, nouns, **SMALL[text_tower]).eval()
 
 
 def test_text_padding_has_no_influence():
@@ -45,8 +45,8 @@ def test_unknown_words_are_left_out():
     assert torch.equal(tower.tokens(["wooden"])[0], tower.tokens(["paper"])[0])           # of no known word
 
 
-THINGS = "aeroplane bed bench bottle chair shelf sofa table tree".split()
-VOCABULARY = [*THINGS, *"arms blue five has in legs no red wheels with".split()]
+NOUNS = "aeroplane bed bench bottle chair shelf sofa table tree".split()
+VOCABULARY = [*NOUNS, *"arms blue five has in legs no red wheels with".split()]
 
 
 @pytest.mark.parametrize("prompt, words", [
@@ -57,18 +57,18 @@ VOCABULARY = [*THINGS, *"arms blue five has in legs no red wheels with".split()]
 def test_words_of_a_prompt(prompt, words):
     """Plurals and slips are read as the known word; unknown words that are no nouns of the prompt are left out."""
     assert reading.known_words(prompt, VOCABULARY) == words.split()
-    reading.remarks_on(prompt, VOCABULARY, THINGS)            # no error
+    reading.remarks_on(prompt, VOCABULARY, NOUNS)            # no error
 
 
 @pytest.mark.parametrize("prompt, complaint", [
     ("elephant", "'elephant' is nothing that can be made; name one of aeroplane"), ("cable", "'cable' .*: table"),
     ("a house with a table", "'house' is nothing"), ("tree house", "'house' is nothing"), ("a dog on a sofa", "'dog'"),
-    ("beach", "'beach' .*: bench"), ("soda", "'soda'"), ("red", "'red' names no thing"), ("with", "names no thing"),
+    ("beach", "'beach' .*: bench"), ("soda", "'soda'"), ("red", "'red' names no shape"), ("with", "names no shape"),
     ("  ", "is empty"), ("!?", "is empty")])
 def test_what_cannot_be_made_is_an_error(prompt, complaint):
     """The noun of a prompt is never guessed."""
     with pytest.raises(UserError, match=complaint):
-        reading.remarks_on(prompt, VOCABULARY, THINGS)
+        reading.remarks_on(prompt, VOCABULARY, NOUNS)
 
 
 # ---------------------------------------------------------------------------- picture files

@@ -44,11 +44,11 @@ def vocabulary(captions):
 class TextAndCloud(nn.Module):
     """The two towers, and the temperature of their comparison."""
 
-    def __init__(self, vocabulary, things, dim, depth, heads):
+    def __init__(self, vocabulary, nouns, dim, depth, heads):
         super().__init__()
         self.width = dim                                      # e
         self.vocabulary, self.index = list(vocabulary), {word: i for i, word in enumerate(vocabulary)}
-        self.things = list(things)                            # nouns that can be made
+        self.nouns = list(nouns)                            # nouns that can be made
         self.word = nn.Embedding(len(self.vocabulary), dim)
         self.place = nn.Parameter(torch.randn(LENGTH, dim) * dim ** -.5)
         nn.init.normal_(self.word.weight, std=dim ** -.5)
@@ -104,8 +104,8 @@ class TextAndCloud(nn.Module):
         return [self.index[word] for word in known_words(prompt, self.index)[:LENGTH] or [NO_WORD]]
 
     def remarks(self, prompt):
-        """What a user is told of a prompt; an error, if it is not about a thing that can be made."""
-        remarks = remarks_on(prompt, self.index, self.things)
+        """What a user is told of a prompt; an error, if it is not about a shape that can be made."""
+        remarks = remarks_on(prompt, self.index, self.nouns)
         if len(words(prompt)) > LENGTH:
             remarks.append(f"only {LENGTH} words of a prompt are read")
         return remarks
@@ -179,5 +179,5 @@ def retrieval(encoders, prepared, count=200):
 def load(folder):
     """The towers of a checkpoint folder, frozen."""
     entry = read_stage(folder, "encoders")
-    settings = entry["settings"] | {key: entry[key] for key in ("vocabulary", "things")}
+    settings = entry["settings"] | {key: entry[key] for key in ("vocabulary", "nouns")}
     return load_model(TextAndCloud, f"{folder}/encoders.safetensors", **settings)
