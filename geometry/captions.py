@@ -50,6 +50,8 @@ def write_captions(rng, name, attributes, phrases):
         captions.append(f"a {draw(adjectives)} {name}")
     if coloured:
         captions += [f"a {colour} {noun} with {draw(coloured)}", f"a {other} with {draw(coloured)}"]
+    listed = [colour, f"with {draw(has_coloured)}" if has else draw(with_), *(x for x in adjectives if x not in other)]
+    captions.append(", ".join([other, *rng.permutation(listed)]))                 # in any order
     for number, part in re.findall(r"(\w+) (?:wide )?(leg|wheel)s?\b", " ".join(has)):
         captions.append(f"a {draw([number, NUMBERS[number]])}-{part}ged {other}".replace("wheelg", "wheel"))
     captions.append(" ".join(NUMBERS.get(word, word) for word in captions[4].split()))          # with digits
