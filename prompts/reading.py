@@ -20,6 +20,11 @@ POLITE = {"please", "thanks", "thank", "you"}
 LINKS = {"with", "without", "that", "which", "has", "having", "and", "in", "on", "under", "beside", "for", "from"}
 
 
+def plain(prompt):
+    """A prompt in lowercase, with one word for what a shape has not: "without"."""
+    return re.sub(r"\b(?:(?:with|has|have|having) )?no\b", "without", prompt.lower())
+
+
 def nouns_of(captions):
     """The nouns that captions are about, sorted: the last word of the first phrase."""
     phrases = [noun_phrases(caption) for caption in captions]
@@ -66,13 +71,14 @@ def known_form(word, vocabulary):
 
 def known_words(prompt, vocabulary):
     """The words of a prompt that are in the vocabulary, in their known form."""
-    forms = (known_form(word, vocabulary) for word in words(prompt))
+    forms = (known_form(word, vocabulary) for word in words(plain(prompt)))
     return [form for form in forms if form]
 
 
 def remarks_on(prompt, vocabulary, nouns):
     """What a user is told of a prompt: words that are not taken as they stand. If it is not about one of `nouns`: an
     error, which names the nearest."""
+    prompt = plain(prompt)
     if not words(prompt):
         raise UserError("the prompt is empty; name a shape, for instance: " + ", ".join(nouns[:8]))
     forms = {word: known_form(word, vocabulary) for word in words(prompt)}
