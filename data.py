@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
 from geometry import shapes
-from geometry.prepare import TRAIN_SHAPES, BuiltIn, Files, fill, read_records
+from geometry.prepare import TRAIN_SHAPES, BuiltIn, Files, fill, read_records, version
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_pictures import relight
 from geometry.training_samples import KINDS, PICTURES, POINTS, QUERIES, vertex_coloured
@@ -60,7 +60,7 @@ class Prepared:
     """A prepared set, read from disk as needed: the shapes of the split that have samples of all kinds."""
 
     def __init__(self, folder, source, kinds):
-        self.folder, self.source = Path(folder), source
+        self.folder, self.source, self.version = Path(folder), source, version(source)
         self.folders = {kind: self.folder / source.folder(kind) for kind in kinds}
         self.name = f"{source.name}-{source.split}" if isinstance(source, Files) else source.name
         try:
@@ -73,7 +73,7 @@ class Prepared:
         self.broken = {record["file"]: record["broken"] for record in broken.values()}
         rows = sorted(row for row in set.intersection(*map(set, records))
                       if row not in broken and source.in_split(records[0][row]))
-        self.rows = np.array(rows, int)       # rows of the arrays: one for each shape of this set
+        self.rows = np.array(rows, int)                       # rows of the arrays: one for each shape of this set
         self.records = [records[0][row] for row in rows]
         self.classes = [record["class"] for record in self.records]
         self.captions = [record["captions"] for record in self.records]

@@ -29,7 +29,7 @@ class Encoders:
         return {kind: self.towers[kind].tokens(x) for kind, x in given.items() if x is not None}
 
     def remarks(self, prompt):
-        """What a user is told of a text prompt (prompts/reading.py). Other people's towers read everything."""
+        """The warnings about a text prompt (prompts/reading.py). Towers of transformers read every word."""
         tower = self.towers["text"]
         return tower.remarks(prompt) if isinstance(tower, text_tower.TextAndCloud) else []
 

@@ -71,7 +71,7 @@ class Run:
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
         git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed,
-                     seconds=round(seconds), data=self.train.folder.name, made_with=made_with,
+                     seconds=round(seconds), data=self.train.version, made_with=made_with,
                      revision=git.stdout.strip(), **entries)
         (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
         self.plot()

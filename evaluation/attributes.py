@@ -13,6 +13,7 @@ from scipy.ndimage import binary_erosion, binary_fill_holes
 from scipy.signal import find_peaks
 from tqdm import tqdm
 
+from engine.files import digest
 from evaluation import exam
 from evaluation.judges import decoded_field, occupancy, true_field
 from evaluation.results import ResultCache, labels, write_table, write_tables
@@ -251,7 +252,7 @@ def evaluate_attributes(args):
 def check_checkers(args):
     """Every checker on the held-out shapes themselves -> {"class: attribute": for each shape, was it right?}"""
     test, right = exam.held_out(args), {}
-    cache = ResultCache(f"{args.out}/{args.command}/checkers", shapes=test.name)
+    cache = ResultCache(f"{args.out}/{args.command}/checkers", shapes=test.name, code=digest(*exam.CODE))
     for row in tqdm(range(len(test)), desc="checking the checkers", unit="shape"):
         if f"{row}" not in cache:
             found, true = measure_shape(true_field(test.shape(row))), test.records[row]["attributes"]

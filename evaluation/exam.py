@@ -15,7 +15,7 @@ from engine.files import digest, read_config
 from evaluation import metrics, peers
 from evaluation.metrics import chamfer, chamfer_matrix
 from evaluation.results import ResultCache, mean, weights
-from geometry.prepare import BuiltIn, Files, name_begins
+from geometry.prepare import BuiltIn, Files, name_begins, version
 from geometry.shapes import CLASSES
 from heads import with_needs
 from prompts import text_tower
@@ -29,8 +29,9 @@ CODE = [ROOT / name for name in (                             # the files that d
     "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py",
     "prompts/reading.py", "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py",
     "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py", "geometry/solids.py",
-    "geometry/shapes.py", "engine/networks.py", "engine/commands.py", "evaluation/exam.py", "evaluation/peers.py",
-    "evaluation/judges.py", "evaluation/metrics.py", "evaluation/attributes.py")]
+    "geometry/shapes.py", "geometry/captions.py", "engine/networks.py", "engine/commands.py", "evaluation/exam.py",
+    "evaluation/peers.py", "evaluation/judges.py", "evaluation/metrics.py", "evaluation/attributes.py",
+    "evaluation/words.py")]
 
 
 # ---------------------------------------------------------------------------- models and data
@@ -180,8 +181,8 @@ def training_set_of(folder, args):
     if not (Path(args.cache) / source.name).is_dir():
         print(f"memorisation is left out: {source.name} is not in {args.cache}; make it with: python data.py {flags}")
         return None
-    if source.name != name:
-        print(f"memorisation is by {source.name}, where {folder} learnt from {name}")
+    if version(source) != name:
+        print(f"memorisation is by {version(source)}, where {folder} learnt from {name}")
     return prepare("train", source.count, args.cache, data=args.data, copies=args.copies)
 
 

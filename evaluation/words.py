@@ -17,19 +17,18 @@ from evaluation.attributes import ATTRIBUTES, colour, has_attribute, measure_sha
 from evaluation.judges import decoded_field
 from evaluation.metrics import chamfer_matrix
 from evaluation.results import labels, write_table
-from geometry.captions import article
-from geometry.shapes import CLASSES, COLOURS
+from geometry.captions import SYNONYMS, article
+from geometry.shapes import CLASSES, COLOURS, LEAVES
 from prompts.reading import NEIGHBOURS
 
-LEAVES = ["green", "teal", "orange", "yellow", "pink", "red"]
 MOTTLED = {"stool", "shelf"}          # classes whose first colour does not cover most of the surface
 TEMPLATES = ("I would like {a} {adjective} {noun} {detail}, {colour}", "{colour} {noun}, {adjective}, {detail}",
              "one {adjective} {noun} {detail}, painted {colour}",
              "please show me {a} {noun} in {colour} {detail}, {adjective}",
              "{noun} {detail} and in {colour}, {adjective}", "{a} {adjective} {noun}; colour: {colour}; {detail}")
 OTHER_NAMES = {"table": ["desk"], "sofa": ["couch", "settee"], "shelf": ["bookcase", "bookshelf"],
-               "mug": ["cup", "beaker"], "car": ["automobile"], "aeroplane": ["airplane", "plane"], "bottle": ["flask"],
-               "grey": ["gray"], "purple": ["violet"], "teal": ["turquoise"]}
+               "mug": ["cup", "beaker"], "car": ["automobile"], "aeroplane": ["airplane", "plane"], "bottle": ["flask"]}
+OTHER_NAMES |= {word: [synonym] for word, synonym in SYNONYMS.items() if word in COLOURS}
 
 
 class Prompt(NamedTuple):
@@ -62,10 +61,11 @@ def write_prompts(count, seed):
 
 def slip(word, rng):
     """Two letters swapped, one left out, one doubled, or one struck for its neighbour; never the first."""
-    i, kind = int(rng.integers(1, len(word) - 1)), rng.integers(4)
-    near = [b for a, b in [*NEIGHBOURS, *(pair[::-1] for pair in NEIGHBOURS)] if a == word[i]]
-    return [word[:i] + word[i + 1] + word[i] + word[i + 2:], word[:i] + word[i + 1:], word[:i] + word[i] + word[i:],
-            word[:i] + str(rng.choice(near)) + word[i + 1:]][kind]
+    i = int(rng.integers(1, len(word) - 1))
+    near = sorted(set("".join(a + b for a, b in NEIGHBOURS if word[i] in (a, b))) - {word[i]})
+    slips = [word[:i] + word[i + 1] + word[i] + word[i + 2:], word[:i] + word[i + 1:], word[:i] + word[i] + word[i:],
+             word[:i] + str(rng.choice(near)) + word[i + 1:]]
+    return str(rng.choice([other for other in slips if other != word]))           # two equal letters swapped are none
 
 
 def write_variants(count, seed):

@@ -7,6 +7,7 @@ FILLERS = {"with", "without", "and", "of", "in", "that", "is", "has", "no", "3d"
 SYNONYMS = {"grey": "gray", "purple": "violet", "teal": "turquoise", "slim": "narrow", "wide": "broad", "tall": "high",
             "round": "circular"}
 SYNONYM_SHARE = .15             # of these words, in captions
+ADJECTIVES = {"leg": "legged", "wheel": "wheeled"}
 
 
 def words(text):
@@ -27,16 +28,15 @@ def write_captions(rng, name, attributes, phrases):
     """Captions from the bare class name to a full description. Each is true of the shape. The draws differ from shape
     to shape: over a data set every attribute is named alone and together with others. phrases: see shapes.py."""
     draw = lambda options: str(rng.choice(options))
-    colour, adjectives = attributes["colour"], phrases.get("adjectives", [])
+    colour, adjectives, lacks = attributes["colour"], phrases["adjectives"], phrases["lacking"]
     noun, other = draw(phrases["nouns"] + [name]), draw(phrases["nouns"] + [name])
 
     # what it has, without and with its colour, and what it lacks
     has = [phrase.replace("{} ", "") for phrase in phrases["having"]]
     has_coloured = [phrase.format(attributes.get("second", "")) for phrase in phrases["having"]]
     coloured = [phrase for phrase in has_coloured if phrase not in has]
-    lacks = phrases.get("lacking", [])
     bare = lambda phrase: phrase.removeprefix("a ")           # "without a back", but "no back"
-    with_ = [f"with {phrase}" for phrase in has]              # "with no back" and "without a back"
+    with_ = [f"with {phrase}" for phrase in has]
     with_ += [without for phrase in lacks for without in (f"without {phrase}", f"with no {bare(phrase)}")]
     that = [f"has {phrase}" for phrase in has] + [f"has no {bare(phrase)}" for phrase in lacks]
 
@@ -53,7 +53,7 @@ def write_captions(rng, name, attributes, phrases):
     listed = [colour, f"with {draw(has_coloured)}" if has else draw(with_), *(x for x in adjectives if x not in other)]
     captions.append(", ".join([other, *rng.permutation(listed)]))                 # in any order
     for number, part in re.findall(r"(\w+) (?:wide )?(leg|wheel)s?\b", " ".join(has)):
-        captions.append(f"a {draw([number, NUMBERS[number]])}-{part}ged {other}".replace("wheelg", "wheel"))
+        captions.append(f"a {draw([number, NUMBERS[number]])}-{ADJECTIVES[part]} {other}")
     captions.append(" ".join(NUMBERS.get(word, word) for word in captions[4].split()))          # with digits
 
     # other words for the same, but in the names; "an orange cap"

@@ -127,6 +127,11 @@ class Files:
         return held_out and not record["copy"] if self.split == "test" else not held_out
 
 
+def version(source):
+    """The name of a set, and a digest of what its surfaces depend on: what config.json says a stage learnt from."""
+    return f"{source.name}-{source.folder('surface').split('-')[-1]}"
+
+
 # ---------------------------------------------------------------------------- preparing
 
 def read_records(folder):
@@ -178,10 +183,10 @@ def fill(folder, source, kinds, workers=2, share=(0, 1)):
         if missing:
             todo[chunk] = missing
             (folder / f"tried-{chunk:05d}").unlink(missing_ok=True)    # an earlier run may have ended for other reasons
-    for path, (dtype, shape) in {folder / source.folder(kind) / f"{name}.npy": form for kind in kinds
-                                 for name, form in KINDS[kind].items()}.items():
-        if not path.is_file():
-            create_array(path, dtype, (source.count, *shape))
+    for place, kind in [(folder / source.folder(kind), kind) for kind in kinds]:
+        for name, (dtype, shape) in KINDS[kind].items():
+            if not any(place.glob("?????.json")) and not (place / f"{name}.npy").is_file():
+                create_array(place / f"{name}.npy", dtype, (source.count, *shape))
 
     total = sum(min(CHUNK, source.count - chunk * CHUNK) for chunk in todo)
     with tqdm(total=total, unit="shape", desc=f"preparing {source.name}: {', '.join(kinds)}", disable=not todo) as bar:

@@ -14,6 +14,7 @@ from geometry.solids import COLOURS, Shape, ball, box, capsule, cone, cylinder, 
 
 LONGEST = 1.8       # side of the bounding box after normalisation: room for a margin in [-1, 1]^3
 ALONG_Z, ALONG_X = rotation_about("x", 90), rotation_about("z", -90)    # lay a round part down: y to z, y to x
+LEAVES = "green", "green", "teal", "orange", "yellow", "pink", "red"    # colours of crowns; green is the most common
 COUNTS = ("no", "one", "two", "three", "four", "five")
 
 
@@ -230,7 +231,7 @@ def bottle(u, pick, colour, second):
 
 def tree(u, pick, colour, second):
     crown, layers = pick("round", "cone"), 0
-    leaf = pick("green", "green", "teal", "orange", "yellow", "pink", "red")
+    leaf = pick(*LEAVES)
     h, r, trunk, w = 1.8, u(.09, .13), u(.4, .6), u(.5, .62)
     trunk = trunk if crown == "cone" else h - 2 * w
     parts = [cylinder((0, (trunk + .3) / 2, 0), r, trunk + .3, "brown")]

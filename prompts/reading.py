@@ -41,14 +41,16 @@ def singulars(word):
 def is_slip(word, known):
     """Is `word` typed for `known`: two letters swapped, one left out, doubled or struck for its neighbour?
 
-    Words of three letters and other first letters are no slips, or "bad" were a bed and "cable" a table."""
+    The rules are strict, so that no other word is taken for a known one: "bad" is no bed, "cable" is no table."""
     if len(word) == len(known) > 3:
         wrong = [i for i, pair in enumerate(zip(word, known)) if len(set(pair)) == 2]
         if len(wrong) == 2 and wrong[1] == wrong[0] + 1:
             i, j = wrong
             return word[i] == known[j] and word[j] == known[i]
-        pair = (word[wrong[0]], known[wrong[0]]) if len(wrong) == 1 else None
-        return len(word) > 4 and wrong[:1] != [0] and (pair in NEIGHBOURS or pair and pair[::-1] in NEIGHBOURS)
+        if len(wrong) == 1 and wrong != [0] and len(word) > 4:
+            pair = word[wrong[0]], known[wrong[0]]
+            return pair in NEIGHBOURS or pair[::-1] in NEIGHBOURS
+        return False
     if len(word) + 1 == len(known) > 3:
         return word[:1] == known[0] and any(word == known[:i] + known[i + 1:] for i in range(1, len(known)))
     if len(word) == len(known) + 1 > 3:
@@ -76,8 +78,8 @@ def known_words(prompt, vocabulary):
 
 
 def remarks_on(prompt, vocabulary, nouns):
-    """What a user is told of a prompt: words that are not taken as they stand. If it is not about one of `nouns`: an
-    error, which names the nearest."""
+    """The warnings about a prompt: words that are not taken as they stand. A prompt that is not about one of `nouns`
+    is an error, which names the nearest."""
     prompt = plain(prompt)
     if not words(prompt):
         raise UserError("the prompt is empty; name a shape, for instance: " + ", ".join(nouns[:8]))

@@ -48,7 +48,7 @@ class TextAndCloud(nn.Module):
         super().__init__()
         self.width = dim                                      # e
         self.vocabulary, self.index = list(vocabulary), {word: i for i, word in enumerate(vocabulary)}
-        self.nouns = list(nouns)                            # nouns that can be made
+        self.nouns = list(nouns)                              # that can be made
         self.word = nn.Embedding(len(self.vocabulary), dim)
         self.place = nn.Parameter(torch.randn(LENGTH, dim) * dim ** -.5)
         nn.init.normal_(self.word.weight, std=dim ** -.5)
@@ -101,12 +101,15 @@ class TextAndCloud(nn.Module):
 
     def known_words(self, prompt):
         """A prompt -> the ids of its known words."""
-        return [self.index[word] for word in known_words(prompt, self.index)[:LENGTH] or [NO_WORD]]
+        known = known_words(prompt, self.index)[:LENGTH] or [NO_WORD]
+        if known[0] not in self.index:                        # weights of a vocabulary without NO_WORD
+            raise UserError(f"'{' '.join(prompt.split())[:60]}' has no word that this text tower knows")
+        return [self.index[word] for word in known]
 
     def remarks(self, prompt):
-        """What a user is told of a prompt; an error, if it is not about a shape that can be made."""
+        """The warnings about a prompt; an error, if it is not about a shape that can be made."""
         remarks = remarks_on(prompt, self.index, self.nouns)
-        if len(words(prompt)) > LENGTH:
+        if len(known_words(prompt, self.index)) > LENGTH:
             remarks.append(f"only {LENGTH} words of a prompt are read")
         return remarks
 
