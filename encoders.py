@@ -58,7 +58,8 @@ class Encoders:
 
 
 def make(folder, text=None, image=None, device="cpu"):
-    """text, image: a hub name, a folder, or (text) "bag", a bag of words; None: the tower in the checkpoint folder."""
+    """text, image: a hub name or a folder; None: the tower in the checkpoint folder. The simplest towers are the text
+    tower "bag", a bag of words, and the image tower "pixels"."""
     text, image = load_pretrained(text, image, device)
     return Encoders(text or text_tower.load(folder).to(device), image or image_tower.load(folder).to(device))
 
@@ -70,6 +71,8 @@ def load_pretrained(text=None, image=None, device="cpu"):
         tower = text_tower.BagOfWords(device)
     else:
         tower = pretrained.Text(text, device) if text else None
+    if image == "pixels":
+        return tower, image_tower.Pixels(device)
     return tower, pretrained.Image(image, device) if image else None
 
 

@@ -278,6 +278,14 @@ class Exam:
                   "diversity": means["ratio"], "seconds": np.mean([*captioned["seconds"], *named["seconds"]])}
         return scores, rows, named
 
+    def picture_scores(self, model, cache, **options):
+        """Samples from a picture of each shape described, of a random side: how near to it are they?"""
+        rows, test = range(len(self.captions)), held_out(self.args, ("surface", "pictures"))
+        pictures = test.pictures(np.array(rows), np.random.default_rng(self.args.seed))           # r 3 s s
+        jobs = [Job(f"picture-{row}", None, pictures[row], (self.args.seed, row)) for row in rows]
+        shown = sample_all(model, jobs, cache, shape_result(model, self.args.rep, self.args.resolution), **options)
+        return {"Chamfer to shown": np.mean([chamfer(*pair) for pair in zip(shown["points"], self.described[0])])}
+
     def class_rows(self, named):
         """For each class name: are its samples of that class, sound and diverse?"""
         points, rows = torch.from_numpy(named["points"]), []                      # s k 3

@@ -37,8 +37,9 @@ VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, opt
         "autoregressive": ("--generator autoregressive", {})}),
     "ablate-prefix": ("a learnt prefix against plain cross-attention and mean-pooled conditioning", {
         "prefix": ("", {}), "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})}),
-    "ablate-encoder": ("the text tower against a bag of words, and against text encoders of transformers", {
-        "text tower": ("", {}), "bag of words": ("--text-encoder bag", {})}),
+    "ablate-encoder": ("the built-in towers against a bag of words and plain pixels, and encoders of transformers", {
+        "built-in towers": ("", {}), "text: a bag of words": ("--text-encoder bag", {}),
+        "picture: plain pixels": ("--image-encoder pixels", {})}),
     "ablate-denoiser": ("flow against DDPM, by the number of denoising steps", {
         **{f"flow, {steps} steps": ("", {"denoise_steps": steps}) for steps in (2, 4, 8, 16)},
         **{f"ddpm, {steps} steps": ("--denoiser ddpm", {"denoise_steps": steps}) for steps in (25, 50, 100)}}),
@@ -102,7 +103,10 @@ def compare_variants(args):
         for folder in folders[name]:
             label = "-".join([folder.name, *(f"{key}-{value}" for key, value in options.items())])
             cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), what="variants", options=options)
-            scores.append(benchmark.scores(exam.open_model(args, folder), cache, **options)[0])
+            model = exam.open_model(args, folder)
+            scores.append(benchmark.scores(model, cache, **options)[0])
+            if args.command == "ablate-encoder":
+                scores[-1] |= benchmark.picture_scores(model, cache, **options)
         stages = ["backbone", "reconstruct"] if "rgs" in options else ["backbone"]
         files = [read_weights(folders[name][0] / f"{stage}.safetensors") for stage in stages]
         seconds = [sum(read_config(folder)[stage]["seconds"] for stage in stages) for folder in folders[name]]

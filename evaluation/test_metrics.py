@@ -219,6 +219,13 @@ def test_prompts_are_worded_unlike_captions():
         assert prompt.name in reading.known_words(prompt.text, vocabulary) or prompt.name == "car"
 
 
+def test_prompts_of_pairs_name_what_is_wanted():
+    prompts = {prompt.text: prompt for prompt in words.write_pairs(26, 0)}
+    wanted = prompts["a short purple lamp with a cone shade"].wanted
+    assert {attribute: value for attribute, _, value in wanted} == {
+        "height": "short", "shade": "cone", "colour": "purple"}
+
+
 def test_slips_are_read_as_what_was_meant():
     captions = {caption for index in range(1300) for caption in shapes.make(0, index).captions}
     vocabulary, rng = text_tower.vocabulary(captions), np.random.default_rng(0)

@@ -6,7 +6,7 @@ import torch
 import backbone
 from conftest import WIDTHS, prompted, small_backbone
 from evaluation import peers
-from prompts import text_tower
+from prompts import image_tower, text_tower
 
 # ---------------------------------------------------------------------------- peers
 
@@ -67,6 +67,14 @@ def test_contexts_depend_on_the_condition_not_on_its_order(generator):
     assert torch.allclose(plain, turned, atol=1e-5)
     assert torch.allclose(plain, noisy, atol=1e-5)
     assert not torch.allclose(plain, negated, atol=1e-3)
+
+
+def test_a_patch_of_a_picture_is_a_token_of_its_pixels():
+    picture = torch.zeros(1, 3, 64, 64)
+    picture[:, :, :16, 16:32] = 1
+    tokens, mask = image_tower.Pixels("cpu").tokens(picture)
+    changed = (tokens != tokens[:, :1]).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [1] and mask.all()
 
 
 def test_a_bag_of_words_has_no_order():

@@ -1,6 +1,7 @@
 """words.py - is a prompt understood that is worded in another way than the captions of training?
 
     prompts     written by templates that no caption has; each names a class, its colour and another attribute
+    pairs       "a low green table with one leg": the class with two attributes or three, in the order of captions
     variants    "a red chair" with a slip of the keyboard, in the plural, or with a synonym
 
 A sample of each is measured: is the nearest held-out shape of its class, and has it what the prompt names?
@@ -18,6 +19,7 @@ from evaluation.judges import decoded_field
 from evaluation.metrics import chamfer_matrix
 from evaluation.results import labels, write_table
 from geometry.captions import SYNONYMS, article
+from geometry.prepare import BuiltIn
 from geometry.shapes import CLASSES, COLOURS, LEAVES
 from prompts.reading import NEIGHBOURS
 
@@ -37,6 +39,12 @@ class Prompt(NamedTuple):
     wanted: list                      # (attribute, checker, value) of each attribute that it names
 
 
+def parts(prompt, name):
+    """"a low table with one leg" -> "low", "table", "with one leg"; "a sedan" -> "", "sedan", ""."""
+    known = re.fullmatch(rf"an? (?:(.*?) )?{name}(?: (with.*))?", prompt)
+    return (known[1] or "", name, known[2] or "") if known else ("", prompt[2:], "")
+
+
 def write_prompts(count, seed):
     """Prompts by TEMPLATES, classes in turn, with attributes and colours at random."""
     rng, prompts = np.random.default_rng(seed), []
@@ -46,8 +54,7 @@ def write_prompts(count, seed):
         rows = [row for row in ATTRIBUTES if row[0] == name and row[1] != "colour"]
         _, attribute, checker, values = rows[rng.integers(len(rows))]
         value, plain = list(values.items())[rng.integers(len(values))]
-        known = re.fullmatch(rf"an? (?:(.*?) )?{name}(?: (with.*))?", plain)              # not "a sedan"
-        noun, adjective, detail = (name, known[1] or "", known[2] or "") if known else (plain[2:], "", "")
+        adjective, noun, detail = parts(plain, name)
         if attribute == "second":
             new = str(rng.choice([other for other in COLOURS if other != first]))
             adjective, detail, value = "", detail.replace(value, new), new
@@ -56,6 +63,25 @@ def write_prompts(count, seed):
         wanted = [(attribute, checker, value)] + [("colour", colour(), first)] * (name not in MOTTLED)
         text = re.sub(r" (?=[,;])|[,;] (?=[,;])", "", " ".join(text.split()).replace(", ,", ","))
         prompts.append(Prompt(text.strip(",; "), name, wanted))
+    return prompts
+
+
+def write_pairs(count, seed):
+    """Prompts that name the colour and up to two other attributes of built-in shapes, so that they go together."""
+    rng, source, prompts = np.random.default_rng(seed), BuiltIn("validation", count), []
+    for row in range(count):
+        name, attributes = source.shape(row).name, source.shape(row).attributes
+        known = [(attribute, checker, attributes[attribute], values[attributes[attribute]])
+                 for of, attribute, checker, values in ATTRIBUTES
+                 if of == name and attribute not in ("colour", "second") and attributes[attribute] in values]
+        chosen = [known[i] for i in rng.permutation(len(known))[:2]]
+        adjectives, nouns, details = zip(*(parts(prompt, name) for *_, prompt in chosen))
+        noun = next((other for other in nouns if other != name), name)            # a sedan
+        text = " ".join(word for word in (*adjectives, attributes["colour"], noun) if word)
+        text = f"{article(text)} {' and '.join(detail for detail in details if detail)}".strip()
+        wanted = [(attribute, checker, value) for attribute, checker, value, _ in chosen]
+        wanted += [("colour", colour(), attributes["colour"])] * (name not in MOTTLED)
+        prompts.append(Prompt(text, name, wanted))
     return prompts
 
 
@@ -97,6 +123,7 @@ def evaluate_words(args):
     for folder, label in labels(args.checkpoint).items():
         model = exam.open_model(args, folder).load_heads("sdf")
         for what, prompts in (("prompts", write_prompts(args.count, args.seed)),
+                              ("pairs", write_pairs(args.count, args.seed)),
                               ("variants", write_variants(args.count // 2, args.seed))):
             cache = exam.result_cache(args, f"{label}-{what}", folder, *exam.stages_of("sdf"), rgs=args.rgs)
             cloud_of = exam.shape_result(model, "sdf", 64)

@@ -90,6 +90,20 @@ class ImageTower(nn.Module):
         return self.condition(pictures.to(self.scale.device))
 
 
+class Pixels:
+    """The simplest image tower: the pixels of every patch of 16 x 16, through a fixed random projection."""
+    width = 128
+
+    def __init__(self, device):
+        side = 3 * 16 * 16
+        self.projection = torch.randn(side, self.width, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def tokens(self, pictures):                               # b 3 s s -> condition b t e, mask b t
+        x = rearrange(pictures.to(self.projection.device), "b c (h p) (w q) -> b (h w) (c p q)", p=16, q=16)
+        tokens = (x - .5) @ self.projection / 16                                  # b t e
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
 # ---------------------------------------------------------------------------- training and evaluation
 
 @torch.no_grad()
