@@ -16,6 +16,8 @@ from engine.commands import UserError
 from geometry.soup import Soup
 
 MOST_BYTES, MOST_FACES = 300_000_000, 1_000_000   # of a file
+MOST_PARTS = 5000           # changes of material in an OBJ, nodes in a glTF: trimesh needs the square of their number
+MOST_PIXELS = 50_000_000    # of a texture
 SECONDS = 120               # that reading a file may take
 LONGEST = 1.8               # longest side of the bounding box, as of the built-in shapes
 DETAIL = 1 / 16             # of the longest side: the size of a triangle that gets its colour from a texture
@@ -39,23 +41,48 @@ def decode_text(raw):
 def limit(seconds):
     def stop(*_):
         raise UserError(f"it takes more than {seconds} seconds")
-    previous = signal.signal(signal.SIGALRM, stop)
+    previous, pixels = signal.signal(signal.SIGALRM, stop), Image.MAX_IMAGE_PIXELS
     signal.alarm(seconds)
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2                 # Pillow refuses pictures of twice as many
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
+def read_regular(path):
+    """The bytes of a file, which may be neither huge nor a pipe or a device."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"'{path.name}' is no regular file")
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"'{path.name}' has more than {MOST_BYTES:,} bytes")
+    return path.read_bytes()
+
+
+def read_beside(path, name):
+    """The bytes of a file that the mesh `path` names. It has to be in the mesh's folder; links are resolved."""
+    folder = path.parent.resolve()
+    file = (folder / name).resolve()
+    if not file.is_relative_to(folder):
+        raise UserError(f"it names a file outside its folder, '{name[:100]}'")
+    return read_regular(file)
 
 
 class SideFiles(trimesh.resolvers.Resolver):
-    """Materials and textures of a model: read(name) -> the bytes of a file beside it. trimesh wants four methods."""
+    """Materials and textures of a model: read(name) -> the bytes of a file beside it. trimesh goes on without a file
+    that it cannot get, so `refused` remembers why. It wants four methods."""
 
-    def __init__(self, read):
-        self.read = read
+    def __init__(self, read, refused=None):
+        self.read, self.refused = read, [] if refused is None else refused
 
     def get(self, name):
-        raw = self.read(name.strip())
+        try:
+            raw = self.read(name.strip())
+        except UserError as error:
+            self.refused.append(error)
+            raise
         return decode_text(raw).encode() if name.strip().lower().endswith(".mtl") else raw
 
     def keys(self):
@@ -65,7 +92,7 @@ class SideFiles(trimesh.resolvers.Resolver):
         raise NotImplementedError
 
     def namespaced(self, namespace):
-        return SideFiles(lambda name: self.read(f"{namespace}/{name}"))
+        return SideFiles(lambda name: self.read(f"{namespace}/{name}"), self.refused)
 
 
 def named_materials(obj):
@@ -91,10 +118,8 @@ def triangles(item):
             folder = Path(item.member).parent.as_posix()
             side_files = SideFiles(lambda name: read_member(archive, f"{folder}/{name}"))
             meshes = load_meshes(read_member(archive, item.member), suffix, side_files)
-    elif path.stat().st_size > MOST_BYTES:
-        raise UserError(f"it has more than {MOST_BYTES:,} bytes")
     else:
-        meshes = load_meshes(path.read_bytes(), suffix, SideFiles(lambda name: (path.parent / name).read_bytes()))
+        meshes = load_meshes(read_regular(path), suffix, SideFiles(lambda name: read_beside(path, name)))
     for mesh in meshes:
         if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
             raise UserError(f"a face names vertex {mesh.faces.max()} of {len(mesh.vertices)}")
@@ -128,17 +153,27 @@ def fit_to_box(vertices, faces):
 def load_meshes(raw, suffix, side_files):
     """The bytes of a mesh file -> the meshes of its scene, each in its place."""
     if suffix in ("gltf", "glb"):
-        header = raw[20:20 + int.from_bytes(raw[12:16], "little")] if raw[:4] == b"glTF" else raw
-        needed = json.loads(header).get("extensionsRequired", [])
+        header = json.loads(raw[20:20 + int.from_bytes(raw[12:16], "little")] if raw[:4] == b"glTF" else raw)
+        needed = header.get("extensionsRequired", [])
         if "KHR_draco_mesh_compression" in needed or "EXT_meshopt_compression" in needed:
             raise UserError("it is compressed (Draco or meshopt); write it again without")
+        if len(header.get("nodes", [])) > MOST_PARTS:
+            raise UserError(f"it has more than {MOST_PARTS:,} nodes")
+    if suffix == "stl" and not raw.lstrip().startswith(b"solid"):
+        count = int.from_bytes(raw[80:84], "little")
+        if len(raw) < 84 + 50 * count:
+            raise UserError(f"it is cut short: {count:,} triangles take {84 + 50 * count:,} bytes, it has {len(raw):,}")
     if suffix == "obj":
         obj = decode_text(raw)
+        if obj.count("usemtl") > MOST_PARTS:
+            raise UserError(f"it changes its material more than {MOST_PARTS:,} times")
         if "mtllib" not in obj:
             materials = named_materials(obj)
             side_files, obj = SideFiles(lambda _: materials), "mtllib named.mtl\n" + obj
         raw = obj.encode()
     scene = trimesh.load_scene(io.BytesIO(raw), file_type=suffix, resolver=side_files, process=False)
+    if side_files.refused:
+        raise side_files.refused[0]
     meshes = [mesh for mesh in scene.dump() if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces)]
     if not meshes:
         raise UserError("it has no triangles")

@@ -97,7 +97,7 @@ def list_folder(path):
     """Meshes in folders, of any depth. Captions come from a CSV, a text file beside the mesh, or the names.
     ShapeNetCore (synset/model/models/model_normalized.obj) and Objaverse (uid.glb with a CSV) are such folders."""
     files = sorted(file for file in path.rglob("*") if not file.is_dir())
-    tables = [file for file in files if file.suffix.lower() == ".csv" and file.parent == path]
+    tables = [file for file in files if file.suffix.lower() == ".csv" and file.parent == path and file.is_file()]
     texts = {file.with_suffix(".txt") for file in files if file.suffix.lower() in SUFFIXES}
     table_captions = {}                                       # {name in a table: captions}
     for name, caption in [pair for table in tables for pair in read_captions(table)]:
@@ -111,7 +111,7 @@ def list_folder(path):
                 skipped.append((key, f"'{file.suffix}' is none of {', '.join(SUFFIXES)}"))
             continue
         if not file.is_file():
-            skipped.append((key, "it is a link to a file that does not exist"))
+            skipped.append((key, "it is no regular file, or a link to none"))
             continue
         names = dict.fromkeys([key, file.name, file.stem, *file.relative_to(path).parts[:-1]])
         missing -= set(names)

@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -277,6 +278,54 @@ def test_file_that_takes_too_long(tmp_path, monkeypatch):
     trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
     with pytest.raises(UserError, match="more than 1 seconds"):
         mesh_files.shape(real.list_items(tmp_path)[0][0])
+
+
+def gltf(uri="", **parts):
+    """The text of a glTF of one triangle, whose numbers are in the file `uri`."""
+    accessor = {"bufferView": 0, "componentType": 5126, "count": 3, "type": "VEC3"}
+    return json.dumps({
+        "asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
+        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}], "accessors": [accessor],
+        "bufferViews": [{"buffer": 0, "byteLength": 36}], "buffers": [{"byteLength": 36, "uri": uri}]} | parts)
+
+
+TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nusemtl a\nf 1/1 2/1 3/1\n"
+
+
+@pytest.mark.parametrize("name, text, complaint", [
+    ("a.obj", "mtllib ../outside.mtl\n" + TRIANGLE, "outside its folder, '../outside.mtl'"),
+    ("a.obj", "mtllib /dev/zero\n" + TRIANGLE, "outside its folder, '/dev/zero'"),
+    ("a.obj", "mtllib link.mtl\n" + TRIANGLE, "outside its folder, 'link.mtl'"),
+    ("a.obj", "mtllib pipe\n" + TRIANGLE, "'pipe' is no regular file"),
+    ("a.obj", "mtllib texture.mtl\n" + TRIANGLE, "outside its folder, '../outside.png'"),
+    ("a.gltf", gltf("../outside.bin"), "outside its folder, '../outside.bin'"),
+    ("a.gltf", gltf("/dev/stdin"), "outside its folder, '/dev/stdin'"),
+    ("a.gltf", gltf(nodes=[{"mesh": 0}] * 5001), "more than 5,000 nodes"),
+    ("a.obj", TRIANGLE * 5001, "more than 5,000 times"),
+    ("a.stl", "x" * 80 + "\1\1\0\0", "cut short: 257 triangles take 12,934 bytes, it has 84")])
+def test_hostile_meshes_are_refused(name, text, complaint, tmp_path):
+    """A mesh names files beside it, and nothing else; what takes its loader long is counted first."""
+    folder = tmp_path / "shapes"
+    folder.mkdir()
+    for file in ("outside.mtl", "outside.png", "outside.bin"):
+        (tmp_path / file).write_text("secret")
+    (folder / "link.mtl").symlink_to(tmp_path / "outside.mtl")
+    (folder / "texture.mtl").write_text("newmtl a\nmap_Kd ../outside.png\n")
+    os.mkfifo(folder / "pipe")
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        mesh_files.shape(real.list_items(folder / name)[0][0])
+
+
+def test_a_texture_of_too_many_pixels_is_not_unpacked(tmp_path, monkeypatch):
+    """The mesh is read, in the colour of its material."""
+    monkeypatch.setattr(mesh_files, "MOST_PIXELS", 2000)
+    (tmp_path / "a.mtl").write_text("newmtl a\nKd 1 0 0\nmap_Kd a.png\n")
+    (tmp_path / "a.obj").write_text("mtllib a.mtl\n" + TRIANGLE)
+    for side, colour in ((40, (0, 0, 1)), (50, (1, 0, 0))):
+        Image.new("RGB", (side, side), "blue").save(tmp_path / "a.png")
+        found = mesh_files.shape(real.list_items(tmp_path / "a.obj")[0][0]).colours[0]
+        assert np.allclose(found, colour, atol=.02)
 
 
 @pytest.mark.parametrize("make, complaint", [
