@@ -10,6 +10,7 @@ import csv
 import io
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def list_items(path):
     else:
         raise UserError(f"{path} is none of {', '.join(SUFFIXES)} and .sh3f")
     if not items:
-        raise UserError(f"{path} holds no shapes: no {', '.join(SUFFIXES)} or .sh3f; --data takes a folder that does")
+        why = f"{skipped[0][0]}: {skipped[0][1]}" if libraries and skipped else f"no {', '.join(SUFFIXES)} or .sh3f"
+        raise UserError(f"{path} holds no shapes ({why}); --data takes a folder that does")
     return items, skipped
 
 
@@ -130,9 +132,10 @@ def list_library(path):
     """A Sweet Home 3D library: a ZIP of models, icons and a catalogue in latin-1, with lines `key#number=value`."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names, raw = set(archive.namelist()), archive.read("PluginFurnitureCatalog.properties")
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no Sweet Home 3D library ({error}); get it again") from None
+            raw = mesh_files.read_member(archive, "PluginFurnitureCatalog.properties")
+            names = set(archive.namelist())
+    except (UserError, OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        return [], [(path.name, f"it is no Sweet Home 3D library ({error}); get it again")]
     licence, entries, items, skipped = "", {}, [], []
     for line in raw.decode("latin-1").splitlines():
         name, _, value = line.partition("=")

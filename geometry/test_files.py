@@ -179,6 +179,18 @@ def test_library_is_read(tmp_path, capsys):
     assert run(real.main, tmp_path / "some.sh3f") == 0 and "\n2 shapes, CC0, by Ann\n" in capsys.readouterr().out
 
 
+def test_a_broken_library_costs_itself_alone(tmp_path):
+    entry = {"name": "box", "model": "/box.off"}
+    files = {"box.off": trimesh.creation.box().export(file_type="off")}
+    library(tmp_path / "good.sh3f", files, [entry])
+    raw = bytearray(library(tmp_path / "newer.sh3f", files, [entry]).read_bytes())
+    raw[raw.rindex(b"PK\1\2") + 6] = 84                      # the version of ZIP that is needed to read it: 8.4
+    (tmp_path / "newer.sh3f").write_bytes(raw)
+    items, skipped = real.list_items(tmp_path)
+    assert [item.key for item in items] == ["good/1"]
+    assert re.search("newer.sh3f.*no Sweet Home 3D library.*version 8.4", str(skipped))
+
+
 def test_a_caption_names_something():
     """Sizes are left out of names, and captions that fit any shape are left out."""
     assert real.tidy("Bookcase_45x160") == "bookcase"
