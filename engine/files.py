@@ -2,9 +2,11 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -42,6 +44,8 @@ def save_weights(path, state, half=False):
     """A state dict to safetensors; half: floating-point weights as fp16 (what is shipped)."""
     state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    if not all(v.isfinite().all() for v in state.values()):
+        raise UserError(f"the weights for {path} are not finite numbers, nothing is written; give a lower --lr")
     with atomic_write(path) as part:
         try:
             save_file(state, part)
@@ -60,31 +64,64 @@ def read_weights(path, cure="copy or train it again"):
         raise UserError(f"{path} is truncated or no safetensors file ({error}); {cure}") from None
 
 
-def load_weights(model, path, renamed=()):
-    """Fills `model` from `path`; every name and shape is checked. renamed: {old beginning of a name: new one}."""
-    saved, own = read_weights(path), model.state_dict()
-    for old, new in dict(renamed).items():
-        saved = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in saved.items()}
+def check_shapes(own, saved, path):
+    """Are the names and shapes of the tensors in the file `path` those of the model?"""
     wrong = [f"missing {k}" for k in own.keys() - saved.keys()] + [f"unknown {k}" for k in saved.keys() - own.keys()]
     wrong += [f"{k} is {tuple(saved[k].shape)}, not {tuple(own[k].shape)}" for k in own.keys() & saved.keys()
               if saved[k].shape != own[k].shape]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:3])}{more}")
-    if not all(x.isfinite().all() for x in saved.values()):
-        raise UserError(f"{path} holds numbers that are not finite: it is damaged; copy or train it again")
-    model.load_state_dict(saved)
-    return model
 
 
 def load_model(model_class, path, renamed=(), **settings):
-    """A model of this class, with the settings of its config.json and the weights of `path`, frozen."""
+    """A model of this class, with the settings of its config.json and the weights of `path`, frozen.
+    renamed: {old beginning of a name: new one}."""
+    saved = read_weights(path)
+    for old, new in dict(renamed).items():
+        saved = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in saved.items()}
     try:
+        with torch.device("meta"):                            # takes no memory, however large the settings are
+            shapes = model_class(**settings).state_dict()
+        check_shapes(shapes, saved, path)
         model = model_class(**settings)
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"the settings beside {path} make no {model_class.__name__} ({str(error).splitlines()[0]}); "
                         "was config.json edited? restore it or train again") from None
-    return load_weights(model, path, renamed).eval().requires_grad_(False)
+    if not all(x.isfinite().all() for x in saved.values()):
+        raise UserError(f"{path} holds numbers that are not finite: it is damaged; copy or train it again")
+    model.load_state_dict(saved)
+    return model.eval().requires_grad_(False)
+
+
+LARGEST = {"side": 64, "depth": 1000, "encoder": 1000, "decoder": 1000, "head_depth": 1000}     # other sizes: 65,536
+
+
+def is_sizes(value):
+    """{name: a whole number that a network can have for a size}"""
+    return type(value) is dict and all(
+        type(x) is int and 0 < x <= LARGEST.get(name, 65_536) for name, x in value.items())
+
+
+def is_settings(value):
+    """What a network is built with: sizes, words, and sizes by kind of prompt."""
+    return type(value) is dict and all(type(x) is str or is_sizes({name: x}) or name == "widths" and is_sizes(x)
+                                       for name, x in value.items())
+
+
+def is_words(value):
+    return type(value) is list and all(type(x) is str for x in value)
+
+
+FORMS = {  # a field of config.json: its form, in words and as a test
+    **dict.fromkeys(("size", "data", "generator"), ("a word", lambda x: type(x) is str)),
+    **dict.fromkeys(("vocabulary", "nouns", "heads"), ("a list of words", is_words)),
+    "steps": ("a whole number", lambda x: type(x) is int),
+    "seconds": ("a number", lambda x: type(x) in (int, float) and math.isfinite(x)),
+    "settings": ("sizes of a network by name", is_settings),
+    "made_with": ("words by name", lambda x: type(x) is dict and is_words([*x.values()])),
+    "towers": ("names of encoders", lambda x: type(x) is dict and x.keys() == {"text", "image"}
+               and is_words([name for name in x.values() if name is not None]))}
 
 
 class Entry(dict):
@@ -99,9 +136,16 @@ def read_config(folder):
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text()) if path.is_file() else {}
-        return {stage: Entry(entry) for stage, entry in config.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        config = {stage: Entry(entry) for stage, entry in config.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON of the form {{stage: {{...}}}} ({error})") from None
+    for stage, entry in config.items():
+        for field in entry.keys() & FORMS.keys():
+            form, fits = FORMS[field]
+            if not fits(entry[field]):
+                raise UserError(f"{path}: '{field}' of {stage} is {str(entry[field])[:60]}, where {form} should stand; "
+                                "was the file edited? restore it or train again")
+    return config
 
 
 def write_config(folder, stage, **entries):

@@ -18,11 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from engine import processes
+from engine.commands import UserError
 from engine.files import make_folder
 from engine.networks import EMA, Block
 from engine.state import Log, learning_rate, load_state, optimizers, save_state, stop_after_step
 
 SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
+MOST_SKIPPED = 10                            # steps in a row
 THREADS = 4                                  # that draw batches for a GPU
 
 
@@ -41,21 +43,24 @@ def fit(run, stage, model, draw, loss_of, show=None):
     ready = batches(run, stage, draw, first, steps)
     bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.,
                disable=processes.rank() > 0)
+    skipped = 0                                               # in a row
     with stop_after_step(bar, stage) as stop:
         for step in bar:
             # --- forward and backward passes
             rate = learning_rate(step, steps, lr)
             logs, waited = gradients(run, model, loss_of, ready)
-            log.add(logs, waited)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.)
 
-            # --- update
-            nn.utils.clip_grad_norm_(model.parameters(), 1.)
-            for opt in opts:
-                for group in opt.param_groups:
-                    group["lr"] = group["rate"] * rate
-                opt.step()
-                opt.zero_grad()
-            ema.update(model, step)
+            # --- update, unless a gradient is not finite
+            skipped = 0 if norm.isfinite() else skipped + 1
+            log.add(logs, waited, skipped > 0)
+            if skipped == min(MOST_SKIPPED, steps):
+                raise UserError(f"{stage}: the gradients of {skipped} steps in a row are not finite; "
+                                f"give an --lr below {lr:g}, or look for NaN in the data")
+            if not skipped:
+                update(opts, rate)
+                ema.update(model, step)
+            model.zero_grad()
 
             # --- log, save, draw a picture; of many processes the first writes
             done, last, stopped = step + 1, step + 1 == steps, processes.any_process(stop)
@@ -143,6 +148,14 @@ def gradients(run, model, loss_of, ready):
     whole = [p.grad for p in model.parameters() if type(p.grad) is torch.Tensor]          # not those that are sharded
     processes.sum_over_processes(whole + list(total.values()))
     return total, waited
+
+
+def update(opts, rate):
+    """A step of all optimizers, at this learning rate."""
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = group["rate"] * rate
+        opt.step()
 
 
 @torch.no_grad()

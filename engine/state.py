@@ -90,28 +90,34 @@ def stop_after_step(bar, stage):
 # ---------------------------------------------------------------------------- the log
 
 class Log:
-    """<stage>.csv: mean loss and logs of the steps since the last row, the held-out loss, the share of time waited."""
+    """<stage>.csv: mean loss and logs of the steps since the last row, the held-out loss, the share of time waited, the
+    number of steps skipped."""
 
     def __init__(self, path, first, sums):
-        self.path, self.sums, self.waited, self.since = path, sums, 0, time.time()
+        self.path, self.sums, self.waited, self.skipped, self.since = path, sums, 0, 0, time.time()
         self.rows = []
         if first and path.is_file():
             self.rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= first]
         self.start = time.time() - (float(self.rows[-1]["seconds"]) if self.rows else 0)
 
-    def add(self, logs, waited):
+    def add(self, logs, waited, skipped=False):
         self.waited += waited
+        if skipped:
+            self.skipped += 1
+            return
         self.sums["steps"] = self.sums.get("steps", 0) + 1
         for key, value in logs.items():
             self.sums[key] = self.sums.get(key, torch.zeros(())).to(value.device) + value
 
     def write(self, done, rate, held_out):
         """Ends a row after step `done`; -> what the progress bar shows of it."""
+        if "steps" not in self.sums:                          # all were skipped
+            return {}
         count = int(self.sums.pop("steps"))
         row = {"step": done} | {k: f"{float(v) / count:.5f}" for k, v in self.sums.items()}
         row |= {"held_out": f"{held_out:.5f}", "lr": f"{rate:.2e}", "seconds": f"{self.seconds():.1f}",
-                "waited": f"{self.waited / (time.time() - self.since):.4f}"}
-        self.rows, self.sums, self.waited, self.since = [*self.rows, row], {}, 0, time.time()
+                "waited": f"{self.waited / (time.time() - self.since):.4f}", "skipped": self.skipped}
+        self.rows, self.sums, self.waited, self.skipped, self.since = [*self.rows, row], {}, 0, 0, time.time()
         self.write_rows()
         return {k: row[k] for k in ("loss", "held_out", "lr")}
 

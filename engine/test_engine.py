@@ -4,6 +4,7 @@
 """
 import contextlib
 import csv
+import json
 import multiprocessing
 import os
 import pickle
@@ -119,9 +120,9 @@ def test_recomputed_blocks_learn_the_same():
 @pytest.mark.parametrize("half, tolerance", [(False, 0), (True, 1e-3)], ids=["fp32", "half"])
 def test_checkpoint_round_trip(half, tolerance, tmp_path):
     """Weights that were saved and loaded are the same bits; in half precision they differ by 1e-3 at most."""
-    model, other = networks.Block(64, 4), networks.Block(64, 4)
+    model = networks.Block(64, 4)
     files.save_weights(tmp_path / "a.safetensors", model.state_dict(), half=half)
-    files.load_weights(other, tmp_path / "a.safetensors")
+    other = files.load_model(networks.Block, tmp_path / "a.safetensors", dim=64, heads=4)
     for saved, loaded in zip(model.state_dict().values(), other.state_dict().values()):
         assert (saved - loaded).abs().max() <= tolerance
 
@@ -134,9 +135,9 @@ def test_damaged_weights_are_named(tmp_path):
     for damaged in (content[:-5], content[:20], b"", pickle.dumps(model.state_dict())):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="truncated or no safetensors"):
-            files.load_weights(model, path)
+            files.load_model(lambda: model, path)
     with pytest.raises(UserError, match="no file"):
-        files.load_weights(model, tmp_path / "b.safetensors")
+        files.load_model(lambda: model, tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("model, complaint", [
@@ -145,7 +146,26 @@ def test_damaged_weights_are_named(tmp_path):
 def test_weights_of_another_model_are_named(model, complaint, tmp_path):
     files.save_weights(tmp_path / "a.safetensors", nn.Sequential(nn.Linear(3, 2)).state_dict())
     with pytest.raises(UserError, match=complaint):
-        files.load_weights(model, tmp_path / "a.safetensors")
+        files.load_model(lambda: model, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("field, value", [
+    *(("settings", value) for value in (3, [], "dim", None, {"dim": None}, {"dim": 1e30}, {"dim": 10 ** 30},
+                                        {"dim": float("nan")}, {"depth": 10_000}, {"widths": {"text": "wide"}})),
+    ("towers", ["clip"]), ("towers", {"text": 1, "image": None}), ("towers", {"text": None}),
+    ("heads", "sdf"), ("vocabulary", 3), ("vocabulary", [1]), ("nouns", None), ("steps", "many"),
+    ("seconds", float("nan")), ("made_with", []), ("made_with", {"tokenizer": 1}), ("data", {})])
+def test_a_field_of_another_form_is_named(field, value, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"backbone": {field: value}}))
+    with pytest.raises(UserError, match=f"'{field}' of backbone is .*, where .* should stand"):
+        files.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("dim", [10 ** 9, 10 ** 30])
+def test_a_huge_layer_is_refused_before_it_takes_memory(dim, tmp_path):
+    files.save_weights(tmp_path / "a.safetensors", nn.Linear(3, 3).state_dict())
+    with pytest.raises(UserError, match="does not fit this model|make no Linear"):
+        files.load_model(nn.Linear, tmp_path / "a.safetensors", in_features=dim, out_features=dim)
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -273,6 +293,43 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
         rows = log_rows(whole / f"{stage}.csv")
         assert [row["step"] for row in rows] == ["4", "6"]
         assert log_rows(cut / f"{stage}.csv") == rows
+
+
+def train_line(folder, bad, monkeypatch, steps=12):
+    """Trains y = W x for `steps` steps; the data of the steps `bad` are not numbers. -> the model that `fit` gives."""
+    def draw(split, rng):
+        return torch.full((4, 64), rng.normal())
+
+    def batches(*_):
+        for step in range(steps):
+            yield 0, draw(None, np.random.default_rng(step)) * (float("nan") if step in bad else 1)
+
+    monkeypatch.setattr(loop, "batches", batches)
+    monkeypatch.setattr(loop, "CHECK", 4)
+    run = SimpleNamespace(folder=folder, settings={"line": (steps, 4, .1)}, device=torch.device("cpu"), recompute=False,
+                          shard=False, autocast=contextlib.nullcontext, micro_batches=1, train=None, test=None)
+    torch.manual_seed(0)
+    return loop.fit(run, "line", nn.Linear(64, 64), draw, lambda model, x: (((model(x) - x) ** 2).mean(), {}))[0]
+
+
+def test_steps_whose_gradients_are_not_finite_are_skipped(tmp_path, monkeypatch):
+    model = train_line(tmp_path, {2, 5, 6}, monkeypatch)
+    rows = log_rows(tmp_path / "line.csv")
+    assert [row["skipped"] for row in rows] == ["1", "2", "0"]
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_ten_skipped_steps_in_a_row_are_an_error(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="gradients of 10 steps in a row are not finite; give an --lr below 0.1"):
+        train_line(tmp_path, set(range(1, 12)), monkeypatch)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    files.save_weights(tmp_path / "a.safetensors", {"x": torch.ones(1)})
+    with pytest.raises(UserError, match="not finite numbers, nothing is written"):
+        files.save_weights(tmp_path / "a.safetensors", {"x": torch.tensor([7e4])}, half=True)
+    assert files.read_weights(tmp_path / "a.safetensors")["x"] == 1
 
 
 def test_a_batch_has_to_divide_into_micro_batches(overfitted, tmp_path, monkeypatch, capsys):
