@@ -28,7 +28,7 @@ from engine import processes
 from engine.commands import Parser, add_device_flags, between, command
 from engine.files import read_config, trained_stages
 from engine.loop import fit
-from engine.run import Run, copy_stages
+from engine.run import Run, copy_stages, locked
 from evaluation import progress  # a finished stage says how good it is; nothing that is learnt depends on it
 from geometry.prepare import TRAIN_SHAPES, name_begins
 from geometry.render import contact_sheet, save_png
@@ -337,12 +337,12 @@ def main(generators=GENERATORS):
     args = arguments(generators)
     processes.start()
     folder, reps = args.out or f"runs/{args.size}", heads_.with_needs(args.rep)
+    chains = {folder: (reps, ["sdf"] if args.tokens == "shared" else reps)}
     if args.tokens == "own":
-        for rep in HEADS if "all" in args.rep else args.rep:
-            own = heads_.with_needs([rep])
-            chain(args, generators, own, own, f"{folder}-{rep}")
-    else:
-        chain(args, generators, reps, ["sdf"] if args.tokens == "shared" else reps, folder)
+        chains = {f"{folder}-{rep}": 2 * [heads_.with_needs([rep])] for rep in (HEADS if "all" in args.rep else args.rep)}
+    for folder, (reps, first) in chains.items():
+        with locked(folder):
+            chain(args, generators, reps, first, folder)
     processes.end()
 
 

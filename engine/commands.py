@@ -1,6 +1,7 @@
 """commands.py - what every command shares: one-line errors, flags with help, the device and its precision."""
 import argparse
 import os
+import signal
 import sys
 
 import torch
@@ -42,7 +43,8 @@ def between(low, high=2 ** 63 - 1, kind=int):
 
 
 def command(main):
-    """Runs a script. A user's mistake is one line and exit status 2; Ctrl-C is one word and 130."""
+    """Runs a script. A user's mistake is one line and exit status 2; Ctrl-C or kill is one word and 130."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
@@ -51,6 +53,8 @@ def command(main):
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ---------------------------------------------------------------------------- device and precision

@@ -52,7 +52,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.)
 
             # --- update, unless a gradient is not finite
-            skipped = 0 if norm.isfinite() else skipped + 1
+            skipped = 0 if processes.whole_tensor(norm).isfinite() else skipped + 1
             log.add(logs, waited, skipped > 0)
             if skipped == min(MOST_SKIPPED, steps):
                 raise UserError(f"{stage}: the gradients of {skipped} steps in a row are not finite; "

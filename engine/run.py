@@ -1,4 +1,6 @@
 """run.py - a run folder: what is in it, whether new stages may join, and how a finished stage is saved."""
+import contextlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,9 +10,34 @@ from engine.commands import UserError, pick_device
 from engine.files import atomic_write, digest, make_folder, read_config, save_weights, trained_stages, write_config
 from engine.state import plot_losses
 
+try:
+    import fcntl
+except ImportError:                                           # Windows has none
+    fcntl = None
+
 BEFORE = {  # stage -> the stages whose weights it is trained on, of those that are in the folder; a head: the tokenizer
     "vision": ("encoders", "tokenizer"),
     "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision")}
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """As long as this is open, no other command trains in the folder. The system lets go of the lock of a dead one."""
+    if processes.rank():                                      # one lock for all processes of a command
+        yield
+        return
+    path = make_folder(folder) / ".lock"
+    with path.open("a+") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"process {path.read_text()} trains in {folder} already; "
+                            "wait until it has ended, or give another --out") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
 
 
 class Run:

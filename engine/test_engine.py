@@ -11,6 +11,7 @@ import pickle
 import resource
 import signal
 import socket
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -22,8 +23,9 @@ from einops import rearrange
 from torch import nn
 
 import heads
-from conftest import CHAIN, assert_one_line, once, run, same_files, small_backbone, train_small
+from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, small_backbone, train_small
 from engine import commands, files, loop, muon, networks, processes
+from engine import run as run_folder
 from engine.commands import UserError
 from geometry import render
 
@@ -212,12 +214,12 @@ def test_stage_of_other_weights_is_refused(tmp_path):
 
 # ---------------------------------------------------------------------------- commands
 
-def test_control_c_is_one_word(capsys):
-    """Ctrl-C ends a script with status 130 and no traceback."""
-    def interrupted():
-        raise KeyboardInterrupt
-    assert run(interrupted) == 130
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_is_one_word(stop, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    assert run(lambda: signal.raise_signal(stop)) == 130
     assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 # ---------------------------------------------------------------------------- the loop and its state
@@ -330,6 +332,20 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(UserError, match="not finite numbers, nothing is written"):
         files.save_weights(tmp_path / "a.safetensors", {"x": torch.tensor([7e4])}, half=True)
     assert files.read_weights(tmp_path / "a.safetensors")["x"] == 1
+
+
+def test_two_commands_do_not_train_in_one_folder(tmp_path):
+    """The lock names the process that holds it; that of a process that was killed is taken over."""
+    hold = (f"import time; from engine.run import locked\n"
+            f"with locked('{tmp_path}'): print('held', flush=True); time.sleep(60)")
+    other = subprocess.Popen([sys.executable, "-c", hold], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {other.pid} trains in .* already"), run_folder.locked(tmp_path):
+        pass
+    other.kill()
+    other.wait()
+    with run_folder.locked(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
 def test_a_batch_has_to_divide_into_micro_batches(overfitted, tmp_path, monkeypatch, capsys):

@@ -208,8 +208,9 @@ def fill(folder, source, kinds, workers=2, share=(0, 1)):
 
 
 def start_worker(parent):
-    """A worker ignores Ctrl-C, which its parent handles; it ends when its parent ends; and its memory is limited."""
+    """A worker leaves Ctrl-C and kill to its parent; it ends when its parent ends; and its memory is limited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def watch():
         while os.getppid() == parent:
