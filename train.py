@@ -339,7 +339,7 @@ def main(generators=GENERATORS):
     folder, reps = args.out or f"runs/{args.size}", heads_.with_needs(args.rep)
     chains = {folder: (reps, ["sdf"] if args.tokens == "shared" else reps)}
     if args.tokens == "own":
-        chains = {f"{folder}-{rep}": 2 * [heads_.with_needs([rep])] for rep in (HEADS if "all" in args.rep else args.rep)}
+        chains = {f"{folder}-{r}": 2 * [heads_.with_needs([r])] for r in (HEADS if "all" in args.rep else args.rep)}
     for folder, (reps, first) in chains.items():
         with locked(folder):
             chain(args, generators, reps, first, folder)
