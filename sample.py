@@ -118,7 +118,8 @@ def arguments():
     flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
          help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
     flag("--n", type=between(1, 10_000), default=1, help="how many shapes")
-    flag("--seed", type=between(0), default=0, help="another seed, another shape; shape i depends on (seed, i)")
+    flag("--seed", type=between(0), default=0, help="another seed, another shape; shape i depends on (seed, i) "
+         "alone, but for rounding, which depends on the machine, its threads and --n")
     flag("--steps", type=between(1, 10_000), default=10, help="unmasking steps, at most the number of shape tokens")
     flag("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 4 flow, 100 ddpm)")
     flag("--cfg", type=between(0, 100, float), default=2., help="classifier-free guidance by the text; 1 is none")
