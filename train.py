@@ -310,17 +310,17 @@ def chain(args, generators, reps, first, folder):
         kinds = ["surface", "pictures", *kinds_of(HEADS[rep] for rep in run.first + run.reps)]
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
         run.classes, run.prompts = progress.classes_and_prompts(run.test, built_in=args.data is None)
-        stages = stages_of(args, run.reps)
-        for name in stages:
+        for name in (stages := stages_of(args, run.reps)):
             if name not in trained_stages(run.folder):
                 run.micro_batch_size(name)                    # an error now, not later
-    for name, train in stages.items():
-        goes_on = args.stage and name.removeprefix("head-") in args.rep           # a head trained with the encoder
-        if name in (read_config(run.folder) if goes_on else trained_stages(run.folder)):
-            print(f"{name}: already done in {run.folder}")
-            continue
-        torch.manual_seed(run.seed)                           # initial weights, the same whichever stages came before
-        train(run)
+    with locked(run.folder):
+        for name, train in stages.items():
+            goes_on = args.stage and name.removeprefix("head-") in args.rep       # a head trained with the encoder
+            if name in (read_config(run.folder) if goes_on else trained_stages(run.folder)):
+                print(f"{name}: already done in {run.folder}")
+                continue
+            torch.manual_seed(run.seed)                       # initial weights, whichever stages came before
+            train(run)
 
 
 def stages_of(args, reps):
@@ -337,12 +337,12 @@ def main(generators=GENERATORS):
     args = arguments(generators)
     processes.start()
     folder, reps = args.out or f"runs/{args.size}", heads_.with_needs(args.rep)
-    chains = {folder: (reps, ["sdf"] if args.tokens == "shared" else reps)}
     if args.tokens == "own":
-        chains = {f"{folder}-{r}": 2 * [heads_.with_needs([r])] for r in (HEADS if "all" in args.rep else args.rep)}
-    for folder, (reps, first) in chains.items():
-        with locked(folder):
-            chain(args, generators, reps, first, folder)
+        for rep in HEADS if "all" in args.rep else args.rep:
+            own = heads_.with_needs([rep])
+            chain(args, generators, own, own, f"{folder}-{rep}")
+    else:
+        chain(args, generators, reps, ["sdf"] if args.tokens == "shared" else reps, folder)
     processes.end()
 
 

@@ -37,7 +37,12 @@ def locked(folder):
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            path.unlink()
+            with contextlib.suppress(OSError):                # it is not empty
+                path.parent.rmdir()
 
 
 class Run:

@@ -348,6 +348,12 @@ def test_two_commands_do_not_train_in_one_folder(tmp_path):
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
+def test_a_lock_leaves_nothing_behind(tmp_path):
+    with run_folder.locked(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_batch_has_to_divide_into_micro_batches(overfitted, tmp_path, monkeypatch, capsys):
     flags = "--from", overfitted, "--stage", "backbone", "--steps", 8, "--batch", 4, "--micro-batches", 3
     assert train_small(monkeypatch, tmp_path, 2, *flags) == 2
