@@ -283,7 +283,7 @@ def arguments():
          "prompts: a trained folder, or a Python file that defines cloud(points, normals, colours) and text(prompts)")
     flag(["generate", "attributes", "words", "images"], "--rgs", default="auto", metavar="RULE", help=RGS_FORMS)
     flag(["cross-view"], "--rules", nargs="+", default=["none", "auto"], metavar="RULE", help=f"of RGS: {RGS_FORMS}")
-    flag(["words"], "--count", type=between(2, 10_000), default=200, help="of prompts and of pairs; half as many variants")
+    flag(["words"], "--count", type=between(2, 10_000), default=200, help="of prompts, and of pairs; half of variants")
     flag(["tokenizer"], "--points", type=between(100, 10 ** 7), default=100_000, help="of the F-score, each side")
     flag(["generate"], "--quick", action="store_true", help="a quarter of it: --n 4 --shapes 104")
     flag(["generate"], "--split", choices=["test", "validation"], default="test", help="held-out shapes: "
