@@ -39,15 +39,16 @@ def decode_text(raw):
 
 @contextmanager
 def limit(seconds):
+    """Code inside of it may take this long, and unpack no picture of more than MOST_PIXELS."""
     def stop(*_):
         raise UserError(f"it takes more than {seconds} seconds")
     previous, pixels = signal.signal(signal.SIGALRM, stop), Image.MAX_IMAGE_PIXELS
-    signal.alarm(seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)          # then every second: trimesh swallows some exceptions
     Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2                 # Pillow refuses pictures of twice as many
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
         Image.MAX_IMAGE_PIXELS = pixels
 
