@@ -1,4 +1,4 @@
-"""test_fuzz.py - files as a stranger could send them. `-m fuzz` tries a thousand for every loader, in an hour."""
+"""test_fuzz.py - files as a stranger could send them. `-m fuzz` tries a thousand for every loader."""
 import sys
 
 import pytest

@@ -31,8 +31,6 @@ LENGTH = 32    # words of a prompt that are read; the longest built-in caption h
 POINTS = 256   # per cloud; twice as many cost twice the time, and the towers learn less in a minute
 BANDS = 6      # finest wavelength 4 / 2^5 = .125, about the thickness of a part
 QUERIES = 16   # one query only averages over the cloud; to count the boards of a shelf takes several
-
-
 NO_WORD = ""   # stands for a caption of a held-out shape that has no known word
 
 

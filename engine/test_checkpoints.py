@@ -1,0 +1,113 @@
+"""test_checkpoints.py - the tests of checkpoints, and of files that are never half written."""
+import json
+import pickle
+import resource
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from engine import files, networks
+from engine.commands import UserError
+from geometry import render
+
+
+@pytest.mark.parametrize("half, tolerance", [(False, 0), (True, 1e-3)], ids=["fp32", "half"])
+def test_checkpoint_round_trip(half, tolerance, tmp_path):
+    """Weights that were saved and loaded are the same bits; in half precision they differ by 1e-3 at most."""
+    model = networks.Block(64, 4)
+    files.save_weights(tmp_path / "a.safetensors", model.state_dict(), half=half)
+    other = files.load_model(networks.Block, tmp_path / "a.safetensors", dim=64, heads=4)
+    for saved, loaded in zip(model.state_dict().values(), other.state_dict().values()):
+        assert (saved - loaded).abs().max() <= tolerance
+
+
+def test_damaged_weights_are_named(tmp_path):
+    """Truncated, empty and pickled files, and none at all."""
+    path, model = tmp_path / "a.safetensors", nn.Linear(3, 2)
+    files.save_weights(path, model.state_dict())
+    content = path.read_bytes()
+    for damaged in (content[:-5], content[:20], b"", pickle.dumps(model.state_dict())):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="truncated or no safetensors"):
+            files.load_model(lambda: model, path)
+    with pytest.raises(UserError, match="no file"):
+        files.load_model(lambda: model, tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("model, complaint", [
+    (nn.Sequential(nn.Linear(4, 2)), r"0\.weight is \(2, 3\), not \(2, 4\)"),
+    (nn.Linear(3, 2, bias=False), r"missing weight; unknown 0\.bias; unknown 0\.weight")], ids=["shape", "name"])
+def test_weights_of_another_model_are_named(model, complaint, tmp_path):
+    files.save_weights(tmp_path / "a.safetensors", nn.Sequential(nn.Linear(3, 2)).state_dict())
+    with pytest.raises(UserError, match=complaint):
+        files.load_model(lambda: model, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("field, value", [
+    *(("settings", value) for value in (3, [], "dim", None, {"dim": None}, {"dim": 1e30}, {"dim": 10 ** 30},
+                                        {"dim": float("nan")}, {"depth": 10_000}, {"widths": {"text": "wide"}})),
+    ("towers", ["clip"]), ("towers", {"text": 1, "image": None}), ("towers", {"text": None}),
+    ("heads", "sdf"), ("vocabulary", 3), ("vocabulary", [1]), ("nouns", None), ("steps", "many"),
+    ("seconds", float("nan")), ("made_with", []), ("made_with", {"tokenizer": 1}), ("data", {})])
+def test_a_field_of_another_form_is_named(field, value, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"backbone": {field: value}}))
+    with pytest.raises(UserError, match=f"'{field}' of backbone is .*, where .* should stand"):
+        files.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("dim", [10 ** 9, 10 ** 30])
+def test_a_huge_layer_is_refused_before_it_takes_memory(dim, tmp_path):
+    files.save_weights(tmp_path / "a.safetensors", nn.Linear(3, 3).state_dict())
+    with pytest.raises(UserError, match="does not fit this model|make no Linear"):
+        files.load_model(nn.Linear, tmp_path / "a.safetensors", in_features=dim, out_features=dim)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    files.save_weights(tmp_path / "a.safetensors", {"x": torch.ones(1)})
+    with pytest.raises(UserError, match="not finite numbers, nothing is written"):
+        files.save_weights(tmp_path / "a.safetensors", {"x": torch.tensor([7e4])}, half=True)
+    assert files.read_weights(tmp_path / "a.safetensors")["x"] == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_stopped_write_leaves_the_old_file(tmp_path, error):
+    """Whatever stops a write half way, the old file stays as it was, and no other file lies beside it."""
+    path = tmp_path / "new" / "file.txt"
+    with files.atomic_write(path) as part:
+        part.write_text("old")
+    with pytest.raises(error), files.atomic_write(path) as part:
+        part.write_text("ne")
+        raise error
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name, write", [
+    ("a.safetensors", lambda path: files.save_weights(path, {"x": torch.randn(10 ** 6)})),
+    ("a.png", lambda path: render.save_png(path, np.random.default_rng(0).integers(0, 255, (800, 800, 3), np.uint8)))])
+def test_full_disk_leaves_the_old_file(name, write, tmp_path):
+    """A file that does not fit on the disk is one clear error, and the old file stays."""
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limit[1]))            # no file may be longer than this
+    try:
+        with pytest.raises(UserError, match=f"cannot write .*{name}"):
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_stage_of_other_weights_is_refused(tmp_path):
+    """A backbone that was trained with another tokenizer than the one beside it is an error that says so."""
+    files.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.zeros(1)})
+    made_with = {"tokenizer": files.digest(tmp_path / "tokenizer.safetensors")}
+    files.write_config(tmp_path, "backbone", made_with=made_with)
+    assert files.read_stage(tmp_path, "backbone") == {"made_with": made_with}
+    files.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.ones(1)})
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        files.read_stage(tmp_path, "backbone")

@@ -1,0 +1,105 @@
+"""test_prepare.py - the tests of prepared sets."""
+import contextlib
+import functools
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+import data
+from conftest import same_files
+from engine.commands import UserError
+from geometry import mesh_files, prepare, shapes, training_samples
+
+
+@pytest.mark.parametrize("name", ["points.npy", "00000.json"])
+def test_damaged_cache_is_one_line(prepared, name, tmp_path):
+    """A file that is cut short is named as such, with what to do."""
+    folder = shutil.copytree(prepared[1].folder, tmp_path / "set")
+    path = folder / prepared[1].folders["surface"].name / name
+    path.write_bytes(path.read_bytes()[:1])
+    with pytest.raises(UserError, match="delete it"):
+        data.Prepared(folder, prepared[1].source, ["surface"])
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Preparation in threads, which see all patches; a thread can neither ignore Ctrl-C nor take signals."""
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(prepare, "start_worker", lambda parent: None)
+    monkeypatch.setattr(mesh_files, "limit", lambda seconds: contextlib.nullcontext())
+
+
+def test_interrupted_preparation_resumes(tmp_path, monkeypatch, in_threads):
+    """Killed in the middle of a chunk and started again = never interrupted, byte by byte."""
+    monkeypatch.setattr(prepare, "CHUNK", 3)
+    whole = data.prepare("train", 8, tmp_path / "whole", workers=1)
+    take_surface = training_samples.take_surface
+
+    def stop_at_fifth(shape, rng):
+        if rng.bit_generator.seed_seq.entropy == (0, 4, 1):
+            raise InterruptedError
+        return take_surface(shape, rng)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setitem(training_samples.TAKE, "surface", stop_at_fifth)
+        data.prepare("train", 8, tmp_path / "cut", workers=1)
+    cut = tmp_path / "cut" / whole.folder.name / whole.folders["surface"].name
+    assert (cut / "00000.json").is_file() and not (cut / "00001.json").is_file()
+    assert len(data.prepare("train", 8, tmp_path / "cut", workers=1)) == 8
+    assert same_files(whole.folders["surface"], cut)
+
+
+def test_a_kind_of_samples_is_named_by_what_it_depends_on(monkeypatch):
+    """Other parts are another surface. Other captions leave the surface as it is, and are other records."""
+    fingerprint, make = prepare.fingerprint.__wrapped__, shapes.make        # not the cached one
+    change = {"parts": lambda shape: setattr(shape.parts[0], "sides", shape.parts[0].sides + 1),
+              "captions": lambda shape: shape.captions.append("a thing")}
+
+    def changed(seed, index, what):
+        shape = make(seed, index)
+        if index == 100:
+            change[what](shape)
+        return shape
+
+    kinds = "surface", "records"
+    before = [fingerprint(kind) for kind in kinds]
+    assert before == [fingerprint(kind) for kind in kinds]
+    for what, same in (("parts", [False, True]), ("captions", [True, False])):
+        monkeypatch.setattr(shapes, "make", functools.partial(changed, what=what))
+        assert [fingerprint(kind) == old for kind, old in zip(kinds, before)] == same
+
+
+def test_shards_are_the_whole(tmp_path, monkeypatch, in_threads):
+    """Two shares prepared one after the other = all at once; the first alone lacks the shapes of the other."""
+    monkeypatch.setattr(prepare, "CHUNK", 2)
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(4):
+        trimesh.creation.box((1, 1 + i, 1)).export(source / f"box{i}.obj")
+    arguments = dict(data=source, workers=1)
+    whole = data.prepare(out=tmp_path / "whole", **arguments)
+    second = data.prepare(out=tmp_path / "shares", shard=(1, 2), **arguments)
+    both = data.prepare(out=tmp_path / "shares", shard=(0, 2), **arguments)
+    assert len(second) <= 2 and same_files(whole.folders["surface"], both.folders["surface"])
+    assert not len(data.prepare(out=tmp_path / "none", shard=(2, 3), **arguments))         # a share without a chunk
+    held_out = data.prepare("test", out=tmp_path / "whole", **arguments)
+    assert held_out.folder == whole.folder and held_out.name != whole.name       # one folder; caches have the name
+    assert len(held_out) + len(whole) == 4 and not set(held_out.rows) & set(whole.rows)
+
+
+def test_batches_are_functions_of_their_generator(prepared):
+    """The same generator gives the same batch; the distances in it are those of the shapes in its rows."""
+    split, rows = prepared[0], np.array([3, 20])
+    batch, again, other = (split.queries(rows, 640, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    points, normals, colours = split.cloud(rows, 1024, np.random.default_rng(0))
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not torch.equal(batch["queries"], other["queries"])
+    for i, row in enumerate(rows):
+        shape = split.shape(row)
+        assert abs(shape.distance(batch["queries"][i].numpy()) - batch["distance"][i].numpy()).max() < 1e-3
+        assert abs(shape.distance(points[i].numpy())).max() < 2e-3          # points are stored in half precision
+    assert (normals.norm(dim=-1) - 1).abs().max() < .02 and 0 <= colours.min() <= colours.max() <= 1
