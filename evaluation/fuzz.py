@@ -1,7 +1,8 @@
 """fuzz.py - files as a stranger could send them, changed at random: does any loader crash, hang, or open other files?
 
 Every loader reads a valid file in which bytes, numbers or names were changed. It may read it or refuse it with one
-line, a UserError. Anything else is a fault: another exception, more than SECONDS, a file that lies elsewhere.
+line, a UserError. Anything else is a fault: another exception, more than SECONDS or MEGABYTES, reading a file that the
+changes name and that lies elsewhere, writing any file elsewhere.
 
     python -m evaluation.fuzz --count 10000
 """
@@ -12,12 +13,15 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import warnings
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 import trimesh
 from PIL import Image
 from tqdm import tqdm
@@ -27,19 +31,20 @@ from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
 from evaluation.exam import ROOT
 from evaluation.results import write_table
+from evaluation.timing import measure
 from geometry import mesh_files, real
 from prompts import picture_files
 
-SECONDS = 20
+SECONDS, MEGABYTES = 20, 1000                                 # that a file may take
 ELSEWHERE = ("../secret.txt", "/etc/passwd", "/dev/zero")     # names that are written into files
 NUMBERS = b"-1", b"0", b"1e30", b"nan", b"65536", b"4294967295", b"99999999999999999999", b'"x"', b"[]", b"null"
-opened = []                                                   # names of all files that Python opens, while fuzzing
+opened = []                                                   # while fuzzing: the files that Python opens; to write?
 watching = False
 
 
 def note_opened(event, arguments):
     if watching and event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        opened.append(os.fsdecode(arguments[0]))
+        opened.append((Path(os.fsdecode(arguments[0])), bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))))
 
 
 # ---------------------------------------------------------------------------- valid files, and their loaders
@@ -66,12 +71,17 @@ def gltf():
     return {"a.gltf" if name == "model.gltf" else name: content for name, content in tree.items()}
 
 
-def library():
+def members():
+    """What is in a library of Sweet Home 3D."""
+    return {"PluginFurnitureCatalog.properties": b"license=CC0\nname#1=box\nmodel#1=/a.off\n", "a.off": box("off")}
+
+
+def pack(files):
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("PluginFurnitureCatalog.properties", "license=CC0\nname#1=box\nmodel#1=/a.off\n")
-        archive.writestr("a.off", box("off"))
-    return {"a.sh3f": content.getvalue()}
+        for name, raw in files.items():
+            archive.writestr(name, raw)
+    return content.getvalue()
 
 
 def picture():
@@ -92,10 +102,17 @@ def load_shapes(folder):
         mesh_files.shape(item)
 
 
+def load_packed(folder):
+    raw = pack({path.name: path.read_bytes() for path in folder.iterdir()})
+    (folder / "a.sh3f").write_bytes(raw)
+    load_shapes(folder)
+
+
 LOADERS = {  # what is read: its files, {name: content}, and a function of their folder
     **{suffix: (lambda suffix=suffix: {f"a.{suffix}": box(suffix)}, load_shapes)
        for suffix in ("ply", "glb", "stl", "off")},
-    "obj": (textured, load_shapes), "gltf": (gltf, load_shapes), "sh3f": (library, load_shapes),
+    "obj": (textured, load_shapes), "gltf": (gltf, load_shapes),
+    "sh3f": (lambda: {"a.sh3f": pack(members())}, load_shapes), "files in a sh3f": (members, load_packed),
     "csv": (lambda: {"a.off": box("off"), "captions.csv": b"file,caption\na.off,a red box\n"}, load_shapes),
     "png": (picture, lambda folder: picture_files.read_picture(folder / "a.png")),
     "checkpoint": (checkpoint, lambda folder: heads.load(folder, ["sdf"]))}
@@ -129,7 +146,13 @@ def mutate(content, rng):
 
 
 def outcome(load, folder):
-    """"read", "refused", or what went wrong."""
+    """"read", "refused", or what went wrong; the seconds and the MB that it took."""
+    results = []
+    seconds, megabytes = measure(lambda: results.append(attempt(load, folder)), torch.device("cpu"))
+    return results[0] if megabytes < MEGABYTES else f"{megabytes:.0f} MB", seconds, megabytes
+
+
+def attempt(load, folder):
     global watching
     opened.clear()
     watching = True
@@ -147,31 +170,33 @@ def outcome(load, folder):
     finally:
         watching = False
     elsewhere = {(folder / name).resolve() for name in ELSEWHERE}
-    seen = [name for name in opened if Path(name).resolve() in elsewhere]
-    return f"it opened {seen[0]}" if seen else result
+    for path, writes in opened:
+        path = path.resolve()
+        if path in elsewhere or writes and not path.is_relative_to(folder.resolve()):
+            return f"it {'writes' if writes else 'reads'} {path}"
+    return result
 
 
 def fuzz(name, count, seed=0, out=None):
-    """`count` changed files for one loader -> {outcome: how often}, the slowest in seconds. Those with a fault are
-    kept in the folder `out`."""
+    """`count` changed files for one loader -> {outcome: how often}, the most seconds and MB that one took. Those with
+    a fault are kept in the folder `out`."""
     make, load = LOADERS[name]
-    files, found, slowest = make(), {"read": 0, "refused": 0}, 0
+    files, found, most = make(), {"read": 0, "refused": 0}, (0, 0)
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "secret.txt").write_text("secret")
-        for i in tqdm(range(count), desc=name, unit="file"):
+        for i in range(count):
             rng, folder = np.random.default_rng((seed, i)), Path(place) / "files"
             changed = list(files)[rng.integers(len(files))]
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             for file, content in files.items():
                 (folder / file).write_bytes(mutate(content, rng) if file == changed else content)
-            start = time.time()
-            result = outcome(load, folder)
-            slowest = max(slowest, time.time() - start)
+            result, *costs = outcome(load, folder)
+            most = np.maximum(most, costs)
             found[result] = found.get(result, 0) + 1
             if out and result not in ("read", "refused"):
                 shutil.copytree(folder, Path(out) / f"{name}-{seed}-{i}", dirs_exist_ok=True)
-    return found, slowest
+    return found, *most
 
 
 def main():
@@ -181,14 +206,16 @@ def main():
     parser.add_argument("--out", default="out/fuzz", help="folder of the table, and of files with a fault")
     args = parser.parse_args()
     make_folder(args.out)
-    sys.addaudithook(note_opened)
     rows, faults = [], {}
-    for name in LOADERS:
-        found, slowest = fuzz(name, -(-args.count // len(LOADERS)), args.seed, args.out)
+    work = partial(fuzz, count=-(-args.count // len(LOADERS)), seed=args.seed, out=args.out)
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), sys.addaudithook, [note_opened]) as pool:
+        results = list(tqdm(pool.map(work, LOADERS), total=len(LOADERS), unit="loader"))
+    for name, (found, seconds, megabytes) in zip(LOADERS, results):
         wrong = {result: times for result, times in found.items() if result not in ("read", "refused")}
         faults[name] = wrong
         rows.append({"loader": name, "files": str(sum(found.values())), "read": str(found["read"]),
-                     "refused": str(found["refused"]), "faults": str(sum(wrong.values())), "slowest, s": slowest})
+                     "refused": str(found["refused"]), "faults": str(sum(wrong.values())),
+                     "seconds at most": seconds, "MB at most": megabytes})
     write_table(args.out, "fuzz", rows)
     with atomic_write(Path(args.out) / "faults.json") as part:
         part.write_text(json.dumps(faults, indent=1) + "\n")

@@ -5,9 +5,7 @@ Seconds change from run to run on a machine that others use too. The ratio of tw
 import contextlib
 import ctypes
 import math
-import resource
 import statistics
-import threading
 import time
 from pathlib import Path
 
@@ -15,10 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def memory_in_use():
-    """Bytes that the process holds; nan where there is no /proc."""
-    pages = Path("/proc/self/statm")
-    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.is_file() else math.nan
+def memory(field="VmRSS"):
+    """Bytes that the process holds (VmRSS), or held at most (VmHWM); nan where there is no /proc."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().split(f"{field}:")[1].split()[0]) * 1024 if status.is_file() else math.nan
 
 
 def measure(way, device):
@@ -30,20 +28,13 @@ def measure(way, device):
         torch.cuda.synchronize()
         return time.perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
-    def watch():
-        while not over.wait(.005):
-            readings.append(memory_in_use())
-
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)                      # returns freed memory: its reuse would not be counted
-    readings, over, thread = [memory_in_use()], threading.Event(), threading.Thread(target=watch, daemon=True)
-    thread.start()
-    start = time.perf_counter()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")         # the system forgets what the process held at most
+    before, start = memory(), time.perf_counter()
     way()
-    seconds = time.perf_counter() - start
-    over.set()
-    thread.join()
-    return seconds, (max(readings) - readings[0]) / 2 ** 20
+    return time.perf_counter() - start, (memory("VmHWM") - before) / 2 ** 20
 
 
 def matmul_peak(device, autocast):
