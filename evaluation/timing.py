@@ -3,7 +3,6 @@
 Seconds change from run to run on a machine that others use too. The ratio of two ways that take turns hardly does.
 """
 import contextlib
-import ctypes
 import math
 import statistics
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from geometry.surface import give_back_memory
 
 
 def memory(field="VmRSS"):
@@ -28,8 +29,7 @@ def measure(way, device):
         torch.cuda.synchronize()
         return time.perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)                      # returns freed memory: its reuse would not be counted
+    give_back_memory()                                        # its reuse would not be counted
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")         # the system forgets what the process held at most
     before, start = memory(), time.perf_counter()

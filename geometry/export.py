@@ -10,6 +10,7 @@ light, which viewers (three.js, Blender, Babylon) convert to sRGB for the screen
 
     python -m geometry.export out/table-0.glb        # prints what is in the file, and draws it
 """
+import gc
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -149,6 +150,8 @@ def write_glb(path, vertices, faces, colours, smooth=True):
         tree["materials"], primitive["material"] = [material], 0
 
     data = export_glb(mesh, include_normals=smooth, tree_postprocessor=finish)
+    del mesh
+    gc.collect(1)       # objects of trimesh hold each other; Python would keep hundreds of MB of them
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
