@@ -39,9 +39,9 @@ def watched():
 
 
 def growth(readings):
-    """-> the typical reading of the second tenth of the time, and of the last one."""
-    tenth = len(readings) // 10
-    return float(np.median(readings[tenth:2 * tenth])), float(np.median(readings[-tenth:]))
+    """-> the lowest readings of the second tenth of the time, and of the last one."""
+    tenths = np.array_split(readings, 10)
+    return tenths[1].min(), tenths[-1].min()
 
 
 def sample(count, folder):
