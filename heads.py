@@ -31,7 +31,7 @@ from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked_light
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, weld
 from geometry.render import splat
-from geometry.surface import TRUNCATION, chunks, extract
+from geometry.surface import TRUNCATION, extract, in_chunks
 
 BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
 
@@ -130,7 +130,7 @@ class PointHead(QueryDecoder):
 
         def outputs(x, t):                                    # k 3, a time -> k 9
             with autocast():
-                return torch.cat([self.velocity(memory, part[None], t.expand(1, len(part)))[0] for part in chunks(x)])
+                return in_chunks(lambda part: self.velocity(memory, part[None], t.expand(1, len(part)))[0], x)
 
         times = 1 - torch.linspace(1, 0, self.STEPS + 1, device=x.device) ** 1.5
         for t, then in zip(times[:-1], times[1:]):

@@ -38,7 +38,7 @@ from prompts import picture_files
 SECONDS, MEGABYTES = 20, 1000                                 # that a file may take
 ELSEWHERE = ("../secret.txt", "/etc/passwd", "/dev/zero")     # names that are written into files
 NUMBERS = b"-1", b"0", b"1e30", b"nan", b"65536", b"4294967295", b"99999999999999999999", b'"x"', b"[]", b"null"
-opened = []                                                   # while fuzzing: the files that Python opens; to write?
+opened = []                                                   # by Python while it fuzzes: (path, whether to write)
 watching = False
 
 
@@ -149,10 +149,11 @@ def outcome(load, folder):
     """"read", "refused", or what went wrong; the seconds and the MB that it took."""
     results = []
     seconds, megabytes = measure(lambda: results.append(attempt(load, folder)), torch.device("cpu"))
-    return results[0] if megabytes < MEGABYTES else f"{megabytes:.0f} MB", seconds, megabytes
+    return f"{megabytes:.0f} MB" if megabytes > MEGABYTES else results[0], seconds, megabytes
 
 
 def attempt(load, folder):
+    """Lets a loader read the folder -> "read", "refused", or what went wrong."""
     global watching
     opened.clear()
     watching = True

@@ -2,6 +2,7 @@
 
     python -m evaluation.growth
 """
+import math
 import sys
 import tempfile
 import threading
@@ -24,18 +25,20 @@ ALLOWED = 20         # MB: what Python and torch keep for later comes and goes
 
 @contextmanager
 def watched():
-    """Yields a list that fills with MB in use, ten readings a second."""
+    """Yields a list that fills with MB in use, twenty readings a second."""
     readings, over = [], threading.Event()
 
     def watch():
-        while not over.wait(.1):
+        while not over.wait(.05):
             readings.append(memory() / 2 ** 20)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield readings
-    over.set()
-    thread.join()
+    try:
+        yield readings
+    finally:
+        over.set()
+        thread.join()
 
 
 def growth(readings):
@@ -63,6 +66,8 @@ def main():
     parser.add_argument("--steps", type=between(20, 100_000), default=2000, help="to train")
     parser.add_argument("--out", default="out/growth", help="folder of the table")
     args, rows = parser.parse_args(), []
+    if math.isnan(memory()):
+        raise UserError("memory is read from /proc, which only Linux has")
     make_folder(args.out)
     for what, count, way in (("samples", args.samples, sample), ("steps", args.steps, steps)):
         with tempfile.TemporaryDirectory() as folder:

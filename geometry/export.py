@@ -151,7 +151,7 @@ def write_glb(path, vertices, faces, colours, smooth=True):
 
     data = export_glb(mesh, include_normals=smooth, tree_postprocessor=finish)
     del mesh
-    gc.collect(1)       # objects of trimesh hold each other; Python would keep hundreds of MB of them
+    gc.collect(1)       # objects of trimesh hold each other; Python would keep many before it looks
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 

@@ -326,3 +326,16 @@ def test_nothing_leaves_the_cube(sign, full):
     fine, dense = (surface.extract(head, torch.zeros(1, 1), 64, hierarchical=h) for h in (True, False))
     assert all(map(np.array_equal, fine, dense))
     assert meshes.watertight(fine[1]) == full == (len(fine[1]) > 0)
+
+
+def test_chunks_keep_points_in_order():
+    x = torch.rand(20_000, 3)
+    assert surface.in_chunks(lambda chunk: 2 * chunk, x).equal(2 * x)
+
+
+def test_chunks_have_few_sizes():
+    """torch keeps a plan of each product by its size: memory would grow with every new one."""
+    sizes = set()
+    for k in range(1, 30_000, 97):
+        surface.in_chunks(lambda chunk: sizes.add(len(chunk)) or chunk, torch.zeros(k, 3))
+    assert len(sizes) == 8
