@@ -20,7 +20,7 @@ from evaluation.results import write_table
 from evaluation.timing import memory
 from sample import load
 
-ALLOWED = 20         # MB: what Python and torch keep for later comes and goes
+ALLOWED = 10         # MB: what Python and torch keep for later comes and goes
 
 
 @contextmanager
