@@ -10,7 +10,11 @@ from torch import nn
 # ---------------------------------------------------------------------------- mistakes of users, and flags
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message says what was wrong, with what, and what to do."""
+    """A mistake that the user can mend. The message says what was wrong, with what, and what to do: in one line, also
+    if it quotes a file."""
+
+    def __str__(self):
+        return " ".join(super().__str__().splitlines())
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,4 +1,4 @@
-"""files.py - files that are never half written, and checkpoints: weights, and config.json beside them."""
+"""files.py - files that a stopped program leaves whole, and checkpoints: weights, and config.json beside them."""
 import contextlib
 import hashlib
 import json
@@ -85,11 +85,11 @@ def load_model(model_class, path, renamed=(), **settings):
             shapes = model_class(**settings).state_dict()
         check_shapes(shapes, saved, path)
         model = model_class(**settings)
+        if not all(x.isfinite().all() for x in saved.values()):
+            raise UserError(f"{path} holds numbers that are not finite: it is damaged; copy or train it again")
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"the settings beside {path} make no {model_class.__name__} ({str(error).splitlines()[0]}); "
                         "was config.json edited? restore it or train again") from None
-    if not all(x.isfinite().all() for x in saved.values()):
-        raise UserError(f"{path} holds numbers that are not finite: it is damaged; copy or train it again")
     model.load_state_dict(saved)
     return model.eval().requires_grad_(False)
 
@@ -137,7 +137,7 @@ def read_config(folder):
     try:
         config = json.loads(path.read_text()) if path.is_file() else {}
         config = {stage: Entry(entry) for stage, entry in config.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON of the form {{stage: {{...}}}} ({error})") from None
     for stage, entry in config.items():
         for field in entry.keys() & FORMS.keys():
@@ -157,7 +157,7 @@ def write_config(folder, stage, **entries):
 
 
 def digest(*paths):
-    """Twelve letters that stand for the content of one file or several."""
+    """Twelve hex digits that stand for the content of one file or several."""
     return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:12]
 
 

@@ -1,4 +1,5 @@
 """test_checkpoints.py - the tests of checkpoints, and of files that are never half written."""
+import contextlib
 import json
 import pickle
 import resource
@@ -6,6 +7,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from engine import files, networks
@@ -34,6 +36,13 @@ def test_damaged_weights_are_named(tmp_path):
             files.load_model(lambda: model, path)
     with pytest.raises(UserError, match="no file"):
         files.load_model(lambda: model, tmp_path / "b.safetensors")
+
+
+def test_weights_in_numbers_of_another_kind_are_read_or_refused(tmp_path):
+    for kind in (torch.float8_e4m3fn, torch.bool):
+        save_file({name: x.to(kind) for name, x in nn.Linear(3, 2).state_dict().items()}, tmp_path / "a.safetensors")
+        with contextlib.suppress(UserError):
+            files.load_model(lambda: nn.Linear(3, 2), tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("model, complaint", [

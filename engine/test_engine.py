@@ -223,6 +223,10 @@ def test_steps_whose_gradients_are_not_finite_are_skipped(tmp_path, monkeypatch)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_an_error_is_one_line_whatever_it_quotes():
+    assert str(UserError("no stage 'a\nb'")) == "no stage 'a b'"
+
+
 def test_ten_skipped_steps_in_a_row_are_an_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gradients of 10 steps in a row are not finite; give an --lr below 0.1"):
         train_line(tmp_path, set(range(1, 12)), monkeypatch)

@@ -62,8 +62,8 @@ def steps(count, folder):
 
 def main():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--samples", type=between(20, 10_000), default=200, help="to draw")
-    parser.add_argument("--steps", type=between(20, 100_000), default=2000, help="to train")
+    parser.add_argument("--samples", type=between(100, 10_000), default=200, help="to draw")
+    parser.add_argument("--steps", type=between(100, 100_000), default=2000, help="to train")
     parser.add_argument("--out", default="out/growth", help="folder of the table")
     args, rows = parser.parse_args(), []
     if math.isnan(memory()):

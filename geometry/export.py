@@ -168,6 +168,10 @@ def read_glb(path):
         fault = "has no vertex colours" if len(meshes) == 1 else f"holds {len(meshes)} meshes"
         raise UserError(f"{path} {fault}; it must hold one mesh with vertex colours, as sample.py writes it")
     vertices, faces, linear = (np.array(meshes[0][name]) for name in ("vertices", "faces", "vertex_colors"))
+    if vertices.shape[1:] != (3,) or faces.shape[1:] != (3,) or linear.shape[1:] not in ((3,), (4,)):
+        raise UserError(f"{path}: its vertices or colours have another form than those that sample.py writes")
+    if not np.isfinite(linear).all():
+        raise UserError(f"{path}: holds colours that are not finite numbers (NaN)")
     check_mesh(vertices, faces)
     if face_areas(vertices, faces).sum() == 0:
         raise UserError(f"{path}: its faces have no area")
@@ -213,7 +217,7 @@ def read_ply(path, needed):
         raise UserError(f"{path}: only binary little-endian PLY files are read; write it again as binary")
     elements = [i for i, words in enumerate(lines) if words[0] == "element"] + [len(lines)]
     name, count = (lines[elements[0]] + ["", ""])[1:3] if len(elements) > 1 else ("", "")
-    if name != "vertex" or not count.isdecimal():
+    if name != "vertex" or not count.isdecimal() or len(count) > 12:
         raise UserError(f"{path}: its first element is not 'vertex' with a count")
 
     fields = [words for words in lines[elements[0] + 1:elements[1]] if words[0] == "property"]
@@ -221,7 +225,7 @@ def read_ply(path, needed):
     missing = [name for name in needed if name not in names]
     if missing:
         raise UserError(f"{path}: has no {', '.join(missing)}; is it a file of another kind?")
-    if any(words[1] not in TYPES for words in fields):
+    if any(len(words) != 3 or words[1] not in TYPES for words in fields):
         raise UserError(f"{path}: its vertices hold lists, which are not supported")
     if len(set(names)) < len(names):
         raise UserError(f"{path}: two fields of its vertices have the same name")

@@ -6,7 +6,7 @@ import signal
 import warnings
 import zipfile
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import trimesh
@@ -15,8 +15,8 @@ from PIL import Image
 from engine.commands import UserError
 from geometry.soup import Soup
 
-MOST_BYTES, MOST_FACES = 300_000_000, 1_000_000   # of a file
-MOST_PARTS = 5000           # changes of material in an OBJ, nodes in a glTF: trimesh needs the square of their number
+MOST_BYTES, MOST_FACES = 300_000_000, 1_000_000   # of a mesh with its materials, textures and buffers
+MOST_PARTS = 5000           # changes of material in an OBJ, nodes in a glTF: trimesh's time grows with the square
 MOST_PIXELS = 50_000_000    # of a texture
 SECONDS = 120               # that reading a file may take
 LONGEST = 1.8               # longest side of the bounding box, as of the built-in shapes
@@ -40,6 +40,10 @@ def decode_text(raw):
 @contextmanager
 def limit(seconds):
     """Code inside of it may take this long, and unpack no picture of more than MOST_PIXELS."""
+    if not hasattr(signal, "SIGALRM"):                        # Windows: no limit
+        yield
+        return
+
     def stop(*_):
         raise UserError(f"it takes more than {seconds} seconds")
     previous, pixels = signal.signal(signal.SIGALRM, stop), Image.MAX_IMAGE_PIXELS
@@ -59,7 +63,10 @@ def read_regular(path):
         raise UserError(f"'{path.name}' is no regular file")
     if path.stat().st_size > MOST_BYTES:
         raise UserError(f"'{path.name}' has more than {MOST_BYTES:,} bytes")
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except PermissionError:
+        raise UserError(f"you may not read '{path.name}'") from None
 
 
 def read_beside(path, name):
@@ -75,12 +82,16 @@ class SideFiles(trimesh.resolvers.Resolver):
     """Materials and textures of a model: read(name) -> the bytes of a file beside it. trimesh goes on without a file
     that it cannot get, so `refused` remembers why. It wants four methods."""
 
-    def __init__(self, read, refused=None):
-        self.read, self.refused = read, [] if refused is None else refused
+    def __init__(self, read, parent=None):
+        self.read = read
+        self.sizes, self.refused = (parent.sizes, parent.refused) if parent else ([], [])
 
     def get(self, name):
         try:
             raw = self.read(name.strip())
+            self.sizes.append(len(raw))
+            if sum(self.sizes) > MOST_BYTES:
+                raise UserError(f"the files that it names have more than {MOST_BYTES:,} bytes")
         except UserError as error:
             self.refused.append(error)
             raise
@@ -93,7 +104,7 @@ class SideFiles(trimesh.resolvers.Resolver):
         raise NotImplementedError
 
     def namespaced(self, namespace):
-        return SideFiles(lambda name: self.read(f"{namespace}/{name}"), self.refused)
+        return SideFiles(lambda name: self.read(f"{namespace}/{name}"), self)
 
 
 def named_materials(obj):
@@ -106,9 +117,14 @@ def named_materials(obj):
 
 
 def read_member(archive, member):
-    if archive.getinfo(member).file_size > MOST_BYTES:
+    """The bytes of a file in a ZIP. Deflate alone stops unpacking at the size that the archive claims."""
+    info = archive.getinfo(member)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise UserError(f"'{member}' is packed in an unusual way; pack it again")
+    if info.file_size > MOST_BYTES:
         raise UserError(f"'{member}' has more than {MOST_BYTES:,} bytes")
-    return archive.read(member)
+    with archive.open(info) as file:
+        return file.read(info.file_size)
 
 
 def triangles(item):
@@ -116,14 +132,14 @@ def triangles(item):
     path, suffix = Path(item.file), Path(item.member or item.file).suffix.lower()[1:]
     if item.member:
         with zipfile.ZipFile(path) as archive:
-            folder = Path(item.member).parent.as_posix()
-            side_files = SideFiles(lambda name: read_member(archive, f"{folder}/{name}"))
+            folder = PurePosixPath(item.member).parent        # "." at the root, which a path drops
+            side_files = SideFiles(lambda name: read_member(archive, str(folder / name)))
             meshes = load_meshes(read_member(archive, item.member), suffix, side_files)
     else:
         meshes = load_meshes(read_regular(path), suffix, SideFiles(lambda name: read_beside(path, name)))
     for mesh in meshes:
         if mesh.faces.min() < 0 or mesh.faces.max() >= len(mesh.vertices):
-            raise UserError(f"a face names vertex {mesh.faces.max()} of {len(mesh.vertices)}")
+            raise UserError(f"a face names a vertex that is none of its {len(mesh.vertices)}")
 
     size = np.ptp(np.concatenate([mesh.vertices for mesh in meshes]), 0).max()
     vertices, faces, colours = zip(*[colour_faces(mesh, DETAIL * size) for mesh in meshes])
@@ -160,6 +176,8 @@ def load_meshes(raw, suffix, side_files):
             raise UserError("it is compressed (Draco or meshopt); write it again without")
         if len(header.get("nodes", [])) > MOST_PARTS:
             raise UserError(f"it has more than {MOST_PARTS:,} nodes")
+        if sum(abs(accessor.get("count", 0)) for accessor in header.get("accessors", [])) > 20 * MOST_FACES:
+            raise UserError(f"its accessors claim more than {20 * MOST_FACES:,} items")
     if suffix == "stl" and not raw.lstrip().startswith(b"solid"):
         count = int.from_bytes(raw[80:84], "little")
         if len(raw) < 84 + 50 * count:
@@ -175,16 +193,17 @@ def load_meshes(raw, suffix, side_files):
     scene = trimesh.load_scene(io.BytesIO(raw), file_type=suffix, resolver=side_files, process=False)
     if side_files.refused:
         raise side_files.refused[0]
+    parts = [scene.geometry[scene.graph[node][1]] for node in scene.graph.nodes_geometry]        # with repetitions
+    if sum(len(getattr(part, "faces", part.vertices)) for part in parts) > MOST_FACES:
+        raise UserError(f"it has more than {MOST_FACES:,} triangles")
     meshes = [mesh for mesh in scene.dump() if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces)]
     if not meshes:
         raise UserError("it has no triangles")
-    if sum(len(mesh.faces) for mesh in meshes) > MOST_FACES:
-        raise UserError(f"it has more than {MOST_FACES:,} triangles")
     return meshes
 
 
 def colour_faces(mesh, size):
-    """A mesh -> vertices, faces, colours of faces. Faces with a texture are cut until no side is longer than `size`."""
+    """A mesh -> vertices, faces, colours of faces. Textured faces longer than `size` are halved, at most six times."""
     vertices, faces, visual = np.asarray(mesh.vertices, float), np.asarray(mesh.faces), mesh.visual
     material = getattr(visual, "material", None)
     image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
@@ -234,4 +253,6 @@ def icon(item):
     if not item.icon:
         return None
     with zipfile.ZipFile(item.file) as archive:
-        return np.asarray(Image.open(io.BytesIO(read_member(archive, item.icon))).convert("RGBA"), np.float32) / 255
+        picture = Image.open(io.BytesIO(read_member(archive, item.icon))).convert("RGBA")
+        picture.thumbnail((512, 512))
+        return np.asarray(picture, np.float32) / 255

@@ -67,9 +67,12 @@ def list_items(path):
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no {path}; --data takes a mesh, a folder of meshes or .sh3f libraries, or a library")
-    libraries = sorted(path.glob("*.sh3f")) if path.is_dir() else [path] * (path.suffix == ".sh3f")
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    libraries = [file for file in files if file.suffix.lower() == ".sh3f"]
     if libraries:
         items, skipped = (sum(lists, []) for lists in zip(*map(list_library, libraries)))
+        skipped += [(printable(file.name), "a folder that holds libraries is read for them alone")
+                    for file in files if file not in libraries]
     elif path.is_dir():
         items, skipped = list_folder(path)
     elif path.suffix.lower() in SUFFIXES:
@@ -85,7 +88,7 @@ def list_items(path):
 def read_captions(table):
     """A CSV file of file,caption -> the pairs, without the heading."""
     try:
-        rows = list(csv.reader(io.StringIO(mesh_files.decode_text(table.read_bytes())), strict=True))
+        rows = list(csv.reader(io.StringIO(mesh_files.decode_text(mesh_files.read_regular(table))), strict=True))
     except csv.Error as error:
         raise UserError(f"{table} cannot be read ({error}); is a quote open? Its lines are file,caption") from None
     pairs = [(row[0].strip().removeprefix("./"), row[1].strip()) for row in rows if len(row) > 1]
@@ -93,6 +96,11 @@ def read_captions(table):
     if not pairs:
         raise UserError(f"{table} has no line of file,caption; write it with commas, in UTF-8, or put it elsewhere")
     return pairs[pairs[0][1].lower() == "caption":]
+
+
+def printable(name):
+    """A file name, which may not be UTF-8, as text that can be written."""
+    return name.encode(errors="backslashreplace").decode()
 
 
 def list_folder(path):
@@ -107,10 +115,10 @@ def list_folder(path):
 
     items, skipped, missing = [], [], set(table_captions)
     for file in files:
-        key = file.relative_to(path).as_posix().encode(errors="backslashreplace").decode()   # names may not be UTF-8
+        key = printable(file.relative_to(path).as_posix())
         if file.suffix.lower() not in SUFFIXES:
             if file not in texts and file not in tables:
-                skipped.append((key, f"'{file.suffix}' is none of {', '.join(SUFFIXES)}"))
+                skipped.append((key, f"'{Path(key).suffix}' is none of {', '.join(SUFFIXES)}"))
             continue
         if not file.is_file():
             skipped.append((key, "it is no regular file, or a link to none"))
@@ -119,7 +127,7 @@ def list_folder(path):
         missing -= set(names)
         captions = [caption for name in names for caption in table_captions.get(name, [])]
         if not captions and file.with_suffix(".txt").is_file():
-            lines = mesh_files.decode_text(file.with_suffix(".txt").read_bytes()).splitlines()
+            lines = mesh_files.decode_text(mesh_files.read_regular(file.with_suffix(".txt"))).splitlines()
             captions = [line.strip() for line in lines if line.strip()]
         synset = next((SYNSETS[name] for name in names if name in SYNSETS), None)
         class_name = synset or tidy(file.parent.name if file.parent != path else file.stem)
@@ -131,6 +139,8 @@ def list_folder(path):
 def list_library(path):
     """A Sweet Home 3D library: a ZIP of models, icons and a catalogue in latin-1, with lines `key#number=value`."""
     try:
+        if not path.is_file():
+            raise UserError("it is no regular file")
         with zipfile.ZipFile(path) as archive:
             raw = mesh_files.read_member(archive, "PluginFurnitureCatalog.properties")
             names = set(archive.namelist())
@@ -140,8 +150,9 @@ def list_library(path):
     for line in raw.decode("latin-1").splitlines():
         name, _, value = line.partition("=")
         value = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), value).strip()
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")             # pairs are a letter
         key, _, number = name.strip().partition("#")
-        if number.isdigit():
+        if number.isdecimal() and len(number) < 10:
             entries.setdefault(int(number), {})[key] = value
         elif name.strip() == "license":
             licence = value

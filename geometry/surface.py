@@ -68,10 +68,10 @@ def set_border(grid, value):
 
 
 def in_chunks(evaluate, x):
-    """evaluate(x) for points k 3, in chunks: those that fit a core's cache take a quarter less time. The last one is
-    filled up, for torch keeps a plan of each product by its size: few sizes, few plans."""
-    filled = F.pad(x, (0, 0, 0, -len(x) % 1024))
-    return torch.cat([evaluate(chunk) for chunk in filled.split(2 ** 17 if x.is_cuda else 2 ** 13)])[:len(x)]
+    """evaluate(x) for points k 3, in chunks. Those that fit a core's cache save a quarter of the time. The last one is
+    padded: torch keeps a plan for every size, so there should be few sizes."""
+    padded = F.pad(x, (0, 0, 0, -len(x) % 1024))
+    return torch.cat([evaluate(chunk) for chunk in padded.split(2 ** 17 if x.is_cuda else 2 ** 13)])[:len(x)]
 
 
 @torch.no_grad()
@@ -95,6 +95,6 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
 
 
 def give_back_memory():
-    """Freed memory goes back to the system. C would keep it, in pieces of many sizes: more with each shape."""
-    with suppress(AttributeError, TypeError):                 # elsewhere than on Linux
+    """Freed memory goes back to the system. malloc would keep it in fragments, more with each shape."""
+    with suppress(AttributeError, TypeError):                 # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)

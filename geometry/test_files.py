@@ -83,10 +83,10 @@ def test_a_mesh_needs_distances_only_near_the_surface():
     assert all(map(np.array_equal, soup.surface_of(solid.side), soup.surface_of(solid.distance)))
 
 
-def library(path, models, entries):
+def library(path, models, entries, packing=zipfile.ZIP_STORED):
     """A Sweet Home 3D library of these files and catalogue lines."""
     lines = [f"{key}#{i}={value}" for i, entry in enumerate(entries, 1) for key, value in entry.items()]
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", packing) as archive:
         archive.writestr("PluginFurnitureCatalog.properties", "\n".join(["license=CC0", *lines]).encode("latin-1"))
         for name, content in models.items():
             archive.writestr(name, content)
@@ -122,9 +122,28 @@ def test_a_broken_library_costs_itself_alone(tmp_path):
     raw = bytearray(library(tmp_path / "newer.sh3f", files, [entry]).read_bytes())
     raw[raw.rindex(b"PK\1\2") + 6] = 84                      # the version of ZIP that is needed to read it: 8.4
     (tmp_path / "newer.sh3f").write_bytes(raw)
+    library(tmp_path / "packed.sh3f", files, [entry], zipfile.ZIP_LZMA)
+    os.mkfifo(tmp_path / "pipe.sh3f")
+    (tmp_path / "box.off").write_text(files["box.off"])
     items, skipped = real.list_items(tmp_path)
     assert [item.key for item in items] == ["good/1"]
-    assert re.search("newer.sh3f.*no Sweet Home 3D library.*version 8.4", str(skipped))
+    reasons = "version 8.4", "packed in an unusual way", "no regular file", "read for them alone"
+    assert all(reason in found for reason, (_, found) in zip(reasons, skipped))
+    assert len(skipped) == len(reasons)
+
+
+def test_a_library_may_hold_odd_characters(tmp_path):
+    """A superscript is no number; a letter may be written as two halves, of which one may be missing."""
+    files = {"box.off": trimesh.creation.box().export(file_type="off")}
+    entry = {"model": "/box.off", "creator": r"\ud83d\ude00\ud83d", "name#\u00b2": "two"}
+    items, _ = real.list_items(library(tmp_path / "a.sh3f", files, [entry]))
+    assert items[0].author == "\U0001f600\ufffd"
+
+
+def test_a_model_at_the_root_of_a_library_has_materials(tmp_path):
+    files = {"a.obj": "mtllib a.mtl\n" + TRIANGLE, "a.mtl": "newmtl a\nKd 1 0 0\n"}
+    items, _ = real.list_items(library(tmp_path / "a.sh3f", files, [{"model": "/a.obj"}]))
+    assert (mesh_files.shape(items[0]).colours == [1, 0, 0]).all()
 
 
 def test_a_caption_names_something():
@@ -254,6 +273,7 @@ TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nusemtl a\nf 1/1 2/1 3/1\n"
     ("a.gltf", gltf("../outside.bin"), "outside its folder, '../outside.bin'"),
     ("a.gltf", gltf("/dev/stdin"), "outside its folder, '/dev/stdin'"),
     ("a.gltf", gltf(nodes=[{"mesh": 0}] * 5001), "more than 5,000 nodes"),
+    ("a.gltf", gltf(accessors=[{"componentType": 5126, "count": 10 ** 8, "type": "VEC3"}]), "more than 20,000,000"),
     ("a.obj", TRIANGLE * 5001, "more than 5,000 times"),
     ("a.stl", "x" * 80 + "\1\1\0\0", "cut short: 257 triangles take 12,934 bytes, it has 84")])
 def test_hostile_meshes_are_refused(name, text, complaint, tmp_path):
@@ -268,6 +288,22 @@ def test_hostile_meshes_are_refused(name, text, complaint, tmp_path):
     (folder / name).write_text(text)
     with pytest.raises(UserError, match=complaint):
         mesh_files.shape(real.list_items(folder / name)[0][0])
+
+
+def test_meshes_of_too_many_triangles_or_bytes_are_refused(tmp_path, monkeypatch):
+    """Triangles are counted in every place where a mesh stands, bytes in all files that it names."""
+    (tmp_path / "a.bin").write_bytes(np.eye(3, dtype=np.float32).tobytes().ljust(10_000))
+    twice = {"nodes": [{"mesh": 0}, {"mesh": 0}], "scenes": [{"nodes": [0, 1]}]}
+    (tmp_path / "a.gltf").write_text(gltf("a.bin", **twice))
+    item = real.list_items(tmp_path / "a.gltf")[0][0]
+    mesh_files.shape(item)
+    monkeypatch.setattr(mesh_files, "MOST_FACES", 1)
+    with pytest.raises(UserError, match="more than 1 triangles"):
+        mesh_files.shape(item)
+    (tmp_path / "a.gltf").write_text(gltf("a.bin", buffers=[{"byteLength": 36, "uri": "a.bin"}] * 3))
+    monkeypatch.setattr(mesh_files, "MOST_BYTES", 20_000)
+    with pytest.raises(UserError, match="the files that it names have more than 20,000 bytes"):
+        mesh_files.shape(item)
 
 
 def test_a_texture_of_too_many_pixels_is_not_unpacked(tmp_path, monkeypatch):

@@ -47,12 +47,14 @@ def test_glb_of_others(tmp_path):
     trimesh.Scene([trimesh.Trimesh(vertices + i, faces) for i in range(2)]).export(tmp_path / "two.glb")
     export.Mesh(vertices, faces, colours, smooth=False).save(tmp_path / "flat.glb")
     export.write_glb(tmp_path / "thin.glb", vertices * [1, 0, 0], faces, colours)
+    (tmp_path / "form.glb").write_bytes((tmp_path / "ours.glb").read_bytes().replace(b'"VEC3"', b'"VEC2"'))
 
     ours, theirs = export.read_shape(tmp_path / "ours.glb"), export.read_shape(tmp_path / "theirs.glb")
     assert abs(ours.colours - theirs.colours).max() < .02
     assert ours.smooth and not export.read_shape(tmp_path / "flat.glb").smooth
     for name, complaint in (("grey", "no vertex colours"), ("two", "holds 2 meshes"), ("nan", "not finite"),
-                            ("far", "reaches to"), ("none", "cannot read"), ("thin", "no area")):
+                            ("far", "reaches to"), ("none", "cannot read"), ("thin", "no area"),
+                            ("form", "another form")):
         with pytest.raises(UserError, match=complaint):
             export.read_shape(tmp_path / f"{name}.glb")
 
@@ -148,6 +150,8 @@ def test_cloud_round_trip(tmp_path):
     (lambda b: b[3:], "not a PLY"), (lambda b: b"", "not a PLY"),
     (lambda b: b.replace(b"element vertex", b"element edges "), "not 'vertex'"),
     (lambda b: re.sub(rb"vertex \d+", b"vertex -5", b), "not 'vertex'"),
+    (lambda b: re.sub(rb"vertex \d+", b"vertex " + b"9" * 5000, b), "not 'vertex'"),
+    (lambda b: b.replace(b"end_header", b"property\nend_header"), "lists, which"),
     (lambda b: re.sub(rb"vertex \d+", b"vertex 0", b), "no points")])
 def test_bad_ply_is_one_line(damage, complaint, tmp_path):
     """Missing fields, ASCII, NaN, truncated, another kind of file."""
