@@ -68,7 +68,7 @@ def blend(sampled, recon, weight):
 def within(sampled, recon, log_variance, reach):
     """Our rule, which keeps diversity: each channel of a sampled token stays within `reach` sigma of the guess."""
     far = reach * (log_variance / 2).exp()                                        # b n c
-    return recon + (sampled - recon).clamp(-far, far)
+    return sampled.clamp(recon - far, recon + far)
 
 
 RGS_FORMS = "none, auto, sampled=A or recon=A (A: a weight from 0 to 1) or within=S (S: standard deviations)"
@@ -92,11 +92,12 @@ def parse_rgs(text):
 def steering(model, condition, rgs):
     """The function that turns the tokens sampled so far into those that the backbone sees; None: no RGS.
 
-    rgs: a rule of `parse_rgs`. auto blends where there is a picture, which leaves little open, and samples from words.
+    rgs: a rule of `parse_rgs`. auto blends where there is a picture alone, which leaves little open. Words leave much,
+    and words beside a picture ask for what it does not show: then auto is none.
     """
     rule, value = parse_rgs(rgs)
     if rule == "auto":
-        rule, value = ("sampled", .1) if "image" in condition else ("none", None)
+        rule, value = ("sampled", .1) if condition.keys() == {"image"} else ("none", None)
     if rule == "none":
         return None
     recon, log_variance = model(condition)                                        # b n c each

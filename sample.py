@@ -129,7 +129,7 @@ def arguments():
          help="Reconstruction-Guided Sampling: what the backbone sees in the first steps. sampled=A, recon=A: a blend, "
               "A is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in "
               "its text); within=S: tokens within S standard deviations of the reconstruction; none; auto: sampled=.1 "
-              "with a picture, none without")
+              "with a picture alone, else none")
     flag("--window", type=between(0, 1, float), default=.75, help="RGS acts in this first share of the steps; 1 is all")
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
     flag("--points", type=between(1, 1_000_000), help=f"of a point cloud or of Gaussians (default: {points})")

@@ -403,13 +403,13 @@ def test_blending_conventions_are_mirror_images():
     assert torch.equal(steered("sampled=0"), recon)
 
 
-def test_auto_blends_only_with_a_picture():
+def test_auto_blends_only_with_a_picture_alone():
     x, recon = torch.randn(2, 27, 8), torch.randn(2, 27, 8)
     steered = lambda condition, rgs: reconstruct.steering(lambda condition: (recon, None), condition, rgs)
     assert steered({"text": None}, "auto") is None
-    assert steered({"text": None, "image": None}, "none") is None
-    blended = steered({"text": None, "image": None}, "auto")(x)
-    assert torch.equal(blended, reconstruct.blend(x, recon, .1))
+    assert steered({"text": None, "image": None}, "auto") is None
+    assert steered({"image": None}, "none") is None
+    assert torch.equal(steered({"image": None}, "auto")(x), reconstruct.blend(x, recon, .1))
 
 
 @pytest.mark.parametrize("rgs", ["", "alpha=.1", "sampled", "sampled=2", "recon=-1", "within=x", "none=1"])
@@ -448,6 +448,12 @@ def test_tokens_near_the_guess_stay():
     assert torch.equal(reconstruct.within(x, recon, log_variance, 1.), torch.tensor([0., .9, -1, 5]))
     assert torch.equal(reconstruct.within(x, recon, log_variance, 0.), recon)
     assert torch.equal(reconstruct.within(x, recon, log_variance, 9.), x)
+
+
+def test_what_does_not_stray_keeps_every_bit():
+    x, recon = torch.randn(2, 10_000)
+    near = (x - recon).abs() < .99
+    assert torch.equal(reconstruct.within(x, recon, torch.zeros(()), 1.)[near], x[near])
 
 
 def test_the_reconstructor_knows_its_variance():
