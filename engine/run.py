@@ -116,15 +116,24 @@ class Run:
 
 
 def copy_stages(source, folder, encoders):
-    """All stages of a trained folder but the backbone; the reconstructor only if it has the same encoders."""
+    """All stages of a trained folder but the backbone, as far as they fit: those with other encoders of transformers,
+    or trained on other weights than those in the folder, are left out."""
     if "tokenizer" not in trained_stages(source):
         raise UserError(f"there is no trained tokenizer in {source}; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(folder)
-    for stage in set(trained_stages(source)) - {"backbone", *trained_stages(folder)}:
+    with_encoder = {"made_with": {"tokenizer": digest(source / "tokenizer.safetensors")}}       # a head in no config
+    made_with = {stage: config.get(stage, with_encoder).get("made_with", {}) for stage in trained_stages(source)}
+    wanted = made_with.keys() - {"backbone", *trained_stages(folder)}
+    for stage in sorted(wanted, key=lambda stage: len(made_with[stage])):         # what others were trained on first
         if config.get(stage, {}).get("towers", encoders) != encoders:
+            continue
+        others = [name for name, weights in made_with[stage].items()
+                  if (path := folder / f"{name}.safetensors").is_file() and digest(path) != weights]
+        if others:
+            print(f"{stage} is not copied from {source}: it was trained with another {others[0]}")
             continue
         with atomic_write(folder / f"{stage}.safetensors") as part:
             shutil.copyfile(source / f"{stage}.safetensors", part)
-        if stage in config:                                   # a head may have been trained with the encoder only
+        if stage in config:
             write_config(folder, stage, **config[stage])

@@ -252,6 +252,17 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_stages_that_do_not_fit_are_not_copied(overfitted, tmp_path, capsys):
+    """With other encoders, --from copies what does not stand on them."""
+    entry = files.read_config(overfitted)["encoders"]
+    files.save_weights(tmp_path / "encoders.safetensors", {"x": torch.zeros(1)})
+    files.write_config(tmp_path, "encoders", **entry)
+    run_folder.copy_stages(overfitted, tmp_path, {"text": None, "image": None})
+    left_out = {"vision", "backbone", "reconstruct"}
+    assert set(files.trained_stages(tmp_path)) == set(files.trained_stages(overfitted)) - left_out
+    assert f"vision is not copied from {overfitted}: it was trained with another encoders" in capsys.readouterr().out
+
+
 def test_a_batch_has_to_divide_into_micro_batches(overfitted, tmp_path, monkeypatch, capsys):
     flags = "--from", overfitted, "--stage", "backbone", "--steps", 8, "--batch", 4, "--micro-batches", 3
     assert train_small(monkeypatch, tmp_path, 2, *flags) == 2
