@@ -1,14 +1,15 @@
 """export.py - the shapes that are generated: meshes, point clouds, 3D Gaussians; written to files and read again.
 
-    Mesh        .glb    vertices, faces, vertex colours
+    Mesh        .glb    vertices, faces, vertex colours (.obj; .stl without colours)
     Cloud       .ply    points, normals, 8-bit colours
     Gaussians   .ply    the layout of 3D Gaussian splatting (Kerbl et al. 2023), which its viewers open
 
 Colours are sRGB everywhere in this code: the numbers of a picture's pixels. glTF defines vertex colours as linear
-light, which viewers (three.js, Blender, Babylon) convert to sRGB for the screen. So a .glb stores linear light, in
-32-bit floats, because 8 bits are too few for dark colours. read_glb returns the sRGB numbers to five decimals.
+light, which viewers (three.js, Blender, Babylon) convert to sRGB for the screen. So a .glb stores linear light, in 8
+bits, which is what trimesh keeps if it saves the file again: sRGB to .013, below .1 to .025.
 
-    python -m geometry.export out/table-0.glb        # prints what is in the file, and draws it
+    python -m geometry.export out/table-0.glb                       # prints what is in the file, and draws it
+    python -m geometry.export out/table-0.glb --out table.obj       # another format
 """
 import gc
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import trimesh
+from PIL import Image
 from trimesh.exchange.gltf import export_glb, load_glb
 
 from engine.commands import Parser, UserError, between, command
@@ -28,8 +30,22 @@ from geometry.light import to_linear, to_srgb
 from geometry.meshes import check_mesh, closed_edges, face_areas, largest_component_share, sample_surface, watertight
 
 
-@dataclass
-class Mesh:
+class Shape:
+    """What shapes of every kind have in common: how Python and notebooks show them."""
+
+    def __repr__(self):
+        points = next(iter(vars(self).values()))                    # vertices, points or means
+        faces = f", {len(self.faces):,} faces" if isinstance(self, Mesh) else ""
+        return f"{type(self).__name__}: {len(points):,} points{faces}"
+
+    def _repr_png_(self):
+        content = BytesIO()
+        Image.fromarray(self.picture()).save(content, "PNG")
+        return content.getvalue()
+
+
+@dataclass(repr=False)
+class Mesh(Shape):
     """A surface."""
     vertices: np.ndarray  # v 3
     faces: np.ndarray     # f 3, outward
@@ -37,8 +53,19 @@ class Mesh:
     smooth: bool = True   # False: low-poly, every face flat
     suffix = ".glb"
 
+    def trimesh(self):
+        colours = np.round(self.colours * 255).astype(np.uint8)
+        return trimesh.Trimesh(self.vertices, self.faces, vertex_colors=colours, process=False)
+
     def save(self, path):
-        write_glb(path, self.vertices, self.faces, self.colours, self.smooth)
+        suffix = Path(path).suffix.lower()
+        if suffix in (".obj", ".stl"):
+            check_faces(path, self.faces)
+            content = self.trimesh().export(file_type=suffix[1:])
+            with atomic_write(path) as temporary:
+                temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        else:
+            write_glb(path, self.vertices, self.faces, self.colours, self.smooth)
 
     def picture(self, size=320, **view):
         return render.render_mesh(self.vertices, self.faces, self.colours, size=size, **view)
@@ -61,8 +88,8 @@ class Mesh:
         return {"one piece": one_piece, "watertight": watertight(self.faces)}
 
 
-@dataclass
-class Cloud:
+@dataclass(repr=False)
+class Cloud(Shape):
     """Surface points."""
     points: np.ndarray    # k 3
     normals: np.ndarray   # k 3, unit
@@ -84,8 +111,8 @@ class Cloud:
         return {}
 
 
-@dataclass
-class Gaussians:
+@dataclass(repr=False)
+class Gaussians(Shape):
     """3D Gaussians with colours that do not depend on the view."""
     means: np.ndarray     # k 3
     scales: np.ndarray    # k 3, standard deviations
@@ -127,7 +154,13 @@ def read_bytes(path):
 
 def check_suffix(path, suffix):
     if Path(path).suffix.lower() != suffix:
-        raise UserError(f"{path}: a {suffix} file is written here; give it a name that ends in {suffix}")
+        or_else = " (or .obj, .stl)" if suffix == ".glb" else ""
+        raise UserError(f"{path}: a {suffix} file is written here; give it a name that ends in {suffix}{or_else}")
+
+
+def check_faces(path, faces):
+    if len(faces) == 0:
+        raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
 
 
 # ---------------------------------------------------------------------------- glb
@@ -136,15 +169,12 @@ def write_glb(path, vertices, faces, colours, smooth=True):
     """vertices (v 3), faces (f 3), sRGB colours (v 3) in 0..1. The same mesh gives the same bytes. Viewers shade every
     face flat if there are no normals (smooth=False)."""
     check_suffix(path, ".glb")
-    if len(faces) == 0:
-        raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
-    mesh = trimesh.Trimesh(vertices, faces, process=False)          # process would merge and reorder vertices
-    # trimesh would round COLOR_0 to 8 bits; an attribute with an underscore, a custom one, it writes as it is
-    mesh.vertex_attributes["_linear"] = to_linear(as_tensor(colours, torch.float64)).float().numpy()
+    check_faces(path, faces)
+    linear = (255 * to_linear(as_tensor(colours, torch.float64))).round().byte().numpy()
+    mesh = trimesh.Trimesh(vertices, faces, vertex_colors=linear, process=False)        # process would merge vertices
 
     def finish(tree):
         primitive = tree["meshes"][0]["primitives"][0]
-        primitive["attributes"]["COLOR_0"] = primitive["attributes"].pop("_linear")
         # Without a material viewers assume polished metal, which looks black. Both sides of a face show, as here.
         material = {"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": .8}, "doubleSided": True}
         tree["materials"], primitive["material"] = [material], 0
@@ -260,7 +290,7 @@ def read_shape(path):
 def main():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a file that sample.py wrote, .glb or .ply")
-    parser.add_argument("--out", type=Path, help="picture to write (default: beside the file, .png or .gif)")
+    parser.add_argument("--out", type=Path, help="picture, or .glb, .obj, .stl, .ply (default: a picture beside it)")
     parser.add_argument("--azimuth", type=float, default=35, help="degrees around the shape; 0 shows its front")
     parser.add_argument("--elevation", type=float, default=25, help="degrees above the horizon")
     parser.add_argument("--size", type=between(16, 4096), default=512, help="pixels along a side")
@@ -269,11 +299,11 @@ def main():
 
     shape = read_shape(args.file)
     points = next(iter(vars(shape).values()))                       # vertices, points or means
-    faces = f", {len(shape.faces):,} faces" if isinstance(shape, Mesh) else ""
-    print(f"{type(shape).__name__}: {len(points):,} points{faces}, from {points.min(0)} to {points.max(0)}, "
-          f"mean colour {shape.colours.mean(0)}")
+    print(f"{shape}, from {points.min(0)} to {points.max(0)}, mean colour {shape.colours.mean(0)}")
     out = args.out or args.file.with_suffix(".gif" if args.turntable else ".png")
-    if args.turntable:
+    if out.suffix in (".glb", ".obj", ".stl", ".ply"):
+        shape.save(out)
+    elif args.turntable:
         render.save_gif(out, render.turntable(shape, size=args.size))
     else:
         render.save_png(out, shape.picture(args.size, azimuth=args.azimuth, elevation=args.elevation))
