@@ -115,11 +115,11 @@ def is_words(value):
 
 FORMS = {  # a field of config.json: its form, in words and as a test
     **dict.fromkeys(("size", "data", "generator"), ("a word", lambda x: type(x) is str)),
-    **dict.fromkeys(("vocabulary", "nouns", "heads"), ("a list of words", is_words)),
+    **dict.fromkeys(("vocabulary", "heads"), ("a list of words", is_words)),
     "steps": ("a whole number", lambda x: type(x) is int),
     "seconds": ("a number", lambda x: type(x) in (int, float) and math.isfinite(x)),
     "settings": ("sizes of a network by name", is_settings),
-    "made_with": ("words by name", lambda x: type(x) is dict and is_words([*x.values()])),
+    **dict.fromkeys(("nouns", "made_with"), ("words by name", lambda x: type(x) is dict and is_words([*x.values()]))),
     "towers": ("names of encoders", lambda x: type(x) is dict and x.keys() == {"text", "image"}
                and is_words([name for name in x.values() if name is not None]))}
 

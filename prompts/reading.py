@@ -11,7 +11,7 @@ import sys
 
 from engine.commands import Parser, UserError, command
 from engine.files import read_stage
-from geometry.captions import words
+from geometry.captions import FILLERS, words
 
 ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"
 NEIGHBOURS = {pair for row in ROWS for pair in zip(row, row[1:])} | {
@@ -26,9 +26,12 @@ def plain(prompt):
 
 
 def nouns_of(captions):
-    """The nouns that captions are about, sorted: the last word of the first phrase."""
-    phrases = [noun_phrases(caption) for caption in captions]
-    return sorted({first[-1] for first, *_ in filter(None, phrases)})
+    """{noun that captions are about, the last word of the first phrase: all words that they say of it}"""
+    said = {}
+    for caption in captions:
+        if phrases := noun_phrases(caption):
+            said.setdefault(phrases[0][-1], set()).update(words(plain(caption)))
+    return {noun: " ".join(sorted(found)) for noun, found in sorted(said.items())}
 
 
 # ---------------------------------------------------------------------------- one word
@@ -78,11 +81,11 @@ def known_words(prompt, vocabulary):
 
 
 def remarks_on(prompt, vocabulary, nouns):
-    """The warnings about a prompt: words that are not taken as they stand. A prompt that is not about one of `nouns`
-    is an error, which names the nearest."""
+    """The warnings about a prompt: words that are not taken as they stand, or were never said of its noun. A prompt
+    that is not about one of `nouns` (nouns_of) is an error, which names the nearest."""
     prompt = plain(prompt)
-    if not words(prompt):
-        raise UserError("the prompt is empty; name a shape, for instance: " + ", ".join(nouns[:8]))
+    if not prompt.strip():
+        raise UserError("the prompt is empty; name a shape, for instance: " + ", ".join([*nouns][:8]))
     forms = {word: known_form(word, vocabulary) for word in words(prompt)}
     phrases = noun_phrases(prompt)
     about = [phrase for phrase in phrases if any(forms[word] in nouns for word in phrase)]
@@ -97,6 +100,10 @@ def remarks_on(prompt, vocabulary, nouns):
                if known not in (word, None) and known not in singulars(word)]
     if len(about) > 1:
         remarks.append(f"one shape is made, of '{' '.join(about[0])}' and '{' '.join(about[1])}' together")
+    else:
+        noun = [forms[word] for word in about[0] if forms[word] in nouns][-1]
+        strange = set(forms.values()) - {None, *nouns[noun].split()} - ((FILLERS | LINKS) - {"without"})
+        remarks += [f"nothing in training was a {noun} and '{word}': that may be ignored" for word in sorted(strange)]
     for word in [word for word, known in forms.items() if known is None and word not in POLITE]:
         near = ", ".join(difflib.get_close_matches(word, vocabulary)) or "none is spelt like it"
         remarks.append(f"the unknown word '{word}' is left out; nearest: {near}")

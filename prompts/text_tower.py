@@ -46,7 +46,7 @@ class TextAndCloud(nn.Module):
         super().__init__()
         self.width = dim                                      # e
         self.vocabulary, self.index = list(vocabulary), {word: i for i, word in enumerate(vocabulary)}
-        self.nouns = list(nouns)                              # that can be made
+        self.nouns = dict(nouns)                              # what can be made: what was said of it (reading.nouns_of)
         self.word = nn.Embedding(len(self.vocabulary), dim)
         self.place = nn.Parameter(torch.randn(LENGTH, dim) * dim ** -.5)
         nn.init.normal_(self.word.weight, std=dim ** -.5)
