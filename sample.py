@@ -70,9 +70,12 @@ class LTM3D:
         return torch.cat(chunks)                                                  # b n c
 
     def sample(self, prompt=None, image=None, n=1, seed=0, steps=10, **options):
-        """n samples of one prompt, one picture file, or both -> shape tokens b n c, b = n. options: as for `tokens`."""
+        """n samples of one prompt, one picture (a file, or an image of Pillow), or both -> shape tokens b n c, b = n.
+        options: as for `tokens`."""
         if prompt is None and image is None:
             raise UserError("there is no prompt; give a text, an image or both")
+        if not isinstance(prompt, str | None):
+            raise UserError(f"a prompt is one text, not a {type(prompt).__name__}; for several, call it several times")
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")
         if not 1 <= steps <= self.backbone.tokens:
@@ -146,8 +149,8 @@ def arguments():
 
 
 def file_name(text, image):
-    """What the files of a prompt are called. A picture alone gives from-NAME, so that it is not written over."""
-    name = f"from {Path(image).stem}" if text is None else text
+    """What the files of a prompt are called. A picture adds from-NAME, so that it is not written over."""
+    name = (text or "") + (f" from {Path(image).stem}" if image else "")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "shape"
 
 
@@ -187,16 +190,18 @@ def main():
     watch.lap("tokens")
 
     out, name, pictures = make_folder(args.out), file_name(args.text, args.image), []
+    ending = {rep: "" if args.rep == ["sdf"] else f"-{rep}" for rep in args.rep}
     for i, t in enumerate(tokens):                                                # n c
         for rep in args.rep:
             shape = model.decode(t, rep, (args.seed, i), args.resolution, args.points)
             watch.lap(rep)
-            ending = f"-{rep}" if len(args.rep) > 1 else ""
-            pictures.append(write_shape(shape, out / f"{name}-{i}{ending}{shape.suffix}", args.turntable))
+            pictures.append(write_shape(shape, out / f"{name}-{i}{ending[rep]}{shape.suffix}", args.turntable))
             watch.lap("files")
-    save_png(out / f"{name}.png", contact_sheet(pictures, len(args.rep) if len(args.rep) > 1 else min(4, args.n)))
-    print(out / f"{name}.png")
-    watch.lap("files")
+    if len(pictures) > 1:
+        sheet = out / f"{name}{''.join(ending.values())}.png"
+        save_png(sheet, contact_sheet(pictures, len(args.rep) if len(args.rep) > 1 else min(4, args.n)))
+        print(sheet)
+        watch.lap("files")
     print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in watch.seconds.items()))
 
 

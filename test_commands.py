@@ -85,7 +85,8 @@ def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
     flags = "--text", "a table", "--checkpoint", four, "--resolution", 32, "--points", 300
     assert run(sample.main, *flags, "--rep", "sdf", "pc", "3DGS", "--out", tmp_path) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"a-table-0-sdf.glb", "a-table-0-pc.ply", "a-table-0-gs.ply", "a-table-0-gs.png", "a-table.png"} <= names
+    shapes = {"a-table-0-sdf.glb", "a-table-0-pc.ply", "a-table-0-gs.ply"}
+    assert names == shapes | {f"a-table-0-{rep}.png" for rep in ("sdf", "pc", "gs")} | {"a-table-sdf-pc-gs.png"}
     assert len(export.read_shape(tmp_path / "a-table-0-pc.ply").points) == 300
     assert isinstance(export.read_shape(tmp_path / "a-table-0-gs.ply"), export.Gaussians)
 
@@ -173,9 +174,9 @@ def test_the_precision_of_the_user_wins(precision, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (dict(prompt=None), "there is no prompt"), (dict(rep="obj"), "sdf, pc, mesh, gs"),
-    (dict(resolution=96), "32, 64, 128, 256, 512"), (dict(n=0), "at least 1"), (dict(steps=65), "shape tokens"),
-    (dict(rgs="sampled"), "RGS takes"), (dict(rgs="sampled=5"), "from 0 to 1")])
+    (dict(prompt=None), "there is no prompt"), (dict(prompt=["a table"]), "one text, not a list"),
+    (dict(rep="obj"), "sdf, pc, mesh, gs"), (dict(resolution=96), "32, 64, 128, 256, 512"), (dict(n=0), "at least 1"),
+    (dict(steps=65), "shape tokens"), (dict(rgs="sampled"), "RGS takes"), (dict(rgs="sampled=5"), "from 0 to 1")])
 def test_python_api_names_a_wrong_argument(overfitted, options, complaint):
     with pytest.raises(UserError, match=complaint):
         sample.load(overfitted, device="cpu").generate(**dict(prompt="a table", steps=1) | options)

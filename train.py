@@ -257,42 +257,47 @@ def tokens_and_prompts(run, stage):
 
 def arguments(generators):
     parser = Parser(__doc__.split("\n")[0])
-    flag = parser.add_argument
+    defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items()) for i in range(3)]
+    everyday = parser.add_argument_group("everyday")
+    flag = everyday.add_argument
     flag("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"],
          help="representations to train")
-    flag("--tokens", choices=["shared", "own", "joint"], default="shared",
-         help="shared: heads on the tokens of one encoder, which is trained for sdf; own: an encoder and a backbone "
-              "for each representation alone; joint: one encoder trained with all these heads")
+    flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
+    flag("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
+    flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
+    flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
     flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done); a head that "
          "the encoder was trained with goes on learning, on frozen tokens")
     flag("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
+    flag("--steps", type=between(1), help=f"training steps of a stage (default: {defaults[0]})")
+    flag("--batch", type=between(1), help=f"batch size (default: {defaults[1]})")
+    flag("--from", dest="source", metavar="FOLDER", help="a trained folder; its stages other than the backbone are "
+         "copied where --out has none, as far as they fit")
+    flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
+    flag("--cache", default="cache", help="folder of the prepared data")
+    flag("--workers", type=between(1), default=2, help="processes that prepare data")
+    add_device_flags(everyday)
+
+    flag = parser.add_argument_group("research").add_argument
+    flag("--tokens", choices=["shared", "own", "joint"], default="shared",
+         help="shared: heads on the tokens of one encoder, which is trained for sdf; own: an encoder and a backbone "
+              "for each representation alone; joint: one encoder trained with all these heads")
     for kind in encoders_.KINDS:
         flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers: a hub name that is in its "
              "cache, or a folder (prompts/pretrained.py); default: the built-in one, which is trained here")
     flag("--generator", choices=list(generators), default="masked", help="the backbone; `python -m evaluation.peers` "
          "has the same flags and peers of it")
     flag("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
-    defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items()) for i in range(3)]
-    flag("--steps", type=between(1), help=f"training steps of a stage (default: {defaults[0]})")
-    flag("--batch", type=between(1), help=f"batch size (default: {defaults[1]})")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")
+    flag("--seed", type=between(0), default=0, help="of weights and noise")
+
+    flag = parser.add_argument_group("many GPUs").add_argument
     flag("--micro-batches", type=between(1), help="split a step's batch, computed in turn or by several "
          "processes: more take less memory (default: one for each process)")
     flag("--shard", action="store_true", help="every process holds a share of the backbone, not a copy: for models "
          "that are too large for one GPU")
     flag("--recompute", action="store_true", help="compute activations again in the backward pass instead of storing "
          "them: less memory, longer steps")
-    flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
-    flag("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
-    flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
-    flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
-    add_device_flags(parser)
-    flag("--seed", type=between(0), default=0, help="of weights and noise")
-    flag("--from", dest="source", metavar="FOLDER", help="a trained folder; its stages other than the backbone are "
-         "copied where --out has none")
-    flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
-    flag("--cache", default="cache", help="folder of the prepared data")
-    flag("--workers", type=between(1), default=2, help="processes that prepare data")
     return parser.parse_args()
 
 
@@ -321,6 +326,9 @@ def chain(args, generators, reps, first, folder):
                 continue
             torch.manual_seed(run.seed)                       # initial weights, whichever stages came before
             train(run)
+    if "backbone" in stages and args.generator == "masked":
+        print(f'{run.folder}/losses.png shows how it went; next: '
+              f'python sample.py --checkpoint {run.folder} --text "{run.prompts[0]}"')
 
 
 def stages_of(args, reps):

@@ -4,6 +4,8 @@ The image tower always sees the same kind of picture: one object that fills a sq
 
     python -m prompts.picture_files chair.png         # what the tower sees of it -> out/chair-seen.png
 """
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -23,9 +25,11 @@ Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit only warns; ours is LARGEST
 
 
 def read_picture(path):
-    """A picture file -> colour and coverage, h w 4 in [0, 1], and a warning (or None)."""
+    """A picture file, or an image of Pillow -> colour and coverage, h w 4 in [0, 1], and a warning (or None)."""
+    if not isinstance(path, (str, os.PathLike, Image.Image)):
+        raise UserError(f"a picture is the name of a file or an image of Pillow, not a {type(path).__name__}")
     try:
-        with Image.open(path) as file:
+        with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as file:
             size = f"{file.width} x {file.height} pixels"
             if file.width * file.height > LARGEST:
                 raise UserError(f"{path} has {size}, more than {LARGEST:,}; make it smaller")

@@ -24,7 +24,8 @@ from prompts import picture_files, pretrained, reading, text_tower
 
 def small_text_tower():
     torch.manual_seed(0)
-    words, nouns = ["", "blue", "chair", "no", "red", "round", "seat", "table", "with"], ["chair", "table"]
+    words = ["", "blue", "chair", "no", "red", "round", "seat", "table", "with"]
+    nouns = dict.fromkeys(["chair", "table"], " ".join(words))
     return text_tower.TextAndCloud(words, nouns, **SMALL[text_tower]).eval()
 
 
@@ -45,8 +46,10 @@ def test_unknown_words_are_left_out():
     assert torch.equal(tower.tokens(["wooden"])[0], tower.tokens(["paper"])[0])           # of no known word
 
 
-NOUNS = "aeroplane bed bench bottle chair shelf sofa table tree".split()
-VOCABULARY = [*NOUNS, *"arms blue five has in legs red wheels with without".split()]
+SAID = "arms blue five has in legs red with"
+NOUNS = {noun: f"{noun} {SAID}" for noun in "aeroplane bed bench bottle chair shelf sofa table tree".split()}
+NOUNS["chair"] += " wheels without"
+VOCABULARY = [*NOUNS, *SAID.split(), "wheels", "without"]
 
 
 @pytest.mark.parametrize("prompt, words", [
@@ -65,11 +68,19 @@ def test_words_of_a_prompt(prompt, words):
     ("elephant", "'elephant' is nothing that can be made; name one of aeroplane"), ("cable", "'cable' .*: table"),
     ("a house with a table", "'house' is nothing"), ("tree house", "'house' is nothing"), ("a dog on a sofa", "'dog'"),
     ("beach", "'beach' .*: bench"), ("soda", "'soda'"), ("red", "'red' names no shape"), ("with", "names no shape"),
-    ("  ", "is empty"), ("!?", "is empty")])
+    ("  ", "is empty"), ("!?", "names no shape"), ("\U0001fa91", "names no shape")])
 def test_what_cannot_be_made_is_an_error(prompt, complaint):
     """The noun of a prompt is never guessed."""
     with pytest.raises(UserError, match=complaint):
         reading.remarks_on(prompt, VOCABULARY, NOUNS)
+
+
+@pytest.mark.parametrize("prompt, ignored", [
+    ("a table with wheels", ["wheels"]), ("a chair with wheels", []), ("a chair without arms", []),
+    ("a sofa with no arms", ["without"]), ("a red table on a blue table", [])])
+def test_what_was_never_said_of_a_noun_is_a_remark(prompt, ignored):
+    remarks = [remark for remark in reading.remarks_on(prompt, VOCABULARY, NOUNS) if "ignored" in remark]
+    assert [remark.split("'")[1] for remark in remarks] == ignored
 
 
 # ---------------------------------------------------------------------------- picture files
@@ -110,6 +121,14 @@ def test_every_file_format_gives_the_same_picture(mode, suffix, tmp_path):
     assert (picture - true).abs().mean() < .05
 
 
+def test_an_image_of_pillow_is_a_picture_file(tmp_path):
+    path = save_disc(tmp_path / "disc.png", "RGBA")
+    with Image.open(path) as image:
+        assert torch.equal(picture_files.load_picture(image)[0], picture_files.load_picture(path)[0])
+    with pytest.raises(UserError, match="not a Tensor"):
+        picture_files.load_picture(torch.zeros(3, 64, 64))
+
+
 def test_soft_shadow_and_gradient_are_background():
     """A background that grows darker downwards, with a soft shadow on it, is cut away."""
     y, x = np.mgrid[:96, :96][..., None]
@@ -145,7 +164,7 @@ def test_bad_picture_is_one_line(overfitted, save, complaint, tmp_path, capsys):
 
 # ---------------------------------------------------------------------------- picture prompts
 
-@pytest.mark.parametrize("text, name", [(None, "from-disc-1-0.glb"), ("a table", "a-table-0.glb")])
+@pytest.mark.parametrize("text, name", [(None, "from-disc-1-0.glb"), ("a table", "a-table-from-disc-1-0.glb")])
 def test_picture_prompt_is_command_and_api(overfitted, text, name, tmp_path):
     """sample.py --image = generate(image=...), alone and with a text."""
     path = save_disc(tmp_path / "Disc 1.png", "RGBA")
