@@ -2,10 +2,8 @@
 
     python train.py --rep sdf                          # everything, built-in shapes, an hour on two cores
     python train.py --rep pc                           # what is missing for point clouds: if the above is done, a head
-    python train.py --rep sdf --stage backbone         # one stage alone
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
-    python train.py --rep sdf --size base --device cuda
     torchrun --nproc_per_node=8 train.py --rep sdf --size large      # many GPUs (engine/processes.py)
 
 A stage that is done is skipped. A stage that was stopped goes on exactly where it was (engine/loop.py). runs/<name>/
@@ -260,19 +258,17 @@ def arguments(generators):
     defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items()) for i in range(3)]
     everyday = parser.add_argument_group("everyday")
     flag = everyday.add_argument
-    flag("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"],
-         help="representations to train")
+    flag("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations")
     flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
     flag("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
-    flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done); a head that "
-         "the encoder was trained with goes on learning, on frozen tokens")
+    flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done); head with "
+         "the sdf head: it goes on learning, on frozen tokens")
     flag("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     flag("--steps", type=between(1), help=f"training steps of a stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size (default: {defaults[1]})")
-    flag("--from", dest="source", metavar="FOLDER", help="a trained folder; its stages other than the backbone are "
-         "copied where --out has none, as far as they fit")
+    flag("--from", dest="source", metavar="FOLDER", help="copy what fits of a trained folder, without its backbone")
     flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
     flag("--cache", default="cache", help="folder of the prepared data")
     flag("--workers", type=between(1), default=2, help="processes that prepare data")
@@ -285,8 +281,7 @@ def arguments(generators):
     for kind in encoders_.KINDS:
         flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers: a hub name that is in its "
              "cache, or a folder (prompts/pretrained.py); default: the built-in one, which is trained here")
-    flag("--generator", choices=list(generators), default="masked", help="the backbone; `python -m evaluation.peers` "
-         "has the same flags and peers of it")
+    flag("--generator", choices=list(generators), default="masked", help="the backbone, or one of evaluation/peers.py")
     flag("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")
     flag("--seed", type=between(0), default=0, help="of weights and noise")
@@ -294,10 +289,8 @@ def arguments(generators):
     flag = parser.add_argument_group("many GPUs").add_argument
     flag("--micro-batches", type=between(1), help="split a step's batch, computed in turn or by several "
          "processes: more take less memory (default: one for each process)")
-    flag("--shard", action="store_true", help="every process holds a share of the backbone, not a copy: for models "
-         "that are too large for one GPU")
-    flag("--recompute", action="store_true", help="compute activations again in the backward pass instead of storing "
-         "them: less memory, longer steps")
+    flag("--shard", action="store_true", help="every process holds a share of the backbone: for large models")
+    flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     return parser.parse_args()
 
 
@@ -309,7 +302,7 @@ def chain(args, generators, reps, first, folder):
         run.generators = generators
         encoders_.load_pretrained(**run.encoder_names, device=run.device)         # if missing: an error now, not later
         if args.source:
-            copy_stages(Path(args.source), folder, run.encoder_names)
+            copy_stages(run, Path(args.source), name_begins(args.data))
         run.check_folder(name_begins(args.data))
         print(f"{run.folder}, running on {run.reason}")
         kinds = ["surface", "pictures", *kinds_of(HEADS[rep] for rep in run.first + run.reps)]
@@ -327,8 +320,7 @@ def chain(args, generators, reps, first, folder):
             torch.manual_seed(run.seed)                       # initial weights, whichever stages came before
             train(run)
     if "backbone" in stages and args.generator == "masked":
-        print(f'{run.folder}/losses.png shows how it went; next: '
-              f'python sample.py --checkpoint {run.folder} --text "{run.prompts[0]}"')
+        print(f'next: python sample.py --checkpoint {run.folder} --text "{run.prompts[0]}"')
 
 
 def stages_of(args, reps):

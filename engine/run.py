@@ -77,20 +77,22 @@ class Run:
         return batch // self.micro_batches
 
     def check_folder(self, begin):
-        """The stages in the folder have to be of the same encoders, size and generator, and of a prepared set whose
-        name begins so."""
         for stage, entry in read_config(self.folder).items():
-            flags = {"--size": (self.size, entry["size"]),
-                     "--generator": (self.generator, entry.get("generator", self.generator))}
-            for flag, (value, found) in flags.items():
-                if value != found:
-                    raise UserError(f"the {stage} in {self.folder} is of {flag} {found}; give that, or another --out")
-            if entry.get("towers", self.encoder_names) != self.encoder_names:
-                raise UserError(f"the {stage} in {self.folder} is conditioned on the encoders {entry['towers']}; "
-                                "give the same ones, or another --out")
-            if not entry["data"].startswith(begin):
-                raise UserError(f"the {stage} in {self.folder} learnt from {entry['data']}; "
-                                "give the same --data, or another --out")
+            self.check_stage(self.folder, stage, entry, begin)
+
+    def check_stage(self, folder, stage, entry, begin):
+        """A stage has to be of the same size, generator and encoders, and of a prepared set whose name begins so."""
+        flags = {"--size": (self.size, entry["size"]),
+                 "--generator": (self.generator, entry.get("generator", self.generator))}
+        for flag, (value, found) in flags.items():
+            if value != found:
+                raise UserError(f"the {stage} in {folder} is of {flag} {found}; give that, or another folder")
+        if entry.get("towers", self.encoder_names) != self.encoder_names:
+            raise UserError(f"the {stage} in {folder} is conditioned on the encoders {entry['towers']}; "
+                            "give the same ones, or another folder")
+        if not entry["data"].startswith(begin):
+            raise UserError(f"the {stage} in {folder} learnt from {entry['data']}; "
+                            "give the same --data, or another folder")
 
     @processes.first_process_only
     def finish(self, stage, seconds, files, **entries):
@@ -115,19 +117,20 @@ class Run:
                      for stage in self.settings}, self.folder / "losses.png")
 
 
-def copy_stages(source, folder, encoders):
+def copy_stages(run, source, begin):
     """All stages of a trained folder but the backbone, as far as they fit: those with other encoders of transformers,
     or trained on other weights than those in the folder, are left out."""
     if "tokenizer" not in trained_stages(source):
         raise UserError(f"there is no trained tokenizer in {source}; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
-    config, folder = read_config(source), make_folder(folder)
+    config, folder = read_config(source), make_folder(run.folder)
+    wanted = [stage for stage in trained_stages(source) if stage not in ("backbone", *trained_stages(folder))
+              and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
+    for stage in config.keys() & wanted:
+        run.check_stage(source, stage, config[stage], begin)
     with_encoder = {"made_with": {"tokenizer": digest(source / "tokenizer.safetensors")}}       # a head in no config
-    made_with = {stage: config.get(stage, with_encoder).get("made_with", {}) for stage in trained_stages(source)}
-    wanted = made_with.keys() - {"backbone", *trained_stages(folder)}
+    made_with = {stage: config.get(stage, with_encoder).get("made_with", {}) for stage in wanted}
     for stage in sorted(wanted, key=lambda stage: len(made_with[stage])):         # what others were trained on first
-        if config.get(stage, {}).get("towers", encoders) != encoders:
-            continue
         others = [name for name, weights in made_with[stage].items()
                   if (path := folder / f"{name}.safetensors").is_file() and digest(path) != weights]
         if others:

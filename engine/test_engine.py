@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import trimesh
 from einops import rearrange
 from torch import nn
 
@@ -252,15 +253,21 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_stages_that_do_not_fit_are_not_copied(overfitted, tmp_path, capsys):
+def test_stages_that_do_not_fit_are_not_copied(overfitted, tmp_path, monkeypatch, capsys):
     """With other encoders, --from copies what does not stand on them."""
-    entry = files.read_config(overfitted)["encoders"]
     files.save_weights(tmp_path / "encoders.safetensors", {"x": torch.zeros(1)})
-    files.write_config(tmp_path, "encoders", **entry)
-    run_folder.copy_stages(overfitted, tmp_path, {"text": None, "image": None})
+    files.write_config(tmp_path, "encoders", **files.read_config(overfitted)["encoders"])
+    assert train_small(monkeypatch, tmp_path, 2, "--from", overfitted, "--stage", "encoders") == 0
     left_out = {"vision", "backbone", "reconstruct"}
     assert set(files.trained_stages(tmp_path)) == set(files.trained_stages(overfitted)) - left_out
     assert f"vision is not copied from {overfitted}: it was trained with another encoders" in capsys.readouterr().out
+
+
+def test_stages_that_learnt_from_other_data_are_not_copied(overfitted, tmp_path, monkeypatch, capsys):
+    trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
+    assert train_small(monkeypatch, tmp_path / "run", 2, "--from", overfitted, "--data", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "give the same --data, or another folder")
+    assert not files.trained_stages(tmp_path / "run")
 
 
 def test_a_batch_has_to_divide_into_micro_batches(overfitted, tmp_path, monkeypatch, capsys):
