@@ -14,8 +14,6 @@ from engine.files import read_stage
 from geometry.training_samples import PICTURES
 from prompts import image_tower, pretrained, text_tower
 
-KINDS = ("text", "image")
-
 
 class Encoders:
     def __init__(self, text, image):
@@ -60,7 +58,7 @@ class Encoders:
 def make(folder, text=None, image=None, device="cpu"):
     """text, image: a hub name or a folder; None: the tower in the checkpoint folder. The simplest towers are the text
     tower "bag", a bag of words, and the image tower "pixels"."""
-    text, image = load_pretrained(text, image, device)
+    text, image = load_pretrained(text=text, image=image, device=device)         # the same call as train.py's: cached
     return Encoders(text or text_tower.load(folder).to(device), image or image_tower.load(folder).to(device))
 
 

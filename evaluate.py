@@ -5,7 +5,7 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
 
     python evaluate.py tokenizer --rep sdf       # stage 1 alone: encode and decode held-out shapes
     python evaluate.py cross                     # the same tokens through every head
-    python evaluate.py joint --checkpoint ...    # shared tokens against own
+    python evaluate.py joint --checkpoint A B    # shared tokens against own
     python evaluate.py generate --rep sdf        # from class names and captions: every metric
     python evaluate.py attributes                # "a table with one leg": does the shape have one?
     python evaluate.py words                     # prompts in words of their own, slips, plurals, synonyms
@@ -285,7 +285,7 @@ def arguments():
     flag(["cross-view"], "--rules", nargs="+", default=["none", "auto"], metavar="RULE", help=f"of RGS: {RGS_FORMS}")
     flag(["words"], "--count", type=between(2, 10_000), default=200, help="of prompts, and of pairs; half of variants")
     flag(["tokenizer"], "--points", type=between(100, 10 ** 7), default=100_000, help="of the F-score, each side")
-    flag(["generate"], "--quick", action="store_true", help="a quarter of it: --n 4 --shapes 104")
+    flag(["generate"], "--quick", action="store_true", help="three eighths of it: --n 4 --shapes 104")
     flag(["generate"], "--split", choices=["test", "validation"], default="test", help="held-out shapes: "
          "settings are chosen on the second split, numbers are reported on the first")
     flag(["generate"], "--cfg", type=between(0, 100, float), default=2., help="guidance by the text; 1 is none")

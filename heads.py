@@ -1,6 +1,6 @@
 """heads.py - shape tokens -> a representation: signed distance, points, 3D Gaussians, faces.
 
-LTM3D trains a tokenizer for each representation. Here four heads read the tokens of one encoder, and the backbone,
+LTM3D trains a tokenizer for each representation. Here four heads read the tokens of one tokenizer, and the backbone,
 which generates the tokens, never knows which head will read them. A head is a class with
 
     reads       what it learns from: {cloud, queries, faces or views: how many points; None: all there are}
@@ -77,7 +77,7 @@ class SdfHead(QueryDecoder):
 
     def loss(self, tokens, batch):
         """L1 of the clipped distance, at queries and at surface points, where it is 0; squared error of colours
-        there. (L1 learns the likeliest colour: where the height of a stripe is uncertain, the stripe is lost.)"""
+        there. (L1 learns the median colour: where the height of a stripe is uncertain, the stripe is lost.)"""
         x = torch.cat([batch["queries"], batch["points"]], 1)                             # b k 3
         y = self.evaluate(self.read(tokens), x)                                           # b k 4
         k = batch["queries"].shape[1]
@@ -153,9 +153,9 @@ class GaussianHead(QueryDecoder):
 
     def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities, colours
         offset, scale, turn, opacity, colour = self.evaluate(memory, x).split([3, 3, 4, 1, 3], -1)
-        fewer = (self.POINTS / x.shape[1]) ** .125
+        larger = (self.POINTS / x.shape[1]) ** .125
         identity = torch.tensor([1., 0, 0, 0], device=x.device)                           # as a quaternion
-        return (x + .05 * offset.tanh(), self.SIZE * fewer * scale.clamp(-3, 2).exp(), turn + identity,
+        return (x + .05 * offset.tanh(), self.SIZE * larger * scale.clamp(-3, 2).exp(), turn + identity,
                 (opacity[..., 0] + 3).sigmoid(), colour.sigmoid())
 
     def loss(self, tokens, batch):
@@ -188,8 +188,8 @@ class GaussianHead(QueryDecoder):
 
 class MeshHead(nn.Module):
     """Face queries and tokens attend to each other. A query predicts FACES faces, neighbours in canonical order
-    (geometry/meshes.py). Every coordinate is a distribution over bins; its logits have rank LEVELS, so that near bins
-    have similar logits."""
+    (geometry/meshes.py). Every coordinate is a distribution over bins; its logits have rank LEVELS, so that bins
+    share weights. s face slots, l levels."""
     reads, needs, COUNT = {"faces": None}, (), None
     FACES, LEVELS = 4, 24
     RATE = 4         # times the learning rate of the others: it learns fastest there
@@ -238,7 +238,7 @@ class MeshHead(nn.Module):
 
     @staticmethod
     def between_shapes(tokens):
-        """Tokens b n c, one in four moved up to .45 of the way to the nearest other shape. Generated tokens may lie
+        """Tokens b n c; one shape in four is moved up to .45 of the way to the nearest other. Generated tokens may lie
         between two shapes, and half of each makes no mesh: the head learns to choose the nearer one."""
         apart = torch.cdist(tokens.flatten(1), tokens.flatten(1)).fill_diagonal_(torch.inf)           # b b
         share = .45 * (4 * torch.rand(len(tokens), 1, 1, device=tokens.device) - 3).clamp(min=0)      # b 1 1
@@ -258,7 +258,7 @@ class MeshHead(nn.Module):
         vertices, faces, unfolded = weld(rearrange(share, "f (i j) bins -> f i j bins", i=3).cpu().numpy())
         exists, colours = exists[unfolded], colours[unfolded]
 
-        # 3. keep a component as a whole, or drop it where the tokens are unsure of it: half of its faces are debris
+        # 3. keep a component as a whole, or drop it where the tokens are unsure of it: half a component is debris
         component = face_components(faces, len(vertices))                                 # f
         kept = (np.bincount(component, exists) > .8 * np.bincount(component))[component]
 
@@ -289,7 +289,7 @@ def with_needs(reps):
 
 def loss(heads, tokens, samples):
     """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads get the same
-    norm, so that all pull equally hard at an encoder, however large their losses are."""
+    norm, so that all pull equally hard at a tokenizer, however large their losses are."""
     losses, logs = [], {}
     for rep, batch in samples.items():
         x = tokens[:len(next(iter(batch.values())))].clone()                              # b n c

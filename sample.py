@@ -3,7 +3,7 @@
     python sample.py --text "table"
     python sample.py --text "a red chair with arms" --n 4 --turntable --out out
     python sample.py --text "table" --rep all                # the same table as surface, cloud, mesh and 3D Gaussians
-    python sample.py --image chair.png                       # the object in the picture, from all sides
+    python sample.py --image assets/chair.png                # the object in the picture, from all sides
 
     from sample import load                                  # the same as a Python API
     shapes = load().generate("a round table", rep="sdf", n=4, seed=0)
@@ -31,7 +31,7 @@ RESOLUTIONS = (32, 64, 128, 256, 512)
 
 
 class LTM3D:
-    """Every trained stage of a checkpoint folder. The reconstructor and the heads are loaded when they are needed."""
+    """The stages of a checkpoint folder that sampling needs. Reconstructor and heads are loaded when needed."""
 
     def __init__(self, folder="checkpoints/tiny", device=None, precision=None, load_backbone=backbone.load):
         beside = Path(__file__).parent / folder               # the shipped weights, when called from another folder
@@ -75,7 +75,7 @@ class LTM3D:
         if prompt is None and image is None:
             raise UserError("there is no prompt; give a text, an image or both")
         if not isinstance(prompt, str | None):
-            raise UserError(f"a prompt is one text, not a {type(prompt).__name__}; for several, call it several times")
+            raise UserError(f"a prompt is one string, not a {type(prompt).__name__}; call it once for each")
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")
         if not 1 <= steps <= self.backbone.tokens:
@@ -121,21 +121,21 @@ def arguments():
     flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
          help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
     flag("--n", type=between(1, 10_000), default=1, help="how many shapes")
-    flag("--seed", type=between(0), default=0, help="another seed, another shape; shape i depends on (seed, i) "
-         "alone, but for rounding, which depends on the machine, its threads and --n")
+    flag("--seed", type=between(0), default=0, help="another seed, another shape; shape i is the same for "
+         "every --n, but for rounding, which depends on the machine and its threads, too")
     flag("--steps", type=between(1, 10_000), default=10, help="unmasking steps, at most the number of shape tokens")
     flag("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 4 flow, 100 ddpm)")
     flag("--cfg", type=between(0, 100, float), default=2., help="classifier-free guidance by the text; 1 is none")
     flag("--cfg-image", type=between(0, 100, float), default=2., help="the same by the picture")
-    flag("--temperature", type=between(0, 10, float), default=1., help="of the noise; lower is tamer")
+    flag("--temperature", type=between(0, 10, float), default=1., help="of the noise; lower gives less variety")
     flag("--rgs", default="auto", metavar="RULE",
          help="Reconstruction-Guided Sampling: what the backbone sees in the first steps. sampled=A, recon=A: a blend, "
               "A is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in "
               "its text); within=S: tokens within S standard deviations of the reconstruction; none; auto: sampled=.1 "
               "with a picture alone, else none")
-    flag("--window", type=between(0, 1, float), default=.75, help="RGS acts in this first share of the steps; 1 is all")
+    flag("--window", type=between(0, 1, float), default=.75, help="the share of steps, from the first, that RGS steers")
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
-    flag("--points", type=between(1, 1_000_000), help=f"of a point cloud or of Gaussians (default: {points})")
+    flag("--points", type=between(1, 1_000_000), help=f"how many points or Gaussians (default: {points})")
     flag("--turntable", action="store_true", help="also a GIF of each shape turning")
     flag("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
     add_device_flags(parser)
@@ -196,12 +196,12 @@ def main():
             shape = model.decode(t, rep, (args.seed, i), args.resolution, args.points)
             watch.lap(rep)
             pictures.append(write_shape(shape, out / f"{name}-{i}{ending[rep]}{shape.suffix}", args.turntable))
-            watch.lap("files")
+            watch.lap("pictures")
     if len(pictures) > 1:
         sheet = out / f"{name}{''.join(ending.values())}.png"
         save_png(sheet, contact_sheet(pictures, len(args.rep) if len(args.rep) > 1 else min(4, args.n)))
         print(sheet)
-        watch.lap("files")
+        watch.lap("pictures")
     print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in watch.seconds.items()))
 
 

@@ -68,7 +68,7 @@ def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("data_name, flags, complaint", [
-    ("shapes-train", ["--size", "tiny"], "is of --size small"), ("furniture", [], "learnt from furniture")])
+    ("shapes-train", ["--size", "tiny"], "--size small; give that"), ("furniture", [], "learnt from furniture")])
 def test_a_stage_of_another_run_is_refused(overfitted, data_name, flags, complaint, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(overfitted, tmp_path / "run")
     (folder / "config.json").write_text((folder / "config.json").read_text().replace("shapes-train", data_name))
@@ -107,7 +107,7 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
     assert run(sample.main, "--text", "a table", "--checkpoint", folder, "--out", tmp_path / "out") == 2
     assert_one_line(capsys.readouterr().err, "is a peer of LTM3D")
     assert train_small(monkeypatch, folder, 2, *BACKBONE) == 2
-    assert_one_line(capsys.readouterr().err, "is of --generator diffusion")
+    assert_one_line(capsys.readouterr().err, "--generator diffusion; give that")
     model = sample.load(folder, load_backbone=peers.load)
     assert model.tokens(["a table"], [0]).shape == (1, 64, 8)
     with pytest.raises(UserError, match="give --rgs none"):
@@ -174,7 +174,7 @@ def test_the_precision_of_the_user_wins(precision, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("options, complaint", [
-    (dict(prompt=None), "there is no prompt"), (dict(prompt=["a table"]), "one text, not a list"),
+    (dict(prompt=None), "there is no prompt"), (dict(prompt=["a table"]), "one string, not a list"),
     (dict(rep="obj"), "sdf, pc, mesh, gs"), (dict(resolution=96), "32, 64, 128, 256, 512"), (dict(n=0), "at least 1"),
     (dict(steps=65), "shape tokens"), (dict(rgs="sampled"), "RGS takes"), (dict(rgs="sampled=5"), "from 0 to 1")])
 def test_python_api_names_a_wrong_argument(overfitted, options, complaint):

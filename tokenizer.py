@@ -1,6 +1,6 @@
 """tokenizer.py - stage 1: coloured oriented surface points -> n shape tokens of c channels. heads.py decodes them.
 
-LTM3D section 3.1 freezes a shape encoder and decoder and generates tokens in between.
+In LTM3D (section 3.1) the shape encoder and decoder are frozen; the backbone generates tokens.
 paper: tokens have no order; here: shape token i belongs to anchor a_i, a fixed point of a grid in [-1, 1]^3,
 so token i is the same place in every shape, and attention has a distance.
 
@@ -49,7 +49,7 @@ class Tokenizer(nn.Module):
         x = repeat(self.query, "n d -> b n d", b=b)                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=b)                       # b n 3
         for cross, blocks in zip(self.cross, self.blocks):
-            x = cross(x, context, positions=(anchors, points))                    # biased by -gamma_h |a_i - x|^2
+            x = cross(x, context, positions=(anchors, points))                    # biased by -gamma_h |a_i - point|^2
             for block in blocks:
                 x = block(x, positions=(anchors, anchors))                        # b n d
         tokens = (self.out(x).float() - self.mean) / self.std                     # b n c
@@ -84,7 +84,7 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
             chunks.append(tokenizer(*cloud).float().cpu())
     tokens = torch.cat(chunks)                                # shapes n c
     if path:
-        tokens = tokens.half()  # also now: a resumed run reads half precision and has to get the same numbers
+        tokens = tokens.half()  # as in the file: a resumed run gets the same numbers
         with atomic_write(path) as part:
             np.save(part, tokens.numpy())
     return tokens.float()

@@ -52,7 +52,7 @@ save_picture = processes.first_process_only(save_png)
 def train_encoders(run):
     """The text tower, with a cloud tower that it learns to agree with."""
     # data
-    captions = [caption for captions in run.train.captions for caption in captions]
+    captions = [caption for own in run.train.captions for caption in own]
     words, nouns = text_tower.vocabulary(captions), nouns_of(captions)
 
     def draw(split, rng):
@@ -72,7 +72,7 @@ def train_encoders(run):
 
 
 def train_tokenizer(run):
-    """The shape encoder, with the heads that it is to serve."""
+    """The tokenizer, with the heads that it is to serve."""
     # data
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size("tokenizer"))
@@ -135,7 +135,7 @@ def train_vision(run):
 
 
 def train_head(run, rep):
-    """One head on frozen tokens, with the noise that the tokenizer had in training."""
+    """One head on frozen tokens, with noise of NOISE standard deviations."""
     # data
     stage = f"head-{rep}"
     tokenizer = tokenizer_.load(run.folder).to(run.device)
@@ -146,9 +146,9 @@ def train_head(run, rep):
         rows = rng.integers(len(split), size=run.micro_batch_size(stage))
         return tokens[split][rows], head_samples(run, [rep], split, rows, rng)
 
-    # model: a head that the encoder was trained with goes on
+    # model: a head that the tokenizer was trained with goes on
     if stage in trained_stages(run.folder):
-        model = nn.ModuleDict(heads_.load(run.folder, [rep])).requires_grad_()
+        model = nn.ModuleDict({rep: heads_.load(run.folder, [rep])[rep]}).requires_grad_()
     else:
         model = nn.ModuleDict({rep: HEADS[rep](**tokenizer_.SIZES[run.size])})
 
@@ -260,14 +260,14 @@ def arguments(generators):
     flag = everyday.add_argument
     flag("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations")
     flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
-    flag("--copies", type=between(1, 100), default=1, help="of each file's shape to learn from: mirrored, stretched")
+    flag("--copies", type=between(1, 100), default=1, help="copies of each file's shape: mirrored, stretched")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
     flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done); head with "
          "the sdf head: it goes on learning, on frozen tokens")
     flag("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
-    flag("--steps", type=between(1), help=f"training steps of a stage (default: {defaults[0]})")
-    flag("--batch", type=between(1), help=f"batch size (default: {defaults[1]})")
+    flag("--steps", type=between(1), help=f"training steps of every stage (default: {defaults[0]})")
+    flag("--batch", type=between(1), help=f"batch size of every stage (default: {defaults[1]})")
     flag("--from", dest="source", metavar="FOLDER", help="copy what fits of a trained folder, without its backbone")
     flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
     flag("--cache", default="cache", help="folder of the prepared data")
@@ -276,19 +276,19 @@ def arguments(generators):
 
     flag = parser.add_argument_group("research").add_argument
     flag("--tokens", choices=["shared", "own", "joint"], default="shared",
-         help="shared: heads on the tokens of one encoder, which is trained for sdf; own: an encoder and a backbone "
-              "for each representation alone; joint: one encoder trained with all these heads")
-    for kind in encoders_.KINDS:
-        flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers: a hub name that is in its "
-             "cache, or a folder (prompts/pretrained.py); default: the built-in one, which is trained here")
+         help="shared: heads on one tokenizer, which is trained for sdf; own: a tokenizer and a backbone for each "
+              "representation; joint: one tokenizer trained with all these heads")
+    for kind, simplest in (("text", "bag"), ("image", "pixels")):
+        flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers (prompts/pretrained.py): "
+             f"a name in the hub's cache, or a folder; or {simplest} (default: the built-in one, trained here)")
     flag("--generator", choices=list(generators), default="masked", help="the backbone, or one of evaluation/peers.py")
     flag("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")
-    flag("--seed", type=between(0), default=0, help="of weights and noise")
+    flag("--seed", type=between(0), default=0, help="of weights, batches and noise")
 
     flag = parser.add_argument_group("many GPUs").add_argument
-    flag("--micro-batches", type=between(1), help="split a step's batch, computed in turn or by several "
-         "processes: more take less memory (default: one for each process)")
+    flag("--micro-batches", type=between(1), help="how many shares a step's batch is split into: more take less "
+         "memory (default: one for each process)")
     flag("--shard", action="store_true", help="every process holds a share of the backbone: for large models")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     return parser.parse_args()
@@ -313,14 +313,14 @@ def chain(args, generators, reps, first, folder):
                 run.micro_batch_size(name)                    # an error now, not later
     with locked(run.folder):
         for name, train in stages.items():
-            goes_on = args.stage and name.removeprefix("head-") in args.rep       # a head trained with the encoder
+            goes_on = args.stage and {"all", name.removeprefix("head-")} & {*args.rep}  # trained with the tokenizer
             if name in (read_config(run.folder) if goes_on else trained_stages(run.folder)):
                 print(f"{name}: already done in {run.folder}")
                 continue
             torch.manual_seed(run.seed)                       # initial weights, whichever stages came before
             train(run)
     if "backbone" in stages and args.generator == "masked":
-        print(f'next: python sample.py --checkpoint {run.folder} --text "{run.prompts[0]}"')
+        print(f'next: python sample.py --checkpoint {run.folder} --rep {run.reps[-1]} --text "{run.prompts[0]}"')
 
 
 def stages_of(args, reps):

@@ -2,7 +2,7 @@
 
 Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone, and the state on disk holds the rest
 (engine/state.py). So a run that was stopped goes on as if it had not been, and many processes (engine/processes.py)
-learn what one does.
+learn what one does with as many micro-batches.
 """
 import copy
 import functools
@@ -104,7 +104,7 @@ def recompute_blocks(model):
 
 def batches(run, stage, draw, first, steps):
     """The micro-batches of all steps to come, each with a seed, a function of (seed, stage, step, micro-batch) alone:
-    resumed = uninterrupted, one process = many."""
+    resumed = uninterrupted, many processes = one with as many micro-batches."""
     def drawn(step, i):
         rng = np.random.default_rng((run.seed, list(run.settings).index(stage), step, i))
         return int(rng.integers(2 ** 62)), draw(run.train, rng)

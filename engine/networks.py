@@ -1,7 +1,7 @@
 """networks.py - what every network is built from: attention with a distance bias, blocks, embeddings, moving averages.
 
 Letters in every file: b batch, n shape tokens, c channels of a shape token, p prefix tokens, t condition tokens,
-d model width, h heads, k points or queries.
+d model width, h heads, q queries, k keys or points.
 
     python -m pytest -q engine        # its tests
 """
@@ -21,7 +21,7 @@ GAMMAS = (0., 4., 16., 32.)  # distance bias per head, cycled: one head global, 
 
 
 def split_bf16(x):
-    """x = hi + lo with both parts exact in bf16 (to 16 bits): together they keep what a bf16 product rounds away."""
+    """x = hi + lo. In bf16 each keeps 8 bits of its own, together 16 of x, of which a bf16 product would keep 8."""
     hi = x.to(torch.bfloat16).to(x.dtype)
     return hi, x - hi
 

@@ -40,16 +40,16 @@ def locked(folder):
         try:
             yield
         finally:
-            path.unlink()
-            with contextlib.suppress(OSError):                # it is not empty
+            with contextlib.suppress(OSError):                # Windows keeps the file, and the folder may not be empty
+                path.unlink()
                 path.parent.rmdir()
 
 
 class Run:
     """What every stage is given. train.py adds `train` and `test`, `classes` and `prompts`, `generators`.
 
-    settings: {stage: (steps, batch, peak learning rate)}; reps: those to decode; first: the heads that the encoder is
-    trained with.
+    settings: {stage: (steps, batch, peak learning rate)}; reps: those to decode; first: the heads that the tokenizer
+    is trained with.
     """
 
     def __init__(self, args, settings, reps, first, folder):
@@ -73,7 +73,7 @@ class Run:
         if batch % self.micro_batches:
             mend = -(-batch // self.micro_batches) * self.micro_batches
             raise UserError(f"a batch of {batch} ({stage}) cannot be cut into {self.micro_batches} micro-batches; "
-                            f"give --batch {mend}")
+                            f"train it alone: --stage {stage.split('-')[0]} --batch {mend}")
         return batch // self.micro_batches
 
     def check_folder(self, begin):
@@ -81,15 +81,19 @@ class Run:
             self.check_stage(self.folder, stage, entry, begin)
 
     def check_stage(self, folder, stage, entry, begin):
-        """A stage has to be of the same size, generator and encoders, and of a prepared set whose name begins so."""
+        """A stage has to be of the same size, generator, heads and encoders, and of a prepared set whose name starts
+        with `begin`."""
         flags = {"--size": (self.size, entry["size"]),
                  "--generator": (self.generator, entry.get("generator", self.generator))}
         for flag, (value, found) in flags.items():
             if value != found:
-                raise UserError(f"the {stage} in {folder} is of {flag} {found}; give that, or another folder")
+                raise UserError(f"{stage} in {folder}: {flag} {found}; give that, or another folder")
+        if entry.get("heads", self.first) != self.first:
+            raise UserError(f"the tokenizer in {folder} was trained for {', '.join(entry['heads'])}; "
+                            "give the same --tokens, or another folder")
         if entry.get("towers", self.encoder_names) != self.encoder_names:
-            raise UserError(f"the {stage} in {folder} is conditioned on the encoders {entry['towers']}; "
-                            "give the same ones, or another folder")
+            names = " ".join(f"--{kind}-encoder {name}" for kind, name in entry["towers"].items() if name)
+            raise UserError(f"{stage} in {folder}: {names or 'the built-in encoders'}; give these, or another folder")
         if not entry["data"].startswith(begin):
             raise UserError(f"the {stage} in {folder} learnt from {entry['data']}; "
                             "give the same --data, or another folder")

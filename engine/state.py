@@ -15,7 +15,7 @@ from engine.muon import Muon
 # ---------------------------------------------------------------------------- optimizers
 
 def optimizers(model, lr):
-    """Muon for the weight matrices inside the network, AdamW for the rest; a module's RATE multiplies its rate."""
+    """Muon for Linear weights of at least 64 x 64, AdamW for the rest; a module's RATE multiplies its rate."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = {module.weight for module in linear if min(module.weight.shape) >= 64}
     rates = {p: m.RATE for m in model.modules() if hasattr(m, "RATE") for p in m.parameters()}
@@ -30,7 +30,7 @@ def optimizers(model, lr):
 
 
 def learning_rate(step, steps, peak):
-    """Warm up over 100 steps, or a tenth of them if that is less; hold; fall linearly to 0 over the second half."""
+    """Warm up over 100 steps, or over a tenth of all if that is less; hold; fall linearly to 0 over the second half."""
     return peak * min(1, (step + 1) / min(100, steps / 10), 2 * (steps - step) / steps)
 
 

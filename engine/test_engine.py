@@ -273,7 +273,7 @@ def test_stages_that_learnt_from_other_data_are_not_copied(overfitted, tmp_path,
 def test_a_batch_has_to_divide_into_micro_batches(overfitted, tmp_path, monkeypatch, capsys):
     flags = "--from", overfitted, "--stage", "backbone", "--steps", 8, "--batch", 4, "--micro-batches", 3
     assert train_small(monkeypatch, tmp_path, 2, *flags) == 2
-    complaint = "a batch of 4 (backbone) cannot be cut into 3 micro-batches; give --batch 6"
+    complaint = "a batch of 4 (backbone) cannot be cut into 3 micro-batches; train it alone: --stage backbone --batch 6"
     assert_one_line(capsys.readouterr().err, complaint)
 
 

@@ -6,7 +6,7 @@
 
 Colours are sRGB everywhere in this code: the numbers of a picture's pixels. glTF defines vertex colours as linear
 light, which viewers (three.js, Blender, Babylon) convert to sRGB for the screen. So a .glb stores linear light, in 8
-bits, which is what trimesh keeps if it saves the file again: sRGB to .013, below .1 to .025.
+bits, which trimesh keeps if it saves the file again. The error in sRGB is at most .013, below .1 at most .025.
 
     python -m geometry.export out/table-0.glb                       # prints what is in the file, and draws it
     python -m geometry.export out/table-0.glb --out table.obj       # another format
@@ -34,9 +34,11 @@ class Shape:
     """What shapes of every kind have in common: how Python and notebooks show them."""
 
     def __repr__(self):
-        points = next(iter(vars(self).values()))                    # vertices, points or means
         faces = f", {len(self.faces):,} faces" if isinstance(self, Mesh) else ""
-        return f"{type(self).__name__}: {len(points):,} points{faces}"
+        return f"{type(self).__name__}: {len(self.positions()):,} points{faces}"
+
+    def positions(self):
+        return next(iter(vars(self).values()))                      # vertices, points or means
 
     def _repr_png_(self):
         content = BytesIO()
@@ -71,7 +73,7 @@ class Mesh(Shape):
         return render.render_mesh(self.vertices, self.faces, self.colours, size=size, **view)
 
     def surface(self, k, rng):
-        """k points uniform over the visible surface (low-poly parts may intersect), normals, colours: k 3 each."""
+        """k points uniform over the surface (low-poly: where no component hides it), normals, colours: k 3 each."""
         points, face, weights = sample_surface(self.vertices, self.faces, k, rng, hidden=self.smooth)
         if not len(self.faces):
             return points, np.zeros_like(points), np.zeros_like(points)
@@ -190,7 +192,7 @@ def read_glb(path):
     """A file of write_glb -> vertices (v 3), faces (f 3), colours (v 3), smooth."""
     data = read_bytes(path)
     try:
-        # trimesh.load would round the colours to 8 bits
+        # trimesh.load would round colours of other writers to 8 bits
         meshes = list(load_glb(BytesIO(data), skip_materials=True)["geometry"].values())
     except Exception as error:                                      # trimesh raises errors of any type
         raise UserError(f"{path}: not a .glb file ({error!r})") from None
@@ -298,10 +300,10 @@ def main():
     args = parser.parse_args()
 
     shape = read_shape(args.file)
-    points = next(iter(vars(shape).values()))                       # vertices, points or means
+    points = shape.positions()
     print(f"{shape}, from {points.min(0)} to {points.max(0)}, mean colour {shape.colours.mean(0)}")
-    out = args.out or args.file.with_suffix(".gif" if args.turntable else ".png")
-    if out.suffix in (".glb", ".obj", ".stl", ".ply"):
+    out = args.out or args.file.with_name(args.file.stem + ("-turning.gif" if args.turntable else "-view.png"))
+    if out.suffix.lower() in (".glb", ".obj", ".stl", ".ply"):
         shape.save(out)
     elif args.turntable:
         render.save_gif(out, render.turntable(shape, size=args.size))

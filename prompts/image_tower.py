@@ -8,7 +8,7 @@ once, and every picture has to find its own cloud among all of them, not only am
 This loss teaches which shape a picture shows, not how it looks. So a small reader (reconstruct.py) also has to predict
 the shape tokens x_i from the condition tokens. The reader is thrown away after training.
 
-    L = mean_i -log( e^s_ii / sum_k e^s_ik ) + 10 |x_i - reader(picture_i)|^2
+    L = mean_i [ -log( e^s_ii / sum_k e^s_ik ) + 10 MSE(x_i, reader(picture_i)) ]
     s_ik = <picture_i, cloud_k> / temperature
 
     python train.py --rep sdf --stage vision        # trains it
@@ -108,7 +108,7 @@ class Pixels:
 
 @torch.no_grad()
 def embed_clouds(encoders, prepared):
-    """The clouds of all shapes of a prepared set: k e."""
+    """The clouds of all shapes of a prepared set: k out."""
     chunks = np.array_split(np.arange(len(prepared)), -(-len(prepared) // 128))
     clouds = (prepared.cloud(rows, POINTS, np.random.default_rng(rows[0])) for rows in chunks)
     return torch.cat([encoders.embed_cloud(*(x.to(encoders.scale.device) for x in cloud)).float() for cloud in clouds])
@@ -117,10 +117,10 @@ def embed_clouds(encoders, prepared):
 @torch.no_grad()
 def retrieval(vision, encoders, prepared, count=200):
     """Does a picture of a held-out shape, from any side, find that shape's cloud? -> shares of 1."""
-    clouds = embed_clouds(encoders, prepared)                                     # k e
+    clouds = embed_clouds(encoders, prepared)                                     # k out
     rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
     pictures = prepared.pictures(rows, np.random.default_rng(0))                  # m 3 s s
-    embedded = torch.cat([vision.embed(vision.tokens(chunk)[0]) for chunk in pictures.split(64)])            # m e
+    embedded = torch.cat([vision.embed(vision.tokens(chunk)[0]) for chunk in pictures.split(64)])            # m out
     order = (embedded @ clouds[rows].T).argsort(1, descending=True).cpu()         # m m
     right = order == rearrange(torch.arange(len(rows)), "m -> m 1")               # m m
     recall = {f"recall_at_{k}": round(right[:, :k].any(1).float().mean().item(), 4) for k in (1, 5)}

@@ -1,8 +1,8 @@
 """picture_files.py - picture prompts: a file is read, and its object is cut out and framed.
 
-The image tower always sees the same kind of picture: one object that fills a square, on white.
+In sampling the image tower sees one object that fills a square, on white.
 
-    python -m prompts.picture_files chair.png         # what the tower sees of it -> out/chair-seen.png
+    python -m prompts.picture_files assets/chair.png  # what the tower sees of it -> out/chair-seen.png
 """
 import contextlib
 import os
@@ -21,7 +21,7 @@ from geometry.training_pictures import crop_to_object
 
 LARGEST = 64_000_000  # pixels of a file that is read
 SMALLEST = 16         # pixels along a side; no object can be recognised in a smaller picture
-Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit only warns; ours is LARGEST
+Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit is larger; ours is LARGEST
 
 
 def read_picture(path):
@@ -59,7 +59,7 @@ def read_picture(path):
 
 def cut_out(picture):
     """h w 3 -> h w, 1 on the object and 0 on the background; 1 everywhere if no plain background is found. A
-    background is plain if most of the border has one colour. It ends at a step in colour, so it has soft shadows."""
+    background is plain if most of the border has one colour. It ends at a step in colour: soft shadows belong to it."""
     border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])                    # k 3
     plain = np.median(border, 0)                              # 3, the colour of the background
     if (abs(border - plain).max(1) < .1).mean() < .8:
@@ -79,7 +79,7 @@ def cut_out(picture):
 
 
 def load_picture(path):
-    """A picture file -> the input of the tower, 3 s s, and a warning (or None)."""
+    """A picture file, or an image of Pillow -> the input of the tower, 3 s s, and a warning (or None)."""
     pixels, warning = read_picture(path)
     colour, coverage = np.split(crop_to_object(pixels), [3], -1)      # s s 3, s s 1
     return rearrange(torch.from_numpy(colour + 1 - coverage), "h w c -> c h w"), warning                 # on white

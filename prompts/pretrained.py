@@ -123,7 +123,7 @@ class TokenCache:
 
 
 def caption_cache(tower, split):
-    captions = sorted({caption for captions in split.captions for caption in captions})
+    captions = sorted({caption for own in split.captions for caption in own})
     return TokenCache(tower, split, "records", captions, list)
 
 
@@ -141,6 +141,8 @@ def main():
     parser.add_argument("--image-encoder", help="a hub name or a folder")
     args = parser.parse_args()
     names = {Text: args.text_encoder, Image: args.image_encoder}
+    if not any(names.values()):
+        parser.error("give --text-encoder, --image-encoder or both")
     for tower in [kind(name) for kind, name in names.items() if name]:
         tokens, _ = tower.tokens(["a round table"] if isinstance(tower, Text) else torch.rand(1, 3, 64, 64))
         weights = sum(p.numel() for p in tower.model.parameters())

@@ -103,7 +103,7 @@ def remarks_on(prompt, vocabulary, nouns):
     else:
         noun = [forms[word] for word in about[0] if forms[word] in nouns][-1]
         strange = set(forms.values()) - {None, *nouns[noun].split()} - ((FILLERS | LINKS) - {"without"})
-        remarks += [f"nothing in training was a {noun} and '{word}': that may be ignored" for word in sorted(strange)]
+        remarks += [f"'{word}' was said of no {noun} in training; it may be ignored" for word in sorted(strange)]
     for word in [word for word, known in forms.items() if known is None and word not in POLITE]:
         near = ", ".join(difflib.get_close_matches(word, vocabulary)) or "none is spelt like it"
         remarks.append(f"the unknown word '{word}' is left out; nearest: {near}")
@@ -135,7 +135,8 @@ def main():
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
     args = parser.parse_args()
     entry = read_stage(args.checkpoint, "encoders")
-    print(*remarks_on(args.prompt, entry["vocabulary"], entry["nouns"]), sep="\n", file=sys.stderr)
+    for remark in remarks_on(args.prompt, entry["vocabulary"], entry["nouns"]):
+        print(f"warning: {remark}", file=sys.stderr)
     print(*known_words(args.prompt, entry["vocabulary"]))
 
 

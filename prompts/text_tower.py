@@ -82,8 +82,8 @@ class TextAndCloud(nn.Module):
         """Symmetric InfoNCE with several positives. true: b b, [i, j] = caption i is true of cloud j.
 
         s_ij = <text_i, cloud_j> / temperature;   P(i) = {j: true_ij}
-        L = mean_i mean_{j in P(i)} -log( e^s_ij / (e^s_ij + sum_{k not in P(i)} e^s_ik) )
-        L is the mean over rows and over columns. CLIP has P(i) = {i}. Here "a table" is true of many clouds of a batch:
+        L_rows = mean_i mean_{j in P(i)} -log( e^s_ij / (e^s_ij + sum_{k not in P(i)} e^s_ik) )
+        L = (L_rows + L_columns) / 2. CLIP has P(i) = {i}. Here "a table" is true of many clouds of a batch:
         each is a positive, and none is a negative of another. The fraction is a sigmoid: -log is softplus.
         """
         text, cloud = self.embed_text(ids, mask), self.embed_cloud(*cloud)        # b e each
@@ -97,7 +97,7 @@ class TextAndCloud(nn.Module):
                 hits.append(positive.gather(1, s.argmax(1, keepdim=True)).float().mean())      # is the best one right?
         return total, {"text_to_cloud": hits[0], "cloud_to_text": hits[1], "temperature": (-self.scale).exp().detach()}
 
-    def known_words(self, prompt):
+    def known_ids(self, prompt):
         """A prompt -> the ids of its known words."""
         known = known_words(prompt, self.index)[:LENGTH] or [NO_WORD]
         if known[0] not in self.index:                        # weights of a vocabulary without NO_WORD
@@ -113,7 +113,7 @@ class TextAndCloud(nn.Module):
 
     def word_ids(self, prompts):
         """b strings -> ids b t and mask b t (True = a word); t is the length of the longest prompt."""
-        rows = [torch.tensor(self.known_words(prompt)) for prompt in prompts]
+        rows = [torch.tensor(self.known_ids(prompt)) for prompt in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # b t
         mask = nn.utils.rnn.pad_sequence([row >= 0 for row in rows], batch_first=True)         # b t
         return ids.to(self.scale.device), mask.to(self.scale.device)
