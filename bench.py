@@ -234,7 +234,7 @@ def bench_data(bench):
     """Preparing built-in shapes, surface and pictures: by their number, with one process and with all cores."""
     rows = []
     for count in bench.args.counts:
-        usage = {}                                            # processes: share of the cores, MB of a process
+        usage = {}                                            # processes: share of the cores
 
         def prepare(workers):
             before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -242,13 +242,12 @@ def bench_data(bench):
                 data.prepare("train", count, folder, workers, ("surface", "pictures"))
             after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
             busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-            usage[workers] = busy / seconds / workers, after.ru_maxrss / 2 ** 10
+            usage[workers] = busy / seconds / workers
 
         cores = os.cpu_count()
         turns = take_turns({"1 process": partial(prepare, 1), f"{cores} processes": partial(prepare, cores)}, bench)
-        rows += [{"shapes": f"{count}"} | row | {"ms a shape": 1e3 * row["seconds"] / count,
-                                                 "share of cores used": share, "MB of a process": megabytes}
-                 for row, (share, megabytes) in zip(turns, usage.values())]
+        rows += [{"shapes": f"{count}"} | row | {"ms a shape": 1e3 * row["seconds"] / count, "share of cores": share}
+                 for row, share in zip(turns, usage.values())]
     return rows
 
 
@@ -317,9 +316,9 @@ def main():
     parsers = {name: commands.add_parser(name, parents=[common], help=bench.__doc__, description=bench.__doc__)
                for name, bench in BENCHES.items()}
 
-    def flag(names, flag, **settings):
+    def flag(names, flag_name, **settings):
         for name in names.split():
-            parsers[name].add_argument(flag, **settings)
+            parsers[name].add_argument(flag_name, **settings)
 
     flag("sample decode train data sizes", "--rounds", type=between(1, 1000), default=3,
          help="turns of each way; if more than one, a turn before them is not timed")

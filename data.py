@@ -149,7 +149,7 @@ def main():
     flag("--kinds", nargs="+", choices=[kind for kind in KINDS if KINDS[kind]], default=["surface", "pictures"],
          help="samples to take: surface for all heads, pictures for image prompts, faces for mesh, views for gs")
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
-         help="only the i-th of n shares: n machines can fill one folder")
+         help="only share i of n, from 0: n machines can fill one folder")
     flag("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many built-in training shapes to prepare")
     flag("--classes", nargs="+", choices=shapes.CLASSES, metavar="CLASS", help="built-in classes (default: all)")
     flag("--out", default="cache", help="folder of the prepared sets")
@@ -157,6 +157,8 @@ def main():
     flag("--picture", default="out/shapes.png", help="contact sheet to write")
     args = parser.parse_args()
 
+    if args.data and args.classes:
+        raise UserError("--classes are of built-in shapes; leave it or --data out")
     make_folder(Path(args.picture).parent)
     start = time.time()
     settings = args.out, args.workers, args.kinds, args.data, args.copies, args.shard, args.classes
@@ -176,7 +178,7 @@ def main():
     rows = sorted(rows, key=lambda row: train.classes[row])
     bar = tqdm(rows, "drawing", unit="shape")
     pictures = [render_mesh(*vertex_coloured(train.shape(row)), size=160) for row in bar]
-    labels = [train.captions[row][:4][-1] for row in rows]    # of a built-in shape, the fourth caption has its colour
+    labels = [train.captions[row][-1 if args.data else 3] for row in rows]
     save_png(args.picture, contact_sheet(pictures, 8, labels))
     print(args.picture)
 

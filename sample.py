@@ -100,7 +100,7 @@ class LTM3D:
             raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
         head = self.load_heads(rep).heads[rep]
         points, rng = points or head.COUNT, np.random.default_rng(seed)
-        return head.decode(tokens, self.heads, rng, self.autocast, resolution, points)
+        return head.decode(tokens.to(self.device), self.heads, rng, self.autocast, resolution, points)
 
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, **options):
         """`sample`, then `decode`: a list of n shapes."""

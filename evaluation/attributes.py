@@ -17,9 +17,9 @@ from engine.files import digest
 from evaluation import exam
 from evaluation.judges import decoded_field, occupancy, true_field
 from evaluation.results import ResultCache, labels, write_table, write_tables
-from geometry.shapes import COLOURS
+from geometry.shapes import COLOURS, COUNTS
 
-CELL = 2 / 64       # side of a cell of that grid; no part of a built-in shape is thinner than 2.8 cells
+CELL = 2 / 64       # side of a cell of o; no part of a built-in shape is thinner than 2.8 cells
 SPECK = 8           # cells; every built-in shape is longer than 12 in each direction
 
 
@@ -41,10 +41,9 @@ def middle(o, low, high):
     return o[span(len(o), low, high)]
 
 
-def runs(line):
-    """Lengths of the occupied stretches along a line of shares, in cells; occupied = more than half."""
-    steps = np.flatnonzero(np.diff(np.concatenate([[0], line > .5, [0]]).astype(int)))
-    return steps[1::2] - steps[::2]
+def count_runs(line):
+    """How many occupied stretches a line of shares has; occupied = more than half."""
+    return np.count_nonzero(np.diff(np.concatenate([[0], line > .5, [0]]).astype(int))) // 2
 
 
 def count_components(o):
@@ -140,8 +139,7 @@ def colour(x=(0, 1), y=(0, 1), z=(0, 1), rank=0):
 
 def prompts(template, *values):
     """{value: prompt}: the template with the value in it."""
-    words = {2: "two", 3: "three", 4: "four", 5: "five"}
-    return {value: template.format(words.get(value, value)) for value in values}
+    return {value: template.format(COUNTS[value] if isinstance(value, int) else value) for value in values}
 
 
 ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, {value: prompt}
@@ -161,7 +159,7 @@ ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, {value: p
      prompts("a lamp with a {} shade", "cone", "drum")),
     ("sofa", "arms", sofa_arms, {True: "a sofa with arms", False: "a sofa without arms"}),
     ("sofa", "cushions", sofa_cushions, prompts("a sofa with {} cushions", 2, 3)),
-    ("shelf", "boards", lambda o: len(runs(middle(o, .3, .7)[..., span(o.shape[2], .45, .9)].mean((0, 2)))),
+    ("shelf", "boards", lambda o: count_runs(middle(o, .3, .7)[..., span(o.shape[2], .45, .9)].mean((0, 2))),
      prompts("a shelf with {} boards", 2, 3, 4, 5)),
     ("shelf", "back", lambda o: bool(middle(o, .3, .7)[:, span(o.shape[1], .2, .9), 1:3].mean() > .6),
      {True: "a shelf with a back", False: "a shelf without a back"}),
@@ -170,7 +168,7 @@ ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, {value: p
     ("bed", "headboard", lambda o: "low" if o.shape[1] < .44 * o.shape[2] else "tall",
      prompts("a bed with a {} headboard", "tall", "low")),
     ("bed", "footboard", bed_footboard, {True: "a bed with a footboard", False: "a bed without a footboard"}),
-    ("bench", "slats", lambda o: len(runs(middle(o, .4, .6)[..., 2:5].mean((0, 2)))) - 1,     # the lowest is the seat
+    ("bench", "slats", lambda o: count_runs(middle(o, .4, .6)[..., 2:5].mean((0, 2))) - 1,     # the lowest is the seat
      {1: "a bench with a back of one slat"} | prompts("a bench with a back of {} slats", 2, 3)),
     ("bench", "legs", lambda o: count_components(o[:, 3:9]),
      {4: "a bench with four legs", 2: "a bench with two wide legs"}),

@@ -29,7 +29,8 @@ CODE = [ROOT / name for name in (                             # the files that d
     "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py",
     "prompts/reading.py", "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py",
     "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py", "geometry/solids.py",
-    "geometry/shapes.py", "geometry/captions.py", "engine/networks.py", "engine/commands.py", "evaluation/exam.py",
+    "geometry/shapes.py", "geometry/captions.py", "geometry/camera.py", "geometry/training_samples.py",
+    "geometry/training_pictures.py", "engine/networks.py", "engine/commands.py", "evaluation/exam.py",
     "evaluation/peers.py", "evaluation/judges.py", "evaluation/metrics.py", "evaluation/attributes.py",
     "evaluation/words.py")]
 
@@ -70,9 +71,10 @@ def stages_of(rep):
 
 def result_cache(args, label, folder, *stages, what=None, **settings):
     """The cache of a checkpoint and a command, or of `what` several commands share. It belongs to the weights of these
-    stages, to these settings and to CODE: results of older code are not used."""
+    stages, to these settings and to CODE: results of older code are refused."""
     rep = f"-{args.rep}" if "rep" in args else ""
-    settings |= dict(seed=args.seed, weights=weights(folder, *stages), code=digest(*CODE), data=args.data)
+    settings |= dict(seed=args.seed, weights=weights(folder, *stages), code=digest(*CODE))
+    settings["data"] = Files("test", args.data, args.copies).name if args.data else None
     settings |= dict(copies=args.copies, resolution=getattr(args, "resolution", None), split=getattr(args, "split", ""))
     return ResultCache(f"{args.out}/{what or args.command}{rep}/{label}", **settings)
 
@@ -96,7 +98,7 @@ def sample_all(model, jobs, cache, result_of, **options):
             texts = None if batch[0].text is None else [job.text for job in batch]
             pictures = None if batch[0].picture is None else torch.stack([job.picture for job in batch])  # b 3 s s
             start = time.time()
-            tokens = model.tokens(texts, [job.seed for job in batch], pictures, **options)                # b n c
+            tokens = model.tokens(texts, [job.seed for job in batch], pictures, **options).cpu()          # b n c
             seconds = (time.time() - start) / len(batch)
             for job, x in zip(batch, tokens):
                 cache.write(job.name, {"seconds": seconds} | result_of(x, job))
@@ -171,19 +173,21 @@ class Scorer:
 def training_set_of(folder, args):
     """The prepared shapes that a checkpoint was trained on. If they are not there: None, and prints why."""
     name = read_config(folder)["backbone"]["data"]
-    if not name.startswith(name_begins(args.data)):
+    if not name.startswith(name_begins(args.data) if args.data else "shapes-train-"):
         raise UserError(f"the backbone in {folder} learnt from {name}; give the --data that it was trained on")
     if args.data:
         source, flags = Files("train", args.data, args.copies), f"--data {args.data} --copies {args.copies}"
     else:
-        source = BuiltIn("train", int(name.split("-")[2]))    # shapes-train-COUNT-...
-        flags = f"--shapes {source.count}"
+        _, _, count, *classes, _ = name.split("-")            # shapes-train-COUNT-CLASSES-DIGEST
+        source = BuiltIn("train", int(count), classes)
+        flags = " ".join([f"--shapes {count}", *["--classes"] * bool(classes), *classes])
     if not (Path(args.cache) / source.name).is_dir():
         print(f"memorisation is left out: {source.name} is not in {args.cache}; make it with: python data.py {flags}")
         return None
     if version(source) != name:
-        print(f"memorisation is by {version(source)}, where {folder} learnt from {name}")
-    return prepare("train", source.count, args.cache, data=args.data, copies=args.copies)
+        print(f"memorisation compares with {version(source)}, but {folder} learnt from {name}")
+    classes = None if args.data else source.classes
+    return prepare("train", source.count, args.cache, data=args.data, copies=args.copies, classes=classes)
 
 
 def score_memorisation(train, model, test, tokens):
@@ -210,7 +214,7 @@ class Exam:
     held-out shapes. memorisation: distance to training shapes, in tokens, over that of held-out shapes; of copies: what
     copies would have. right class: share of samples whose nearest held-out shape has that class. one piece: share with
     99 % of the surface in one component. diversity: mean Chamfer distance of pairs of a class, over that of held-out
-    shapes, both less the distance of two samplings of one shape. seconds: of a sample, without decoding."""
+    shapes, both less the distance of two samplings of one shape. seconds: of a sample in a batch of up to 64."""
 
     def __init__(self, args, n, shapes):
         self.args, self.n, self.scorer = args, n, Scorer(args.scorer, args.device or "cpu")
@@ -219,6 +223,8 @@ class Exam:
         names = CLASSES if args.data is None else sorted(set(self.classes))
         self.names = [name for name in names if (self.classes == name).sum() > 1]
         count = min(shapes, len(self.test) // 2)
+        if count < 2 or not self.names:
+            raise UserError(f"{len(self.test)} shapes are held out; it takes four, two of them of one class")
         self.captions = longest_captions(self.test, range(count))
         self.named = [Job(f"name-{name}-{i}", name, None, (args.seed, i)) for name in self.names for i in range(n)]
         self.captioned = [Job(f"caption-{row}", text, None, (args.seed, row)) for row, text in enumerate(self.captions)]

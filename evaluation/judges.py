@@ -92,13 +92,13 @@ def judge_mesh(heads, tokens, split, row, rng, autocast, points):
 
 
 def judge_gs(heads, tokens, split, row, rng, autocast, points):
-    """PSNR, SSIM and the mean error of a colour channel where the true picture is all shape: 4 random views of
-    128 x 128 pixels, on white."""
-    shape, results = heads["gs"].decode(tokens, heads, rng, autocast), []
+    """PSNR, SSIM and the mean error of a colour channel in pixels that the shape fills: 4 random views of 128 x 128
+    pixels, on white."""
+    true_shape, shape, results = split.shape(row), heads["gs"].decode(tokens, heads, rng, autocast), []
     gaussians = shape.means, shape.scales, shape.rotations, shape.opacities, shape.colours
     for _ in range(4):
         angles = rng.uniform(0, 360), rng.uniform(-20, 60)
-        true = draw_view(split.shape(row), *angles)                                    # s s 4
+        true = draw_view(true_shape, *angles)                                    # s s 4
         inside, true = true[..., 3] == 1, true[..., :3] + 1 - true[..., 3:]       # s s and, on white, s s 3
         image = splat(*map(torch.from_numpy, gaussians), *angles, size=VIEW).clamp(0, 1).numpy()
         results.append((psnr(image, true), ssim(image, true), abs(true - image)[inside].mean()))

@@ -164,7 +164,7 @@ def frechet(a, b):
     A, B = np.cov(a.T, ddof=1), np.cov(b.T, ddof=1)                               # d d
     values, vectors = eigh(A)
     root = vectors * values.clip(0) ** .5 @ vectors.T                             # A^(1/2)
-    values = eigvalsh(root @ B @ root)                        # those of A B, of a symmetric matrix
+    values = eigvalsh(root @ B @ root)                        # the eigenvalues of A B
     return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A + B) - 2 * np.sqrt(values.clip(0)).sum()
 
 
@@ -187,5 +187,5 @@ def prompt_score(prompts, shapes):
 
 
 def r_precision(prompts, shapes, true):
-    """Share of shapes (n e) whose nearest prompt (n e) is true of them. true: n n, [i, j] = prompt j of shape i."""
+    """Share of shapes (n e) whose nearest prompt (n e) is true of them. true[i, j]: is prompt j true of shape i?"""
     return true[np.arange(len(shapes)), cosine(shapes, prompts).argmax(1)].mean()

@@ -88,9 +88,9 @@ def rasterise_mesh(vertices, faces, colours, view, width):
         smooth.index_add_(0, faces[:, j], flat)
     flat = F.normalize(flat, dim=-1)[face][:, None]                            # p 1 3
     smooth = F.normalize(smooth, dim=-1)[faces[face]]                          # p 3 3
-    # A corner whose smooth normal is over 40 degrees off its face's normal lies on a crease: it stays flat.
-    crease = (((flat * smooth).sum(-1, keepdim=True) - .70) / .14).clamp(0, 1)
-    normal = (weight * (flat + crease * (smooth - flat))).sum(1)               # p 3
+    # A corner whose smooth normal is over 46 degrees off its face's lies on a crease: it stays flat. Below 33: smooth.
+    soft = (((flat * smooth).sum(-1, keepdim=True) - .70) / .14).clamp(0, 1)
+    normal = (weight * (flat + soft * (smooth - flat))).sum(1)                 # p 3
     position = (weight * vertices[faces[face]]).sum(1)                         # p 3
     away = (flat[:, 0] * (EYE * view[2] - position)).sum(-1, keepdim=True) < 0
     normal = F.normalize(torch.where(away, -normal, normal), dim=-1)           # faces are drawn from both sides

@@ -42,7 +42,7 @@ def write_captions(rng, name, attributes, phrases):
 
     # "double bed" needs no second "double", and "a table with a round top" no second "round"
     everything = enumeration(has_coloured) if has else ""
-    described = " ".join([word for word in adjectives if word not in noun + everything] + [colour, noun])
+    described = " ".join([word for word in adjectives if word not in words(f"{noun} {everything}")] + [colour, noun])
     full = f"a {described}" + f" with {everything}" * bool(has) + f" without {enumeration(lacks)}" * bool(lacks)
     captions = [name, f"a {name}", f"a {noun}", f"a {colour} {noun}", f"a {name} {draw(with_)}",
                 f"a {colour} {other} {draw(with_)}", f"a {other} that is {colour} and {draw(that)}", full]
@@ -50,13 +50,14 @@ def write_captions(rng, name, attributes, phrases):
         captions.append(f"a {draw(adjectives)} {name}")
     if coloured:
         captions += [f"a {colour} {noun} with {draw(coloured)}", f"a {other} with {draw(coloured)}"]
-    listed = [colour, f"with {draw(has_coloured)}" if has else draw(with_), *(x for x in adjectives if x not in other)]
+    listed = [colour, f"with {draw(has_coloured)}" if has else draw(with_)]
+    listed += [word for word in adjectives if word not in other.split()]
     captions.append(", ".join([other, *rng.permutation(listed)]))                 # in any order
     for number, part in re.findall(r"(\w+) (?:wide )?(leg|wheel)s?\b", " ".join(has)):
         captions.append(f"a {draw([number, NUMBERS[number]])}-{ADJECTIVES[part]} {other}")
     captions.append(" ".join(NUMBERS.get(word, word) for word in captions[4].split()))          # with digits
 
-    # other words for the same, but in the names; "an orange cap"
+    # synonyms, except in the first four captions; "an orange cap"
     synonym = lambda word: SYNONYMS[word] if word in SYNONYMS and rng.random() < SYNONYM_SHARE else word
     captions = captions[:4] + [" ".join(map(synonym, caption.split())) for caption in captions[4:]]
     captions = [re.sub(r"\ba (?=[aeiou])", "an ", caption) for caption in captions]

@@ -164,7 +164,7 @@ def weld(share):
 
     # 3. Pairs: two edges that are nearest to each other, until no free edge has another near it.
     twin = np.full(len(corner), -1)                                                    # e; -1: none
-    while (free := distance.min(1, initial=np.inf) <= 10).any():                       # 10: nine bins, if both are sure
+    while (free := distance.min(1, initial=np.inf) <= 10).any():                      # 10: eight bins, if both are sure
         best = distance.argmin(1)                                                      # e
         mutual = free & (best[best] == corner)
         twin[mutual] = best[mutual]
@@ -229,7 +229,8 @@ def winding_number(points, vertices, faces):
 
 def sample_surface(vertices, faces, k, rng, hidden=True):
     """k points uniform by area on a mesh, k 3, their faces, k, and the weights of the faces' corners, k 3. Points
-    inside another component are left out, unless `hidden`. An empty mesh gives a corner of the cube, on face -1."""
+    inside another component are left out, unless `hidden` or fewer than k are left. An empty mesh gives a corner of the
+    cube, on face -1."""
     area = face_areas(vertices, faces)
     if area.sum() == 0:
         return np.ones((k, 3), np.float32), np.full(k, -1), np.zeros((k, 3))

@@ -82,7 +82,7 @@ def short_digest(*values):
 @functools.cache
 def fingerprint(kind):
     """A digest of the code that makes samples of this kind: the captions, or the parts, of the first 260 shapes, and
-    samples of one of every class. Samples of changed code go to another folder."""
+    samples of one of every class (pictures, views: of one). Samples of changed code go to another folder."""
     first = [shapes.make(SEED, row) for row in range(20 * len(shapes.CLASSES))]
     if kind == "records":
         return short_digest(CHUNK, [(shape.name, shape.attributes, shape.captions) for shape in first])
@@ -150,6 +150,8 @@ def prepare_chunk(folder, source, chunk, kinds):
     records = []
     for row in range(chunk * CHUNK, min((chunk + 1) * CHUNK, source.count)):
         if crashed.count(str(row)) == 2:
+            if not isinstance(source, Files):
+                raise UserError(f"a process was killed twice at shape {row}; give fewer --workers, or more memory")
             records.append({"file": source.item(row).key, "broken": "the loader crashed twice on this file"})
             continue
         attempts.write_text(" ".join([*crashed, str(row)]))
@@ -197,9 +199,10 @@ def fill(folder, source, kinds, workers=2, share=(0, 1)):
                     for job in as_completed(jobs):
                         bar.update(job.result())
                         del todo[jobs[job]]
-                except BrokenProcessPool:                     # a file crashed its loader: try again
+                except BrokenProcessPool:                     # a file crashed its loader: which? one at a time tells
                     if not any(folder.glob("tried-*")):
                         raise
+                    workers = 1
                 except BaseException:                         # Ctrl-C: unfinished chunks are done again by the next run
                     for worker in active_children():
                         worker.kill()

@@ -167,7 +167,7 @@ def render_mesh(vertices, faces, colours, azimuth=35, elevation=25, size=256):
 def render_points(points, colours, radius, azimuth=35, elevation=25, size=256):
     """points (k 3), colours (k 3) in 0..1; every point is a ball of this radius."""
     points, colours = as_tensor(points), as_tensor(colours)
-    offsets = lamps(0)[0][:max(1, COVER // max(1, len(points)))]   # directions all over, here for points on a ball
+    offsets = F.normalize(scatter(max(1, COVER // max(1, len(points)))) - .5, dim=1)     # n 3, to points on a ball
     cloud = rearrange(points[:, None] + radius * offsets, "k n c -> (k n) c")
     rasterise = lambda view, width: rasterise_points(points, colours, radius, view, width)
     return draw(rasterise, cloud, azimuth, elevation, size)

@@ -19,13 +19,13 @@ COUNTS = ("no", "one", "two", "three", "four", "five")
 
 
 # ------------------------------------------------------------------------------------- classes
-# A builder draws the attributes, then free proportions. It returns parts, attributes and phrases for captions.
-# u(a, b) is a random number from a to b, pick(...) one of its arguments. w, h, d are the width, height and depth of the
-# whole shape, s the height of a seat, t a thickness, r a radius. The ground is y = 0; make() scales all to LONGEST.
+# A builder draws attributes and proportions. It returns parts, attributes and phrases for captions.
+# u(a, b) is a random number from a to b, pick(...) one of its arguments. Mostly w, h, d are the width, height, depth of
+# the whole shape, s the height of a seat, t a thickness, r a radius. The ground is y = 0; make() scales all to LONGEST.
 # Parts overlap by .03 or more: a shape is one solid, not a pile of parts that touch. Its low-poly mesh has at most 256
 # faces: `sides` of round parts decide that, and geometry/test_shapes.py tells.
 # phrases: nouns (other names of the shape), adjectives, having, lacking (what it has and has not; {} = second colour);
-# none of them has to be there. An attribute "colour" stands for that of most of the surface, if it is not `colour`.
+# none of them has to be there. If most of the surface is not of `colour`, the attribute "colour" names its colour.
 # A new class goes into BUILDERS, at the end of the list: `python data.py --classes CLASS --shapes 32` draws it.
 
 def corners(x, z):
@@ -71,7 +71,7 @@ def stool(u, pick, colour, second):
     turns = np.arange(legs) * 2 * np.pi / legs + (np.pi / 4 if legs == 4 else np.pi / 2)
     feet = np.stack([np.cos(turns), 0 * turns, np.sin(turns)], 1) * w * (.5 if seat == "square" else .4)
     parts += [rod(foot * .8 + [0, h - .15, 0], foot * splay, r, second) for foot in feet]
-    y = u(.45, .7)                                      # a foot rest half way up, through the legs
+    y = u(.45, .7)                                      # a foot rest, through the legs
     reach = np.linalg.norm(feet[0]) * (.8 + (splay - .8) * (1 - y / h))
     parts += [tube((0, y, 0), reach + .05, .1, .1, second)]
     return parts, {"seat": seat, "legs": legs}, dict(
@@ -267,7 +267,7 @@ def make(seed, index):
     phrases = dict.fromkeys(("nouns", "adjectives", "having", "lacking"), []) | phrases
     if any("{}" in phrase for phrase in phrases["having"]):
         attributes["second"] = second
-    bounds = np.stack([part.bounds() for part in parts])                        # (parts, 2, 3)
+    bounds = np.stack([part.bounds() for part in parts])                        # parts 2 3
     low, high = bounds[:, 0].min(0), bounds[:, 1].max(0)
     scale = LONGEST / float((high - low).max())
     for part in parts:

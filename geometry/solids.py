@@ -1,7 +1,7 @@
 """solids.py - coloured parts with closed-form distance -> signed distance, surface points, colours, meshes.
 
-A shape is a list of rounded parts. The list gives the exact distance field of their union, and an oriented, coloured
-point cloud of its visible surface. shapes.py builds shapes from it. y is up, x right, z towards the viewer.
+A shape is a list of rounded parts. The list gives the distance field of their union (exact outside), and an oriented,
+coloured point cloud of its visible surface. shapes.py builds shapes from it. y is up, x right, z towards the viewer.
 
     python data.py        # draws shapes made of these parts
 """
@@ -39,7 +39,7 @@ class Part:
                                             # without a mesh of its own, the part before it bulges instead
 
     def distance(self, x):
-        """Points (k, 3) -> signed distance (k,)."""
+        """Points k 3 -> signed distance k."""
         x = x - self.centre.astype(x.dtype)
         if self.rotation is not None:
             x = x @ self.rotation.astype(x.dtype)
@@ -93,7 +93,7 @@ class Part:
         return (self.patches[1] if self.kind == "box" else self.outline[2]).sum()
 
     def surface(self, k, rng):
-        """k points uniform by area (k, 3), and normals (k, 3)."""
+        """k points uniform by area, and normals: k 3 each."""
         if self.kind == "box":
             axes, area = self.patches
             normal = rng.standard_normal((k, 3)) * axes[rng.choice(7, k, p=area / area.sum())]
@@ -242,10 +242,10 @@ class Shape:
 
     @cached_property
     def palette(self):
-        return np.array([COLOURS[part.colour] for part in self.parts], np.float32)      # (parts, 3)
+        return np.array([COLOURS[part.colour] for part in self.parts], np.float32)      # parts 3
 
     def _sample(self, k, rng):
-        """About k points uniform over the parts, without those inside another part: points, normals, rows of parts."""
+        """k points uniform over the parts, less those inside another part: points, normals, rows of parts."""
         area = np.array([part.area for part in self.parts])
         counts = rng.multinomial(k, area / area.sum())
         samples = [part.surface(count, rng) for part, count in zip(self.parts, counts)]
@@ -259,7 +259,7 @@ class Shape:
         return x[visible], normal[visible], owner[visible]
 
     def surface(self, k, rng):
-        """k points uniform by area over the visible surface: points, normals, colours, (k, 3) each."""
+        """k points uniform by area over the visible surface: points, normals, colours, k 3 each."""
         samples, count = [], 0
         while count < k:
             samples.append(self._sample(int(1.4 * (k - count)) + 64, rng))
@@ -272,11 +272,11 @@ class Shape:
     def _tree(self):
         return cKDTree(self._sample(POOL, np.random.default_rng(0))[0])
 
-    def _distances(self, x):                        # (k, 3) -> (parts, k)
+    def _distances(self, x):                        # k 3 -> parts k
         return np.stack([part.distance(x) for part in self.parts])
 
     def _slope(self, x, owner):
-        """Points (k, 3), each with the row of a part -> distance to that part (k,), gradient (k, 3) by differences."""
+        """Points k 3, each with the row of a part -> distance to that part k, gradient k 3 by differences."""
         d = np.empty((len(x), 4))
         for i in np.unique(owner):
             moved = x[owner == i][:, None] + 1e-5 * np.eye(4, 3, -1)            # the point, then 3 steps along x, y, z
@@ -284,14 +284,14 @@ class Shape:
         return d[:, 0], (d[:, 1:] - d[:, :1]) / 1e-5
 
     def _depth(self, x, deepest):
-        """Inside points (k, 3), rows of their deepest parts -> distance to the visible surface (k,): the nearest of
+        """Inside points k 3, rows of their deepest parts -> distance to the visible surface k: the nearest of
         three candidates. None is too near, as each is visible: the minimum over the parts is zero there."""
         x = x.astype(float)
         depth = self._tree.query(x)[0]                                          # 1. a sample of the surface
 
         # 2. the nearest point of the deepest part's own surface, unless another part hides it
         d, n = self._slope(x, deepest)
-        p = x - d[:, None] * n                                                  # (k, 3)
+        p = x - d[:, None] * n                                                  # k 3
         distances = self._distances(p)                                          # (parts, k)
         union = distances.min(0)
         depth = np.where(abs(union) < TOUCH, abs(d), depth)
@@ -323,7 +323,7 @@ class Shape:
         return tuple(np.concatenate(arrays) for arrays in zip(*meshes))
 
     def field(self, x):
-        """Points (k, 3) -> signed distance of the union (k,), negative inside; colour of the nearest part (k, 3)."""
+        """Points k 3 -> signed distance of the union k, negative inside; colour of the nearest part k 3."""
         x = np.asarray(x, np.float32)
         distances = self._distances(x)
         nearest, distance = distances.argmin(0), distances.min(0)

@@ -14,7 +14,7 @@ from conftest import TrueHead
 from engine import networks
 from engine.commands import UserError
 from geometry import meshes, prepare, shapes, solids, surface, training_samples
-from geometry.captions import NUMBERS
+from geometry.captions import NUMBERS, write_captions
 
 # ---------------------------------------------------------------------------- shapes
 
@@ -104,6 +104,13 @@ def test_captions_are_true():
             for number, noun in re.findall(r"\b(one|two|three|four|five|[1-5]) (?:\w+ )?(\w+?)\b", caption):
                 plural = next((count for count in counts if noun.rstrip("s") == count.rstrip("s")), None)
                 assert plural is None or int(NUMBERS.get(number, number)) == has[plural], (caption, has)
+
+
+def test_a_full_caption_has_every_adjective():
+    """Also one whose letters are in another word, as those of "low" in "yellow"."""
+    phrases = dict(nouns=[], adjectives=["low"], having=["four {} legs"], lacking=[])
+    captions = write_captions(np.random.default_rng(0), "table", {"colour": "red", "second": "yellow"}, phrases)
+    assert any("low red table" in caption and "yellow" in caption for caption in captions)
 
 
 def test_counts_hold_on_the_geometry():

@@ -274,7 +274,7 @@ def test_encoders_of_transformers_end_to_end(overfitted, tmp_path, capsys):
         assert train_small(patch, folder, 2, *flags) == 0
         capsys.readouterr()
         assert train_small(patch, folder, 2, *flags[:-2]) == 2
-    assert_one_line(capsys.readouterr().err, "conditioned on the encoders")
+    assert_one_line(capsys.readouterr().err, "give these, or another folder")
 
     entry = files.read_config(folder)["backbone"]
     assert entry["towers"] == {"text": text, "image": image}
