@@ -9,6 +9,7 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
     python evaluate.py generate --rep sdf        # from class names and captions: every metric
     python evaluate.py attributes                # "a table with one leg": does the shape have one?
     python evaluate.py words                     # prompts in words of their own, slips, plurals, synonyms
+    python evaluate.py asked                     # what a stranger asked for, what was said, and a picture of each
     python evaluate.py retrieval                 # the built-in towers: does a caption or a picture find its shape?
     python evaluate.py images --rep sdf          # from a caption, a picture, both: how near to the true shape?
     python evaluate.py cross-view --rep sdf      # eight views of one shape: is it the same shape eight times?
@@ -41,7 +42,7 @@ from evaluation.experiments import TRAINED, VARIANTS, ablate_rgs, add_flags, com
 from evaluation.judges import JUDGES
 from evaluation.metrics import chamfer, chamfer_matrix, emd
 from evaluation.results import labels, mean, write_table, write_tables
-from evaluation.words import evaluate_words
+from evaluation.words import evaluate_words, show_asked
 from geometry import training_pictures, training_samples
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
@@ -112,7 +113,7 @@ def evaluate_joint(args):
     for folder, label in labels(args.checkpoint).items():
         config, model = read_config(folder), exam.open_model(args, folder)
         for rep in [stage.removeprefix("head-") for stage in trained_stages(folder) if stage.startswith("head-")]:
-            cache = exam.result_cache(args, f"{label}-{rep}", folder, "tokenizer", "backbone", *exam.head_stages([rep]))
+            cache = exam.result_cache(args, f"{label}-{rep}", folder, "tokenizer", *exam.stages_of(rep))
             judged = mean(judge_reconstructions(args, folder, [rep], cache, partial(JUDGES[rep], points=0)))
             results = exam.sample_all(model, jobs, cache, exam.shape_result(model, rep, args.resolution))
             distance = chamfer_matrix(results["points"], references)              # samples r
@@ -191,11 +192,11 @@ def evaluate_images(args):
     prompts = {"name": (classes[rows].tolist(), nothing), "any caption": (any_caption, nothing),
                "longest caption": (longest, nothing), "picture": (nothing, pictures),
                "picture and longest caption": (longest, pictures)}
+    floor = np.mean([chamfer(*pair) for pair in zip(true, again)])
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), "vision", rgs=args.rgs)
         model = exam.open_model(args, folder)
         result_of = exam.shape_result(model, args.rep, args.resolution, 8192)
-        floor = np.mean([chamfer(*pair) for pair in zip(true, again)])
         tables[label] = [{"prompt": "(two samplings of the true surface)", "Chamfer": floor, "right class": ""}]
         columns = min(len(CLASSES), len(rows))
         drawn = [*repeat((pictures[:columns].clamp(0, 1) * 255).byte().numpy(), "b c h w -> b (h i) (w j) c", i=3, j=3)]
@@ -242,8 +243,8 @@ def evaluate_views(args):
 
 COMMANDS = {
     "tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate,
-    "attributes": evaluate_attributes, "words": evaluate_words, "retrieval": evaluate_retrieval,
-    "images": evaluate_images, "cross-view": evaluate_views, "ablate-rgs": ablate_rgs,
+    "attributes": evaluate_attributes, "words": evaluate_words, "asked": show_asked,
+    "retrieval": evaluate_retrieval, "images": evaluate_images, "cross-view": evaluate_views, "ablate-rgs": ablate_rgs,
     **dict.fromkeys(VARIANTS, compare_variants), "overfit": overfit}
 
 
@@ -266,28 +267,28 @@ def arguments():
         for name in names:
             parsers[name].add_argument(flag_name, **settings)
 
-    reps, rgs = list(heads.HEADS), ["ablate-rgs"]
-    sampled = ["generate", "images", "cross-view", *rgs, *TRAINED]
+    reps = list(heads.HEADS)
+    sampled = ["generate", "images", "cross-view", "ablate-rgs", *TRAINED]
     files = ["tokenizer", "cross", "generate", "retrieval", "images", "cross-view"]
     flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=reps, default="sdf", help="what to judge")
-    flag(["cross"], "--reps", nargs="+", choices=reps, default=reps, help="representations to compare")
+    flag(["cross"], "--reps", nargs="+", type=heads.spelling, choices=reps, default=reps, help="to compare")
     for names, least, count in ((["tokenizer"], 1, 260), (["cross", "images"], 1, 208), (["generate"], 2, 208),
-                                (["joint"], 1, 52), (["cross-view", *rgs], 1, 26), (TRAINED, 2, 104)):
+                                (["joint"], 1, 52), (["cross-view", "ablate-rgs"], 1, 26), (TRAINED, 2, 104)):
         flag(names, "--shapes", type=between(least, 520), default=count, help="held-out shapes, of all classes alike")
-    for names, count in ((["generate"], 16), (["attributes"], 8), (["joint", *rgs, *TRAINED], 4)):
-        flag(names, "--n", type=between(2, 1000), default=count, help="samples of a prompt, where there are several")
+    for names, count in ((["generate"], 16), (["attributes"], 8), (["joint", "ablate-rgs", *TRAINED], 4)):
+        flag(names, "--n", type=between(2, 1000), default=count, help="samples of each prompt")
     flag(["joint", *sampled], "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     flag(files, "--data", help="the files that it was trained on, a tenth held out (default: the built-in shapes)")
     flag(files, "--copies", type=between(1, 100), default=1, help="as in training")
-    flag(["generate", *rgs, *TRAINED], "--scorer", default="checkpoints/tiny", help="gives features of clouds and "
-         "prompts: a trained folder, or a Python file that defines cloud(points, normals, colours) and text(prompts)")
+    flag(["generate", "ablate-rgs", *TRAINED], "--scorer", default="checkpoints/tiny", help="gives features of clouds "
+         "and prompts: a trained folder, or a Python file with cloud(points, normals, colours) and text(prompts)")
     flag(["generate", "attributes", "words", "images"], "--rgs", default="auto", metavar="RULE", help=RGS_FORMS)
     flag(["cross-view"], "--rules", nargs="+", default=["none", "auto"], metavar="RULE", help=f"of RGS: {RGS_FORMS}")
-    flag(["words"], "--count", type=between(2, 10_000), default=200, help="of prompts, and of pairs; half of variants")
+    flag(["words"], "--count", type=between(2, 10_000), default=200, help="prompts, and pairs; half as many variants")
     flag(["tokenizer"], "--points", type=between(100, 10 ** 7), default=100_000, help="of the F-score, each side")
     flag(["generate"], "--quick", action="store_true", help="three eighths of it: --n 4 --shapes 104")
     flag(["generate"], "--split", choices=["test", "validation"], default="test", help="held-out shapes: "
-         "settings are chosen on the second split, numbers are reported on the first")
+         "choose settings on validation, report numbers on test")
     flag(["generate"], "--cfg", type=between(0, 100, float), default=2., help="guidance by the text; 1 is none")
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
 from pathlib import Path
@@ -134,6 +135,23 @@ def test_prompts_of_all_kinds_are_compared(four, tmp_path, examined):
     assert floor < min(distance.values())
     assert max(distance.values()) < 1.5
     assert (tmp_path / f"images-sdf-{four.name}.png").is_file()
+
+
+def test_a_strangers_prompts_are_shown(overfitted, tmp_path, monkeypatch):
+    """What is made, and what is said: nothing, a remark, or an error."""
+    monkeypatch.setattr(words, "ASKED", ("a table", "a wooden table", "a house"))
+    assert run(evaluate.main, "asked", "--checkpoint", overfitted, "--out", tmp_path) == 0
+    lines = (tmp_path / "asked-overfitted.md").read_text().splitlines()[2:]
+    assert lines[0] == "| a table |  |"
+    assert "'wooden' is left out" in lines[1]
+    assert "error: 'house' is nothing" in lines[2]
+    assert (tmp_path / "asked-overfitted.png").is_file()
+
+
+def test_a_training_set_of_some_classes_is_named(tmp_path, capsys):
+    files.write_config(tmp_path, "backbone", data="shapes-train-4-table-chair-0123")
+    assert exam.training_set_of(tmp_path, Namespace(data=None, cache=tmp_path, copies=1)) is None
+    assert "python data.py --shapes 4 --classes table chair" in capsys.readouterr().out
 
 
 @pytest.fixture

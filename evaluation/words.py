@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.commands import UserError
+from engine.files import atomic_write
 from evaluation import exam
 from evaluation.attributes import ATTRIBUTES, colour, has_attribute, measure_shape
 from evaluation.judges import decoded_field
@@ -20,6 +22,7 @@ from evaluation.metrics import chamfer_matrix
 from evaluation.results import labels, write_table
 from geometry.captions import SYNONYMS, article
 from geometry.prepare import BuiltIn
+from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES, COLOURS, LEAVES
 from prompts.reading import NEIGHBOURS
 
@@ -61,6 +64,7 @@ def write_prompts(count, seed):
         words = dict(a="an" if (adjective + noun)[0] in "aeiou" else "a", adjective=adjective, noun=noun, detail=detail)
         text = TEMPLATES[rng.integers(len(TEMPLATES))].format(colour=first, **words)
         wanted = [(attribute, checker, value)] + [("colour", colour(), first)] * (name not in MOTTLED)
+        # without the commas and semicolons that empty words leave
         text = re.sub(r" (?=[,;])|[,;] (?=[,;])", "", " ".join(text.split()).replace(", ,", ","))
         prompts.append(Prompt(text.strip(",; "), name, wanted))
     return prompts
@@ -91,7 +95,7 @@ def slip(word, rng):
     near = sorted(set("".join(a + b for a, b in NEIGHBOURS if word[i] in (a, b))) - {word[i]})
     slips = [word[:i] + word[i + 1] + word[i] + word[i + 2:], word[:i] + word[i + 1:], word[:i] + word[i] + word[i:],
              word[:i] + str(rng.choice(near)) + word[i + 1:]]
-    return str(rng.choice([other for other in slips if other != word]))           # two equal letters swapped are none
+    return str(rng.choice([other for other in slips if other != word]))  # equal letters swapped change nothing
 
 
 def write_variants(count, seed):
@@ -143,3 +147,34 @@ def evaluate_words(args):
                 if not ok or share < 1:
                     print(f"{'' if ok else 'another class, '}{share:.1f} of its attributes: {prompt.text}")
     write_table(args.out, args.command, rows)
+
+
+# ---------------------------------------------------------------------------- a stranger's prompts
+
+ASKED = (
+    "desk", "office chair", "tables", "a blue chiar", "ein roter Stuhl", "a chair and a table", "three chairs",
+    "a green lamp with a white base", "a black bottle with a red cap", "a red bed with a blue blanket",
+    "a tall white mug with a handle and a red stripe", "a stool with three legs", "a chair with three legs",
+    "a table with one leg", "a shelf with five boards", "a car without wheels", "a sofa with no arms", "sports car",
+    "christmas tree", "a wooden table", "a big round red table, please", "aeroplane with two engines", "a house",
+    "something to sit on", "\U0001fa91")
+
+
+def show_asked(args):
+    """The prompts of a stranger, whatever they are: what does the program say, and what does it make?"""
+    for folder, label in labels(args.checkpoint).items():
+        model, lines, pictures = exam.open_model(args, folder), ["| asked | the program says |", "| --- | --- |"], []
+        for prompt in ASKED:
+            try:
+                said = model.encoders.remarks(prompt)
+                tokens, = model.tokens([prompt], [(args.seed, 0)])                # n c
+                pictures.append(model.decode(tokens, seed=(args.seed, 0)).picture(192))
+            except UserError as error:
+                said = [f"error: {error}"]
+                pictures.append(np.full((192, 192, 3), 224, np.uint8))
+            lines.append(f"| {prompt} | {'; '.join(said)} |")
+        print(*lines, sep="\n")
+        with atomic_write(f"{args.out}/asked-{label}.md") as part:
+            part.write_text("\n".join(lines) + "\n")
+        save_png(f"{args.out}/asked-{label}.png", contact_sheet(pictures, 5, ASKED))
+        print(f"{args.out}/asked-{label}.md", f"{args.out}/asked-{label}.png", sep="\n")
