@@ -9,15 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 import trimesh
 from PIL import Image
 
 from engine.commands import UserError
+from geometry.light import to_srgb
 from geometry.soup import Soup
 
 MOST_BYTES, MOST_FACES = 300_000_000, 1_000_000   # of a mesh with its materials, textures and buffers
 MOST_PARTS = 5000           # changes of material in an OBJ, nodes in a glTF: trimesh's time grows with the square
 MOST_PIXELS = 50_000_000    # of a texture
+GLTF = "gltf", "glb"
 SECONDS = 120               # that reading a file may take
 LONGEST = 1.8               # longest side of the bounding box, as of the built-in shapes
 DETAIL = 1 / 16             # of the longest side: the size of a triangle that gets its colour from a texture
@@ -142,7 +145,7 @@ def triangles(item):
             raise UserError(f"a face names a vertex that is none of its {len(mesh.vertices)}")
 
     size = np.ptp(np.concatenate([mesh.vertices for mesh in meshes]), 0).max()
-    vertices, faces, colours = zip(*[colour_faces(mesh, DETAIL * size) for mesh in meshes])
+    vertices, faces, colours = zip(*[colour_faces(mesh, DETAIL * size, suffix in GLTF) for mesh in meshes])
     first = np.cumsum([0, *map(len, vertices)])               # the number of each mesh's first vertex
     faces = np.concatenate([mesh_faces + start for mesh_faces, start in zip(faces, first)])      # f 3
     vertices, colours = np.concatenate(vertices), np.concatenate(colours)                        # v 3, f 3
@@ -169,7 +172,7 @@ def fit_to_box(vertices, faces):
 
 def load_meshes(raw, suffix, side_files):
     """The bytes of a mesh file -> the meshes of its scene, each in its place."""
-    if suffix in ("gltf", "glb"):
+    if suffix in GLTF:
         header = json.loads(raw[20:20 + int.from_bytes(raw[12:16], "little")] if raw[:4] == b"glTF" else raw)
         needed = header.get("extensionsRequired", [])
         if "KHR_draco_mesh_compression" in needed or "EXT_meshopt_compression" in needed:
@@ -196,14 +199,23 @@ def load_meshes(raw, suffix, side_files):
     parts = [scene.geometry[scene.graph[node][1]] for node in scene.graph.nodes_geometry]        # with repetitions
     if sum(len(getattr(part, "faces", part.vertices)) for part in parts) > MOST_FACES:
         raise UserError(f"it has more than {MOST_FACES:,} triangles")
-    meshes = [mesh for mesh in scene.dump() if isinstance(mesh, trimesh.Trimesh) and len(mesh.faces)]
+    meshes = []
+    for node in scene.graph.nodes_geometry:
+        place, name = scene.graph[node]
+        part = scene.geometry[name]
+        if isinstance(part, trimesh.Trimesh) and len(part.faces):
+            meshes.append(part.copy().apply_transform(place))
+            if hasattr(part.visual, "material"):              # its copy has no colours of vertices
+                meshes[-1].visual.vertex_attributes.update(part.visual.vertex_attributes.data)
     if not meshes:
         raise UserError("it has no triangles")
     return meshes
 
 
-def colour_faces(mesh, size):
-    """A mesh -> vertices, faces, colours of faces. Textured faces longer than `size` are halved, at most six times."""
+def colour_faces(mesh, size, linear):
+    """A mesh -> vertices, faces, colours of faces. Textured faces longer than `size` are halved, at most six times.
+    linear: colours of materials and vertices are proportional to the light, as glTF wants them, and become sRGB."""
+    srgb = (lambda colours: to_srgb(torch.from_numpy(colours)).numpy()) if linear else lambda colours: colours
     vertices, faces, visual = np.asarray(mesh.vertices, float), np.asarray(mesh.faces), mesh.visual
     material = getattr(visual, "material", None)
     image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
@@ -222,9 +234,16 @@ def colour_faces(mesh, size):
         x, y = (uv[faces].mean(1) % 1 * [image.width, image.height]).astype(int).T
         return vertices, faces, pixels[y.clip(0, image.height - 1), x.clip(0, image.width - 1)]
     if material is not None:
-        return vertices, faces, np.tile(np.asarray(material.main_color, float)[:3] / 255, (len(faces), 1))
+        factor = material.baseColorFactor if linear else material.main_color
+        white = np.full(3, 255)                               # glTF's default
+        colours = np.tile(np.asarray(white if factor is None else factor, float)[:3] / 255, (len(faces), 1))     # f 3
+        shades = visual.vertex_attributes.get("color")        # v 3 or v 4: glTF multiplies both
+        if shades is not None and len(shades) == len(vertices):
+            most = np.iinfo(shades.dtype).max if shades.dtype.kind == "u" else 1.
+            colours *= (shades[faces, :3] / most).mean(1).clip(0, 1)
+        return vertices, faces, srgb(colours)
     if visual.kind in ("face", "vertex"):
-        return vertices, faces, np.asarray(visual.face_colors, float)[:, :3] / 255
+        return vertices, faces, srgb(np.asarray(visual.face_colors, float)[:, :3] / 255)
     return vertices, faces, np.full((len(faces), 3), .7)
 
 

@@ -21,7 +21,7 @@ import train
 from conftest import HERE, TrueHead, assert_one_line, run
 from engine.commands import UserError
 from evaluation import judges
-from geometry import mesh_files, meshes, prepare, real, soup, training_samples
+from geometry import export, mesh_files, meshes, prepare, real, soup, training_samples
 
 
 def sheets():
@@ -288,6 +288,26 @@ def test_hostile_meshes_are_refused(name, text, complaint, tmp_path):
     (folder / name).write_text(text)
     with pytest.raises(UserError, match=complaint):
         mesh_files.shape(real.list_items(folder / name)[0][0])
+
+
+@pytest.mark.parametrize("factor, vertex, srgb", [
+    ([1, .2140, .0512, 1], None, [1, .5, .25]), ([1., 1, 1, 1], [255, 55, 13, 255], [1, .5, .25]),
+    ([1, .2140, 1, 1], [255, 255, 13, 255], [1, .5, .25])], ids=["material", "vertices", "both"])
+def test_colours_of_gltf_are_light(factor, vertex, srgb, tmp_path):
+    """glTF stores light: sRGB .5 is .214. Colours of the material and of vertices are multiplied."""
+    mesh = trimesh.Trimesh(np.eye(3), [[0, 1, 2]], process=False)
+    mesh.visual = trimesh.visual.TextureVisuals(material=trimesh.visual.material.PBRMaterial(baseColorFactor=factor))
+    if vertex:
+        mesh.visual.vertex_attributes["color"] = np.tile(np.uint8(vertex), (3, 1))
+    (tmp_path / "a.glb").write_bytes(trimesh.exchange.gltf.export_glb(mesh))
+    assert np.allclose(mesh_files.shape(real.list_items(tmp_path / "a.glb")[0][0]).colours, srgb, atol=.01)
+
+
+def test_meshes_of_sample_keep_their_colours(tmp_path):
+    """What sample.py writes can be trained on."""
+    colours = np.tile(np.float32([.8, .5, .25]), (3, 1))
+    export.write_glb(tmp_path / "a.glb", np.eye(3, dtype=np.float32), np.array([[0, 1, 2]]), colours)
+    assert np.allclose(mesh_files.shape(real.list_items(tmp_path / "a.glb")[0][0]).colours, [.8, .5, .25], atol=.013)
 
 
 def test_meshes_of_too_many_triangles_or_bytes_are_refused(tmp_path, monkeypatch):
