@@ -158,7 +158,7 @@ def main():
     args = parser.parse_args()
 
     if args.data and args.classes:
-        raise UserError("--classes are of built-in shapes; leave it or --data out")
+        raise UserError("--classes chooses built-in shapes; leave it or --data out")
     make_folder(Path(args.picture).parent)
     start = time.time()
     settings = args.out, args.workers, args.kinds, args.data, args.copies, args.shard, args.classes
@@ -178,7 +178,7 @@ def main():
     rows = sorted(rows, key=lambda row: train.classes[row])
     bar = tqdm(rows, "drawing", unit="shape")
     pictures = [render_mesh(*vertex_coloured(train.shape(row)), size=160) for row in bar]
-    labels = [train.captions[row][-1 if args.data else 3] for row in rows]
+    labels = [train.captions[row][:4][-1] for row in rows]
     save_png(args.picture, contact_sheet(pictures, 8, labels))
     print(args.picture)
 

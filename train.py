@@ -263,8 +263,8 @@ def arguments(generators):
     flag("--copies", type=between(1, 100), default=1, help="copies of each file's shape: mirrored, stretched")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
-    flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done); head with "
-         "the sdf head: it goes on learning, on frozen tokens")
+    flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done); head trains "
+         "a trained sdf head further, on frozen tokens")
     flag("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     flag("--steps", type=between(1), help=f"training steps of every stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size of every stage (default: {defaults[1]})")

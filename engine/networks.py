@@ -21,7 +21,7 @@ GAMMAS = (0., 4., 16., 32.)  # distance bias per head, cycled: one head global, 
 
 
 def split_bf16(x):
-    """x = hi + lo. In bf16 each keeps 8 bits of its own, together 16 of x, of which a bf16 product would keep 8."""
+    """x = hi + lo. In bf16 each keeps 8 bits: together 16 bits of x, where one product in bf16 would keep 8."""
     hi = x.to(torch.bfloat16).to(x.dtype)
     return hi, x - hi
 

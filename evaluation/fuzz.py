@@ -1,8 +1,8 @@
 """fuzz.py - files as a stranger could send them, changed at random: does any loader crash, hang, or open other files?
 
 Every loader reads a valid file in which bytes, numbers or names were changed. It may read it or refuse it with one
-line, a UserError. A fault is any other exception, more than SECONDS or MEGABYTES, or that Python opens another file:
-one that the changes name, or any file outside the folder to write it.
+line, a UserError. A fault is any other exception, more than SECONDS or MEGABYTES, reading a file of ELSEWHERE, or
+writing a file outside the folder.
 
     python -m evaluation.fuzz --count 10000
 """

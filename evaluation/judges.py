@@ -98,7 +98,7 @@ def judge_gs(heads, tokens, split, row, rng, autocast, points):
     gaussians = shape.means, shape.scales, shape.rotations, shape.opacities, shape.colours
     for _ in range(4):
         angles = rng.uniform(0, 360), rng.uniform(-20, 60)
-        true = draw_view(true_shape, *angles)                                    # s s 4
+        true = draw_view(true_shape, *angles)                                     # s s 4
         inside, true = true[..., 3] == 1, true[..., :3] + 1 - true[..., 3:]       # s s and, on white, s s 3
         image = splat(*map(torch.from_numpy, gaussians), *angles, size=VIEW).clamp(0, 1).numpy()
         results.append((psnr(image, true), ssim(image, true), abs(true - image)[inside].mean()))

@@ -172,7 +172,7 @@ def write_glb(path, vertices, faces, colours, smooth=True):
     face flat if there are no normals (smooth=False)."""
     check_suffix(path, ".glb")
     check_faces(path, faces)
-    linear = (255 * to_linear(as_tensor(colours, torch.float64))).round().byte().numpy()
+    linear = (255 * to_linear(as_tensor(colours, torch.float64).clamp(0, 1))).round().byte().numpy()
     mesh = trimesh.Trimesh(vertices, faces, vertex_colors=linear, process=False)        # process would merge vertices
 
     def finish(tree):

@@ -196,13 +196,12 @@ def load_meshes(raw, suffix, side_files):
     scene = trimesh.load_scene(io.BytesIO(raw), file_type=suffix, resolver=side_files, process=False)
     if side_files.refused:
         raise side_files.refused[0]
-    parts = [scene.geometry[scene.graph[node][1]] for node in scene.graph.nodes_geometry]        # with repetitions
-    if sum(len(getattr(part, "faces", part.vertices)) for part in parts) > MOST_FACES:
+    places = [scene.graph[node] for node in scene.graph.nodes_geometry]           # 4 4, name; a mesh may stand in many
+    placed = [(scene.geometry[name], place) for place, name in places]
+    if sum(len(getattr(part, "faces", part.vertices)) for part, _ in placed) > MOST_FACES:
         raise UserError(f"it has more than {MOST_FACES:,} triangles")
     meshes = []
-    for node in scene.graph.nodes_geometry:
-        place, name = scene.graph[node]
-        part = scene.geometry[name]
+    for part, place in placed:
         if isinstance(part, trimesh.Trimesh) and len(part.faces):
             meshes.append(part.copy().apply_transform(place))
             if hasattr(part.visual, "material"):              # its copy has no colours of vertices
