@@ -186,7 +186,7 @@ class Backbone(nn.Module):
         self.prefix = Prefix(prefix, dim, heads, widths)
         self.token = nn.Linear(channels, dim)
         self.place_in = nn.Parameter(torch.randn(tokens, dim) * .02)              # two positional embeddings, as MAR
-        self.place_out = nn.Parameter(torch.randn(prefix + tokens, dim) * .02)
+        self.place_out = nn.Parameter(torch.randn(prefix + tokens, dim) * .02)    # condition tokens have their own
         self.unknown = nn.Parameter(torch.randn(dim) * .02)                       # the "?" token
         self.encoder = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
         self.decoder = nn.ModuleList(Block(dim, heads) for _ in range(decoder))
@@ -194,22 +194,25 @@ class Backbone(nn.Module):
         self.net = DenoiseNet(channels, dim, head_dim, head_depth)
 
     def contexts(self, prefix, x, order, known, rows):
-        """The MAE: prefix b p d, shape tokens x b n c, order b n (its first `known` entries are known tokens)
-        -> context vectors c_i of the tokens `rows` (b m): b m d."""
-        b, p, d = prefix.shape
+        """The MAE: prefix tokens and their mask, shape tokens x b n c, order b n (its first `known` entries are known
+        tokens) -> context vectors c_i of the tokens `rows` (b m): b m d."""
+        prefix, mask = prefix                                                     # b p d, b p
+        (b, p, d), n = prefix.shape, self.tokens
         index = repeat(order[:, :known], "b k -> b k d", d=d)                     # b k d
         y = (self.token(x) + self.place_in).gather(1, index)                      # b k d
         y = torch.cat([prefix, y], 1)                                             # b (p + k) d
         for block in self.encoder:                                                # sees the known tokens only
-            y = block(y)
+            y = block(y, mask=F.pad(mask, (0, known), value=True))
         y = self.norm_in(y)
 
-        full = repeat(self.unknown, "d -> b n d", b=b, n=self.tokens).to(y.dtype)
+        full = repeat(self.unknown, "d -> b n d", b=b, n=n).to(y.dtype)
         full = full.scatter(1, index, y[:, p:])                                   # b n d
-        y = torch.cat([y[:, :p], full], 1) + self.place_out                       # b (p + n) d
+        place = F.pad(self.place_out, (0, 0, p + n - len(self.place_out), 0))     # (p + n) d
+        y = torch.cat([y[:, :p], full], 1) + place                                # b (p + n) d
+        mask = F.pad(mask, (0, n), value=True)                                    # b (p + n)
         for block in self.decoder[:-1]:                                           # sees all places
-            y = block(y)
-        return self.norm_out(self.decoder[-1](y, rows=p + rows))                  # b m d
+            y = block(y, mask=mask)
+        return self.norm_out(self.decoder[-1](y, mask=mask, rows=p + rows))       # b m d
 
     def loss(self, x, condition, moment=None):
         """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the hidden tokens.
@@ -222,7 +225,7 @@ class Backbone(nn.Module):
         order = torch.rand(b, n, device=device).argsort(1)                        # b n
         hidden = order[:, known:]                                                 # b m
 
-        prefix = self.prefix(condition, random_drops(b, condition, device))       # b p d
+        prefix = self.prefix(condition, random_drops(b, condition, device))       # b p d and b p
         c = self.contexts(prefix, x, order, known, hidden)                        # b m d
         x = x.gather(1, repeat(hidden, "b m -> b m c", c=self.channels))          # b m c
         c = repeat(c, "b m d -> (draws b m) d", draws=DRAWS)
@@ -240,7 +243,7 @@ class Backbone(nn.Module):
         noise = draw_noise(generators, (n, self.denoiser.draws(denoise_steps), c), device)                # b n draws c
 
         condition, drop, strengths = guidance_branches(condition, b, cfg)
-        prefix = self.prefix(condition, drop)                                     # (r b) p d
+        prefix = self.prefix(condition, drop)                                     # (r b) p d and (r b) p
         r = len(strengths) + 1
         rgs_steps = math.ceil(window * steps) if steer else 0
 

@@ -1,9 +1,10 @@
-"""prefix.py - Prefix Learning (LTM3D section 3.2): condition tokens -> p prefix tokens.
+"""prefix.py - Prefix Learning (LTM3D section 3.2): condition tokens -> the tokens before the shape tokens.
 
-    prefix = FFN(CrossAttention(learnable queries, condition))       p tokens of the backbone's width
+    prefix = [condition, FFN(CrossAttention(learnable queries, condition))]     t + p tokens of the backbone's width
 
-The prefix is prepended to the shape tokens. It aligns the condition with the shape space while
-generating, so the shape tokenizer never has to know about language or pictures.
+It aligns the condition with the shape space while generating, so the shape tokenizer never has to know about language
+or pictures. The paper's prefix are the p answers alone. They are a bottleneck: with the condition tokens beside them,
+projected to the same width, samples follow their prompts better (docs/RESULTS.md; `Queries` in evaluation/peers.py).
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. Each kind
 has its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
@@ -11,6 +12,7 @@ has its own width e and its own Linear to the width d, whose bias tells the back
     python -m pytest -q test_all.py -k prefix       # its tests
 """
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from torch import nn
 
@@ -56,6 +58,8 @@ class Prefix(nn.Module):
         self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
 
     def forward(self, condition, drop=None):
+        """-> prefix tokens b (t + p) d and their mask, False = padding or a prompt that is dropped."""
         context, mask = self.conditions(condition, drop)                          # b t d, b t
         query = repeat(self.query, "p d -> b p d", b=len(context))
-        return self.cross(query, context, mask)                                   # b p d
+        answers = self.cross(query, context, mask)                                # b p d
+        return torch.cat([context, answers], 1), F.pad(mask, (0, len(self.query)), value=True)

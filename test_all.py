@@ -153,8 +153,14 @@ def test_heads_learn_and_decode(rep, prepared):
 # ---------------------------------------------------------------------------- prefix
 
 def small_prefix():
+    """-> a function of a condition that gives the tokens of its prefix, those behind the mask as 0; and a condition."""
     torch.manual_seed(0)
-    return Prefix(4, 64, 4, WIDTHS), prompted()
+    model = Prefix(4, 64, 4, WIDTHS)
+
+    def prefix(condition, drop=None):
+        tokens, mask = model(condition, drop)
+        return tokens * mask[..., None]
+    return prefix, prompted()
 
 
 def test_prefix_padding_has_no_influence():
@@ -170,12 +176,15 @@ def test_a_dropped_prompt_has_no_influence():
     """A dropped prompt = no such prompt, of either kind; if both are dropped, all samples have the same prefix."""
     prefix, condition = small_prefix()
     yes, no = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
-    for kind, other in (("text", "image"), ("image", "text")):
-        alone = prefix({other: condition[other]})
-        assert torch.allclose(prefix(condition, {kind: yes, other: no}), alone, atol=1e-5)
+    texts = slice(0, 5), slice(5, 9)                          # places of the tokens of both kinds
+    for kind, other, place in (("text", "image", texts[0]), ("image", "text", texts[1])):
+        dropped, alone = prefix(condition, {kind: yes, other: no}), prefix({other: condition[other]})
+        assert not dropped[:, place].any()
+        kept = torch.cat([dropped[:, :place.start], dropped[:, place.stop:]], 1)
+        assert torch.allclose(kept, alone, atol=1e-5)
     nothing = prefix(condition, {"text": yes, "image": yes})
     assert torch.allclose(nothing[0], nothing[2], atol=1e-5)
-    assert torch.allclose(nothing, prefix({"image": condition["image"]}, {"image": yes}), atol=1e-5)
+    assert torch.allclose(nothing[:, 5:], prefix({"image": condition["image"]}, {"image": yes}), atol=1e-5)
     assert not torch.allclose(nothing[0], prefix(condition)[0], atol=1e-2)
 
 
@@ -197,7 +206,7 @@ def test_training_covers_every_moment_of_generation(monkeypatch):
 
     def contexts(prefix, x, order, known, rows):
         counts.append(known)
-        return torch.zeros(*rows.shape, prefix.shape[-1])
+        return torch.zeros(*rows.shape, prefix[0].shape[-1])
     monkeypatch.setattr(model, "contexts", contexts)
     for _ in range(300):
         model.loss(torch.zeros(3, 27, 8), condition)
@@ -271,14 +280,21 @@ def test_guidance_has_a_strength_for_each_prompt(monkeypatch):
 
 
 def test_branches_in_one_batch_are_three_passes():
-    """The prefixes of text and picture, of the text alone, and of nothing, are stacked along the batch."""
+    """The contexts of text and picture, of the text alone, and of nothing, are stacked along the batch."""
     model, condition = small_backbone()
+    x, order = torch.randn(3, 27, 8), torch.rand(3, 27).argsort(1)
+
+    def contexts(condition, drop=None):
+        b = len(condition["text"][0])
+        places = order.repeat(b // 3, 1)
+        return model.contexts(model.prefix(condition, drop), x.repeat(b // 3, 1, 1), places, 9, places)         # b n d
+
     stacked, drop, _ = backbone.guidance_branches(condition, 3, 2.)
-    both, text, nothing = model.prefix(stacked, drop).chunk(3)
-    everything = {"text": torch.ones(3, dtype=torch.bool)}
-    assert torch.allclose(both, model.prefix(condition), atol=1e-5)
-    assert torch.allclose(text, model.prefix({"text": condition["text"]}), atol=1e-5)
-    assert torch.allclose(nothing, model.prefix({"text": condition["text"]}, everything), atol=1e-5)
+    both, text, nothing = contexts(stacked, drop).chunk(3)
+    alone = {"text": condition["text"]}
+    assert torch.allclose(both, contexts(condition), atol=1e-5)
+    assert torch.allclose(text, contexts(alone), atol=1e-5)
+    assert torch.allclose(nothing, contexts(alone, {"text": torch.ones(3, dtype=torch.bool)}), atol=1e-5)
 
 
 def test_branches_share_their_noise():

@@ -5,14 +5,17 @@ A table without a peer says nothing. Two other ways to model all tokens x_1 ... 
     diffusion        p(X | T): a transformer denoises all tokens at once (as the generator of 3DShape2VecSet)
     autoregressive   prod_i p(x_i | x_1 ... x_{i-1}, T): one token after the other, in a fixed order, by a DenoiseNet
 
-Two other ways to give the condition to LTM3D's masked backbone, in place of Prefix Learning:
+Three other ways to give the condition to LTM3D's masked backbone:
 
+    queries          the prefix of the paper: the p answers to learnt queries alone
     pooled           the mean of the condition tokens, through an MLP, is added to p learnt tokens (as MAR's class)
     cross            the p learnt tokens do not depend on the prompt; every other block attends to the condition tokens
 
     python -m evaluation.peers --from checkpoints/tiny --generator diffusion --out runs/diffusion    # flags of train.py
     python evaluate.py versus                                                                       # compares all
 """
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -46,17 +49,18 @@ class Diffusion(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(encoder + decoder + spare))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
 
-    def net(self, x, t, prefix):                              # b (n c), b, b p d -> b (n c)
+    def net(self, x, t, prefix, mask):                        # b (n c), b, b p d, b p -> b (n c)
         x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place               # b n d
         t = rearrange(self.time(time_embedding(t, self.dim)), "b d -> b 1 d")
         y = torch.cat([prefix, t, x], 1)                                          # b (p + 1 + n) d
+        mask = F.pad(mask, (0, 1 + self.tokens), value=True)                      # b (p + 1 + n)
         for block in self.blocks:
-            y = block(y)
+            y = block(y, mask=mask)
         return rearrange(self.out(y[:, -self.tokens:]).float(), "b n c -> b (n c)")
 
     def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
-        prefix = self.prefix(condition, random_drops(len(x), condition, x.device))                   # b p d
-        return self.denoiser.loss(self.net, rearrange(x, "b n c -> b (n c)"), prefix)
+        prefix, mask = self.prefix(condition, random_drops(len(x), condition, x.device))             # b p d, b p
+        return self.denoiser.loss(partial(self.net, mask=mask), rearrange(x, "b n c -> b (n c)"), prefix)
 
     @torch.no_grad()
     def generate(self, condition, seeds, denoise_steps=STEPS, cfg=2., temperature=1., steer=None, **_):
@@ -68,8 +72,9 @@ class Diffusion(nn.Module):
         noise = draw_noise(map(np.random.default_rng, seeds), noise_shape, device)                   # b s (n c)
 
         condition, drop, strengths = guidance_branches(condition, len(seeds), cfg)
-        prefix = self.prefix(condition, drop)                                     # (r b) p d
-        x = self.denoiser.sample(self.net, prefix, noise, steps, strengths, temperature)             # b (n c)
+        prefix, mask = self.prefix(condition, drop)                               # (r b) p d, (r b) p
+        net = partial(self.net, mask=mask)
+        x = self.denoiser.sample(net, prefix, noise, steps, strengths, temperature)                  # b (n c)
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
@@ -89,18 +94,20 @@ class Autoregressive(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.net = DenoiseNet(channels, dim, head_dim, head_depth)
 
-    def contexts(self, prefix, x):                            # b p d, b m c -> c_1 ... c_(m+1): b (m + 1) d
+    def contexts(self, prefix, x):                            # prefix, b m c -> c_1 ... c_(m+1): b (m + 1) d
+        prefix, mask = prefix                                                     # b p d, b p
         p, start = prefix.shape[1], repeat(self.start, "d -> b 1 d", b=len(x))
         y = torch.cat([start, self.token(x)], 1) + self.place[:x.shape[1] + 1]    # b (m + 1) d
         y = torch.cat([prefix, y], 1)                                             # b (p + m + 1) d
         i = torch.arange(y.shape[1], device=x.device)
-        past = rearrange((i <= i[:, None]) | (i < p), "q k -> 1 q k")             # attend to prefix and past
+        past = (i <= i[:, None]) | (i < p)                                        # q k, attend to prefix and past
+        mask = past & rearrange(F.pad(mask, (0, len(i) - p), value=True), "b k -> b 1 k")            # b q k
         for block in self.blocks:
-            y = block(y, mask=past)
+            y = block(y, mask=mask)
         return self.norm(y[:, p:])
 
     def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
-        prefix = self.prefix(condition, random_drops(len(x), condition, x.device))                   # b p d
+        prefix = self.prefix(condition, random_drops(len(x), condition, x.device))
         c = self.contexts(prefix, x[:, :-1])                                      # b n d
         c, x = repeat(c, "b n d -> (r b n) d", r=DRAWS), repeat(x, "b n c -> (r b n) c", r=DRAWS)
         return self.denoiser.loss(self.net, x, c)
@@ -115,7 +122,7 @@ class Autoregressive(nn.Module):
         noise = draw_noise(map(np.random.default_rng, seeds), noise_shape, device)                   # b n s c
 
         condition, drop, strengths = guidance_branches(condition, len(seeds), cfg)
-        prefix = self.prefix(condition, drop)                                     # (r b) p d
+        prefix = self.prefix(condition, drop)                                     # (r b) p d, (r b) p
         x = torch.zeros(len(seeds), 0, self.channels, device=device)              # b 0 c
         for i in range(self.tokens):
             c = self.contexts(prefix, x.repeat(len(strengths) + 1, 1, 1))[:, -1]  # (r b) d
@@ -125,6 +132,19 @@ class Autoregressive(nn.Module):
 
 
 # ---------------------------------------------------------------------------- other ways to condition the backbone
+
+class Queries(Backbone):
+    """The paper's prefix: the answers to p learnt queries."""
+
+    class Prefix(Prefix):
+        def forward(self, condition, drop=None):
+            tokens, mask = super().forward(condition, drop)                       # b (t + p) d, b (t + p)
+            return tokens[:, -len(self.query):], mask[:, -len(self.query):]
+
+    def __init__(self, *, prefix, dim, heads, widths, **rest):
+        super().__init__(prefix=prefix, dim=dim, heads=heads, widths=widths, **rest)
+        self.prefix = self.Prefix(prefix, dim, heads, widths)
+
 
 class Pooled(Backbone):
     """Its prefix: p learnt tokens; to each an MLP of the mean of the condition tokens is added."""
@@ -141,7 +161,8 @@ class Pooled(Backbone):
             context, mask = self.conditions(condition, drop)                      # b t d, b t
             weight = rearrange(mask / mask.sum(1, keepdim=True), "b t -> b t 1")
             mean = reduce(context * weight, "b t d -> b 1 d", "sum")              # of tokens that are not masked
-            return self.query + self.feed(mean)                                   # b p d
+            prefix = self.query + self.feed(mean)                                 # b p d
+            return prefix, torch.ones(prefix.shape[:2], dtype=torch.bool, device=prefix.device)
 
     def __init__(self, *, prefix, dim, widths, **rest):
         super().__init__(prefix=prefix, dim=dim, widths=widths, **rest)
@@ -152,7 +173,7 @@ class ConditionBlock(Block):
     """A block that attends to the condition tokens. Cross sets `condition`, tokens and mask, before every pass."""
     condition = None
 
-    def forward(self, x, rows=None):
+    def forward(self, x, mask=None, rows=None):               # mask: of shape tokens, which it does not attend to
         return super().forward(x, *self.condition, rows=rows)
 
 
@@ -161,7 +182,7 @@ class Cross(Backbone):
     more, in place of that of Prefix Learning."""
 
     class Prefix(nn.Module):
-        """Learnt tokens, then the condition tokens; their mask is one more channel: b (p + t) (d + 1)."""
+        """The condition tokens, which only ConditionBlocks read, and p learnt tokens."""
 
         def __init__(self, prefix, dim, widths):
             super().__init__()
@@ -171,8 +192,7 @@ class Cross(Backbone):
         def forward(self, condition, drop=None):
             context, mask = self.conditions(condition, drop)                      # b t d, b t
             query = repeat(self.query, "p d -> b p d", b=len(context)).to(context.dtype)
-            mask = F.pad(mask.to(context.dtype), (len(self.query), 0))            # b (p + t)
-            return torch.cat([torch.cat([query, context], 1), mask[..., None]], -1)
+            return torch.cat([context, query], 1), F.pad(mask, (0, len(self.query)), value=True)
 
     def __init__(self, *, prefix, dim, heads, widths, **rest):
         super().__init__(prefix=prefix, dim=dim, heads=heads, widths=widths, **rest)
@@ -183,16 +203,16 @@ class Cross(Backbone):
         self.encoder, self.decoder = nn.ModuleList(blocks[:encoder]), nn.ModuleList(blocks[encoder:])
 
     def contexts(self, prefix, *rest):
-        p = len(self.prefix.query)
-        tokens, mask = prefix[..., :-1], prefix[:, p:, -1] > 0                    # b (p + t) d, b t
+        (tokens, mask), p = prefix, len(self.prefix.query)                        # b (t + p) d, b (t + p)
         for block in (*self.encoder, *self.decoder):
             if isinstance(block, ConditionBlock):
-                block.condition = tokens[:, p:], mask
-        return super().contexts(tokens[:, :p], *rest)
+                block.condition = tokens[:, :-p], mask[:, :-p]
+        return super().contexts((tokens[:, -p:], mask[:, -p:]), *rest)
 
 
 GENERATORS = {
-    "masked": Backbone, "diffusion": Diffusion, "autoregressive": Autoregressive, "pooled": Pooled, "cross": Cross}
+    "masked": Backbone, "diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "pooled": Pooled,
+    "cross": Cross}
 
 
 def load(folder):

@@ -50,7 +50,7 @@ def test_a_chain_does_not_look_ahead():
     assert not same[11:].any()                         # c_11 is the first context vector that depends on x_10
 
 
-@pytest.mark.parametrize("generator", ["masked", "pooled", "cross"])
+@pytest.mark.parametrize("generator", ["masked", "queries", "pooled", "cross"])
 def test_contexts_depend_on_the_condition_not_on_its_order(generator):
     """The context vectors depend on the condition tokens, not on their order nor on those behind the mask."""
     model, condition = small_backbone(generator=generator)[0], prompted()
