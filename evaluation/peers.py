@@ -33,8 +33,21 @@ STEPS = 64    # of denoising all tokens at once
 
 # ---------------------------------------------------------------------------- other generators
 
+class TimedBlock(Block):
+    """A block whose shifts, scales and gates depend on the time (adaLN): one network for all blocks, and an offset."""
+
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads)
+        self.offset = nn.Parameter(torch.zeros(6, dim))
+
+    def forward(self, x, mask, time):                         # b k d, b k, b 6 d -> b k d
+        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(time + self.offset, "b i d -> i b 1 d")
+        x = x + (1 + gate1) * self.attention(self.norm1(x) * (1 + scale1) + shift1, mask=mask)
+        return x + (1 + gate2) * self.feed(self.norm2(x) * (1 + scale2) + shift2)
+
+
 class Diffusion(nn.Module):
-    """[prefix, time, noisy tokens] -> velocity or noise of all tokens. To a denoiser a shape is one vector: b (n c)."""
+    """[prefix, noisy tokens] -> velocity or noise of all tokens. To a denoiser a shape is one vector: b (n c)."""
     takes_rgs = False
 
     def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
@@ -42,20 +55,21 @@ class Diffusion(nn.Module):
         super().__init__()
         self.tokens, self.channels, self.dim, self.denoiser = tokens, channels, dim, DENOISERS[denoiser]
         self.prefix = Prefix(prefix, dim, heads, widths)
-        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
+        nn.init.zeros_(self.time[-1].weight)
         self.token = nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(tokens, dim) * .02)                 # n d
-        spare = round((5 * head_depth + 4) * head_dim ** 2 / (12 * dim ** 2))     # as large as a DenoiseNet, in blocks
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(encoder + decoder + spare))
+        spare = (5 * head_depth + 4) * head_dim ** 2 - 5 * dim ** 2               # as large as a DenoiseNet, in blocks
+        count = encoder + decoder + round(spare / (12 * dim ** 2))
+        self.blocks = nn.ModuleList(TimedBlock(dim, heads) for _ in range(count))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
 
     def net(self, x, t, prefix, mask):                        # b (n c), b, b p d, b p -> b (n c)
         x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place               # b n d
-        t = rearrange(self.time(time_embedding(t, self.dim)), "b d -> b 1 d")
-        y = torch.cat([prefix, t, x], 1)                                          # b (p + 1 + n) d
-        mask = F.pad(mask, (0, 1 + self.tokens), value=True)                      # b (p + 1 + n)
+        t = rearrange(self.time(time_embedding(t, self.dim)), "b (i d) -> b i d", i=6)
+        y, mask = torch.cat([prefix, x], 1), F.pad(mask, (0, self.tokens), value=True)               # b (p + n) d
         for block in self.blocks:
-            y = block(y, mask=mask)
+            y = block(y, mask, t)
         return rearrange(self.out(y[:, -self.tokens:]).float(), "b n c -> b (n c)")
 
     def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
