@@ -1,7 +1,8 @@
 """experiments.py - the questions of the papers: what does it bring to have this part, or to have another in its place?
 
-The variants of an experiment are trained on the same tokens, prompts and shapes, for the same number of steps, with
-several seeds. A variant that is trained already is not trained again, so the experiments share their first row.
+The variants of an experiment are trained on the same tokens, prompts and shapes, for the same number of steps (or for
+equal FLOPs), with several seeds. A variant that is trained already is not trained again, so the experiments share their
+first row.
 
     python evaluate.py versus            # trains what it compares, as all VARIANTS below
     python evaluate.py overfit           # ten shapes of one class: does each prompt give its shape?
@@ -18,13 +19,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import backbone
+import tokenizer
 from data import prepare
 from engine.commands import UserError, between
 from engine.files import read_config, read_stage, read_weights
 from engine.state import plot_losses
-from evaluation import exam
+from evaluation import exam, peers
 from evaluation.metrics import chamfer, chamfer_matrix, cosine, kernel_distance
 from evaluation.results import interval, labels, weights, write_table
+from evaluation.timing import count_flops
 from geometry import training_samples
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.shapes import CLASSES
@@ -34,9 +38,12 @@ VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, opt
     "versus": ("LTM3D against other generators: same shape tokens, number of parameters and steps", {
         "LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, RGS": ("", {"rgs": "sampled=.1"}),
         "LTM3D, RGS within 1.5 sigma": ("", {"rgs": "within=1.5"}), "latent diffusion": ("--generator diffusion", {}),
-        "autoregressive": ("--generator autoregressive", {})}),
-    "ablate-prefix": ("a learnt prefix against plain cross-attention and mean-pooled conditioning", {
-        "prefix": ("", {}), "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})}),
+        "autoregressive": ("--generator autoregressive", {}),
+        "latent diffusion, equal FLOPs": ("--generator diffusion --steps equal", {}),
+        "autoregressive, equal FLOPs": ("--generator autoregressive --steps equal", {})}),
+    "ablate-prefix": ("the prefix against the paper's, plain cross-attention and mean-pooled conditioning", {
+        "prefix": ("", {}), "queries alone, the paper's": ("--generator queries", {}),
+        "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})}),
     "ablate-encoder": ("the built-in towers against a bag of words and plain pixels, and encoders of transformers", {
         "built-in towers": ("", {}), "text: a bag of words": ("--text-encoder bag", {}),
         "picture: plain pixels": ("--image-encoder pixels", {})}),
@@ -61,6 +68,21 @@ def launch(flags):
                 child.send_signal(signal.SIGINT)
 
 
+def training_flops(generator):
+    """Operations of a training step at tiny for one shape, with a caption of twenty words and a picture."""
+    side, channels = tokenizer.SIZES["tiny"]["side"], tokenizer.SIZES["tiny"]["channels"]
+    settings = dict(tokens=side ** 3, channels=channels, widths={"text": 128, "image": 128}, **backbone.SIZES["tiny"])
+
+    def step(meta):
+        with meta:
+            model, x = peers.GENERATORS[generator](**settings), torch.zeros(1, side ** 3, channels)
+            condition = {kind: (torch.zeros(1, t, 128), torch.ones(1, t, dtype=torch.bool))
+                         for kind, t in (("text", 20), ("image", 64))}
+        for i in range(8):
+            model.loss(x, condition, (i + .5) / 8).backward()
+    return count_flops(step) / 8
+
+
 def train(args, variant, seed):
     """A backbone on the other stages of --checkpoint, with the flags of a variant; -> its folder."""
     name = re.sub(r"[^\w.]+", "-", variant).strip("-") or "ltm3d"
@@ -69,6 +91,9 @@ def train(args, variant, seed):
     flags = {"--from": source, "--stage": "backbone", "--shapes": args.train_shapes, "--steps": args.steps,
              "--seed": seed, "--cache": args.cache, "--out": folder, "--device": args.device,
              "--precision": args.precision} | dict(zip(words[::2], words[1::2]))
+    if flags["--steps"] == "equal":
+        share = training_flops("masked") / training_flops(flags["--generator"])
+        flags["--steps"] = round(share * args.steps)
     entry = read_config(folder).get("backbone")
     if entry is None:
         print(f"training {folder}")
