@@ -490,3 +490,18 @@ def test_the_reconstructor_knows_its_variance():
     assert recon[:, 1].abs().max() < .3
     assert abs(sigma[:, 1].mean() - .7) < .1
     assert sigma[:, 0].max() < .45 * sigma[:, 1].min()
+
+
+def test_the_branch_without_a_prompt_is_not_steered(monkeypatch):
+    """RGS changes what the branches with a prompt see. Guidance compares them with one that sees the sampled tokens."""
+    model, condition = small_backbone()
+    contexts, seen = model.contexts, []
+
+    def record(prefix, x, *rest):
+        seen.append(x.chunk(3))
+        return contexts(prefix, x, *rest)
+    monkeypatch.setattr(model, "contexts", record)
+    model.generate(condition, [0, 1, 2], steps=4, steer=lambda x: x + 1, window=.5)
+    for step, (both, text, nothing) in enumerate(seen):
+        assert torch.equal(both, nothing + (step < 2))
+        assert torch.equal(both, text)
