@@ -48,13 +48,14 @@ class Halve(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Pictures b 3 s s -> condition tokens b t e, one for each patch of 8 x 8 pixels."""
+    """Pictures b 3 s s -> condition tokens b t e, one for each patch of 16 x 16 pixels."""
 
     def __init__(self, out, dim, depth, heads):               # out: the width of a cloud's embedding
         super().__init__()
         self.width = dim                                      # e
-        self.stem = nn.Sequential(Halve(3, dim // 4), Halve(dim // 4, dim // 2), Halve(dim // 2, dim))
-        self.place = nn.Parameter(torch.randn((SIZE // 8) ** 2, dim) * dim ** -.5)
+        widths = 3, dim // 8, dim // 4, dim // 2, dim
+        self.stem = nn.Sequential(*map(Halve, widths, widths[1:]))
+        self.place = nn.Parameter(torch.randn((SIZE // 16) ** 2, dim) * dim ** -.5)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.out = nn.Linear(dim, out, bias=False)
