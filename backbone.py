@@ -250,10 +250,11 @@ class Backbone(nn.Module):
         x = torch.zeros(b, n, c, device=device)                                   # b n c, tokens not known yet are 0
         for step, (known, then) in enumerate(schedule(n, steps)):
             new = order[:, known:then]                                            # b m, the tokens of this step
-            seen = steer(x) if step < rgs_steps else x                            # b n c, RGS; only known tokens count
+            steered = steer(x) if step < rgs_steps else x                         # b n c, RGS; only known tokens count
 
-            # MAE: c_i = f(prefix, known tokens), in all r branches
-            seen, places, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (seen, order, new))
+            # MAE: c_i = f(prefix, known tokens), in all r branches; the last, without a prompt, is not steered
+            seen = torch.cat([steered] * len(strengths) + [x if strengths else steered])                     # (r b) n c
+            places, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (order, new))
             context = self.contexts(prefix, seen, places, known, rows)            # (r b) m d
             context = rearrange(context, "rb m d -> (rb m) d")
 
