@@ -77,7 +77,7 @@ def training_flops(generator):
         with meta:
             model, x = peers.GENERATORS[generator](**settings), torch.zeros(1, side ** 3, channels)
             condition = {kind: (torch.zeros(1, t, 128), torch.ones(1, t, dtype=torch.bool))
-                         for kind, t in (("text", 20), ("image", 64))}
+                         for kind, t in (("text", 20), ("image", 16))}
         for i in range(8):
             model.loss(x, condition, (i + .5) / 8).backward()
     return count_flops(step) / 8
