@@ -15,7 +15,7 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
     python evaluate.py cross-view --rep sdf      # eight views of one shape: is it the same shape eight times?
     python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its rules and weights
     python evaluate.py versus                    # and overfit, ablate-prefix, ablate-encoder, ablate-denoiser,
-                                                 # data-scaling: these train first (evaluation/experiments.py)
+                                                 # latent-spaces, data-scaling: these train (evaluation/experiments.py)
 
 Each command prints a Markdown table and writes it, a CSV and a plot to --out. Single results are stored there too: a
 run that was stopped goes on. Several checkpoints stand side by side: --checkpoint checkpoints/tiny runs/mine.

@@ -50,6 +50,8 @@ VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, opt
     "ablate-denoiser": ("flow against DDPM, by the number of denoising steps", {
         **{f"flow, {steps} steps": ("", {"denoise_steps": steps}) for steps in (2, 4, 8, 16)},
         **{f"ddpm, {steps} steps": ("--denoiser ddpm", {"denoise_steps": steps}) for steps in (25, 50, 100)}}),
+    "latent-spaces": ("one backbone for one latent space, and for four that have nothing to do with each other", {
+        "one space": ("", {}), "four spaces": ("--generator spaces", {})}),
     "data-scaling": ("the number of training shapes: are samples new, or copies?", {
         "130 shapes": ("--shapes 130", {}), "1300 shapes": ("--shapes 1300", {}), "all shapes": ("", {})}),
 }

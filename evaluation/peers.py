@@ -11,6 +11,10 @@ Three other ways to give the condition to LTM3D's masked backbone:
     pooled           the mean of the condition tokens, through an MLP, is added to p learnt tokens (as MAR's class)
     cross            the p learnt tokens do not depend on the prompt; every other block attends to the condition tokens
 
+And a harder task for it, the paper's reason for a backbone per representation:
+
+    spaces           four latent spaces that have nothing to do with each other
+
     python -m evaluation.peers --from checkpoints/tiny --generator diffusion --out runs/diffusion    # flags of train.py
     python evaluate.py versus                                                                       # compares all
 """
@@ -224,9 +228,39 @@ class Cross(Backbone):
         return super().contexts((tokens[:, -p:], mask[:, -p:]), *rest)
 
 
+# ---------------------------------------------------------------------------- several latent spaces
+
+class Spaces(Backbone):
+    """One backbone for four latent spaces. In each of them the channels of all tokens are turned by a rotation of its
+    own, so that the spaces say the same, but nothing learnt in one is of use in another. A label names the space."""
+    takes_rgs = False
+
+    def __init__(self, *, channels, dim, **rest):
+        super().__init__(channels=channels, dim=dim, **rest)
+        self.label = nn.Embedding(4, dim)
+        random = torch.randn(4, channels, channels, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.register_buffer("rotation", torch.linalg.qr(random).Q)               # s c c
+
+    def contexts(self, prefix, *rest):
+        tokens, mask = prefix                                                     # (r b) p d, (r b) p
+        label = repeat(self.label(self.space), "b d -> (r b) 1 d", r=len(tokens) // len(self.space))
+        return super().contexts((tokens + label, mask), *rest)
+
+    def loss(self, x, condition, moment=None):
+        self.space = torch.randint(4, (len(x),), device=x.device)                 # b, of each sample
+        return super().loss(x @ self.rotation[self.space], condition, moment)
+
+    def generate(self, condition, seeds, **options):
+        """Samples of all spaces in turn, turned back."""
+        if options.get("steer"):
+            raise UserError("the reconstructor knows none of these latent spaces; give --rgs none")
+        self.space = torch.arange(len(seeds), device=self.unknown.device) % 4
+        return super().generate(condition, seeds, **options) @ self.rotation[self.space].mT
+
+
 GENERATORS = {
     "masked": Backbone, "diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "pooled": Pooled,
-    "cross": Cross}
+    "cross": Cross, "spaces": Spaces}
 
 
 def load(folder):
