@@ -266,19 +266,23 @@ class Exam:
         return {**self.prompt_scores(*self.described[:2], features), "Chamfer to described": floor,
                 **self.set_scores(self.described[0], features), "memorisation": 1., "of copies": "", "diversity": 1.}
 
+    def fidelity(self, captioned):
+        """How well samples of the captions fit them, and the shapes described; -> scores, features n e."""
+        cloud = [torch.from_numpy(captioned[key]) for key in ("points", "normals", "colours")]            # r k 3 each
+        features = self.scorer.clouds(*cloud)                                     # r e
+        near = [chamfer(*pair) for pair in zip(captioned["points"], self.described[0])]
+        return {**self.prompt_scores(*cloud[:2], features), "Chamfer to described": np.mean(near)}, features
+
     def scores(self, model, cache, **options):
         """-> all metrics of a checkpoint, a row of metrics for each class name, the samples of the class names."""
         result_of = shape_result(model, self.args.rep, self.args.resolution)
         train = training_set_of(model.folder, self.args)
         captioned = sample_all(model, self.captioned, cache, result_of, **options)
         named = sample_all(model, self.named, cache, result_of, **options)
-        cloud = [torch.from_numpy(captioned[key]) for key in ("points", "normals", "colours")]            # r k 3 each
-        features = self.scorer.clouds(*cloud)                                     # r e
-        near = [chamfer(*pair) for pair in zip(captioned["points"], self.described[0])]
+        fidelity, features = self.fidelity(captioned)
         rows = self.class_rows(named)
         means = mean(rows)
-        scores = {**self.prompt_scores(*cloud[:2], features), "Chamfer to described": np.mean(near),
-                  **self.set_scores(captioned["points"], features),
+        scores = {**fidelity, **self.set_scores(captioned["points"], features),
                   **score_memorisation(train, model, self.test, captioned["tokens"]),
                   "right class": means["right class"], **{key: means[key] for key in SOUNDNESS if key in means},
                   "diversity": means["ratio"], "seconds": np.mean([*captioned["seconds"], *named["seconds"]])}

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from itertools import product
 from pathlib import Path
 
@@ -116,6 +117,26 @@ def train(args, variant, seed):
     return folder
 
 
+def variant_cache(args, what, folder, options):
+    """The cache of the samples of a trained variant, by these options of sampling."""
+    label = "-".join([folder.name, *(f"{key}-{value}" for key, value in options.items())])
+    return exam.result_cache(args, label, folder, *exam.stages_of(args.rep), what=what, options=options)
+
+
+def best_guidance(args, validation, folder, options):
+    """Of several strengths of guidance, that with the best prompt score on captions of validation shapes."""
+    if validation is None:
+        return args.guidance[0]
+    model, scores = exam.open_model(args, folder), {}
+    result_of = exam.shape_result(model, args.rep, args.resolution)
+    for cfg in args.guidance:
+        guided = options | {"cfg": cfg}
+        cache = variant_cache(validation.args, "guidance", folder, guided)
+        captioned = exam.sample_all(model, validation.captioned, cache, result_of, **guided)
+        scores[cfg] = validation.fidelity(captioned)[0]["prompt score"]
+    return max(scores, key=scores.get)
+
+
 def compare_variants(args):
     """Train every variant with every seed; compare them by all metrics."""
     variants = dict(VARIANTS[args.command][1])
@@ -124,20 +145,21 @@ def compare_variants(args):
     if any("rgs" in options for _, options in variants.values()):
         read_stage(args.checkpoint[0], "reconstruct")         # a missing one is an error now, not after hours
     benchmark, rows, panels = exam.Exam(args, args.n, args.shapes), [], {}
+    validation = Namespace(**vars(args) | {"split": "validation"})
+    validation = exam.Exam(validation, args.n, args.shapes // 2) if len(args.guidance) > 1 else None
     folders = {name: [train(args, flags, seed) for seed in range(args.seeds)] for name, (flags, _) in variants.items()}
     for name, (_, options) in variants.items():
-        scores = []
+        guided, scores = options | {"cfg": best_guidance(args, validation, folders[name][0], options)}, []
         for folder in folders[name]:
-            label = "-".join([folder.name, *(f"{key}-{value}" for key, value in options.items())])
-            cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), what="variants", options=options)
-            model = exam.open_model(args, folder)
-            scores.append(benchmark.scores(model, cache, **options)[0])
+            model, cache = exam.open_model(args, folder), variant_cache(args, "variants", folder, guided)
+            scores.append(benchmark.scores(model, cache, **guided)[0])
             if args.command == "ablate-encoder":
-                scores[-1] |= benchmark.picture_scores(model, cache, **options)
+                scores[-1] |= benchmark.picture_scores(model, cache, **guided)
         stages = ["backbone", "reconstruct"] if "rgs" in options else ["backbone"]
         files = [read_weights(folders[name][0] / f"{stage}.safetensors") for stage in stages]
         seconds = [sum(read_config(folder)[stage]["seconds"] for stage in stages) for folder in folders[name]]
-        rows.append({"variant": name, "M parameters": sum(x.numel() for file in files for x in file.values()) / 1e6,
+        parameters = sum(x.numel() for file in files for x in file.values()) / 1e6
+        rows.append({"variant": name, "guidance": f"{guided['cfg']:g}", "M parameters": parameters,
                      "minutes": np.mean(seconds) / 60})
         numbers = [key for key, value in scores[0].items() if not isinstance(value, str)]
         rows[-1] |= {key: interval([score[key] for score in scores]) for key in numbers}
@@ -293,6 +315,8 @@ def add_flags(flag):
     flag([*rgs, *VARIANTS], "--seeds", type=between(1, 100), default=3, help="samplings or trainings of each variant")
     flag(TRAINED, "--train-shapes", type=between(2), default=20_800, help="built-in shapes that variants learn from")
     flag(TRAINED, "--steps", type=between(1), default=1200, help="training steps of every variant")
+    flag(VARIANTS, "--guidance", nargs="+", type=between(0, 100, float), default=[1.5, 2, 3, 4],
+         help="strengths to choose from, for each variant the best one on validation shapes")
     flag(TRAINED, "--runs", default="runs/experiments", help="folder of the trained variants")
     flag(["ablate-encoder"], "--text-encoders", nargs="+", default=[], metavar="NAME", help="of transformers, to add")
     flag(["overfit"], "--of", choices=CLASSES, default="chair", help="the class")

@@ -236,10 +236,11 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
     """versus: two variants share a training, a second run trains nothing, other settings are an error."""
     variants = {"LTM3D": ("", {}), "fewer steps": ("", {"steps": 8}), "pooled": ("--generator pooled", {})}
     monkeypatch.setitem(experiments.VARIANTS, "versus", ("", variants))
-    small = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted
+    small = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted, "--guidance", 1, 3
     assert experiment("versus", *small) == 0
     assert len(experiment.trainings) == 2
     assert [row["variant"] for row in rows_of(tmp_path / "out/versus")] == ["held-out shapes", *variants]
+    assert {row["guidance"] for row in rows_of(tmp_path / "out/versus")} <= {"", "1", "3"}
     assert (tmp_path / "out/versus-losses.png").is_file()
     assert experiment("versus", *small) == 0
     assert len(experiment.trainings) == 2
