@@ -24,6 +24,7 @@ from sample import LTM3D
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
 SOUNDNESS = "one piece", "watertight", "closed edges"         # what a representation may say of its surface
+SHARES = "R-precision", "COV", "right class", *SOUNDNESS      # columns that end at 1
 ROOT = Path(__file__).parent.parent
 CODE = [ROOT / name for name in (                             # the files that decide what a result is
     "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py",

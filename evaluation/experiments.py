@@ -28,7 +28,7 @@ from engine.files import read_config, read_stage, read_weights
 from engine.state import plot_losses
 from evaluation import exam, peers
 from evaluation.metrics import chamfer, chamfer_matrix, cosine, kernel_distance
-from evaluation.results import interval, labels, weights, write_table
+from evaluation.results import interval, labels, weights, whiskers, write_table
 from evaluation.timing import count_flops
 from geometry import training_samples
 from geometry.render import contact_sheet, render_mesh, save_png
@@ -162,7 +162,8 @@ def compare_variants(args):
         rows.append({"variant": name, "guidance": f"{guided['cfg']:g}", "M parameters": parameters,
                      "minutes": np.mean(seconds) / 60})
         numbers = [key for key, value in scores[0].items() if not isinstance(value, str)]
-        rows[-1] |= {key: interval([score[key] for score in scores]) for key in numbers}
+        rows[-1] |= {key: interval([score[key] for score in scores], 1 if key in exam.SHARES else np.inf)
+                     for key in numbers}
         panels.setdefault(tuple(folders[name]), name)         # one panel for variants with the same weights
 
     several = f"means of {args.seeds} trainings, with 95 % confidence intervals"
@@ -289,7 +290,7 @@ def draw_rgs(plt, rows):
         axis.legend(loc="lower left", fontsize="x-small")
         for row in others:
             cells = row["share of diversity less floor"], row["prompt score"]
-            (x, dx), (y, dy) = (cell if isinstance(cell, tuple) else (cell, 0) for cell in cells)
+            (x, dx), (y, dy) = map(whiskers, cells)
             ours = row["rule"].startswith("within")
             colour = "#c44e52" if ours else "black" if row["rule"] == "sampling only" else "#4c72b0"
             axis.errorbar(x, y, dy, dx, "o", color=colour, elinewidth=.5, markersize=4)

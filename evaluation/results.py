@@ -1,13 +1,14 @@
 """results.py - what evaluate.py leaves behind: tables, plots, and a cache of single results.
 
 Each result that takes long has a file of its own, so a run that was stopped goes on where it was. A table is a list of
-rows: dicts with the same keys, texts first. A number may be a pair: a mean and half of its 95 % confidence interval.
+rows: dicts with the same keys, texts first. A number may be an Interval.
 """
 import csv
 import json
 import zipfile
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
@@ -66,12 +67,31 @@ def mean(rows):
     return {key: np.mean([row[key] for row in rows]) for key in numbers}
 
 
-def interval(values):
-    """-> the mean and half the width of the 95 % confidence interval of Student's t; of a single value, that value."""
+class Interval(NamedTuple):
+    """A mean and its 95 % confidence interval."""
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self):
+        below, above = self.mean - self.low, self.high - self.mean
+        return f"{self.mean:.3f} ± {below:.3f}" if above > .999 * below else \
+            f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def interval(values, most=np.inf):
+    """Of several values: their Interval, by Student's t, not beyond the largest possible value; of one: that value."""
     values = np.asarray(values, float)
     if len(values) == 1:
         return values[0]
-    return values.mean(), student.ppf(.975, len(values) - 1) * values.std(ddof=1) / len(values) ** .5
+    half = student.ppf(.975, len(values) - 1) * values.std(ddof=1) / len(values) ** .5
+    return Interval(values.mean(), values.mean() - half, min(values.mean() + half, most))
+
+
+def whiskers(cell):
+    """A number or an Interval -> its mean, and how far it reaches below and above: 2 1."""
+    mean, low, high = cell if isinstance(cell, Interval) else (cell, cell, cell)
+    return mean, [[mean - low], [high - mean]]
 
 
 # ---------------------------------------------------------------------------- tables and plots
@@ -93,9 +113,7 @@ def write_tables(out, name, tables, means=True):
 
 
 def format_cell(value):
-    if isinstance(value, tuple):
-        return f"{value[0]:.3f} ± {value[1]:.3f}"
-    return value if isinstance(value, str) else f"{value:.3f}"
+    return str(value) if isinstance(value, (str, Interval)) else f"{value:.3f}"
 
 
 def write_table(out, name, rows, mean_row=False, draw=None):
@@ -111,10 +129,11 @@ def write_table(out, name, rows, mean_row=False, draw=None):
     with atomic_write(f"{out}/{name}.md") as part:
         part.write_text(table + "\n")
 
-    flat = [{} for _ in rows]                                 # a pair takes two columns
+    flat = [{} for _ in rows]                                 # an Interval takes three columns
     for flat_row, row in zip(flat, rows):
         for key, value in row.items():
-            flat_row.update({key: value[0], f"{key} ±": value[1]} if isinstance(value, tuple) else {key: value})
+            columns = key, f"{key} from", f"{key} to"
+            flat_row.update(dict(zip(columns, value)) if isinstance(value, Interval) else {key: value})
     with atomic_write(f"{out}/{name}.csv") as part, part.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
         writer.writeheader()
@@ -142,8 +161,8 @@ def draw_dots(plt, rows):
         axis.axis("off")
     for axis, key in zip(axes.flat, keys):
         cells = [np.nan if isinstance(row[key], str) else row[key] for row in rows]
-        x, reach = zip(*(cell if isinstance(cell, tuple) else (cell, 0) for cell in cells))
-        axis.errorbar(x, range(len(rows)), xerr=reach, fmt="o", color="#4c72b0", elinewidth=1)
+        x, beyond = zip(*map(whiskers, cells))
+        axis.errorbar(x, range(len(rows)), xerr=np.hstack(beyond), fmt="o", color="#4c72b0", elinewidth=1)
         axis.grid(axis="y", linewidth=.3)
         axis.set(yticks=range(len(rows)), yticklabels=names)
         axis.set_title(key, size="medium")

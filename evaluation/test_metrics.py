@@ -232,3 +232,14 @@ def test_slips_are_read_as_what_was_meant():
     meant = [str(rng.choice(["table", "chair", "bottle", "yellow", "purple", "stool"])) for _ in range(100)]
     read = [reading.known_form(words.slip(word, rng), vocabulary) for word in meant]
     assert sum(a == b for a, b in zip(read, meant)) >= 95
+
+
+def test_the_interval_of_shares_ends_at_one():
+    assert str(results.interval([.8, .9, 1.], most=1)) == "0.900 (0.652 to 1.000)"
+    assert str(results.interval([.8, .9, 1.])) == "0.900 ± 0.248"
+
+
+def test_a_table_of_intervals_has_a_column_for_each_end(tmp_path):
+    rows = [{"name": "a", "score": results.interval([1., 2., 3.])}, {"name": "b", "score": 2.}]
+    results.write_table(tmp_path, "x", rows)
+    assert (tmp_path / "x.csv").read_text().splitlines()[0] == "name,score,score from,score to"
