@@ -28,7 +28,7 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
 }
-DRAWS = 4    # noise draws per hidden token and step: all of them share the MAE's work
+DRAWS = 2    # noise draws per hidden token and step: all of them share the MAE's work
 CACHED = 2 ** 20    # tokens times width times branches of guidance that a CPU computes at once (cache_sized)
 
 
@@ -218,10 +218,11 @@ class Backbone(nn.Module):
         """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the hidden tokens.
         moment: of generation, from 0 (nothing is known) to 1; by default a random one."""
         b, n, device = len(x), self.tokens, x.device
-        # The share of hidden tokens is the same for the whole batch: no padding. (MAR hides at least .7 of them, by a
-        # truncated normal: then tokens placed last, when nearly all are known, are never learnt.)
-        ratio = math.cos(math.pi / 2 * (torch.rand(1).item() if moment is None else moment))
-        known = n - math.ceil(n * ratio)
+        # The share of hidden tokens is the same for the whole batch: no padding. Early moments, when the prompt decides
+        # most, are drawn more often. (MAR hides at least .7 of the tokens, by a truncated normal: then tokens placed
+        # last, when nearly all are known, are never learnt.)
+        moment = torch.rand(1).item() ** 1.5 if moment is None else moment
+        known = n - math.ceil(n * math.cos(math.pi / 2 * moment))
         order = torch.rand(b, n, device=device).argsort(1)                        # b n
         hidden = order[:, known:]                                                 # b m
 
