@@ -198,6 +198,7 @@ class Backbone(nn.Module):
         tokens) -> context vectors c_i of the tokens `rows` (b m): b m d."""
         prefix, mask = prefix                                                     # b p d, b p
         (b, p, d), n = prefix.shape, self.tokens
+        summary = self.prefix.summary(prefix, mask)                               # b 1 d
         index = repeat(order[:, :known], "b k -> b k d", d=d)                     # b k d
         y = (self.token(x) + self.place_in).gather(1, index)                      # b k d
         y = torch.cat([prefix, y], 1)                                             # b (p + k) d
@@ -212,7 +213,7 @@ class Backbone(nn.Module):
         mask = F.pad(mask, (0, n), value=True)                                    # b (p + n)
         for block in self.decoder[:-1]:                                           # sees all places
             y = block(y, mask=mask)
-        return self.norm_out(self.decoder[-1](y, mask=mask, rows=p + rows))       # b m d
+        return self.norm_out(self.decoder[-1](y, mask=mask, rows=p + rows)) + summary             # b m d
 
     def loss(self, x, condition, moment=None):
         """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the hidden tokens.

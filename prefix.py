@@ -3,8 +3,9 @@
     prefix = [condition, FFN(CrossAttention(learnable queries, condition))]     t + p tokens of the backbone's width
 
 It aligns the condition with the shape space while generating, so the shape tokenizer never has to know about language
-or pictures. The paper's prefix are the p answers alone. They are a bottleneck: with the condition tokens beside them,
-projected to the same width, samples follow their prompts better (docs/RESULTS.md; `Queries` in evaluation/peers.py).
+or pictures. The paper's prefix are the p answers alone. They are a bottleneck: samples follow their prompts better with
+the condition tokens beside them, projected to the same width, and with the mean of the prefix in every context vector
+c_i, where the DenoiseNet reads it at once (docs/RESULTS.md; `Queries` in evaluation/peers.py is the paper's).
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. Each kind
 has its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
@@ -13,7 +14,7 @@ has its own width e and its own Linear to the width d, whose bias tells the back
 """
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, reduce, repeat
 from torch import nn
 
 from engine.networks import Block
@@ -56,6 +57,7 @@ class Prefix(nn.Module):
         self.conditions = Conditions(widths, dim)
         self.query = nn.Parameter(torch.randn(prefix, dim) * .02)                 # p d
         self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
+        self.pool = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
 
     def forward(self, condition, drop=None):
         """-> prefix tokens b (t + p) d and their mask, False = padding or a prompt that is dropped."""
@@ -63,3 +65,8 @@ class Prefix(nn.Module):
         query = repeat(self.query, "p d -> b p d", b=len(context))
         answers = self.cross(query, context, mask)                                # b p d
         return torch.cat([context, answers], 1), F.pad(mask, (0, len(self.query)), value=True)
+
+    def summary(self, tokens, mask):
+        """Prefix tokens b p d and their mask -> b 1 d, to be added to every context vector."""
+        shown = rearrange(mask, "b p -> b p 1").to(tokens.dtype)
+        return self.pool(reduce(tokens * shown, "b p d -> b 1 d", "sum") / reduce(shown, "b p 1 -> b 1 1", "sum"))

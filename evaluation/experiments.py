@@ -43,7 +43,8 @@ VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, opt
         "latent diffusion, equal FLOPs": ("--generator diffusion --steps equal", {}),
         "autoregressive, equal FLOPs": ("--generator autoregressive --steps equal", {})}),
     "ablate-prefix": ("the prefix against the paper's, plain cross-attention and mean-pooled conditioning", {
-        "prefix": ("", {}), "queries alone, the paper's": ("--generator queries", {}),
+        "prefix": ("", {}), "without its mean in c_i": ("--generator unpooled", {}),
+        "queries alone, the paper's": ("--generator queries", {}),
         "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})}),
     "ablate-encoder": ("the built-in towers against a bag of words and plain pixels, and encoders of transformers", {
         "built-in towers": ("", {}), "text: a bag of words": ("--text-encoder bag", {}),

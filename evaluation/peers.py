@@ -8,6 +8,7 @@ A table without a peer says nothing. Two other ways to model all tokens x_1 ... 
 Three other ways to give the condition to LTM3D's masked backbone:
 
     queries          the prefix of the paper: the p answers to learnt queries alone
+    unpooled         the condition tokens beside them, but not the mean of the prefix in every c_i
     pooled           the mean of the condition tokens, through an MLP, is added to p learnt tokens (as MAR's class)
     cross            the p learnt tokens do not depend on the prompt; every other block attends to the condition tokens
 
@@ -70,7 +71,8 @@ class Diffusion(nn.Module):
 
     def net(self, x, t, prefix, mask):                        # b (n c), b, b p d, b p -> b (n c)
         x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place               # b n d
-        t = rearrange(self.time(time_embedding(t, self.dim)), "b (i d) -> b i d", i=6)
+        t = time_embedding(t, self.dim) + rearrange(self.prefix.summary(prefix, mask), "b 1 d -> b d")
+        t = rearrange(self.time(t), "b (i d) -> b i d", i=6)
         y, mask = torch.cat([prefix, x], 1), F.pad(mask, (0, self.tokens), value=True)               # b (p + n) d
         for block in self.blocks:
             y = block(y, mask, t)
@@ -115,6 +117,7 @@ class Autoregressive(nn.Module):
     def contexts(self, prefix, x):                            # prefix, b m c -> c_1 ... c_(m+1): b (m + 1) d
         prefix, mask = prefix                                                     # b p d, b p
         p, start = prefix.shape[1], repeat(self.start, "d -> b 1 d", b=len(x))
+        summary = self.prefix.summary(prefix, mask)                               # b 1 d
         y = torch.cat([start, self.token(x)], 1) + self.place[:x.shape[1] + 1]    # b (m + 1) d
         y = torch.cat([prefix, y], 1)                                             # b (p + m + 1) d
         i = torch.arange(y.shape[1], device=x.device)
@@ -122,7 +125,7 @@ class Autoregressive(nn.Module):
         mask = past & rearrange(F.pad(mask, (0, len(i) - p), value=True), "b k -> b 1 k")            # b q k
         for block in self.blocks:
             y = block(y, mask=mask)
-        return self.norm(y[:, p:])
+        return self.norm(y[:, p:]) + summary
 
     def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
         prefix = self.prefix(condition, random_drops(len(x), condition, x.device))
@@ -151,23 +154,38 @@ class Autoregressive(nn.Module):
 
 # ---------------------------------------------------------------------------- other ways to condition the backbone
 
-class Queries(Backbone):
-    """The paper's prefix: the answers to p learnt queries."""
+def no_summary(self, tokens, mask):
+    """Nothing of the prefix is added to context vectors."""
+    return 0.
+
+
+class Unpooled(Backbone):
+    """The prefix tokens alone."""
 
     class Prefix(Prefix):
-        def forward(self, condition, drop=None):
-            tokens, mask = super().forward(condition, drop)                       # b (t + p) d, b (t + p)
-            return tokens[:, -len(self.query):], mask[:, -len(self.query):]
+        summary = no_summary
 
     def __init__(self, *, prefix, dim, heads, widths, **rest):
         super().__init__(prefix=prefix, dim=dim, heads=heads, widths=widths, **rest)
         self.prefix = self.Prefix(prefix, dim, heads, widths)
+        del self.prefix.pool
+
+
+class Queries(Unpooled):
+    """The paper's prefix: the answers to p learnt queries."""
+
+    class Prefix(Unpooled.Prefix):
+        def forward(self, condition, drop=None):
+            tokens, mask = super().forward(condition, drop)                       # b (t + p) d, b (t + p)
+            return tokens[:, -len(self.query):], mask[:, -len(self.query):]
 
 
 class Pooled(Backbone):
     """Its prefix: p learnt tokens; to each an MLP of the mean of the condition tokens is added."""
 
     class Prefix(nn.Module):
+        summary = no_summary
+
         def __init__(self, prefix, dim, widths):
             super().__init__()
             self.conditions = Conditions(widths, dim)
@@ -201,6 +219,7 @@ class Cross(Backbone):
 
     class Prefix(nn.Module):
         """The condition tokens, which only ConditionBlocks read, and p learnt tokens."""
+        summary = no_summary
 
         def __init__(self, prefix, dim, widths):
             super().__init__()
@@ -251,16 +270,17 @@ class Spaces(Backbone):
         return super().loss(x @ self.rotation[self.space], condition, moment)
 
     def generate(self, condition, seeds, **options):
-        """Samples of all spaces in turn, turned back."""
+        """Samples of all spaces, turned back; the seed decides of which."""
         if options.get("steer"):
             raise UserError("the reconstructor knows none of these latent spaces; give --rgs none")
-        self.space = torch.arange(len(seeds), device=self.unknown.device) % 4
+        spaces = [np.random.default_rng(seed).integers(4) for seed in seeds]
+        self.space = torch.tensor(spaces, device=self.unknown.device)             # b
         return super().generate(condition, seeds, **options) @ self.rotation[self.space].mT
 
 
 GENERATORS = {
-    "masked": Backbone, "diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "pooled": Pooled,
-    "cross": Cross, "spaces": Spaces}
+    "masked": Backbone, "diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries,
+    "unpooled": Unpooled, "pooled": Pooled, "cross": Cross, "spaces": Spaces}
 
 
 def load(folder):
