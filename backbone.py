@@ -186,7 +186,7 @@ class Backbone(nn.Module):
         self.prefix = Prefix(prefix, dim, heads, widths)
         self.token = nn.Linear(channels, dim)
         self.place_in = nn.Parameter(torch.randn(tokens, dim) * .02)              # two positional embeddings, as MAR
-        self.place_out = nn.Parameter(torch.randn(prefix + tokens, dim) * .02)    # condition tokens have their own
+        self.place_out = nn.Parameter(torch.randn(prefix + tokens, dim) * .02)    # condition tokens: 0
         self.unknown = nn.Parameter(torch.randn(dim) * .02)                       # the "?" token
         self.encoder = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
         self.decoder = nn.ModuleList(Block(dim, heads) for _ in range(decoder))
@@ -254,8 +254,8 @@ class Backbone(nn.Module):
             new = order[:, known:then]                                            # b m, the tokens of this step
             steered = steer(x) if step < rgs_steps else x                         # b n c, RGS; only known tokens count
 
-            # MAE: c_i = f(prefix, known tokens), in all r branches; the last, without a prompt, is not steered
-            seen = torch.cat([steered] * len(strengths) + [x if strengths else steered])                     # (r b) n c
+            # MAE: c_i = f(prefix, known tokens), in all r branches; the one with the whole prompt is steered
+            seen = torch.cat([steered] + [x] * len(strengths))                    # (r b) n c
             places, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (order, new))
             context = self.contexts(prefix, seen, places, known, rows)            # (r b) m d
             context = rearrange(context, "rb m d -> (rb m) d")

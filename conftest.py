@@ -82,7 +82,7 @@ def small_backbone(denoiser="flow", generator="masked"):
     torch.manual_seed(0)
     settings = dict(tokens=27, channels=8, widths=WIDTHS, denoiser=denoiser) | SMALL[backbone]
     model = peers.GENERATORS[generator](**settings).eval()
-    for p in model.net.parameters() if isinstance(model.net, nn.Module) else ():
+    for p in (model.net if isinstance(model.net, nn.Module) else model.time).parameters():
         nn.init.normal_(p, std=.15)
     return model, prompted()
 

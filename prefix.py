@@ -1,11 +1,12 @@
 """prefix.py - Prefix Learning (LTM3D section 3.2): condition tokens -> the tokens before the shape tokens.
 
-    prefix = [condition, FFN(CrossAttention(learnable queries, condition))]     t + p tokens of the backbone's width
+    prefix = [condition, FFN(CrossAttention(learnable queries, condition))]     p = t + q tokens of the backbone's width
 
 It aligns the condition with the shape space while generating, so the shape tokenizer never has to know about language
-or pictures. The paper's prefix are the p answers alone. They are a bottleneck: samples follow their prompts better with
-the condition tokens beside them, projected to the same width, and with the mean of the prefix in every context vector
-c_i, where the DenoiseNet reads it at once (docs/RESULTS.md; `Queries` in evaluation/peers.py is the paper's).
+or pictures. The paper's prefix is the q answers alone. They are a bottleneck: samples follow their prompts better with
+the condition tokens beside them, projected to the same width, and with the mean of the prefix, through a Linear, in
+every context vector c_i, where the DenoiseNet reads it at once (docs/RESULTS.md; `Queries` in evaluation/peers.py is
+the paper's).
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. Each kind
 has its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
@@ -55,15 +56,15 @@ class Prefix(nn.Module):
     def __init__(self, prefix, dim, heads, widths):
         super().__init__()
         self.conditions = Conditions(widths, dim)
-        self.query = nn.Parameter(torch.randn(prefix, dim) * .02)                 # p d
+        self.query = nn.Parameter(torch.randn(prefix, dim) * .02)                 # q d
         self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
         self.pool = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
 
     def forward(self, condition, drop=None):
-        """-> prefix tokens b (t + p) d and their mask, False = padding or a prompt that is dropped."""
+        """-> prefix tokens b p d, p = t + q, and their mask, False = padding or a prompt that is dropped."""
         context, mask = self.conditions(condition, drop)                          # b t d, b t
-        query = repeat(self.query, "p d -> b p d", b=len(context))
-        answers = self.cross(query, context, mask)                                # b p d
+        query = repeat(self.query, "q d -> b q d", b=len(context))
+        answers = self.cross(query, context, mask)                                # b q d
         return torch.cat([context, answers], 1), F.pad(mask, (0, len(self.query)), value=True)
 
     def summary(self, tokens, mask):

@@ -169,15 +169,16 @@ def test_prefix_padding_has_no_influence():
     text, mask = condition["text"]
     padded = torch.where(mask[..., None], text, 100 * torch.randn_like(text))
     assert torch.allclose(prefix(condition), prefix(condition | {"text": (padded, mask)}), atol=1e-5)
-    assert not torch.allclose(prefix(condition)[0], prefix(condition)[1], atol=1e-2)
+    answers = prefix(condition)[:, -4:]
+    assert not torch.allclose(answers[0], answers[1], atol=1e-2)
 
 
 def test_a_dropped_prompt_has_no_influence():
     """A dropped prompt = no such prompt, of either kind; if both are dropped, all samples have the same prefix."""
     prefix, condition = small_prefix()
     yes, no = torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
-    texts = slice(0, 5), slice(5, 9)                          # places of the tokens of both kinds
-    for kind, other, place in (("text", "image", texts[0]), ("image", "text", texts[1])):
+    places = slice(0, 5), slice(5, 9)                         # of the tokens of both kinds
+    for kind, other, place in (("text", "image", places[0]), ("image", "text", places[1])):
         dropped, alone = prefix(condition, {kind: yes, other: no}), prefix({other: condition[other]})
         assert not dropped[:, place].any()
         kept = torch.cat([dropped[:, :place.start], dropped[:, place.stop:]], 1)
@@ -185,7 +186,7 @@ def test_a_dropped_prompt_has_no_influence():
     nothing = prefix(condition, {"text": yes, "image": yes})
     assert torch.allclose(nothing[0], nothing[2], atol=1e-5)
     assert torch.allclose(nothing[:, 5:], prefix({"image": condition["image"]}, {"image": yes}), atol=1e-5)
-    assert not torch.allclose(nothing[0], prefix(condition)[0], atol=1e-2)
+    assert not torch.allclose(nothing[0, -4:], prefix(condition)[0, -4:], atol=1e-2)
 
 
 def test_prompts_are_dropped_at_the_given_rates():
@@ -200,7 +201,7 @@ def test_prompts_are_dropped_at_the_given_rates():
 # ---------------------------------------------------------------------------- backbone
 
 def test_training_covers_every_moment_of_generation(monkeypatch):
-    """From nothing known to one token missing. The hidden share is the cosine of a uniform angle; its mean is 2/pi."""
+    """From nothing known to one token missing. The hidden share, cos(pi/2 u^1.5), u uniform, is .74 in the mean."""
     model, condition = small_backbone()
     counts = []
 
@@ -212,7 +213,7 @@ def test_training_covers_every_moment_of_generation(monkeypatch):
         model.loss(torch.zeros(3, 27, 8), condition)
     assert min(counts) == 0
     assert max(counts) == 26
-    assert abs(1 - np.mean(counts) / 27 - 2 / np.pi) < .08
+    assert abs(1 - np.mean(counts) / 27 - .74) < .06
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 216, 512])
@@ -492,8 +493,8 @@ def test_the_reconstructor_knows_its_variance():
     assert sigma[:, 0].max() < .45 * sigma[:, 1].min()
 
 
-def test_the_branch_without_a_prompt_is_not_steered(monkeypatch):
-    """RGS changes what the branches with a prompt see. Guidance compares them with one that sees the sampled tokens."""
+def test_only_the_branch_with_the_whole_prompt_is_steered(monkeypatch):
+    """RGS changes what this branch sees. Guidance compares it with those that see the sampled tokens."""
     model, condition = small_backbone()
     contexts, seen = model.contexts, []
 
@@ -504,4 +505,4 @@ def test_the_branch_without_a_prompt_is_not_steered(monkeypatch):
     model.generate(condition, [0, 1, 2], steps=4, steer=lambda x: x + 1, window=.5)
     for step, (both, text, nothing) in enumerate(seen):
         assert torch.equal(both, nothing + (step < 2))
-        assert torch.equal(both, text)
+        assert torch.equal(text, nothing)

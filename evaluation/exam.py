@@ -24,7 +24,7 @@ from sample import LTM3D
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
 SOUNDNESS = "one piece", "watertight", "closed edges"         # what a representation may say of its surface
-SHARES = "R-precision", "COV", "right class", *SOUNDNESS      # columns that end at 1
+SHARES = "R-precision", "COV", "1-NNA", "right class", *SOUNDNESS     # columns that end at 1
 ROOT = Path(__file__).parent.parent
 CODE = [ROOT / name for name in (                             # the files that decide what a result is
     "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py",
@@ -268,7 +268,7 @@ class Exam:
                 **self.set_scores(self.described[0], features), "memorisation": 1., "of copies": "", "diversity": 1.}
 
     def fidelity(self, captioned):
-        """How well samples of the captions fit them, and the shapes described; -> scores, features n e."""
+        """How near are samples to their captions and described shapes? -> scores, features r e."""
         cloud = [torch.from_numpy(captioned[key]) for key in ("points", "normals", "colours")]            # r k 3 each
         features = self.scorer.clouds(*cloud)                                     # r e
         near = [chamfer(*pair) for pair in zip(captioned["points"], self.described[0])]

@@ -1,8 +1,8 @@
 """experiments.py - the questions of the papers: what does it bring to have this part, or to have another in its place?
 
 The variants of an experiment are trained on the same tokens, prompts and shapes, for the same number of steps (or for
-equal FLOPs), with several seeds. A variant that is trained already is not trained again, so the experiments share their
-first row.
+equal FLOPs), with several seeds, and with LTM3D's learning rate. A variant that is trained already is not trained
+again, so the experiments share their first row.
 
     python evaluate.py versus            # trains what it compares, as all VARIANTS below
     python evaluate.py overfit           # ten shapes of one class: does each prompt give its shape?
@@ -36,13 +36,13 @@ from geometry.shapes import CLASSES
 from prompts import image_tower
 
 VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, options of sampling)})
-    "versus": ("LTM3D against other generators: same shape tokens, number of parameters and steps", {
+    "versus": ("LTM3D against other generators: same shape tokens and number of parameters, equal steps or FLOPs", {
         "LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, RGS": ("", {"rgs": "sampled=.1"}),
         "LTM3D, RGS within 1.5 sigma": ("", {"rgs": "within=1.5"}), "latent diffusion": ("--generator diffusion", {}),
         "autoregressive": ("--generator autoregressive", {}),
         "latent diffusion, equal FLOPs": ("--generator diffusion --steps equal", {}),
         "autoregressive, equal FLOPs": ("--generator autoregressive --steps equal", {})}),
-    "ablate-prefix": ("the prefix against the paper's, plain cross-attention and mean-pooled conditioning", {
+    "ablate-prefix": ("the prefix; without its mean in c_i: the same, the paper's, cross-attention, mean-pooled", {
         "prefix": ("", {}), "without its mean in c_i": ("--generator unpooled", {}),
         "queries alone, the paper's": ("--generator queries", {}),
         "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})}),
@@ -52,8 +52,9 @@ VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, opt
     "ablate-denoiser": ("flow against DDPM, by the number of denoising steps", {
         **{f"flow, {steps} steps": ("", {"denoise_steps": steps}) for steps in (2, 4, 8, 16)},
         **{f"ddpm, {steps} steps": ("--denoiser ddpm", {"denoise_steps": steps}) for steps in (25, 50, 100)}}),
-    "latent-spaces": ("one backbone for one latent space, and for four that have nothing to do with each other", {
-        "one space": ("", {}), "four spaces": ("--generator spaces", {})}),
+    "latent-spaces": ("one backbone for one latent space, and for four: each turned in a way of its own", {
+        "one space": ("", {}), "one space, a quarter of the steps": ("--steps quarter", {}),
+        "four spaces": ("--generator spaces", {})}),
     "data-scaling": ("the number of training shapes: are samples new, or copies?", {
         "130 shapes": ("--shapes 130", {}), "1300 shapes": ("--shapes 1300", {}), "all shapes": ("", {})}),
 }
@@ -73,7 +74,7 @@ def launch(flags):
 
 
 def training_flops(generator):
-    """Operations of a training step at tiny for one shape, with a caption of twenty words and a picture."""
+    """Operations of a backbone's training step at tiny, for one shape with a caption of twenty words and a picture."""
     side, channels = tokenizer.SIZES["tiny"]["side"], tokenizer.SIZES["tiny"]["channels"]
     settings = dict(tokens=side ** 3, channels=channels, widths={"text": 128, "image": 128}, **backbone.SIZES["tiny"])
 
@@ -83,7 +84,7 @@ def training_flops(generator):
             condition = {kind: (torch.zeros(1, t, 128), torch.ones(1, t, dtype=torch.bool))
                          for kind, t in (("text", 20), ("image", 16))}
         for i in range(8):
-            model.loss(x, condition, (i + .5) / 8).backward()
+            model.loss(x, condition, ((i + .5) / 8) ** 1.5).backward()
     return count_flops(step) / 8
 
 
@@ -93,11 +94,12 @@ def train(args, variant, seed):
     folder, source = Path(args.runs) / f"{name}-{seed}", args.checkpoint[0]
     words = variant.split()                                   # --flag value --flag value ...
     flags = {"--from": source, "--stage": "backbone", "--shapes": args.train_shapes, "--steps": args.steps,
-             "--seed": seed, "--cache": args.cache, "--out": folder, "--device": args.device,
+             "--batch": args.batch, "--seed": seed, "--cache": args.cache, "--out": folder, "--device": args.device,
              "--precision": args.precision} | dict(zip(words[::2], words[1::2]))
-    if flags["--steps"] == "equal":
-        share = training_flops("masked") / training_flops(flags["--generator"])
-        flags["--steps"] = round(share * args.steps)
+    if flags["--steps"] == "equal":                           # FLOPs
+        flags["--steps"] = round(args.steps * training_flops("masked") / training_flops(flags["--generator"]))
+    if flags["--steps"] == "quarter":
+        flags["--steps"] = -(-args.steps // 4)
     entry = read_config(folder).get("backbone")
     if entry is None:
         print(f"training {folder}")
@@ -108,10 +110,10 @@ def train(args, variant, seed):
             raise UserError(f"training {folder} ended with status {status}; see above")
         return folder
 
-    steps, shapes = entry["steps"], entry["data"].split("-")[2]                   # shapes-train-COUNT-...
-    if (str(steps), shapes) != (str(flags["--steps"]), str(flags["--shapes"])):
-        raise UserError(f"{folder} was trained for {steps} steps with {shapes} shapes; give --steps {steps} "
-                        f"--train-shapes {shapes}, or another --runs")
+    shapes = entry["data"].split("-")[2]                                          # shapes-train-COUNT-...
+    trained = f"--train-shapes {shapes} --steps {entry['steps']} --batch {entry['batch']}"
+    if trained != f"--train-shapes {flags['--shapes']} --steps {flags['--steps']} --batch {flags['--batch']}":
+        raise UserError(f"{folder} was trained with {trained}; give the flags of then, or another --runs")
     for stage, digest in entry["made_with"].items():
         if weights(source, stage) != {stage: digest}:
             raise UserError(f"{folder} was trained with another {stage} than that in {source}; give another --runs")
@@ -146,8 +148,11 @@ def compare_variants(args):
     if any("rgs" in options for _, options in variants.values()):
         read_stage(args.checkpoint[0], "reconstruct")         # a missing one is an error now, not after hours
     benchmark, rows, panels = exam.Exam(args, args.n, args.shapes), [], {}
-    validation = Namespace(**vars(args) | {"split": "validation"})
-    validation = exam.Exam(validation, args.n, args.shapes // 2) if len(args.guidance) > 1 else None
+    validation = None                                         # shapes by which guidance is chosen
+    if len(args.guidance) > 1:
+        if not benchmark.scorer.text:
+            raise UserError(f"{args.scorer} scores no prompts; give one --guidance")
+        validation = exam.Exam(Namespace(**vars(args) | {"split": "validation"}), args.n, args.shapes // 2)
     folders = {name: [train(args, flags, seed) for seed in range(args.seeds)] for name, (flags, _) in variants.items()}
     for name, (_, options) in variants.items():
         guided, scores = options | {"cfg": best_guidance(args, validation, folders[name][0], options)}, []
@@ -155,20 +160,22 @@ def compare_variants(args):
             model, cache = exam.open_model(args, folder), variant_cache(args, "variants", folder, guided)
             scores.append(benchmark.scores(model, cache, **guided)[0])
             if args.command == "ablate-encoder":
-                scores[-1] |= benchmark.picture_scores(model, cache, **guided)
+                cache = variant_cache(args, "variants", folder, options)          # pictures have guidance of their own
+                scores[-1] |= benchmark.picture_scores(model, cache, **options)
         stages = ["backbone", "reconstruct"] if "rgs" in options else ["backbone"]
         files = [read_weights(folders[name][0] / f"{stage}.safetensors") for stage in stages]
         seconds = [sum(read_config(folder)[stage]["seconds"] for stage in stages) for folder in folders[name]]
         parameters = sum(x.numel() for file in files for x in file.values()) / 1e6
-        rows.append({"variant": name, "guidance": f"{guided['cfg']:g}", "M parameters": parameters,
-                     "minutes": np.mean(seconds) / 60})
+        steps = read_config(folders[name][0])["backbone"]["steps"]
+        rows.append({"variant": name, "guidance": f"{guided['cfg']:g}", "steps": str(steps),
+                     "M parameters": parameters, "minutes": np.mean(seconds) / 60})
         numbers = [key for key, value in scores[0].items() if not isinstance(value, str)]
         rows[-1] |= {key: interval([score[key] for score in scores], 1 if key in exam.SHARES else np.inf)
                      for key in numbers}
         panels.setdefault(tuple(folders[name]), name)         # one panel for variants with the same weights
 
     several = f"means of {args.seeds} trainings, with 95 % confidence intervals"
-    print(f"{args.steps} steps, {several if args.seeds > 1 else 'one training'}; else as evaluate.py generate says")
+    print(f"{several if args.seeds > 1 else 'one training'}; else as evaluate.py generate says")
     real = {"variant": "held-out shapes"} | benchmark.real()
     write_table(args.out, args.command, [{key: real.get(key, "") for key in rows[0]}, *rows])
     curves = {name: [(f"seed {i}", folder / "backbone.csv", "held_out") for i, folder in enumerate(paths)]
@@ -316,9 +323,10 @@ def add_flags(flag):
     flag(rgs, "--within", nargs="*", type=reach, default=[1, 1.5, 2], help="reaches of our rule, standard deviations")
     flag([*rgs, *VARIANTS], "--seeds", type=between(1, 100), default=3, help="samplings or trainings of each variant")
     flag(TRAINED, "--train-shapes", type=between(2), default=20_800, help="built-in shapes that variants learn from")
-    flag(TRAINED, "--steps", type=between(1), default=1200, help="training steps of every variant")
-    flag(VARIANTS, "--guidance", nargs="+", type=between(0, 100, float), default=[1.5, 2, 3, 4],
-         help="strengths to choose from, for each variant the best one on validation shapes")
+    flag(TRAINED, "--steps", type=between(1), default=600, help="training steps of every variant")
+    flag(TRAINED, "--batch", type=between(1), default=32, help="shapes a training step")
+    flag(VARIANTS, "--guidance", nargs="+", type=between(0, 100, float), default=[1.5, 2., 3., 4.],
+         help="to choose from, for each variant the best one for captions of validation shapes")
     flag(TRAINED, "--runs", default="runs/experiments", help="folder of the trained variants")
     flag(["ablate-encoder"], "--text-encoders", nargs="+", default=[], metavar="NAME", help="of transformers, to add")
     flag(["overfit"], "--of", choices=CLASSES, default="chair", help="the class")

