@@ -1,5 +1,6 @@
 """test_evaluate.py - the tests of evaluate.py, of its experiments, and of bench.py."""
 import csv
+import json
 import os
 import shutil
 import signal
