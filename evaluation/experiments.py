@@ -113,7 +113,7 @@ def train(args, variant, seed):
     shapes = entry["data"].split("-")[2]                                          # shapes-train-COUNT-...
     trained = f"--train-shapes {shapes} --steps {entry['steps']} --batch {entry['batch']}"
     if trained != f"--train-shapes {flags['--shapes']} --steps {flags['--steps']} --batch {flags['--batch']}":
-        raise UserError(f"{folder} was trained with {trained}; give the flags of then, or another --runs")
+        raise UserError(f"{folder} was trained with {trained}; give these flags, or another --runs")
     for stage, digest in entry["made_with"].items():
         if weights(source, stage) != {stage: digest}:
             raise UserError(f"{folder} was trained with another {stage} than that in {source}; give another --runs")
