@@ -88,6 +88,12 @@ def guidance_branches(condition, b, cfg):
     return stacked, drop, strengths
 
 
+def grown(strengths, known, n):
+    """Guidance grows from none at the first token to all of it where a quarter of the n tokens is known (MAR's grows to
+    the end). The first tokens choose among all that the prompt allows: guided, they would choose the same each time."""
+    return [1 + (strength - 1) * min(1, 4 * known / n) for strength in strengths]
+
+
 def guided(net, x, t, c, strengths):
     """Classifier-free guidance with a strength for each kind of prompt (Brooks et al. 2023). x: k c, t: k are shared by
     all branches; c: (r k) d holds their context vectors.
@@ -261,7 +267,8 @@ class Backbone(nn.Module):
             context = rearrange(context, "rb m d -> (rb m) d")
 
             # DenoiseNet: x_i ~ p(x_i | c_i), guided by the r branches
-            sample = self.denoiser.sample(self.net, context, take(noise, new), denoise_steps, strengths, temperature)
+            strength, start = grown(strengths, known, n), take(noise, new)
+            sample = self.denoiser.sample(self.net, context, start, denoise_steps, strength, temperature)
             x = put(x, new, sample)                                               # b n c; sample: (b m) c
         return x
 

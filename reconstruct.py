@@ -22,7 +22,6 @@ from engine.files import load_model, read_stage
 from engine.networks import Block
 from prefix import Conditions, random_drops
 
-RENAMED = {"doubt.": "log_variance."}     # weights saved before it had this name
 SIZES = {
     "tiny": dict(dim=192, depth=4, heads=6), "small": dict(dim=384, depth=6, heads=6),
     "base": dict(dim=768, depth=8, heads=12), "large": dict(dim=1024, depth=12, heads=16),
@@ -110,4 +109,4 @@ def steering(model, condition, rgs):
 def load(folder):
     """The reconstructor of a checkpoint folder, frozen."""
     settings = read_stage(folder, "reconstruct")["settings"]
-    return load_model(Reconstructor, f"{folder}/reconstruct.safetensors", RENAMED, **settings)
+    return load_model(Reconstructor, f"{folder}/reconstruct.safetensors", **settings)

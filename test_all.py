@@ -268,7 +268,7 @@ def test_guidance_one_is_conditional_only(denoiser):
 
 
 def test_guidance_has_a_strength_for_each_prompt(monkeypatch):
-    """In every step; the strength of the image comes first."""
+    """The strength of the image comes first. Both grow from none to all of it at a quarter of the tokens."""
     model, condition = small_backbone()
     strengths = []
 
@@ -276,8 +276,10 @@ def test_guidance_has_a_strength_for_each_prompt(monkeypatch):
         strengths.append(strength)
         return noise[:, 0]
     monkeypatch.setattr(backbone.Flow, "sample", denoise)
-    model.generate(condition, [0, 1, 2], steps=9, cfg={"text": 4., "image": 2.})
-    assert strengths == [[2., 4.]] * 9
+    model.generate(condition, [0, 1, 2], steps=27, cfg={"text": 4., "image": 2.})
+    assert strengths[0] == [1., 1.]
+    assert strengths[3] == pytest.approx([1 + 4 * 3 / 27, 1 + 3 * 4 * 3 / 27])
+    assert strengths[7:] == [[2., 4.]] * 20
 
 
 def test_branches_in_one_batch_are_three_passes():

@@ -74,12 +74,9 @@ def check_shapes(own, saved, path):
         raise UserError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:3])}{more}")
 
 
-def load_model(model_class, path, renamed=(), **settings):
-    """A model of this class, with the settings of its config.json and the weights of `path`, frozen.
-    renamed: {old beginning of a name: new one}."""
+def load_model(model_class, path, **settings):
+    """A model of this class, with the settings of its config.json and the weights of `path`, frozen."""
     saved = read_weights(path)
-    for old, new in dict(renamed).items():
-        saved = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in saved.items()}
     try:
         with torch.device("meta"):                            # takes no memory, however large the settings are
             shapes = model_class(**settings).state_dict()

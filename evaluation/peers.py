@@ -28,7 +28,7 @@ from einops import rearrange, reduce, repeat
 from torch import nn
 
 import train
-from backbone import DENOISERS, DRAWS, Backbone, DenoiseNet, draw_noise, guidance_branches
+from backbone import DENOISERS, DRAWS, Backbone, DenoiseNet, draw_noise, grown, guidance_branches
 from engine.commands import UserError, command
 from engine.files import load_model, read_stage
 from engine.networks import Block, time_embedding
@@ -147,7 +147,8 @@ class Autoregressive(nn.Module):
         x = torch.zeros(len(seeds), 0, self.channels, device=device)              # b 0 c
         for i in range(self.tokens):
             c = self.contexts(prefix, x.repeat(len(strengths) + 1, 1, 1))[:, -1]  # (r b) d
-            new = self.denoiser.sample(self.net, c, noise[:, i], steps, strengths, temperature)      # b c
+            strength = grown(strengths, i, self.tokens)
+            new = self.denoiser.sample(self.net, c, noise[:, i], steps, strength, temperature)       # b c
             x = torch.cat([x, rearrange(new, "b c -> b 1 c")], 1)                 # b (i + 1) c
         return x
 
