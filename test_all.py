@@ -324,7 +324,7 @@ MODELS = [("ddpm", "masked")] + [("flow", name) for name in peers.GENERATORS]
 def test_a_sample_does_not_depend_on_its_batch(denoiser, generator, monkeypatch):
     """Three samples together = each alone = two and one, whatever was drawn before; another seed is another sample."""
     model, condition = small_backbone(denoiser, generator)
-    sampled = functools.partial(model.generate, steps=5, denoise_steps=4)
+    sampled = functools.partial(model.generate, steps=5, denoise_steps=4, cfg=1.5)             # more amplifies rounding
     together = sampled(condition, [7, 8, 9])
     assert torch.equal(together, sampled(condition, [7, 8, 9]))
     assert not torch.allclose(together[0], sampled(condition, [8, 8, 9])[0], atol=.1)
