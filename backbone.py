@@ -90,7 +90,7 @@ def guidance_branches(condition, b, cfg):
 
 def grown(strengths, known, n):
     """Guidance grows from none at the first token to all of it where a quarter of the n tokens is known (MAR's grows to
-    the end). The first tokens choose among all that the prompt allows: guided, they would choose the same each time."""
+    the end). The first tokens choose among all that the prompt allows; guided, they choose the same more often."""
     return [1 + (strength - 1) * min(1, 4 * known / n) for strength in strengths]
 
 

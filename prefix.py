@@ -3,10 +3,9 @@
     prefix = [condition, FFN(CrossAttention(learnable queries, condition))]     p = t + q tokens of the backbone's width
 
 It aligns the condition with the shape space while generating, so the shape tokenizer never has to know about language
-or pictures. The paper's prefix is the q answers alone. They are a bottleneck: samples follow their prompts better with
-the condition tokens beside them, projected to the same width, and with the mean of the prefix, through a Linear, in
-every context vector c_i, where the DenoiseNet reads it at once (docs/RESULTS.md; `Queries` in evaluation/peers.py is
-the paper's).
+or pictures. The paper's prefix is the q answers alone. They are a bottleneck (docs/RESULTS.md, its parts), so here the
+condition tokens stand beside them, projected to the same width; and the mean of the prefix, through a Linear, is added
+to every context vector c_i, where the DenoiseNet reads it at once. (`Queries` in evaluation/peers.py is the paper's.)
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. Each kind
 has its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
