@@ -6,6 +6,7 @@ import signal
 import warnings
 import zipfile
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -175,8 +176,10 @@ def load_meshes(raw, suffix, side_files):
     if suffix in GLTF:
         header = json.loads(raw[20:20 + int.from_bytes(raw[12:16], "little")] if raw[:4] == b"glTF" else raw)
         needed = header.get("extensionsRequired", [])
-        if "KHR_draco_mesh_compression" in needed or "EXT_meshopt_compression" in needed:
-            raise UserError("it is compressed (Draco or meshopt); write it again without")
+        if "EXT_meshopt_compression" in needed:
+            raise UserError("it is compressed by meshopt; write it again without")
+        if "KHR_draco_mesh_compression" in needed and not find_spec("DracoPy"):
+            raise UserError("it is compressed by Draco; pip install DracoPy==2.2.0 reads it")
         if len(header.get("nodes", [])) > MOST_PARTS:
             raise UserError(f"it has more than {MOST_PARTS:,} nodes")
         if sum(abs(accessor.get("count", 0)) for accessor in header.get("accessors", [])) > 20 * MOST_FACES:

@@ -93,18 +93,20 @@ def fingerprint(kind):
 
 
 class Files:
-    """Shapes from files (geometry/real.py), each in several copies. One folder holds both splits: a tenth of the files,
-    always the same, is held out."""
+    """Shapes from files (geometry/real.py), each in several copies. One folder holds both splits: a tenth of the
+    families, always the same, is held out."""
 
     def __init__(self, split, path, copies=1):
         self.split, self.copies, (self.items, self.skipped) = split, copies, real.list_items(path)
         self.count, self.first = copies * len(self.items), 0
         self.values = [(item.key, item.rotation, Path(item.file).stat().st_size) for item in self.items]
-        self.name = f"{name_begins(path)}{short_digest(self.values, copies)}"
-        numbers = {item.key: int(hashlib.sha256(item.key.encode()).hexdigest(), 16) for item in self.items}
-        tenth = {key for key, number in numbers.items() if number % 10 == 0}
+        self.family = {item.key: item.family for item in self.items}
+        named = [family for key, family in self.family.items() if family != key]
+        self.name = f"{name_begins(path)}{short_digest(self.values, copies, *named)}"
+        numbers = {family: int(hashlib.sha256(family.encode()).hexdigest(), 16) for family in self.family.values()}
+        tenth = {family for family, number in numbers.items() if number % 10 == 0}
         lowest = sorted(numbers, key=numbers.get)[:min(2, len(numbers) // 2)]
-        self.held_out = tenth if len(tenth) > 1 else set(lowest)
+        self.held_out = tenth if len(tenth) > 1 else set(lowest)                  # families
 
     def folder(self, kind):
         if kind == "records":
@@ -123,7 +125,7 @@ class Files:
 
     def in_split(self, record):
         """Copies of held-out files belong to neither split."""
-        held_out = record["file"] in self.held_out
+        held_out = self.family[record["file"]] in self.held_out
         return held_out and not record["copy"] if self.split == "test" else not held_out
 
 

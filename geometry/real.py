@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command
-from geometry import mesh_files
+from geometry import asset_names, mesh_files
 from geometry.captions import FILLERS, words
 from geometry.soup import SKIN, faithful, surface_of
 
@@ -49,15 +49,17 @@ class Item:
     icon: str = ""              # the name of its picture in the same archive
     licence: str = ""
     author: str = ""
+    family: str = ""            # of shapes that are nearly the same (geometry/asset_names.py); by default a shape alone
 
     def __post_init__(self):
-        captions = [caption for caption in dict.fromkeys(self.captions) if set(words(caption)) - FILLERS]
-        self.captions = captions or ["shape"]
+        captions = [caption for caption in dict.fromkeys(self.captions[::-1]) if set(words(caption)) - FILLERS]
+        self.captions = captions[::-1] or ["shape"]
+        self.family = self.family or self.key
 
 
 def tidy(name):
     """The name of a file or a shape as words: "coffeeTable_02" -> "coffee table", "Bookcase 45x160" -> "bookcase"."""
-    return " ".join(re.findall(r"[^\W\d_]{2,}", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))).lower()
+    return " ".join(asset_names.split(name))
 
 
 # ---------------------------------------------------------------------------- listing
@@ -105,7 +107,8 @@ def printable(name):
 
 def list_folder(path):
     """Meshes in folders, of any depth. Captions come from a CSV, a text file beside the mesh, or the names.
-    ShapeNetCore (synset/model/models/model_normalized.obj) and Objaverse (uid.glb with a CSV) are such folders."""
+    ShapeNetCore (synset/model/models/model_normalized.obj), Objaverse (uid.glb with a CSV) and kits of assets
+    (natureKit/tree_pineTallA.glb) are such folders."""
     files = sorted(file for file in path.rglob("*") if not file.is_dir())
     tables = [file for file in files if file.suffix.lower() == ".csv" and file.parent == path and file.is_file()]
     texts = {file.with_suffix(".txt") for file in files if file.suffix.lower() in SUFFIXES}
@@ -113,7 +116,7 @@ def list_folder(path):
     for name, caption in [pair for table in tables for pair in read_captions(table)]:
         table_captions.setdefault(name, []).append(caption)
 
-    items, skipped, missing = [], [], set(table_captions)
+    items, skipped, missing, families = [], [], set(table_captions), {}
     for file in files:
         key = printable(file.relative_to(path).as_posix())
         if file.suffix.lower() not in SUFFIXES:
@@ -130,6 +133,13 @@ def list_folder(path):
             lines = mesh_files.decode_text(mesh_files.read_regular(file.with_suffix(".txt"))).splitlines()
             captions = [line.strip() for line in lines if line.strip()]
         synset = next((SYNSETS[name] for name in names if name in SYNSETS), None)
+        kit = next((folder.name for folder in file.relative_to(path.parent).parents
+                    if asset_names.KIT.search(folder.name)), None)
+        if not captions and not synset and kit and tidy(file.stem):
+            *captions, class_name = asset_names.captions(file.stem, kit)
+            class_name = families.setdefault(frozenset(class_name.split()), class_name)       # "pine tree": "tree pine"
+            items.append(Item(key, str(file), captions=[*captions, class_name], family=class_name))
+            continue
         class_name = synset or tidy(file.parent.name if file.parent != path else file.stem)
         captions = captions or [tidy(file.stem)] * (synset is None)
         items.append(Item(key, str(file), captions=captions + [class_name]))

@@ -1,0 +1,48 @@
+"""asset_names.py - what the name of a file in a kit of assets says: captions, and the family of its variants.
+
+    tree_pineTallA_detailed.glb    "detailed tall pine tree"       family "tree pine"
+    Sword_Golden.glb               "golden sword"                  family "sword"
+
+Makers of games draw a thing several times: tree A, B and C, with snow and without, of level 1, 2 and 3. Such variants
+are a family. It is held out as a whole: an exam about a shape whose twin was learnt says nothing.
+
+    python -m geometry.asset_names tree_pineTallA_detailed                # what is read of it
+"""
+import re
+import sys
+
+VARIANTS = set("""age back bottom burnt center closed corner crop curve curved cut damaged dead default detailed double
+    empty end filled first flat flowers front full group half harvested high inner large left level long low lvl mat
+    medium mid middle mini moss narrow new old open opened outer pile quarter right rock round sample second short
+    side single small snow square stage start stone straight tall thin third top transformed wide wood
+    black blue brown dark gold golden gray green grey orange pink purple red white yellow""".split())
+SILENT = {"default", "level", "lvl", "mat", "sample", "stage", "transformed"}     # variants that say nothing of a shape
+KIT = re.compile(r"(kit|pack)s?(?![a-z])|modular", re.I)     # a folder with such a name holds things of all kinds
+
+
+def split(name):
+    """The words of a name, of two letters at least: "coffeeTable_02" -> [coffee, table], "TVStand" -> [tv, stand]."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
+    return re.findall(r"[^\W\d_]{2,}", name.lower())
+
+
+def family(name):
+    """The words of a name without those that tell variants apart; the first one, if there are no others."""
+    found = split(name)
+    return " ".join(dict.fromkeys(word for word in found if word not in VARIANTS)) or " ".join(found[:1])
+
+
+def captions(name, kit):
+    """A name in a kit -> captions. The last is the family. A name may begin with its noun (treePine) or end with it
+    (PineTree): there are captions for both."""
+    thing = family(name).split()
+    if not thing:
+        return []
+    said = [word for word in split(name) if word in VARIANTS - SILENT and word not in thing]
+    found = [" ".join(said + order) for order in (thing, thing[::-1])]
+    found += [" ".join(thing[::-1]), f"{found[0]} from the {' '.join(split(kit))}", " ".join(thing)]
+    return list(dict.fromkeys(found[:-1])) + found[-1:]
+
+
+if __name__ == "__main__":
+    print(*captions(sys.argv[1], "kit"), sep="\n")

@@ -1,0 +1,84 @@
+"""test_assets.py - the tests of kits of assets: names, families, compressed files."""
+import json
+
+import numpy as np
+import pytest
+import trimesh
+
+from engine.commands import UserError
+from geometry import asset_names, mesh_files, prepare, real
+
+
+def kit(folder, *stems):
+    """A kit of boxes, of a size each."""
+    folder.mkdir(parents=True)
+    for i, stem in enumerate(stems):
+        trimesh.creation.box((1, 1, 2 + i)).export(folder / f"{stem}.glb")
+    return folder
+
+
+@pytest.mark.parametrize("name, caption", [
+    ("tree_pineTallA_detailed", "tall detailed pine tree"), ("Sword_Golden", "golden sword"), ("Tree_3", "tree"),
+    ("Houses_SecondAge_2_Level1", "second age houses"), ("burgerCheeseDouble", "double burger cheese"),
+    ("Rover_1-transformed", "rover"), ("TVStand", "tv stand")])
+def test_a_name_in_a_kit_becomes_a_caption(name, caption):
+    assert caption in asset_names.captions(name, "some kit")
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("tree_pineTallA_detailed", "PineTree_Snow_4", True), ("Houses_SecondAge_2_Level1", "Houses_FirstAge_1", True),
+    ("rockLarge", "rock_smallC", True), ("tree_pineTallA", "tree_palm", False), ("Rock_1", "Bush_1", False)])
+def test_variants_are_one_family(one, other, same):
+    families = [set(asset_names.family(name).split()) for name in (one, other)]
+    assert (families[0] == families[1]) == same
+
+
+def test_variants_of_a_shape_share_family_and_class(tmp_path):
+    """Both orders of a name are one family and class; a caption names the kit; a plain folder is a class."""
+    kit(tmp_path / "natureKit", "tree_pineA", "PineTree_Snow", "12")
+    kit(tmp_path / "kitchen", "eames")
+    items = {item.key: item for item in real.list_items(tmp_path)[0]}
+    trees = [items[f"natureKit/{stem}.glb"] for stem in ("tree_pineA", "PineTree_Snow")]
+    assert len({(item.family, item.captions[-1]) for item in trees}) == 1
+    assert "snow pine tree from the nature kit" in trees[0].captions + trees[1].captions
+    assert items["kitchen/eames.glb"].captions == ["eames", "kitchen"]
+    assert items["natureKit/12.glb"].captions == ["nature kit"]       # no letters: the folder's name
+
+
+def test_families_are_held_out_as_a_whole(tmp_path):
+    """No family is in both splits, and both have some."""
+    things = "barrel boat bridge bush cactus candle chest cloud coin crate crown door fence flower gate hammer".split()
+    path = kit(tmp_path / "kit", *(f"{thing}_{letter}" for thing in things for letter in "AB"))
+    splits = [prepare.Files(split, path) for split in ("train", "test")]
+    families = [{x.family[key] for key in x.family if x.in_split({"file": key, "copy": 0})} for x in splits]
+    assert not families[0] & families[1] and min(map(len, families)) > 1
+    assert len(families[0] | families[1]) == len(things)
+
+
+def test_draco_is_read_or_named(tmp_path, monkeypatch):
+    """A compressed file is the same shape where DracoPy is installed; else the reason says what to install."""
+    draco = pytest.importorskip("DracoPy")
+    ball = trimesh.creation.icosphere(2, .5)
+    blob = draco.encode(ball.vertices, ball.faces, preserve_order=True, quantization_bits=14)
+    blob += b"\0" * (-len(blob) % 4)
+    count, corners = len(ball.vertices), ball.faces.size
+    header = {
+        "asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
+        "extensionsRequired": ["KHR_draco_mesh_compression"], "extensionsUsed": ["KHR_draco_mesh_compression"],
+        "accessors": [{"componentType": 5126, "type": "VEC3", "count": count},
+                      {"componentType": 5125, "type": "SCALAR", "count": corners}],
+        "buffers": [{"byteLength": len(blob)}], "bufferViews": [{"buffer": 0, "byteLength": len(blob)}],
+        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "indices": 1, "extensions": {
+            "KHR_draco_mesh_compression": {"bufferView": 0, "attributes": {"POSITION": 0}}}}]}]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 4)
+    chunks = [(text, b"JSON"), (blob, b"BIN\0")]
+    body = b"".join(len(raw).to_bytes(4, "little") + kind + raw for raw, kind in chunks)
+    path = tmp_path / "ball.glb"
+    path.write_bytes(b"glTF" + (2).to_bytes(4, "little") + (12 + len(body)).to_bytes(4, "little") + body)
+    vertices, faces, _ = mesh_files.triangles(real.list_items(path)[0][0])
+    assert len(faces) == len(ball.faces)
+    assert np.linalg.norm(vertices, axis=1) == pytest.approx(mesh_files.LONGEST / 2, rel=.02)
+    monkeypatch.setattr(mesh_files, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install DracoPy"):
+        mesh_files.triangles(real.list_items(path)[0][0])
