@@ -9,7 +9,8 @@ are a family. It is held out as a whole: an exam about a shape whose twin was le
     python -m geometry.asset_names tree_pineTallA_detailed                # what is read of it
 """
 import re
-import sys
+
+from engine.commands import Parser, command
 
 VARIANTS = set("""age back bottom burnt center closed corner crop curve curved cut damaged dead default detailed double
     empty end filled first flat flowers front full group half harvested high inner large left level long low lvl mat
@@ -44,5 +45,13 @@ def captions(name, kit):
     return list(dict.fromkeys(found[:-1])) + found[-1:]
 
 
+def main():
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("name", help="the name of a file, without its ending")
+    parser.add_argument("--kit", default="kit", help="the name of its folder")
+    args = parser.parse_args()
+    print(*captions(args.name, args.kit), sep="\n")
+
+
 if __name__ == "__main__":
-    print(*captions(sys.argv[1], "kit"), sep="\n")
+    command(main)
