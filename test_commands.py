@@ -114,6 +114,24 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
         model.tokens(["a table"], [0], rgs="sampled=.1")
 
 
+def test_finetuning_goes_on_from_the_backbone_of_another_run(overfitted, tmp_path, monkeypatch):
+    """With no rate to speak of, the weights stay what they were; config.json says where they come from."""
+    flags = "--from", overfitted, "--finetune", *BACKBONE, "--lr", 1e-9
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
+    old, new = (files.read_weights(folder / "backbone.safetensors") for folder in (overfitted, tmp_path / "run"))
+    assert all(torch.allclose(new[name], old[name], atol=1e-3) for name in old)
+    steps = files.read_config(overfitted)["backbone"]["steps"]
+    assert files.read_config(tmp_path / "run")["backbone"]["finetuned"]["steps"] == steps
+
+
+def test_finetuning_refuses_a_backbone_of_another_kind(overfitted, tmp_path, monkeypatch, capsys):
+    flags = "--from", overfitted, "--finetune", "--denoiser", "ddpm", *BACKBONE
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
+    assert "its size or denoiser is another" in capsys.readouterr().err
+    assert train_small(monkeypatch, tmp_path / "run", 2, "--finetune", *BACKBONE) == 2
+    assert_one_line(capsys.readouterr().err, "name its folder")
+
+
 def test_from_needs_a_trained_folder(tmp_path, monkeypatch, capsys):
     assert train_small(monkeypatch, tmp_path / "run", 2, "--from", tmp_path, *BACKBONE) == 2
     assert_one_line(capsys.readouterr().err, "there is no trained tokenizer in")

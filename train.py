@@ -27,6 +27,7 @@ from engine.commands import Parser, add_device_flags, between, command
 from engine.files import read_config, trained_stages
 from engine.loop import fit
 from engine.run import Run, copy_stages, locked
+from engine.state import start
 from evaluation import progress  # a finished stage says how good it is; nothing that is learnt depends on it
 from geometry.prepare import TRAIN_SHAPES, name_begins
 from geometry.render import contact_sheet, save_png
@@ -38,9 +39,8 @@ from prompts.reading import nouns_of
 # steps, batch, peak learning rate, tuned at tiny. Stages are seeded by their position here: append, never insert
 DEFAULTS = {
     "encoders": (800, 128, 1e-3), "tokenizer": (1500, 32, 2e-3), "vision": (1200, 64, 2e-3),
-    "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3),
-    "head-sdf": (1500, 32, 2e-3), "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3),
-    "head-mesh": (5000, 32, 2e-3),
+    "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3), "head-sdf": (1500, 32, 2e-3),
+    "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (5000, 32, 2e-3),
 }
 JUDGED = 52          # held-out shapes that a head is measured on
 GENERATORS = {"masked": backbone_.Backbone}
@@ -174,7 +174,7 @@ def train_backbone(run):
 
     # model
     settings = backbone_.SIZES[run.size] | sizes | {"denoiser": run.denoiser}
-    model = run.generators[run.generator](**settings)
+    model = start(run, "backbone", run.generators[run.generator](**settings), settings)
 
     # loss: in training at a random moment of generation, of held-out shapes the mean of eight
     def loss_of(model, batch):
@@ -269,6 +269,7 @@ def arguments(generators):
     flag("--steps", type=between(1), help=f"training steps of every stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size of every stage (default: {defaults[1]})")
     flag("--from", dest="source", metavar="FOLDER", help="copy what fits of a trained folder, without its backbone")
+    flag("--finetune", action="store_true", help="with --from: go on from its backbone; keep the size")
     flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
     flag("--cache", default="cache", help="folder of the prepared data")
     flag("--workers", type=between(1), default=2, help="processes that prepare data")
@@ -308,9 +309,8 @@ def chain(args, generators, reps, first, folder):
         kinds = ["surface", "pictures", *kinds_of(HEADS[rep] for rep in run.first + run.reps)]
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
         run.classes, run.prompts = progress.classes_and_prompts(run.test, built_in=args.data is None)
-        for name in (stages := stages_of(args, run.reps)):
-            if name not in trained_stages(run.folder):
-                run.micro_batch_size(name)                    # an error now, not later
+        for name in (stages := stages_of(args, run.reps)).keys() - {*trained_stages(run.folder)}:
+            run.micro_batch_size(name)                        # an error now, not later
     with locked(run.folder):
         for name, train in stages.items():
             goes_on = args.stage and {"all", name.removeprefix("head-")} & {*args.rep}  # trained with the tokenizer

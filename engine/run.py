@@ -59,6 +59,9 @@ class Run:
         self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}
         self.micro_batches = args.micro_batches or processes.world()
         self.shard, self.recompute = args.shard, args.recompute
+        self.source, self.finetune = args.source, args.finetune
+        if self.finetune and not self.source:
+            raise UserError("--finetune goes on from a trained backbone; name its folder, --from checkpoints/tiny")
         if self.shard and processes.world() == 1:
             raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun, "
                             "or leave --shard out")
@@ -107,6 +110,8 @@ class Run:
         before = ("tokenizer",) if stage.startswith("head-") else BEFORE.get(stage, ())
         weights = {name: self.folder / f"{name}.safetensors" for name in before}
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
+        if self.finetune and stage == "backbone":
+            entries["finetuned"] = {key: read_config(self.source)[stage].get(key) for key in ("steps", "revision")}
         git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed,
                      seconds=round(seconds), data=self.train.version, made_with=made_with,

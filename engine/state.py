@@ -9,7 +9,7 @@ from torch import nn
 
 from engine import processes
 from engine.commands import UserError
-from engine.files import atomic_write, read_weights, save_weights
+from engine.files import atomic_write, digest, read_stage, read_weights, save_weights
 from engine.muon import Muon
 
 # ---------------------------------------------------------------------------- optimizers
@@ -35,6 +35,20 @@ def learning_rate(step, steps, peak):
 
 
 # ---------------------------------------------------------------------------- stop and go on
+
+def start(run, stage, model, settings):
+    """The model, with random weights; with --finetune with those of the folder of --from. They have to stand on the
+    same stages, and have the same settings."""
+    if not run.finetune:
+        return model
+    entry = read_stage(run.source, stage)
+    other = [name for name, found in entry["made_with"].items() if digest(run.folder / f"{name}.safetensors") != found]
+    if other or (entry["generator"], entry["settings"]) != (run.generator, settings):
+        raise UserError(f"the {stage} of {run.source} cannot go on in {run.folder}: its "
+                        f"{other[0] if other else 'size or denoiser'} is another; give another --out, or other flags")
+    model.load_state_dict(read_weights(f"{run.source}/{stage}.safetensors"))
+    return model
+
 
 def save_state(path, step, model, ema, opts, sums):
     """Everything a run needs to go on, as plain tensors."""
