@@ -127,7 +127,7 @@ def test_finetuning_goes_on_from_the_backbone_of_another_run(overfitted, tmp_pat
 def test_finetuning_refuses_a_backbone_of_another_kind(overfitted, tmp_path, monkeypatch, capsys):
     flags = "--from", overfitted, "--finetune", "--denoiser", "ddpm", *BACKBONE
     assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
-    assert "its size or denoiser is another" in capsys.readouterr().err
+    assert "its size, denoiser or encoder is another" in capsys.readouterr().err
     assert train_small(monkeypatch, tmp_path / "run", 2, "--finetune", *BACKBONE) == 2
     assert_one_line(capsys.readouterr().err, "name its folder")
 

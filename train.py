@@ -269,7 +269,7 @@ def arguments(generators):
     flag("--steps", type=between(1), help=f"training steps of every stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size of every stage (default: {defaults[1]})")
     flag("--from", dest="source", metavar="FOLDER", help="copy what fits of a trained folder, without its backbone")
-    flag("--finetune", action="store_true", help="with --from: go on from its backbone; keep the size")
+    flag("--finetune", action="store_true", help="with --from: the backbone goes on from that of the folder")
     flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
     flag("--cache", default="cache", help="folder of the prepared data")
     flag("--workers", type=between(1), default=2, help="processes that prepare data")
@@ -309,7 +309,7 @@ def chain(args, generators, reps, first, folder):
         kinds = ["surface", "pictures", *kinds_of(HEADS[rep] for rep in run.first + run.reps)]
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
         run.classes, run.prompts = progress.classes_and_prompts(run.test, built_in=args.data is None)
-        for name in (stages := stages_of(args, run.reps)).keys() - {*trained_stages(run.folder)}:
+        for name in sorted((stages := stages_of(args, run.reps)).keys() - {*trained_stages(run.folder)}):
             run.micro_batch_size(name)                        # an error now, not later
     with locked(run.folder):
         for name, train in stages.items():

@@ -9,7 +9,7 @@ from torch import nn
 
 from engine import processes
 from engine.commands import UserError
-from engine.files import atomic_write, digest, read_stage, read_weights, save_weights
+from engine.files import atomic_write, check_shapes, digest, read_stage, read_weights, save_weights
 from engine.muon import Muon
 
 # ---------------------------------------------------------------------------- optimizers
@@ -41,12 +41,17 @@ def start(run, stage, model, settings):
     same stages, and have the same settings."""
     if not run.finetune:
         return model
-    entry = read_stage(run.source, stage)
-    other = [name for name, found in entry["made_with"].items() if digest(run.folder / f"{name}.safetensors") != found]
-    if other or (entry["generator"], entry["settings"]) != (run.generator, settings):
-        raise UserError(f"the {stage} of {run.source} cannot go on in {run.folder}: its "
-                        f"{other[0] if other else 'size or denoiser'} is another; give another --out, or other flags")
-    model.load_state_dict(read_weights(f"{run.source}/{stage}.safetensors"))
+    entry, path = read_stage(run.source, stage), f"{run.source}/{stage}.safetensors"
+    stands_on = [(name, found, run.folder / f"{name}.safetensors") for name, found in entry["made_with"].items()]
+    other = [name for name, found, own in stands_on if not own.is_file() or digest(own) != found]
+    if (entry.get("generator", "masked"), entry["settings"]) != (run.generator, settings):
+        other.append("size, denoiser or encoder")
+    if other:
+        raise UserError(f"the {stage} of {run.source} cannot go on in {run.folder}: its {other[0]} is another; "
+                        "give another --out, or other flags")
+    saved = read_weights(path)
+    check_shapes(model.state_dict(), saved, path)
+    model.load_state_dict(saved)
     return model
 
 

@@ -40,9 +40,8 @@ def captions(name, kit):
     if not thing:
         return []
     said = [word for word in split(name) if word in VARIANTS - SILENT and word not in thing]
-    found = [" ".join(said + order) for order in (thing, thing[::-1])]
-    found += [" ".join(thing[::-1]), f"{found[0]} from the {' '.join(split(kit))}", " ".join(thing)]
-    return list(dict.fromkeys(found[:-1])) + found[-1:]
+    orders = [" ".join(words) for words in (said + thing, said + thing[::-1], thing[::-1])]
+    return [*dict.fromkeys(orders), f"{orders[0]} from the {' '.join(split(kit))}", " ".join(thing)]
 
 
 def main():

@@ -133,16 +133,14 @@ def list_folder(path):
             lines = mesh_files.decode_text(mesh_files.read_regular(file.with_suffix(".txt"))).splitlines()
             captions = [line.strip() for line in lines if line.strip()]
         synset = next((SYNSETS[name] for name in names if name in SYNSETS), None)
+        class_name, family = synset or tidy(file.parent.name if file.parent != path else file.stem), ""
         kit = next((folder.name for folder in file.relative_to(path.parent).parents
                     if asset_names.KIT.search(folder.name)), None)
-        if not captions and not synset and kit and tidy(file.stem):
-            *captions, class_name = asset_names.captions(file.stem, kit)
-            class_name = families.setdefault(frozenset(class_name.split()), class_name)       # "pine tree": "tree pine"
-            items.append(Item(key, str(file), captions=[*captions, class_name], family=class_name))
-            continue
-        class_name = synset or tidy(file.parent.name if file.parent != path else file.stem)
+        if kit and tidy(file.stem) and not captions and not synset:
+            *captions, name = asset_names.captions(file.stem, kit)
+            class_name = family = families.setdefault(frozenset(name.split()), name)      # "pine tree" is "tree pine"
         captions = captions or [tidy(file.stem)] * (synset is None)
-        items.append(Item(key, str(file), captions=captions + [class_name]))
+        items.append(Item(key, str(file), captions=captions + [class_name], family=family))
     return items, skipped + [(name, "it has a caption, but there is no such file") for name in sorted(missing)]
 
 

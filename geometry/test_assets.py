@@ -55,8 +55,16 @@ def test_families_are_held_out_as_a_whole(tmp_path):
     assert len(families[0] | families[1]) == len(things)
 
 
-def test_draco_is_read_or_named(tmp_path, monkeypatch):
-    """A compressed file is the same shape where DracoPy is installed; else the reason says what to install."""
+def test_draco_without_its_package_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "ball.gltf"
+    path.write_text(json.dumps({"asset": {"version": "2.0"}, "extensionsRequired": ["KHR_draco_mesh_compression"]}))
+    monkeypatch.setattr(mesh_files, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install DracoPy"):
+        mesh_files.triangles(real.list_items(path)[0][0])
+
+
+def test_draco_is_read(tmp_path):
+    """A compressed ball is a ball, where DracoPy is installed."""
     draco = pytest.importorskip("DracoPy")
     ball = trimesh.creation.icosphere(2, .5)
     blob = draco.encode(ball.vertices, ball.faces, preserve_order=True, quantization_bits=14)
@@ -79,6 +87,3 @@ def test_draco_is_read_or_named(tmp_path, monkeypatch):
     vertices, faces, _ = mesh_files.triangles(real.list_items(path)[0][0])
     assert len(faces) == len(ball.faces)
     assert np.linalg.norm(vertices, axis=1) == pytest.approx(mesh_files.LONGEST / 2, rel=.02)
-    monkeypatch.setattr(mesh_files, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install DracoPy"):
-        mesh_files.triangles(real.list_items(path)[0][0])
