@@ -123,8 +123,9 @@ class Prepared:
         return {"views": views / 255, "angles": angles}
 
     def draw_captions(self, rows, rng):
-        """One caption of each shape."""
-        return [self.captions[row][rng.integers(len(self.captions[row]))] for row in rows]
+        """One caption of each shape; one with twice the words, which says more, is drawn twice as often."""
+        lengths = [np.array([len(caption.split()) for caption in self.captions[row]]) for row in rows]
+        return [self.captions[row][rng.choice(len(k), p=k / k.sum())] for row, k in zip(rows, lengths)]
 
     def pictures(self, rows, rng, which=None, vary=True):
         """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s."""
