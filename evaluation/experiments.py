@@ -22,7 +22,7 @@ import torch
 
 import backbone
 import tokenizer
-from data import prepare
+from data import TRAIN_SHAPES, prepare
 from engine.commands import UserError, between
 from engine.files import read_config, read_stage, read_weights
 from engine.state import plot_losses
@@ -322,8 +322,8 @@ def add_flags(flag):
     flag(rgs, "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .5], help="besides .75, at a = .1")
     flag(rgs, "--within", nargs="*", type=reach, default=[1, 1.5, 2], help="reaches of our rule, standard deviations")
     flag([*rgs, *VARIANTS], "--seeds", type=between(1, 100), default=3, help="samplings or trainings of each variant")
-    flag(TRAINED, "--train-shapes", type=between(2), default=20_800, help="built-in shapes that variants learn from")
-    flag(TRAINED, "--steps", type=between(1), default=600, help="training steps of every variant")
+    flag(TRAINED, "--train-shapes", type=between(2), default=TRAIN_SHAPES, help="built-in shapes to learn from")
+    flag(TRAINED, "--steps", type=between(1), default=400, help="training steps of every variant")
     flag(TRAINED, "--batch", type=between(1), default=32, help="shapes a training step")
     flag(VARIANTS, "--guidance", nargs="+", type=between(0, 100, float), default=[1.5, 2., 3., 4.],
          help="to choose from, for each variant the best one for captions of validation shapes")
