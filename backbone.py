@@ -20,7 +20,7 @@ from torch import nn
 from engine.commands import UserError
 from engine.files import load_model, read_stage
 from engine.networks import Block, time_embedding
-from prefix import Prefix, random_drops
+from prefix import Prefix
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
     "tiny": dict(dim=256, encoder=4, decoder=4, heads=8, prefix=8, head_dim=256, head_depth=3),
@@ -63,7 +63,7 @@ class DenoiseNet(nn.Module):
 
 # ---------------------------------------------------------------------------- classifier-free guidance
 
-def guidance_branches(condition, b, cfg):
+def guidance_branches(condition, cfg):
     """The branches that classifier-free guidance compares, stacked along the batch: r branches of b samples each.
 
     Each branch sees one kind of prompt less than the branch before it; the last sees none. With text and picture:
@@ -73,7 +73,7 @@ def guidance_branches(condition, b, cfg):
         strengths: [cfg of the image (0 against 1), cfg of the text (1 against 2)]
 
     cfg: one strength, or {kind: strength}. If all strengths are 1 the branches add up to branch 0 alone: then r = 1.
-    -> the condition of r b samples; {kind: (r b,), True = dropped}; the strengths.
+    -> the condition of r b samples; the strengths.
     """
     kinds = list(condition)                                                       # ["text", "image"]
     strengths = [cfg.get(kind, 2.) if isinstance(cfg, dict) else cfg for kind in reversed(kinds)]
@@ -81,11 +81,11 @@ def guidance_branches(condition, b, cfg):
         strengths = []
     hidden = [set(kinds[len(kinds) - i:]) for i in range(len(strengths) + 1)]     # of each branch: r sets of kinds
 
-    stacked, drop = {}, {}
+    stacked = {}
     for kind, (tokens, mask) in condition.items():
-        stacked[kind] = [repeat(x, "b ... -> (r b) ...", r=len(hidden)) for x in (tokens, mask)]
-        drop[kind] = torch.tensor([kind in branch for branch in hidden], device=mask.device).repeat_interleave(b)
-    return stacked, drop, strengths
+        masks = [torch.zeros_like(mask) if kind in branch else mask for branch in hidden]        # r times b t
+        stacked[kind] = repeat(tokens, "b t e -> (r b) t e", r=len(hidden)), torch.cat(masks)
+    return stacked, strengths
 
 
 def grown(strengths, known, n):
@@ -233,7 +233,7 @@ class Backbone(nn.Module):
         order = torch.rand(b, n, device=device).argsort(1)                        # b n
         hidden = order[:, known:]                                                 # b m
 
-        prefix = self.prefix(condition, random_drops(b, condition, device))       # b p d and b p
+        prefix = self.prefix(condition)                                           # b p d and b p
         c = self.contexts(prefix, x, order, known, hidden)                        # b m d
         x = x.gather(1, repeat(hidden, "b m -> b m c", c=self.channels))          # b m c
         c = repeat(c, "b m d -> (draws b m) d", draws=DRAWS)
@@ -250,8 +250,8 @@ class Backbone(nn.Module):
         order = torch.from_numpy(np.stack([rng.permutation(n) for rng in generators])).to(device)             # b n
         noise = draw_noise(generators, (n, self.denoiser.draws(denoise_steps), c), device)                # b n draws c
 
-        condition, drop, strengths = guidance_branches(condition, b, cfg)
-        prefix = self.prefix(condition, drop)                                     # (r b) p d and (r b) p
+        condition, strengths = guidance_branches(condition, cfg)
+        prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
         r = len(strengths) + 1
         rgs_steps = math.ceil(window * steps) if steer else 0
 

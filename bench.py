@@ -79,8 +79,8 @@ def published(model, condition, seeds, steps, denoise_steps, cfg=2.):
     generators = [np.random.default_rng(seed) for seed in seeds]
     order = torch.from_numpy(np.stack([rng.permutation(n) for rng in generators])).to(device)         # b n
     noise = backbone.draw_noise(generators, (n, model.denoiser.draws(denoise_steps), model.channels), device)  # b n s c
-    drops = ({"text": torch.full((b,), drop, device=device)} for drop in (False, True))
-    prefix, no_prompt = (model.prefix(condition, drop) for drop in drops)                        # b p d and b p each
+    hidden = {kind: (tokens, torch.zeros_like(mask)) for kind, (tokens, mask) in condition.items()}
+    prefix, no_prompt = model.prefix(condition), model.prefix(hidden)                                 # b p d, b p each
 
     x = torch.zeros(b, n, model.channels, device=device)                                              # b n c
     for known, then in backbone.schedule(n, steps):

@@ -22,7 +22,7 @@ from engine.files import atomic_write, make_folder
 from geometry import shapes
 from geometry.prepare import TRAIN_SHAPES, BuiltIn, Files, fill, read_records, version
 from geometry.render import contact_sheet, render_mesh, save_png
-from geometry.training_pictures import relight
+from geometry.training_pictures import recolour, relight
 from geometry.training_samples import KINDS, PICTURES, POINTS, QUERIES, vertex_coloured
 
 # method of Prepared that a head reads from -> the kind of samples that it needs
@@ -127,10 +127,12 @@ class Prepared:
         lengths = [np.array([len(caption.split()) for caption in self.captions[row]]) for row in rows]
         return [self.captions[row][rng.choice(len(k), p=k / k.sum())] for row, k in zip(rows, lengths)]
 
-    def pictures(self, rows, rng, which=None, vary=True):
-        """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s."""
+    def pictures(self, rows, rng, which=None, vary=True, recoloured=()):
+        """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s. recoloured: b texts; the
+        colours that a text names are others in its picture."""
         which = rng.integers(PICTURES, size=len(rows)) if which is None else which
-        return relight(*(self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"]), rng, vary)
+        colours, *rest = (self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"])
+        return relight(recolour(colours, recoloured, rng), *rest, rng, vary)
 
 
 def parse_share(text):

@@ -10,9 +10,16 @@ trained from nothing in minutes, or any of `transformers` (prompts/pretrained.py
 """
 import functools
 
+import numpy as np
+import torch
+
 from engine.files import read_stage
 from geometry.training_samples import PICTURES
 from prompts import image_tower, pretrained, text_tower
+
+SHOWN = {  # kinds of prompt that a training sample sees -> how often
+    (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
+RECOLOURED = .5     # of the pictures beside a caption
 
 
 class Encoders:
@@ -32,18 +39,28 @@ class Encoders:
         return tower.remarks(prompt) if isinstance(tower, text_tower.TextAndCloud) else []
 
     def draw(self, split, rows, rng):
-        """One caption and one picture of each training shape: what `encode_drawn` takes."""
+        """One caption and one picture of each training shape, and which of them it sees: what `encode_drawn` takes.
+
+        Of some pictures that a caption stands beside, the colours that it names are others. So the backbone learns to
+        believe words about colour, and pictures about form: a green chair and "a red chair" is a red chair."""
         captions = split.draw_captions(rows, rng)
+        choice = rng.choice(len(SHOWN), len(rows), p=[*SHOWN.values()])           # b, rows of SHOWN
+        shown = {kind: np.array([kind in kinds for kinds in SHOWN])[choice] for kind in self.towers}         # b each
+        recoloured = shown["text"] & shown["image"] & (rng.random(len(rows)) < RECOLOURED)
         text = self.cache("text", split).draw(captions) if self.is_pretrained("text") else captions
         which = rng.integers(PICTURES, size=len(rows))
         image = self.cache("image", split).draw(rows * PICTURES + which) if self.is_pretrained("image") else \
-            split.pictures(rows, rng, which)
-        return {"text": text, "image": image}
+            split.pictures(rows, rng, which, recoloured=np.where(recoloured, captions, ""))
+        return {"text": text, "image": image, "shown": {kind: torch.from_numpy(x) for kind, x in shown.items()}}
 
     def encode_drawn(self, drawn):
-        """The same as `encode`, of what was drawn."""
-        return {kind: (x[0].float(), x[1]) if self.is_pretrained(kind) else self.towers[kind].tokens(x)
-                for kind, x in drawn.items()}
+        """The same as `encode`, of what was drawn; what a sample does not see is behind the mask."""
+        condition = {}
+        for kind, shown in drawn["shown"].items():                                # shown: b
+            x = drawn[kind]
+            tokens, mask = (x[0].float(), x[1]) if self.is_pretrained(kind) else self.towers[kind].tokens(x)
+            condition[kind] = tokens, mask & shown[:, None].to(mask.device)       # b t e, b t
+        return condition
 
     def is_pretrained(self, kind):
         return isinstance(self.towers[kind], pretrained.Pretrained)

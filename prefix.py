@@ -7,8 +7,9 @@ or pictures. The paper's prefix is the q answers alone. They are a bottleneck (d
 condition tokens stand beside them, projected to the same width; and the mean of the prefix, through a Linear, is added
 to every context vector c_i, where the DenoiseNet reads it at once. (`Queries` in evaluation/peers.py is the paper's.)
 
-A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. Each kind
-has its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
+A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. The mask is
+False for padding, and for all tokens of a prompt that is hidden: in training some are, in guidance too. Each kind has
+its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
 
     python -m pytest -q test_all.py -k prefix       # its tests
 """
@@ -18,9 +19,6 @@ from einops import rearrange, reduce, repeat
 from torch import nn
 
 from engine.networks import Block
-
-SHOWN = {  # kinds of prompt that a training sample sees -> how often
-    (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
 
 
 class Conditions(nn.Module):
@@ -32,23 +30,13 @@ class Conditions(nn.Module):
         self.into = nn.ModuleDict({kind: nn.Linear(e, dim) for kind, e in widths.items()})      # bias: which kind it is
         self.nothing = nn.Parameter(torch.randn(dim) * .02)   # stands for "no prompt"
 
-    def forward(self, condition, drop=None):
-        """drop: {kind: b, True = this sample does not see it}. -> tokens b t d and their mask b t. The last token is
-        `nothing`; the mask shows it where it hides all others."""
-        tokens, masks = [], []
-        for kind, (x, mask) in condition.items():
-            tokens.append(self.into[kind](self.norm[kind](x)))                    # b t d
-            masks.append(mask if drop is None else mask & ~drop[kind][:, None])   # b t
-        mask = torch.cat(masks, 1)
+    def forward(self, condition):
+        """-> tokens b t d and their mask b t. The last token is `nothing`; the mask shows it where it hides all
+        others."""
+        tokens = [self.into[kind](self.norm[kind](x)) for kind, (x, _) in condition.items()]     # b t d each
+        mask = torch.cat([mask for _, mask in condition.values()], 1)             # b t
         nothing = repeat(self.nothing, "d -> b 1 d", b=len(mask)).to(tokens[0].dtype)
         return torch.cat([*tokens, nothing], 1), torch.cat([mask, ~mask.any(1, keepdim=True)], 1)
-
-
-def random_drops(b, kinds, device):
-    """Kinds of prompt that are hidden from b training samples, at random: {kind: b, True = hidden}."""
-    choice = torch.multinomial(torch.tensor(list(SHOWN.values())), b, replacement=True)      # b, rows of SHOWN
-    hidden = {kind: torch.tensor([kind not in names for names in SHOWN]) for kind in kinds}
-    return {kind: hidden[kind][choice].to(device) for kind in kinds}
 
 
 class Prefix(nn.Module):
@@ -59,9 +47,9 @@ class Prefix(nn.Module):
         self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
         self.pool = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
 
-    def forward(self, condition, drop=None):
-        """-> prefix tokens b p d, p = t + q, and their mask, False = padding or a prompt that is dropped."""
-        context, mask = self.conditions(condition, drop)                          # b t d, b t
+    def forward(self, condition):
+        """-> prefix tokens b p d, p = t + q, and their mask, False = padding or a prompt that is hidden."""
+        context, mask = self.conditions(condition)                                # b t d, b t
         query = repeat(self.query, "q d -> b q d", b=len(context))
         answers = self.cross(query, context, mask)                                # b q d
         return torch.cat([context, answers], 1), F.pad(mask, (0, len(self.query)), value=True)

@@ -20,7 +20,7 @@ from torch import nn
 from engine.commands import UserError
 from engine.files import load_model, read_stage
 from engine.networks import Block
-from prefix import Conditions, random_drops
+from prefix import Conditions
 
 SIZES = {
     "tiny": dict(dim=192, depth=4, heads=6), "small": dict(dim=384, depth=6, heads=6),
@@ -38,8 +38,8 @@ class Reconstructor(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
         self.log_variance = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, channels))
 
-    def forward(self, condition, drop=None):                                      # -> x_recon, log sigma^2, b n c each
-        context, mask = self.conditions(condition, drop)                          # b t d, b t
+    def forward(self, condition):                                                 # -> x_recon, log sigma^2, b n c each
+        context, mask = self.conditions(condition)                                # b t d, b t
         x = self.cross(repeat(self.query, "n d -> b n d", b=len(context)), context, mask)
         for block in self.blocks:
             x = block(x)                                                          # b n d
@@ -47,7 +47,7 @@ class Reconstructor(nn.Module):
 
     def loss(self, tokens, condition):
         """tokens b n c -> mean squared error + negative log likelihood, and both for the log."""
-        recon, log_variance = self(condition, random_drops(len(tokens), condition, tokens.device))
+        recon, log_variance = self(condition)
         error = (recon - tokens) ** 2                                             # b n c
         nll = (log_variance + error.detach() / log_variance.exp()).mean() / 2     # -log N(x; x_recon, sigma^2) + const.
         return error.mean() + nll, {"error": error.mean().detach(), "nll": nll.detach()}

@@ -32,7 +32,7 @@ from backbone import DENOISERS, DRAWS, Backbone, DenoiseNet, draw_noise, grown, 
 from engine.commands import UserError, command
 from engine.files import load_model, read_stage
 from engine.networks import Block, time_embedding
-from prefix import Conditions, Prefix, random_drops
+from prefix import Conditions, Prefix
 
 STEPS = 64    # of denoising all tokens at once
 
@@ -79,7 +79,7 @@ class Diffusion(nn.Module):
         return rearrange(self.out(y[:, -self.tokens:]).float(), "b n c -> b (n c)")
 
     def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
-        prefix, mask = self.prefix(condition, random_drops(len(x), condition, x.device))             # b p d, b p
+        prefix, mask = self.prefix(condition)                                     # b p d, b p
         return self.denoiser.loss(partial(self.net, mask=mask), rearrange(x, "b n c -> b (n c)"), prefix)
 
     @torch.no_grad()
@@ -91,8 +91,8 @@ class Diffusion(nn.Module):
         noise_shape = self.denoiser.draws(steps), self.tokens * self.channels
         noise = draw_noise(map(np.random.default_rng, seeds), noise_shape, device)                   # b s (n c)
 
-        condition, drop, strengths = guidance_branches(condition, len(seeds), cfg)
-        prefix, mask = self.prefix(condition, drop)                               # (r b) p d, (r b) p
+        condition, strengths = guidance_branches(condition, cfg)
+        prefix, mask = self.prefix(condition)                                     # (r b) p d, (r b) p
         net = partial(self.net, mask=mask)
         x = self.denoiser.sample(net, prefix, noise, steps, strengths, temperature)                  # b (n c)
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
@@ -128,7 +128,7 @@ class Autoregressive(nn.Module):
         return self.norm(y[:, p:]) + summary
 
     def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
-        prefix = self.prefix(condition, random_drops(len(x), condition, x.device))
+        prefix = self.prefix(condition)                                           # b p d, b p
         c = self.contexts(prefix, x[:, :-1])                                      # b n d
         c, x = repeat(c, "b n d -> (r b n) d", r=DRAWS), repeat(x, "b n c -> (r b n) c", r=DRAWS)
         return self.denoiser.loss(self.net, x, c)
@@ -142,8 +142,8 @@ class Autoregressive(nn.Module):
         noise_shape = self.tokens, self.denoiser.draws(steps), self.channels
         noise = draw_noise(map(np.random.default_rng, seeds), noise_shape, device)                   # b n s c
 
-        condition, drop, strengths = guidance_branches(condition, len(seeds), cfg)
-        prefix = self.prefix(condition, drop)                                     # (r b) p d, (r b) p
+        condition, strengths = guidance_branches(condition, cfg)
+        prefix = self.prefix(condition)                                           # (r b) p d, (r b) p
         x = torch.zeros(len(seeds), 0, self.channels, device=device)              # b 0 c
         for i in range(self.tokens):
             c = self.contexts(prefix, x.repeat(len(strengths) + 1, 1, 1))[:, -1]  # (r b) d
@@ -176,8 +176,8 @@ class Queries(Unpooled):
     """The paper's prefix: the answers to q learnt queries."""
 
     class Prefix(Unpooled.Prefix):
-        def forward(self, condition, drop=None):
-            tokens, mask = super().forward(condition, drop)                       # b (t + q) d, b (t + q)
+        def forward(self, condition):
+            tokens, mask = super().forward(condition)                             # b (t + q) d, b (t + q)
             return tokens[:, -len(self.query):], mask[:, -len(self.query):]
 
 
@@ -194,8 +194,8 @@ class Pooled(Backbone):
             mlp = nn.Linear(dim, 6 * dim), nn.GELU(), nn.Linear(6 * dim, dim)     # 12 d^2 parameters, as a Block
             self.feed = nn.Sequential(nn.LayerNorm(dim), *mlp)
 
-        def forward(self, condition, drop=None):
-            context, mask = self.conditions(condition, drop)                      # b t d, b t
+        def forward(self, condition):
+            context, mask = self.conditions(condition)                            # b t d, b t
             weight = rearrange(mask / mask.sum(1, keepdim=True), "b t -> b t 1")
             mean = reduce(context * weight, "b t d -> b 1 d", "sum")              # of tokens that are not masked
             prefix = self.query + self.feed(mean)                                 # b q d
@@ -227,8 +227,8 @@ class Cross(Backbone):
             self.conditions = Conditions(widths, dim)
             self.query = nn.Parameter(torch.randn(prefix, dim) * .02)             # q d
 
-        def forward(self, condition, drop=None):
-            context, mask = self.conditions(condition, drop)                      # b t d, b t
+        def forward(self, condition):
+            context, mask = self.conditions(condition)                            # b t d, b t
             query = repeat(self.query, "q d -> b q d", b=len(context)).to(context.dtype)
             return torch.cat([context, query], 1), F.pad(mask, (0, len(self.query)), value=True)
 

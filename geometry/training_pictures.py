@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from geometry.captions import SYNONYMS, words
+from geometry.solids import COLOURS
+
 SIZE = 64             # pixels along a side of the pictures that the image tower takes
 MARGIN = .06          # share of the side that stays empty around the object
 
@@ -24,6 +27,17 @@ def crop_to_object(pixels):
     x = F.pad(x, [pad] * 4)[..., top:top + pad, left:left + pad]
     x = F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", antialias=True)
     return rearrange(x[0], "c h w -> h w c").numpy()
+
+
+def recolour(colours, texts, rng):
+    """Colours b s s 3 in bytes; in picture i, pixels of a colour that texts[i] names get another one, at random."""
+    colours = colours.copy()
+    for picture, text in zip(colours, texts):
+        named = [name for name in COLOURS if {name, SYNONYMS.get(name)} & {*words(text)}]
+        near = [abs(picture - 255 * np.array(COLOURS[name])).max(-1) < 25 for name in named]            # s s each
+        for pixels in near:
+            picture[pixels] = 255 * np.array(COLOURS[str(rng.choice(list(COLOURS)))])
+    return colours
 
 
 def relight(colours, normals, coverage, rng, vary=True):

@@ -13,11 +13,13 @@ import transformers
 from einops import rearrange
 from PIL import Image
 
+import encoders
 import sample
 from conftest import SMALL, assert_one_line, run, train_small
 from engine import files
 from engine.commands import UserError
 from geometry import render, training_pictures
+from geometry.solids import COLOURS
 from prompts import picture_files, pretrained, reading, text_tower
 
 # ---------------------------------------------------------------------------- the text tower
@@ -196,6 +198,42 @@ def test_light_changes_pictures_not_shapes(prepared):
     assert torch.equal(plain, again)
     assert (plain[:, :, 0, 0] > .99).all()
     assert .02 < (varied - plain).abs().mean() < .4
+
+
+def test_the_colours_that_a_text_names_change(prepared):
+    """Pixels of a named colour get another one; all others stay as they are."""
+    colours = np.full((2, 4, 4, 3), 255 * np.array(COLOURS["green"])).astype(np.uint8)                # b s s 3
+    colours[:, 2:] = 255 * np.array(COLOURS["white"])
+    new = training_pictures.recolour(colours, ["a green chair", ""], np.random.default_rng(0))
+    assert (new[0, :2] != colours[0, :2]).any(-1).all()
+    assert np.array_equal(new[0, 2:], colours[0, 2:])
+    assert np.array_equal(new[1], colours[1])
+
+
+class Plain:
+    """Stands for a tower: a condition of one token."""
+    def tokens(self, x):
+        return torch.ones(len(x), 1, 8), torch.ones(len(x), 1, dtype=torch.bool)
+    width = 8
+
+
+def test_prompts_are_shown_at_the_given_rates(prepared):
+    """Each combination of prompts comes as often as SHOWN says."""
+    towers, rows = encoders.Encoders(Plain(), Plain()), np.zeros(4000, int)
+    condition = towers.encode_drawn(towers.draw(prepared[0], rows, np.random.default_rng(0)))
+    for kinds, share in encoders.SHOWN.items():
+        same = torch.stack([mask[:, 0] == (kind in kinds) for kind, (_, mask) in condition.items()]).all(0)
+        assert abs(same.float().mean() - share) < .03
+
+
+def test_only_pictures_beside_a_caption_are_recoloured(prepared, monkeypatch):
+    """A picture alone always has its own colours; of those beside a caption, some have others."""
+    towers, split, texts = encoders.Encoders(Plain(), Plain()), prepared[0], []
+    monkeypatch.setattr(split, "pictures", lambda *_, recoloured: texts.extend(recoloured) or torch.zeros(400, 3, 8, 8))
+    shown = towers.draw(split, np.zeros(400, int), np.random.default_rng(0))["shown"]
+    both = (shown["text"] & shown["image"]).numpy()
+    assert not any(text for text, beside in zip(texts, both) if not beside)
+    assert .35 < np.mean([text != "" for text, beside in zip(texts, both) if beside]) < .65
 
 
 # ---------------------------------------------------------------------------- encoders of transformers
