@@ -21,7 +21,7 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import nn
 
 from engine.commands import UserError
@@ -68,22 +68,31 @@ class QueryDecoder(nn.Module):
 
 # ---------------------------------------------------------------------------- sdf
 
+def rarity(colours):
+    """Weights of the points of b shapes by their colours, b k 3 -> b k, 1 in the mean: in sum, each colour of a shape
+    has the same weight."""
+    share = reduce((torch.cdist(colours, colours) < .02).float(), "b q k -> b q", "mean")
+    return 1 / share / reduce(1 / share, "b k -> b 1", "mean")
+
+
 class SdfHead(QueryDecoder):
     """Tokens -> truncated signed distance (in units of the truncation) and colour at any point."""
-    reads, needs, COUNT = {"cloud": 128, "queries": 640}, (), None
+    reads, needs, COUNT = {"cloud": 256, "queries": 640}, (), None
 
     def __init__(self, **size):
         super().__init__(**size, outputs=4)
 
     def loss(self, tokens, batch):
         """L1 of the clipped distance, at queries and at surface points, where it is 0; squared error of colours
-        there. (L1 learns the median colour: where the height of a stripe is uncertain, the stripe is lost.)"""
+        there. (L1 learns the median colour: where the height of a stripe is uncertain, the stripe is lost.) Every
+        colour of a shape counts alike, or a stripe of a twentieth of the surface is not worth a token's channel."""
         x = torch.cat([batch["queries"], batch["points"]], 1)                             # b k 3
         y = self.evaluate(self.read(tokens), x)                                           # b k 4
         k = batch["queries"].shape[1]
         target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (0, x.shape[1] - k))
         distance = F.l1_loss(y[..., 0], target)
-        colour = F.mse_loss(y[:, k:, 1:], batch["colours"])
+        error = reduce((y[:, k:, 1:] - batch["colours"]) ** 2, "b k i -> b k", "mean")
+        colour = (rarity(batch["colours"]) * error).mean()
         return distance + colour, {"distance": distance.detach(), "colour": colour.detach()}
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
