@@ -24,9 +24,18 @@ import train
 from conftest import CHAIN, HERE, assert_one_line, run, same_files, train_small
 from engine import files
 from engine.commands import UserError, pick_device
-from evaluation import peers
-from evaluation.judges import grid_iou
+from evaluation import attributes, peers
+from evaluation.judges import decoded_field, grid_iou
 from geometry import export
+
+
+def test_words_count_beside_a_picture():
+    """The picture shows a green chair; with the words "a red chair", most samples are red chairs."""
+    model = sample.load().load_heads("sdf")
+    tokens = model.sample("a red chair", "assets/chair.png", 8)                   # b n c
+    shapes = [attributes.measure_shape(decoded_field(model.heads["sdf"], x, model.autocast)) for x in tokens]
+    assert sum(attributes.has_attribute(shape, "colour", attributes.colour(), "red") for shape in shapes) >= 6
+
 
 # ---------------------------------------------------------------------------- train
 
@@ -114,22 +123,30 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
         model.tokens(["a table"], [0], rgs="sampled=.1")
 
 
-def test_finetuning_goes_on_from_the_backbone_of_another_run(overfitted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", ["tokenizer", "vision", "backbone", "reconstruct"])
+def test_finetuning_goes_on_from_the_weights_of_another_run(overfitted, tmp_path, monkeypatch, stage):
     """With no rate to speak of, the weights stay what they were; config.json says where they come from."""
-    flags = "--from", overfitted, "--finetune", *BACKBONE, "--lr", 1e-9
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
-    old, new = (files.read_weights(folder / "backbone.safetensors") for folder in (overfitted, tmp_path / "run"))
+    flags = "--stage", stage, "--steps", 2, "--batch", 2, "--lr", 1e-9
+    assert train_small(monkeypatch, tmp_path / "run", 2, "--from", overfitted, "--finetune", *flags) == 0
+    old, new = (files.read_weights(folder / f"{stage}.safetensors") for folder in (overfitted, tmp_path / "run"))
     assert all(torch.allclose(new[name], old[name], atol=1e-3) for name in old)
-    steps = files.read_config(overfitted)["backbone"]["steps"]
-    assert files.read_config(tmp_path / "run")["backbone"]["finetuned"]["steps"] == steps
+    steps = files.read_config(overfitted)[stage]["steps"]
+    assert files.read_config(tmp_path / "run")[stage]["finetuned"]["steps"] == steps
+
+
+def test_what_stands_on_a_finetuned_tokenizer_is_not_copied(overfitted, tmp_path, monkeypatch):
+    """The towers stay; what reads tokens or makes them has to be fine-tuned, too."""
+    flags = "--from", overfitted, "--finetune", "--stage", "tokenizer", "--steps", 2, "--batch", 2
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
+    assert set(files.read_config(tmp_path / "run")) == {"encoders", "tokenizer", "vision"}
 
 
 def test_finetuning_refuses_a_backbone_of_another_kind(overfitted, tmp_path, monkeypatch, capsys):
     flags = "--from", overfitted, "--finetune", "--denoiser", "ddpm", *BACKBONE
     assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
-    assert "its size, denoiser or encoder is another" in capsys.readouterr().err
+    assert "its size, denoiser, encoder or generator is another" in capsys.readouterr().err
     assert train_small(monkeypatch, tmp_path / "run", 2, "--finetune", *BACKBONE) == 2
-    assert_one_line(capsys.readouterr().err, "name its folder")
+    assert_one_line(capsys.readouterr().err, "name their folder")
 
 
 def test_from_needs_a_trained_folder(tmp_path, monkeypatch, capsys):

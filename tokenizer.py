@@ -25,6 +25,7 @@ SIZES = {  # n = side^3 tokens of c channels
     "large": dict(side=10, channels=32, dim=768, heads=12),
 }
 NOISE = .05      # on the tokens in training: it makes the latent space smooth, and needs no KL weight
+STAY = .3        # weight of the distance that tokens move, when a trained tokenizer is fine-tuned
 BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
 
 

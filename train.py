@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import backbone as backbone_
@@ -25,12 +26,12 @@ from data import kinds_of, training_sets
 from engine import processes
 from engine.commands import Parser, add_device_flags, between, command
 from engine.files import read_config, trained_stages
-from engine.loop import fit
+from engine.loop import fit, shares_of_loss
 from engine.run import Run, copy_stages, locked
 from engine.state import start
 from evaluation import progress  # a finished stage says how good it is; nothing that is learnt depends on it
 from geometry.prepare import TRAIN_SHAPES, name_begins
-from geometry.render import contact_sheet, save_png
+from geometry.render import save_png
 from geometry.shapes import CLASSES
 from heads import HEADS
 from prompts import image_tower, text_tower
@@ -73,20 +74,29 @@ def train_encoders(run):
 
 def train_tokenizer(run):
     """The tokenizer, with the heads that it is to serve."""
-    # data
-    def draw(split, rng):
-        rows = rng.integers(len(split), size=run.micro_batch_size("tokenizer"))
-        return split.cloud(rows, 1024, rng), head_samples(run, run.first, split, rows, rng)
-
     # model
     settings = tokenizer_.SIZES[run.size]
     model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)})
     model.update({rep: HEADS[rep](**settings) for rep in run.first})
+    start(run, "tokenizer", {name if name == "tokenizer" else f"head-{name}": part for name, part in model.items()})
+    before = tokenizer_.load(run.source).to(run.device) if run.finetune else None
 
-    # loss
+    # loss: of the heads; with --finetune tokens stay near what they were, so that what reads them can go on, too
     def loss_of(model, batch):
         cloud, samples = batch
-        return heads_.loss(model, model["tokenizer"](*cloud), samples)
+        tokens = model["tokenizer"](*cloud)                                                   # b n c
+        loss, logs = heads_.loss(model, tokens, samples)
+        moved = F.mse_loss(tokens, before(*cloud)) if run.finetune else torch.zeros(())
+        return loss + tokenizer_.STAY * moved, logs | {"moved": moved.detach()}
+
+    # data; with --finetune, a training shape is drawn as often as it is hard: in proportion to its loss before
+    def samples_of(split, rows, rng):
+        return split.cloud(rows, 1024, rng), head_samples(run, run.first, split, rows, rng)
+
+    hard = {run.train: shares_of_loss(run, model, loss_of, samples_of)} if run.finetune else {}
+
+    def draw(split, rng):
+        return samples_of(split, rng.choice(len(split), run.micro_batch_size("tokenizer"), p=hard.get(split)), rng)
 
     def show(model, path):
         tokens = encode(run, model["tokenizer"], run.test, limit=14)
@@ -120,6 +130,7 @@ def train_vision(run):
     small = reconstruct_.SIZES[run.size] | {"depth": 1}
     reader = reconstruct_.Reconstructor(n, channels, {"image": settings["dim"]}, **small)
     model = nn.ModuleDict({"vision": image_tower.ImageTower(**settings), "reader": reader})
+    start(run, "vision", {"vision": model["vision"]}, settings=settings)
 
     # loss
     def loss_of(model, batch):
@@ -151,6 +162,7 @@ def train_head(run, rep):
         model = nn.ModuleDict({rep: heads_.load(run.folder, [rep])[rep]}).requires_grad_()
     else:
         model = nn.ModuleDict({rep: HEADS[rep](**tokenizer_.SIZES[run.size])})
+        start(run, stage, {stage: model[rep]})
 
     # loss
     def loss_of(model, batch):
@@ -174,7 +186,8 @@ def train_backbone(run):
 
     # model
     settings = backbone_.SIZES[run.size] | sizes | {"denoiser": run.denoiser}
-    model = start(run, "backbone", run.generators[run.generator](**settings), settings)
+    model = run.generators[run.generator](**settings)
+    start(run, "backbone", {"backbone": model}, settings=settings, generator=run.generator)
 
     # loss: in training at a random moment of generation, of held-out shapes the mean of eight
     def loss_of(model, batch):
@@ -185,7 +198,7 @@ def train_backbone(run):
     def show(model, path):
         with run.autocast():
             x = model.generate(encoders.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
-        save_picture(path, contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts))
+        save_picture(path, progress.samples(run, heads, x))
 
     model, seconds = fit(run, "backbone", model, draw, loss_of, show)
 
@@ -203,16 +216,16 @@ def train_reconstruct(run):
     # model
     settings = reconstruct_.SIZES[run.size] | sizes
     model = reconstruct_.Reconstructor(**settings)
+    start(run, "reconstruct", {"reconstruct": model}, settings=settings)
 
     # loss
     def loss_of(model, batch):
-        x, drawn = batch
-        return model.loss(x, encoders.encode_drawn(drawn))
+        return model.loss(batch[0], encoders.encode_drawn(batch[1]))
 
     def show(model, path):
         with run.autocast():
             x, _ = model(encoders.encode(run.prompts))
-        save_picture(path, contact_sheet([progress.picture(run, heads, t) for t in x], 7, run.prompts))
+        save_picture(path, progress.samples(run, heads, x))
 
     model, seconds = fit(run, "reconstruct", model, draw, loss_of, show)
 
@@ -231,8 +244,8 @@ def head_samples(run, reps, split, rows, rng):
 
 def encode(run, tokenizer, split, limit=None):
     """The tokens of a prepared set: shapes n c."""
-    weights = run.folder / "tokenizer.safetensors"
-    return tokenizer_.encode_set(tokenizer, split, run.device, run.autocast, weights, limit)
+    file = run.folder / "tokenizer.safetensors"
+    return tokenizer_.encode_set(tokenizer, split, run.device, run.autocast, file, limit)
 
 
 def tokens_and_prompts(run, stage):
@@ -263,22 +276,20 @@ def arguments(generators):
     flag("--copies", type=between(1, 100), default=1, help="copies of each file's shape: mirrored, stretched")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
-    flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done); head trains "
-         "a trained sdf head further, on frozen tokens")
+    flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done)")
     flag("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     flag("--steps", type=between(1), help=f"training steps of every stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size of every stage (default: {defaults[1]})")
     flag("--from", dest="source", metavar="FOLDER", help="copy what fits of a trained folder, without its backbone")
-    flag("--finetune", action="store_true", help="with --from: the backbone goes on from that of the folder")
+    flag("--finetune", action="store_true", help="with --from: what is trained goes on from the folder's weights")
     flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
     flag("--cache", default="cache", help="folder of the prepared data")
     flag("--workers", type=between(1), default=2, help="processes that prepare data")
     add_device_flags(everyday)
 
     flag = parser.add_argument_group("research").add_argument
-    flag("--tokens", choices=["shared", "own", "joint"], default="shared",
-         help="shared: heads on one tokenizer, which is trained for sdf; own: a tokenizer and a backbone for each "
-              "representation; joint: one tokenizer trained with all these heads")
+    flag("--tokens", choices=["shared", "own", "joint"], default="shared", help="shared: heads on a tokenizer trained "
+         "for sdf; own: a tokenizer and a backbone for each representation; joint: a tokenizer trained with all heads")
     for kind, simplest in (("text", "bag"), ("image", "pixels")):
         flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers (prompts/pretrained.py): "
              f"a name in the hub's cache, or a folder; or {simplest} (default: the built-in one, trained here)")
@@ -288,8 +299,7 @@ def arguments(generators):
     flag("--seed", type=between(0), default=0, help="of weights, batches and noise")
 
     flag = parser.add_argument_group("many GPUs").add_argument
-    flag("--micro-batches", type=between(1), help="how many shares a step's batch is split into: more take less "
-         "memory (default: one for each process)")
+    flag("--micro-batches", type=between(1), help="shares of a batch: more take less memory (default: one a process)")
     flag("--shard", action="store_true", help="every process holds a share of the backbone: for large models")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     return parser.parse_args()
@@ -303,7 +313,7 @@ def chain(args, generators, reps, first, folder):
         run.generators = generators
         encoders_.load_pretrained(**run.encoder_names, device=run.device)         # if missing: an error now, not later
         if args.source:
-            copy_stages(run, Path(args.source), name_begins(args.data))
+            copy_stages(run, Path(args.source), name_begins(args.data), stages_of(args, reps) if args.stage else ())
         run.check_folder(name_begins(args.data))
         print(f"{run.folder}, running on {run.reason}")
         kinds = ["surface", "pictures", *kinds_of(HEADS[rep] for rep in run.first + run.reps)]
@@ -325,12 +335,10 @@ def chain(args, generators, reps, first, folder):
 
 def stages_of(args, reps):
     """{name of a stage: function}, in order; a head for each representation."""
-    stages = {args.stage: STAGES[args.stage]} if args.stage else dict(STAGES)
-    if args.image_encoder:
-        stages.pop("vision", None)
-    heads = {f"head-{rep}": partial(train_head, rep=rep) for rep in reps}
-    functions = {stage: heads if stage == "head" else {stage: stages[stage]} for stage in stages}
-    return {name: train for group in functions.values() for name, train in group.items()}
+    groups = {stage: {stage: train} for stage, train in STAGES.items() if stage != "vision" or not args.image_encoder}
+    groups["head"] = {f"head-{rep}": partial(train_head, rep=rep) for rep in reps}
+    wanted = groups if args.stage is None else groups.keys() & {args.stage}
+    return {name: train for stage in wanted for name, train in groups[stage].items()}
 
 
 def main(generators=GENERATORS):

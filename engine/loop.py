@@ -159,6 +159,17 @@ def update(opts, rate):
 
 
 @torch.no_grad()
+def shares_of_loss(run, model, loss_of, samples_of):
+    """The loss of each training shape alone, over the sum of all: an array."""
+    losses = []
+    for row in tqdm(range(len(run.train)), desc="loss of each shape", unit="shape"):
+        batch = to_device(samples_of(run.train, np.array([row]), np.random.default_rng(row)), run.device)
+        with run.autocast():
+            losses.append(loss_of(model, batch)[0].item())
+    return np.array(losses) / sum(losses)
+
+
+@torch.no_grad()
 def held_out_loss(run, model, draw, loss_of):
     """The loss on one batch of held-out shapes, always the same."""
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ except ImportError:                                           # Windows has none
     fcntl = None
 
 BEFORE = {  # stage -> the stages whose weights it is trained on, of those that are in the folder; a head: the tokenizer
-    "vision": ("encoders", "tokenizer"),
+    "vision": ("encoders",),                                  # shape tokens are its target only: it never reads them
     "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision")}
 
 
@@ -61,7 +61,7 @@ class Run:
         self.shard, self.recompute = args.shard, args.recompute
         self.source, self.finetune = args.source, args.finetune
         if self.finetune and not self.source:
-            raise UserError("--finetune goes on from a trained backbone; name its folder, --from checkpoints/tiny")
+            raise UserError("--finetune goes on from trained stages; name their folder, --from checkpoints/tiny")
         if self.shard and processes.world() == 1:
             raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun, "
                             "or leave --shard out")
@@ -110,7 +110,7 @@ class Run:
         before = ("tokenizer",) if stage.startswith("head-") else BEFORE.get(stage, ())
         weights = {name: self.folder / f"{name}.safetensors" for name in before}
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
-        if self.finetune and stage == "backbone":
+        if self.finetune:
             entries["finetuned"] = {key: read_config(self.source)[stage].get(key) for key in ("steps", "revision")}
         git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed,
@@ -126,22 +126,23 @@ class Run:
                      for stage in self.settings}, self.folder / "losses.png")
 
 
-def copy_stages(run, source, begin):
-    """All stages of a trained folder but the backbone, as far as they fit: those with other encoders of transformers,
-    or trained on other weights than those in the folder, are left out."""
+def copy_stages(run, source, begin, training):
+    """All stages of a trained folder but the backbone and those of `training`, as far as they fit: those with other
+    encoders of transformers, or trained on other weights than those in the folder, are left out."""
     if "tokenizer" not in trained_stages(source):
         raise UserError(f"there is no trained tokenizer in {source}; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
-    wanted = [stage for stage in trained_stages(source) if stage not in ("backbone", *trained_stages(folder))
+    training = {*training} - {f"head-{rep}" for rep in config["tokenizer"]["heads"]}        # these go on in any case
+    wanted = [stage for stage in trained_stages(source) if stage not in ("backbone", *training, *trained_stages(folder))
               and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
     for stage in config.keys() & wanted:
         run.check_stage(source, stage, config[stage], begin)
     with_encoder = {"made_with": {"tokenizer": digest(source / "tokenizer.safetensors")}}       # a head in no config
     made_with = {stage: config.get(stage, with_encoder).get("made_with", {}) for stage in wanted}
     for stage in sorted(wanted, key=lambda stage: len(made_with[stage])):         # what others were trained on first
-        others = [name for name, weights in made_with[stage].items()
-                  if (path := folder / f"{name}.safetensors").is_file() and digest(path) != weights]
+        others = [name for name, weights in made_with[stage].items() if name in training
+                  or (path := folder / f"{name}.safetensors").is_file() and digest(path) != weights]
         if others:
             print(f"{stage} is not copied from {source}: it was trained with another {others[0]}")
             continue

@@ -9,7 +9,7 @@ from torch import nn
 
 from engine import processes
 from engine.commands import UserError
-from engine.files import atomic_write, check_shapes, digest, read_stage, read_weights, save_weights
+from engine.files import atomic_write, check_shapes, read_stage, read_weights, save_weights
 from engine.muon import Muon
 
 # ---------------------------------------------------------------------------- optimizers
@@ -36,23 +36,20 @@ def learning_rate(step, steps, peak):
 
 # ---------------------------------------------------------------------------- stop and go on
 
-def start(run, stage, model, settings):
-    """The model, with random weights; with --finetune with those of the folder of --from. They have to stand on the
-    same stages, and have the same settings."""
+def start(run, stage, files, **settings):
+    """With --finetune, a stage goes on from the weights of the folder of --from, which has to have the same settings.
+    files: {name of a file of weights: the module that they are for}."""
     if not run.finetune:
-        return model
-    entry, path = read_stage(run.source, stage), f"{run.source}/{stage}.safetensors"
-    stands_on = [(name, found, run.folder / f"{name}.safetensors") for name, found in entry["made_with"].items()]
-    other = [name for name, found, own in stands_on if not own.is_file() or digest(own) != found]
-    if (entry.get("generator", "masked"), entry["settings"]) != (run.generator, settings):
-        other.append("size, denoiser or encoder")
-    if other:
-        raise UserError(f"the {stage} of {run.source} cannot go on in {run.folder}: its {other[0]} is another; "
-                        "give another --out, or other flags")
-    saved = read_weights(path)
-    check_shapes(model.state_dict(), saved, path)
-    model.load_state_dict(saved)
-    return model
+        return
+    entry = read_stage(run.source, stage)
+    if any(entry.get(name, value) != value for name, value in settings.items()):
+        raise UserError(f"the {stage} of {run.source} cannot go on: its size, denoiser, encoder or generator is "
+                        "another; give the flags that it was trained with")
+    for name, module in files.items():
+        path = f"{run.source}/{name}.safetensors"
+        saved = read_weights(path)
+        check_shapes(module.state_dict(), saved, path)
+        module.load_state_dict(saved)
 
 
 def save_state(path, step, model, ema, opts, sums):

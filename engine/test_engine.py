@@ -153,6 +153,14 @@ def test_batches_are_drawn_ahead_for_a_gpu():
     assert len(set(seeds)) == 40
 
 
+def test_shares_of_loss_add_up_to_one():
+    """Shapes with losses of 0, 1 and 3: the second has a quarter of all."""
+    alone = SimpleNamespace(train=[0., 1, 3], device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    loss_of = lambda model, batch: (torch.tensor(batch), {})
+    shares = loop.shares_of_loss(alone, None, loss_of, lambda split, rows, rng: split[rows[0]])
+    assert shares.tolist() == [0, .25, .75]
+
+
 def test_a_module_may_learn_faster():
     """RATE multiplies the learning rate of a module's parameters, in both optimizers, and of no others."""
     plain, quick = heads.QueryDecoder(2, 4, 64, 2, outputs=4), heads.MeshHead(2, 4, 64, 2)

@@ -243,6 +243,9 @@ def evaluate_attributes(args):
         obeyed = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)["obeyed"].reshape(-1, args.n).mean(1)
         tables[label] = [{"prompt": prompt, "obeyed": share, "checker": np.mean(right[f"{name}: {attribute}"])}
                          for (prompt, (name, attribute, *_)), share in zip(wanted.items(), obeyed)]
+        second = np.array([attribute == "second" for _, attribute, *_ in wanted.values()])        # prompts
+        print(f"{label}: {obeyed[~second].mean():.3f} in the mean of the {(~second).sum()} prompts without a second "
+              f"colour, {obeyed[second].mean():.3f} of the {second.sum()} with one")
     print(f"{args.n} samples a prompt. obeyed: the share that has it; checker: its right answers on held-out shapes")
     write_tables(args.out, args.command, tables)
 

@@ -44,8 +44,9 @@ def decode(run, heads, tokens, rep=None):
     return head.decode(tokens.to(run.device), heads, rng, run.autocast, resolution=64, points=2048)
 
 
-def picture(run, heads, tokens):
-    return decode(run, heads, tokens).picture(160)
+def samples(run, heads, tokens):
+    """A contact sheet of what a generator made of the prompts of a run."""
+    return contact_sheet([decode(run, heads, x).picture(160) for x in tokens], 7, run.prompts)
 
 
 def reconstructions(run, heads, tokens, rep):
