@@ -40,9 +40,20 @@ def recolour(colours, texts, rng):
     return colours
 
 
+def ground_shadow(draw, size):
+    """What a shadow takes of the light behind the object, b s s 1: an ellipse near the ground, soft or cut off, as it is
+    left of a photo whose background was removed. Half of the pictures have none."""
+    y, x = torch.meshgrid(*[torch.linspace(0, 1, size)] * 2, indexing="ij")                             # s s each
+    across, down = (x - draw(.3, .7, 1, 1)) / draw(.1, .4, 1, 1), (y - draw(.75, .95, 1, 1)) / draw(.03, .15, 1, 1)
+    inside = torch.sigmoid((1 - across ** 2 - down ** 2) * draw(1, 10, 1, 1))                           # b s s
+    depth = (draw(-.4, .4, 1, 1)).clamp(min=0)
+    return rearrange(depth * inside, "b h w -> b h w 1")
+
+
 def relight(colours, normals, coverage, rng, vary=True):
     """Arrays of a prepared set, in bytes: colours b s s 3, normals in the camera's frame b s s 3, coverage b s s
-    -> pictures b 3 SIZE SIZE. Each has a random light, background and crop; without `vary`: one light, on white."""
+    -> pictures b 3 SIZE SIZE. Each has a random light, background and crop, some a shadow; without `vary`: one light,
+    on white."""
     colours, normals, coverage = (torch.from_numpy(x.astype(np.float32)) for x in (colours, normals, coverage))
     colours, normals, coverage = colours / 255, normals / 127, coverage[..., None] / 255
     b = len(colours)
@@ -62,6 +73,7 @@ def relight(colours, normals, coverage, rng, vary=True):
     if vary:
         slope = torch.linspace(-1, 1, colours.shape[1])[None, :, None, None] * draw(-.15, .15, 1, 1, 3)
         background = torch.where(draw(0, 1, 1, 1, 1) < .6, background, draw(0, 1, 1, 1, 3) + slope)
+        background = background * (1 - ground_shadow(draw, colours.shape[1]))
     image = rearrange((colours * shade * tint + (1 - coverage) * background).clamp(0, 1), "b h w i -> b i h w")
 
     zoom, shift = (draw(.88, 1.06), draw(-.05, .05, 2)) if vary else (torch.ones(b), torch.zeros(b, 2))
