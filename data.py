@@ -129,10 +129,10 @@ class Prepared:
 
     def pictures(self, rows, rng, which=None, vary=True, recoloured=()):
         """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s. recoloured: b texts; the
-        colours that a text names are others in its picture."""
+        colours that text i names are replaced in picture i."""
         which = rng.integers(PICTURES, size=len(rows)) if which is None else which
-        colours, *rest = (self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"])
-        return relight(recolour(colours, recoloured, rng), *rest, rng, vary)
+        colours, normals, coverage = (self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"])
+        return relight(recolour(colours, coverage, recoloured, rng), normals, coverage, rng, vary)
 
 
 def parse_share(text):

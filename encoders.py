@@ -17,9 +17,9 @@ from engine.files import read_stage
 from geometry.training_samples import PICTURES
 from prompts import image_tower, pretrained, text_tower
 
-SHOWN = {  # kinds of prompt that a training sample sees -> how often
+SHOWN = {  # kinds of prompt that a training sample sees -> share of samples
     (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
-RECOLOURED = .5     # of the pictures beside a caption
+RECOLOURED = .5     # share of the pictures beside a caption in which the colours that it names are replaced
 
 
 class Encoders:
@@ -41,11 +41,12 @@ class Encoders:
     def draw(self, split, rows, rng):
         """One caption and one picture of each training shape, and which of them it sees: what `encode_drawn` takes.
 
-        Of some pictures that a caption stands beside, the colours that it names are others. So the backbone learns to
-        believe words about colour, and pictures about form: a green chair and "a red chair" is a red chair."""
+        In half of the pictures that have a caption beside them, the colours that it names are replaced (but not for
+        towers of transformers, which read every picture once). So the backbone takes colours from words and form from
+        pictures: a picture of a green chair with "a red chair" gives a red chair."""
         captions = split.draw_captions(rows, rng)
-        choice = rng.choice(len(SHOWN), len(rows), p=[*SHOWN.values()])           # b, rows of SHOWN
-        shown = {kind: np.array([kind in kinds for kinds in SHOWN])[choice] for kind in self.towers}         # b each
+        choice = rng.choice(len(SHOWN), len(rows), p=[*SHOWN.values()])           # b, numbers of entries of SHOWN
+        shown = {kind: np.array([kind in kinds for kinds in SHOWN])[choice] for kind in self.towers}  # b: is it seen?
         recoloured = shown["text"] & shown["image"] & (rng.random(len(rows)) < RECOLOURED)
         text = self.cache("text", split).draw(captions) if self.is_pretrained("text") else captions
         which = rng.integers(PICTURES, size=len(rows))

@@ -69,8 +69,8 @@ class QueryDecoder(nn.Module):
 # ---------------------------------------------------------------------------- sdf
 
 def rarity(colours):
-    """Weights of the points of b shapes by their colours, b k 3 -> b k, 1 in the mean: in sum, each colour of a shape
-    has the same weight."""
+    """Colours of the points of b shapes, b k 3 -> weights with mean 1, b k. The weights of all points of one colour add
+    up to the same for every colour of a shape."""
     share = reduce((torch.cdist(colours, colours) < .02).float(), "b q k -> b q", "mean")
     return 1 / share / reduce(1 / share, "b k -> b 1", "mean")
 
@@ -85,7 +85,8 @@ class SdfHead(QueryDecoder):
     def loss(self, tokens, batch):
         """L1 of the clipped distance, at queries and at surface points, where it is 0; squared error of colours
         there. (L1 learns the median colour: where the height of a stripe is uncertain, the stripe is lost.) Every
-        colour of a shape counts alike, or a stripe of a twentieth of the surface is not worth a token's channel."""
+        colour of a shape has the same weight: a stripe that covers a twentieth of it would add too little to the loss
+        for the tokens to keep it."""
         x = torch.cat([batch["queries"], batch["points"]], 1)                             # b k 3
         y = self.evaluate(self.read(tokens), x)                                           # b k 4
         k = batch["queries"].shape[1]

@@ -8,8 +8,8 @@ condition tokens stand beside them, projected to the same width; and the mean of
 to every context vector c_i, where the DenoiseNet reads it at once. (`Queries` in evaluation/peers.py is the paper's.)
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. The mask is
-False for padding, and for all tokens of a prompt that is hidden: in training some are, in guidance too. Each kind has
-its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
+False for padding, and for all tokens of a hidden prompt: training hides some at random, guidance on purpose. Each kind
+has its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
 
     python -m pytest -q test_all.py -k prefix       # its tests
 """
@@ -31,8 +31,8 @@ class Conditions(nn.Module):
         self.nothing = nn.Parameter(torch.randn(dim) * .02)   # stands for "no prompt"
 
     def forward(self, condition):
-        """-> tokens b t d and their mask b t. The last token is `nothing`; the mask shows it where it hides all
-        others."""
+        """-> tokens b t d and their mask b t. The last token is `nothing`, to be seen only where all others are
+        masked."""
         tokens = [self.into[kind](self.norm[kind](x)) for kind, (x, _) in condition.items()]     # b t d each
         mask = torch.cat([mask for _, mask in condition.values()], 1)             # b t
         nothing = repeat(self.nothing, "d -> b 1 d", b=len(mask)).to(tokens[0].dtype)

@@ -123,7 +123,7 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
         model.tokens(["a table"], [0], rgs="sampled=.1")
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "vision", "backbone", "reconstruct"])
+@pytest.mark.parametrize("stage", ["encoders", "tokenizer", "vision", "backbone", "reconstruct"])
 def test_finetuning_goes_on_from_the_weights_of_another_run(overfitted, tmp_path, monkeypatch, stage):
     """With no rate to speak of, the weights stay what they were; config.json says where they come from."""
     flags = "--stage", stage, "--steps", 2, "--batch", 2, "--lr", 1e-9
@@ -132,6 +132,16 @@ def test_finetuning_goes_on_from_the_weights_of_another_run(overfitted, tmp_path
     assert all(torch.allclose(new[name], old[name], atol=1e-3) for name in old)
     steps = files.read_config(overfitted)[stage]["steps"]
     assert files.read_config(tmp_path / "run")[stage]["finetuned"]["steps"] == steps
+
+
+def test_a_copied_stage_can_be_finetuned_later(overfitted, tmp_path, monkeypatch, capsys):
+    """Beside a fine-tuned tokenizer stands a copied image tower. It goes on, and once only."""
+    flags = "--from", overfitted, "--finetune", "--steps", 2, "--batch", 2, "--stage"
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, "tokenizer") == 0
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, "vision") == 0
+    assert files.read_config(tmp_path / "run")["vision"]["steps"] == 2
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, "vision") == 0
+    assert "vision: already done" in capsys.readouterr().out
 
 
 def test_what_stands_on_a_finetuned_tokenizer_is_not_copied(overfitted, tmp_path, monkeypatch):

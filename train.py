@@ -24,7 +24,7 @@ import reconstruct as reconstruct_
 import tokenizer as tokenizer_
 from data import kinds_of, training_sets
 from engine import processes
-from engine.commands import Parser, add_device_flags, between, command
+from engine.commands import Parser, UserError, add_device_flags, between, command
 from engine.files import read_config, trained_stages
 from engine.loop import fit, shares_of_loss
 from engine.run import Run, copy_stages, locked
@@ -62,6 +62,7 @@ def train_encoders(run):
     # model
     settings = text_tower.SIZES[run.size]
     model = text_tower.TextAndCloud(words, nouns, **settings)
+    start(run, "encoders", {"encoders": model}, settings=settings, vocabulary=words)
 
     # loss
     model, seconds = fit(run, "encoders", model, draw, lambda model, batch: model.loss(*batch))
@@ -73,7 +74,7 @@ def train_encoders(run):
 
 
 def train_tokenizer(run):
-    """The tokenizer, with the heads that it is to serve."""
+    """The tokenizer, with the heads that it is to serve. Data come last: their odds need the loss."""
     # model
     settings = tokenizer_.SIZES[run.size]
     model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)})
@@ -81,7 +82,7 @@ def train_tokenizer(run):
     start(run, "tokenizer", {name if name == "tokenizer" else f"head-{name}": part for name, part in model.items()})
     before = tokenizer_.load(run.source).to(run.device) if run.finetune else None
 
-    # loss: of the heads; with --finetune tokens stay near what they were, so that what reads them can go on, too
+    # loss: of the heads; with --finetune, tokens may move only a little: heads and backbone need few steps to follow
     def loss_of(model, batch):
         cloud, samples = batch
         tokens = model["tokenizer"](*cloud)                                                   # b n c
@@ -89,14 +90,14 @@ def train_tokenizer(run):
         moved = F.mse_loss(tokens, before(*cloud)) if run.finetune else torch.zeros(())
         return loss + tokenizer_.STAY * moved, logs | {"moved": moved.detach()}
 
-    # data; with --finetune, a training shape is drawn as often as it is hard: in proportion to its loss before
+    # data: with --finetune, training shapes are drawn in proportion to their loss at the start
     def samples_of(split, rows, rng):
         return split.cloud(rows, 1024, rng), head_samples(run, run.first, split, rows, rng)
 
-    hard = {run.train: shares_of_loss(run, model, loss_of, samples_of)} if run.finetune else {}
+    odds = {run.train: shares_of_loss(run, model, loss_of, samples_of)} if run.finetune else {}
 
     def draw(split, rng):
-        return samples_of(split, rng.choice(len(split), run.micro_batch_size("tokenizer"), p=hard.get(split)), rng)
+        return samples_of(split, rng.choice(len(split), run.micro_batch_size("tokenizer"), p=odds.get(split)), rng)
 
     def show(model, path):
         tokens = encode(run, model["tokenizer"], run.test, limit=14)
@@ -187,7 +188,7 @@ def train_backbone(run):
     # model
     settings = backbone_.SIZES[run.size] | sizes | {"denoiser": run.denoiser}
     model = run.generators[run.generator](**settings)
-    start(run, "backbone", {"backbone": model}, settings=settings, generator=run.generator)
+    start(run, "backbone", {"backbone": model}, settings=settings, generator=run.generator, towers=run.encoder_names)
 
     # loss: in training at a random moment of generation, of held-out shapes the mean of eight
     def loss_of(model, batch):
@@ -216,7 +217,7 @@ def train_reconstruct(run):
     # model
     settings = reconstruct_.SIZES[run.size] | sizes
     model = reconstruct_.Reconstructor(**settings)
-    start(run, "reconstruct", {"reconstruct": model}, settings=settings)
+    start(run, "reconstruct", {"reconstruct": model}, settings=settings, towers=run.encoder_names)
 
     # loss
     def loss_of(model, batch):
@@ -280,8 +281,9 @@ def arguments(generators):
     flag("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     flag("--steps", type=between(1), help=f"training steps of every stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size of every stage (default: {defaults[1]})")
-    flag("--from", dest="source", metavar="FOLDER", help="copy what fits of a trained folder, without its backbone")
-    flag("--finetune", action="store_true", help="with --from: what is trained goes on from the folder's weights")
+    flag("--from", dest="source", metavar="FOLDER", help="start with the stages of this trained folder; the backbone, "
+         "and the stage of --stage, are trained here")
+    flag("--finetune", action="store_true", help="with --from: not from random weights, but from those of the folder")
     flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
     flag("--cache", default="cache", help="folder of the prepared data")
     flag("--workers", type=between(1), default=2, help="processes that prepare data")
@@ -289,7 +291,7 @@ def arguments(generators):
 
     flag = parser.add_argument_group("research").add_argument
     flag("--tokens", choices=["shared", "own", "joint"], default="shared", help="shared: heads on a tokenizer trained "
-         "for sdf; own: a tokenizer and a backbone for each representation; joint: a tokenizer trained with all heads")
+         "for sdf; own: a tokenizer and a backbone for each representation; joint: one trained with these heads")
     for kind, simplest in (("text", "bag"), ("image", "pixels")):
         flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers (prompts/pretrained.py): "
              f"a name in the hub's cache, or a folder; or {simplest} (default: the built-in one, trained here)")
@@ -299,7 +301,7 @@ def arguments(generators):
     flag("--seed", type=between(0), default=0, help="of weights, batches and noise")
 
     flag = parser.add_argument_group("many GPUs").add_argument
-    flag("--micro-batches", type=between(1), help="shares of a batch: more take less memory (default: one a process)")
+    flag("--micro-batches", type=between(1), help="shares of a batch: more need less memory (default: one a process)")
     flag("--shard", action="store_true", help="every process holds a share of the backbone: for large models")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     return parser.parse_args()
@@ -321,10 +323,13 @@ def chain(args, generators, reps, first, folder):
         run.classes, run.prompts = progress.classes_and_prompts(run.test, built_in=args.data is None)
         for name in sorted((stages := stages_of(args, run.reps)).keys() - {*trained_stages(run.folder)}):
             run.micro_batch_size(name)                        # an error now, not later
+            if args.finetune and name not in trained_stages(args.source):
+                raise UserError(f"{args.source} holds no trained {name} that could go on; leave out --finetune")
     with locked(run.folder):
         for name, train in stages.items():
             goes_on = args.stage and {"all", name.removeprefix("head-")} & {*args.rep}  # trained with the tokenizer
-            if name in (read_config(run.folder) if goes_on else trained_stages(run.folder)):
+            done = read_config(run.folder) if goes_on else trained_stages(run.folder)
+            if name in done and not (args.stage and args.finetune and run.is_copied(name)):
                 print(f"{name}: already done in {run.folder}")
                 continue
             torch.manual_seed(run.seed)                       # initial weights, whichever stages came before

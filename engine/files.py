@@ -163,7 +163,7 @@ def read_stage(folder, stage):
     entry = read_config(folder).get(stage)
     if entry is None:
         raise UserError(f"{folder} holds no trained {stage}; make it with: "
-                        f"python train.py --stage {stage} --out {folder}")
+                        f"python train.py --stage {stage.replace('head-', 'head --rep ')} --out {folder}")
     for name, made_with in dict(entry.get("made_with", {})).items():
         path = Path(folder) / f"{name}.safetensors"
         if path.is_file() and digest(path) != made_with:

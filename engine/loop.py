@@ -161,8 +161,8 @@ def update(opts, rate):
 @torch.no_grad()
 def shares_of_loss(run, model, loss_of, samples_of):
     """The loss of each training shape alone, over the sum of all: an array."""
-    losses = []
-    for row in tqdm(range(len(run.train)), desc="loss of each shape", unit="shape"):
+    losses, model = [], model.to(run.device)
+    for row in tqdm(range(len(run.train)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
         batch = to_device(samples_of(run.train, np.array([row]), np.random.default_rng(row)), run.device)
         with run.autocast():
             losses.append(loss_of(model, batch)[0].item())

@@ -15,8 +15,8 @@ try:
 except ImportError:                                           # Windows has none
     fcntl = None
 
-BEFORE = {  # stage -> the stages whose weights it is trained on, of those that are in the folder; a head: the tokenizer
-    "vision": ("encoders",),                                  # shape tokens are its target only: it never reads them
+BEFORE = {  # stage -> the stages that it is trained on, if they are in the folder; a head: the tokenizer
+    "vision": ("encoders",),                                  # it learns to predict shape tokens, but never reads them
     "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision")}
 
 
@@ -101,17 +101,22 @@ class Run:
             raise UserError(f"the {stage} in {folder} learnt from {entry['data']}; "
                             "give the same --data, or another folder")
 
+    def is_copied(self, stage):
+        """Are the weights of a stage those of the folder of --from?"""
+        return digest(self.folder / f"{stage}.safetensors") == digest(f"{self.source}/{stage}.safetensors")
+
     @processes.first_process_only
     def finish(self, stage, seconds, files, **entries):
         """Saves weights in half precision, then the entry of config.json that marks the stage as done."""
         for name, module in files.items():
             save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True)
         steps, batch, lr = self.settings[stage]
-        before = ("tokenizer",) if stage.startswith("head-") else BEFORE.get(stage, ())
-        weights = {name: self.folder / f"{name}.safetensors" for name in before}
+        stages = ("tokenizer",) if stage.startswith("head-") else BEFORE.get(stage, ())
+        weights = {name: self.folder / f"{name}.safetensors" for name in stages}
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
         if self.finetune:
-            entries["finetuned"] = {key: read_config(self.source)[stage].get(key) for key in ("steps", "revision")}
+            before = read_config(self.source).get(stage, {})
+            entries["finetuned"] = {key: before.get(key) for key in ("steps", "revision")}
         git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed,
                      seconds=round(seconds), data=self.train.version, made_with=made_with,
@@ -127,13 +132,13 @@ class Run:
 
 
 def copy_stages(run, source, begin, training):
-    """All stages of a trained folder but the backbone and those of `training`, as far as they fit: those with other
-    encoders of transformers, or trained on other weights than those in the folder, are left out."""
+    """Copies the stages of a trained folder that fit. Not copied: the backbone; stages in `training`; those that stand
+    on other encoders of transformers, or on other weights than those in the folder."""
     if "tokenizer" not in trained_stages(source):
         raise UserError(f"there is no trained tokenizer in {source}; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
-    training = {*training} - {f"head-{rep}" for rep in config["tokenizer"]["heads"]}        # these go on in any case
+    training = {*training} - {f"head-{rep}" for rep in config["tokenizer"]["heads"]}        # goes on from the copy
     wanted = [stage for stage in trained_stages(source) if stage not in ("backbone", *training, *trained_stages(folder))
               and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
     for stage in config.keys() & wanted:
@@ -144,7 +149,7 @@ def copy_stages(run, source, begin, training):
         others = [name for name, weights in made_with[stage].items() if name in training
                   or (path := folder / f"{name}.safetensors").is_file() and digest(path) != weights]
         if others:
-            print(f"{stage} is not copied from {source}: it was trained with another {others[0]}")
+            print(f"{stage} is not copied from {source}: it was trained on other weights of {others[0]}")
             continue
         with atomic_write(folder / f"{stage}.safetensors") as part:
             shutil.copyfile(source / f"{stage}.safetensors", part)

@@ -37,7 +37,7 @@ def learning_rate(step, steps, peak):
 # ---------------------------------------------------------------------------- stop and go on
 
 def start(run, stage, files, **settings):
-    """With --finetune, a stage goes on from the weights of the folder of --from, which has to have the same settings.
+    """With --finetune, loads the weights of a stage in the folder of --from, which were trained with the same settings.
     files: {name of a file of weights: the module that they are for}."""
     if not run.finetune:
         return

@@ -29,25 +29,26 @@ def crop_to_object(pixels):
     return rearrange(x[0], "c h w -> h w c").numpy()
 
 
-def recolour(colours, texts, rng):
-    """Colours b s s 3 in bytes; in picture i, pixels of a colour that texts[i] names get another one, at random."""
+def recolour(colours, coverage, texts, rng):
+    """Colours b s s 3 and coverage b s s, in bytes; in picture i, the colours that texts[i] names are replaced."""
     colours = colours.copy()
-    for picture, text in zip(colours, texts):
+    for picture, cover, text in zip(colours, coverage[..., None], texts):                               # s s 3, s s 1
         named = [name for name in COLOURS if {name, SYNONYMS.get(name)} & {*words(text)}]
-        near = [abs(picture - 255 * np.array(COLOURS[name])).max(-1) < 25 for name in named]            # s s each
-        for pixels in near:
-            picture[pixels] = 255 * np.array(COLOURS[str(rng.choice(list(COLOURS)))])
+        near = [(abs(picture - cover * np.array(COLOURS[name])) < 25).all(-1) & (cover[..., 0] > 50) for name in named]
+        for name, pixels in zip(named, near):                                                           # s s
+            other = COLOURS[str(rng.choice([other for other in COLOURS if other != name]))]
+            picture[pixels] = np.round(cover[pixels] * np.array(other))
     return colours
 
 
 def ground_shadow(draw, size):
-    """What a shadow takes of the light behind the object, b s s 1: an ellipse near the ground, soft or cut off, as it is
-    left of a photo whose background was removed. Half of the pictures have none."""
+    """The share of the background's light that a shadow takes, b s s 1: an ellipse near the ground, with a soft or a
+    sharp edge. Photos keep such shadows when their background is removed. Half of the pictures have none."""
     y, x = torch.meshgrid(*[torch.linspace(0, 1, size)] * 2, indexing="ij")                             # s s each
     across, down = (x - draw(.3, .7, 1, 1)) / draw(.1, .4, 1, 1), (y - draw(.75, .95, 1, 1)) / draw(.03, .15, 1, 1)
     inside = torch.sigmoid((1 - across ** 2 - down ** 2) * draw(1, 10, 1, 1))                           # b s s
-    depth = (draw(-.4, .4, 1, 1)).clamp(min=0)
-    return rearrange(depth * inside, "b h w -> b h w 1")
+    darkness = draw(-.4, .4, 1, 1).clamp(min=0)                                                         # b 1 1
+    return rearrange(darkness * inside, "b h w -> b h w 1")
 
 
 def relight(colours, normals, coverage, rng, vary=True):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from engine.commands import Parser, UserError, command
 from engine.files import atomic_write
+from geometry import training_pictures
 from geometry.training_samples import PICTURES
 
 LENGTH = 64    # word pieces of a prompt that are read
@@ -100,7 +101,8 @@ class TokenCache:
     caption or picture; inputs: a function from keys to the input of `tower.tokens`."""
 
     def __init__(self, tower, split, kind, keys, inputs, batch=64):
-        name = hashlib.sha256(repr([tower.name, tower.model.config.to_dict()]).encode()).hexdigest()[:12]
+        made_by = Path(training_pictures.__file__).read_text()                    # other pictures, other tokens
+        name = hashlib.sha256(repr([tower.name, tower.model.config.to_dict(), made_by]).encode()).hexdigest()[:12]
         path, lengths = (split.folders[kind] / f"tower-{name}-{split.name}{end}" for end in (".half", "-lengths.npy"))
         if not lengths.is_file():                             # this file is written last
             counts = []

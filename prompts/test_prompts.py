@@ -204,7 +204,8 @@ def test_the_colours_that_a_text_names_change(prepared):
     """Pixels of a named colour get another one; all others stay as they are."""
     colours = np.full((2, 4, 4, 3), 255 * np.array(COLOURS["green"])).astype(np.uint8)                # b s s 3
     colours[:, 2:] = 255 * np.array(COLOURS["white"])
-    new = training_pictures.recolour(colours, ["a green chair", ""], np.random.default_rng(0))
+    coverage = np.full((2, 4, 4), 255, np.uint8)
+    new = training_pictures.recolour(colours, coverage, ["a green chair", ""], np.random.default_rng(0))
     assert (new[0, :2] != colours[0, :2]).any(-1).all()
     assert np.array_equal(new[0, 2:], colours[0, 2:])
     assert np.array_equal(new[1], colours[1])
