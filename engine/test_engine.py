@@ -157,7 +157,7 @@ def test_shares_of_loss_add_up_to_one():
     """Shapes with losses of 0, 1 and 3: the second has a quarter of all."""
     alone = SimpleNamespace(train=[0., 1, 3], device=torch.device("cpu"), autocast=contextlib.nullcontext)
     loss_of = lambda model, batch: (torch.tensor(batch), {})
-    shares = loop.shares_of_loss(alone, None, loss_of, lambda split, rows, rng: split[rows[0]])
+    shares = loop.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows, rng: split[rows[0]])
     assert shares.tolist() == [0, .25, .75]
 
 
