@@ -483,8 +483,8 @@ def test_the_reconstructor_knows_its_variance():
     prompts, optimizer = torch.randn(4, 1, 8), torch.optim.Adam(model.parameters(), 3e-3)
     condition = lambda rows: {"text": (prompts[rows], torch.ones(len(rows), 1, dtype=torch.bool))}
     for step in range(400):
-        rows = torch.randint(4, (256,))
-        tokens = torch.stack([rows - 1.5, .7 * torch.randn(256)], 1)[..., None]
+        rows = torch.randint(4, (64,))
+        tokens = torch.stack([rows - 1.5, .7 * torch.randn(64)], 1)[..., None]
         model.loss(tokens, condition(rows))[0].backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -492,7 +492,7 @@ def test_the_reconstructor_knows_its_variance():
     sigma = (log_variance / 2).exp()[..., 0]
     assert (recon[:, 0, 0] - (torch.arange(4) - 1.5)).abs().max() < .3
     assert recon[:, 1].abs().max() < .3
-    assert abs(sigma[:, 1].mean() - .7) < .1
+    assert abs(sigma[:, 1].mean() - .7) < .2
     assert sigma[:, 0].max() < .45 * sigma[:, 1].min()
 
 

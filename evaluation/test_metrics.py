@@ -5,12 +5,13 @@ import pytest
 import torch
 
 import evaluate
+import heads
 import sample
 import tokenizer
 from conftest import run
-from engine.commands import UserError
+from engine.commands import UserError, pick_device
 from evaluation import attributes, exam, metrics, results, words
-from evaluation.judges import true_field
+from evaluation.judges import decoded_field, true_field
 from geometry import shapes
 from prompts import reading, text_tower
 
@@ -206,6 +207,21 @@ def test_second_colours_are_found():
         if shape.name in rows and "second" in shape.attributes:
             found = attributes.measure_shape(true_field(shape))
             assert attributes.has_attribute(found, *rows[shape.name][1:3], shape.attributes["second"]), shape.captions
+
+
+def test_stripes_survive_the_tokenizer():
+    """Of twelve new striped mugs, encoded and decoded, at least ten have a stripe of their own colour."""
+    encoder, head = tokenizer.load("checkpoints/tiny"), heads.load("checkpoints/tiny", ["sdf"])["sdf"]
+    autocast, check = pick_device("cpu")[1], attributes.colour(rank=1)
+    mugs = [mug for mug in (shapes.make(1, 8 + 13 * i) for i in range(40)) if mug.attributes["stripe"]][:12]
+    right = []
+    for mug in mugs:
+        cloud = [torch.from_numpy(np.float32(x))[None] for x in mug.surface(2048, np.random.default_rng(0))]
+        with torch.no_grad(), autocast():
+            tokens = encoder(*cloud)[0].float()                                   # n c
+        shape = attributes.measure_shape(decoded_field(head, tokens, autocast))
+        right.append(attributes.has_attribute(shape, "second", check, mug.attributes["second"]))
+    assert sum(right) >= 10
 
 
 def test_prompts_are_worded_unlike_captions():
