@@ -4,6 +4,7 @@
 """
 import csv
 import functools
+import json
 import os
 import pickle
 import re
@@ -28,6 +29,7 @@ from evaluation import attributes, peers
 from evaluation.judges import decoded_field, grid_iou
 from geometry import export
 
+# ---------------------------------------------------------------------------- the shipped weights
 
 def test_words_count_beside_a_picture():
     """The picture shows a green chair; with the words "a red chair", most samples are red chairs."""
@@ -157,6 +159,25 @@ def test_finetuning_refuses_a_backbone_of_another_kind(overfitted, tmp_path, mon
     assert "its size, denoiser, encoder or generator is another" in capsys.readouterr().err
     assert train_small(monkeypatch, tmp_path / "run", 2, "--finetune", *BACKBONE) == 2
     assert_one_line(capsys.readouterr().err, "name their folder")
+
+
+def test_finetuning_needs_the_stage_in_both_folders(overfitted, tmp_path, monkeypatch, capsys):
+    """What the folder of --from lacks cannot go on; a stage of the run that it lacks is done, not copied."""
+    source = shutil.copytree(overfitted, tmp_path / "source")
+    config = files.read_config(source)
+    config.pop("reconstruct")
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "reconstruct.safetensors").unlink()
+    flags = "--from", source, "--finetune", "--stage", "reconstruct"
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
+    assert_one_line(capsys.readouterr().err, "holds no trained reconstruct")
+    assert train_small(monkeypatch, shutil.copytree(overfitted, tmp_path / "done"), 2, *flags) == 0
+    assert "reconstruct: already done" in capsys.readouterr().out
+
+
+def test_no_vision_stage_beside_another_image_tower(tmp_path, monkeypatch, capsys):
+    assert train_small(monkeypatch, tmp_path / "run", 2, "--stage", "vision", "--image-encoder", "pixels") == 2
+    assert_one_line(capsys.readouterr().err, "leave out --stage vision")
 
 
 def test_from_needs_a_trained_folder(tmp_path, monkeypatch, capsys):

@@ -74,7 +74,7 @@ def train_encoders(run):
 
 
 def train_tokenizer(run):
-    """The tokenizer, with the heads that it is to serve. Data come last: their odds need the loss."""
+    """The tokenizer, with the heads that it is to serve. Data come last: how often a shape is drawn needs the loss."""
     # model
     settings = tokenizer_.SIZES[run.size]
     model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)})
@@ -325,6 +325,8 @@ def chain(args, generators, reps, first, folder):
             run.micro_batch_size(name)                        # an error now, not later
             if args.finetune and name not in trained_stages(args.source):
                 raise UserError(f"{args.source} holds no trained {name} that could go on; leave out --finetune")
+        if not stages:
+            raise UserError("--image-encoder takes the place of the image tower; leave out --stage vision")
     with locked(run.folder):
         for name, train in stages.items():
             goes_on = args.stage and {"all", name.removeprefix("head-")} & {*args.rep}  # trained with the tokenizer

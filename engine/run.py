@@ -103,7 +103,8 @@ class Run:
 
     def is_copied(self, stage):
         """Are the weights of a stage those of the folder of --from?"""
-        return digest(self.folder / f"{stage}.safetensors") == digest(f"{self.source}/{stage}.safetensors")
+        own, other = (Path(folder) / f"{stage}.safetensors" for folder in (self.folder, self.source))
+        return other.is_file() and digest(own) == digest(other)
 
     @processes.first_process_only
     def finish(self, stage, seconds, files, **entries):

@@ -213,9 +213,10 @@ def test_the_colours_that_a_text_names_change(prepared):
 
 class Plain:
     """Stands for a tower: a condition of one token."""
-    def tokens(self, x):
-        return torch.ones(len(x), 1, 8), torch.ones(len(x), 1, dtype=torch.bool)
     width = 8
+
+    def tokens(self, x):
+        return torch.ones(len(x), 1, self.width), torch.ones(len(x), 1, dtype=torch.bool)
 
 
 def test_prompts_are_shown_at_the_given_rates(prepared):
