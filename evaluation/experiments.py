@@ -160,8 +160,9 @@ def compare_variants(args):
             model, cache = exam.open_model(args, folder), variant_cache(args, "variants", folder, guided)
             scores.append(benchmark.scores(model, cache, **guided)[0])
             if args.command == "ablate-encoder":
-                cache = variant_cache(args, "variants", folder, options)          # pictures have guidance of their own
-                scores[-1] |= benchmark.picture_scores(model, cache, **options)
+                plain = {"rgs": "none"}                       # guidance of their own; other towers have no reconstructor
+                cache = variant_cache(args, "variants", folder, plain)
+                scores[-1] |= benchmark.picture_scores(model, cache, **plain)
         stages = ["backbone", "reconstruct"] if "rgs" in options else ["backbone"]
         files = [read_weights(folders[name][0] / f"{stage}.safetensors") for stage in stages]
         seconds = [sum(read_config(folder)[stage]["seconds"] for stage in stages) for folder in folders[name]]

@@ -257,6 +257,16 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
         assert complaint in capsys.readouterr().err
 
 
+def test_other_towers_are_shown_pictures(experiment, overfitted, tmp_path, monkeypatch):
+    """ablate-encoder: a backbone on another text tower has no reconstructor, and is compared by pictures all the same."""
+    variants = {"built-in towers": ("", {}), "bag": ("--text-encoder bag", {})}
+    monkeypatch.setitem(experiments.VARIANTS, "ablate-encoder", ("", variants))
+    assert experiment("ablate-encoder", "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted,
+                      "--guidance", 1) == 0
+    _, built_in, bag = rows_of(tmp_path / "out/ablate-encoder")
+    assert float(bag["Chamfer to shown"]) > 0 < float(built_in["Chamfer to shown"])
+
+
 def test_overfit_compares_every_shape_with_its_own(experiment, tmp_path):
     assert experiment("overfit") == 0
     *rows, mean = rows_of(tmp_path / "out/overfit")
