@@ -160,7 +160,7 @@ def compare_variants(args):
             model, cache = exam.open_model(args, folder), variant_cache(args, "variants", folder, guided)
             scores.append(benchmark.scores(model, cache, **guided)[0])
             if args.command == "ablate-encoder":
-                plain = {"rgs": "none"}                       # guidance of their own; other towers have no reconstructor
+                plain = {"rgs": "none"}                       # guidance of their own; no reconstructor
                 cache = variant_cache(args, "variants", folder, plain)
                 scores[-1] |= benchmark.picture_scores(model, cache, **plain)
         stages = ["backbone", "reconstruct"] if "rgs" in options else ["backbone"]

@@ -258,7 +258,7 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
 
 
 def test_other_towers_are_shown_pictures(experiment, overfitted, tmp_path, monkeypatch):
-    """ablate-encoder: a backbone on another text tower has no reconstructor, and is compared by pictures all the same."""
+    """ablate-encoder: another text tower has no reconstructor, and is compared by pictures all the same."""
     variants = {"built-in towers": ("", {}), "bag": ("--text-encoder bag", {})}
     monkeypatch.setitem(experiments.VARIANTS, "ablate-encoder", ("", variants))
     assert experiment("ablate-encoder", "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted,
