@@ -29,7 +29,7 @@ from engine.files import load_model, read_config, read_stage, trained_stages
 from engine.networks import Block, fourier, grid_points, time_embedding
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked_light
-from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, weld
+from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
 from geometry.render import splat
 from geometry.surface import TRUNCATION, extract, in_chunks
 
@@ -283,6 +283,24 @@ class MeshHead(nn.Module):
         return Mesh(bin_centres(vertices[used]).astype(np.float32), faces, colours.astype(np.float32), smooth=False)
 
 
+class SimplifiedMesh:
+    """The surface of the sdf head with `count` faces, by quadric error: where no mesh head was trained, or for another
+    number of faces than it learnt."""
+    needs, COUNT = ("sdf",), None
+
+    def __init__(self, count=256):
+        self.count = count
+
+    @torch.no_grad()
+    def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=None):
+        vertices, faces, colours = extract(heads["sdf"], tokens, 64, autocast)
+        if not len(faces):
+            return Mesh(vertices, faces, colours, smooth=False)
+        vertices, faces, colours = simplify_to(vertices, faces, colours[faces[:, 0]], self.count)
+        corners = vertices[faces].reshape(-1, 3).astype(np.float32)                       # (f 3) 3: a colour a face
+        return Mesh(corners, np.arange(len(corners)).reshape(-1, 3), np.repeat(colours, 3, 0), smooth=False)
+
+
 HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}
 
 
@@ -316,6 +334,9 @@ def load(folder, reps, device="cpu"):
     settings, heads = read_stage(folder, "tokenizer")["settings"], {}
     found = [name.removeprefix("head-") for name in trained_stages(folder) if name.startswith("head-")]
     for rep in with_needs(reps):
+        if rep == "mesh" and rep not in found:
+            heads |= {"mesh": SimplifiedMesh()} | load(folder, {"sdf"} - heads.keys(), device)
+            continue
         if rep not in found:
             raise UserError(f"{folder} has no head for {rep}, only for {', '.join(found)}; make it with: "
                             f"python train.py --rep {rep} --stage head --out {folder}")

@@ -92,20 +92,26 @@ class LTM3D:
                 print(f"warning: {image}: {warning}", file=sys.stderr)
         return self.tokens(prompts, [(seed, i) for i in range(n)], pictures, steps=steps, **options)
 
-    def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None):
-        """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed."""
+    def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
+        """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
+        faces: of "mesh", which then is a simplified surface; by default the mesh head decides."""
         if rep not in heads.HEADS:
             raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
         if resolution not in RESOLUTIONS:
             raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
-        head = self.load_heads(rep).heads[rep]
+        if rep == "mesh" and faces:
+            head = heads.SimplifiedMesh(faces)
+            self.load_heads(*head.needs)
+        else:
+            head = self.load_heads(rep).heads[rep]
         points, rng = points or head.COUNT, np.random.default_rng(seed)
         return head.decode(tokens.to(self.device), self.heads, rng, self.autocast, resolution, points)
 
-    def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, **options):
+    def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, faces=None,
+                 **options):
         """`sample`, then `decode`: a list of n shapes."""
         tokens = self.sample(prompt, image, n, seed, **options)
-        return [self.decode(t, rep, (seed, i), resolution, points) for i, t in enumerate(tokens)]
+        return [self.decode(t, rep, (seed, i), resolution, points, faces) for i, t in enumerate(tokens)]
 
 
 load = LTM3D          # load() is what the Python API shows
@@ -136,6 +142,8 @@ def arguments():
     flag("--window", type=between(0, 1, float), default=.75, help="the share of steps, from the first, that RGS steers")
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
     flag("--points", type=between(1, 1_000_000), help=f"how many points or Gaussians (default: {points})")
+    flag("--faces", type=between(12, 100_000), help="how many faces a mesh has at most: the surface, simplified "
+         "(default: the mesh head decides, up to 256)")
     flag("--turntable", action="store_true", help="also a GIF of each shape turning")
     flag("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
     add_device_flags(parser)
@@ -193,7 +201,7 @@ def main():
     ending = {rep: "" if args.rep == ["sdf"] else f"-{rep}" for rep in args.rep}
     for i, t in enumerate(tokens):                                                # n c
         for rep in args.rep:
-            shape = model.decode(t, rep, (args.seed, i), args.resolution, args.points)
+            shape = model.decode(t, rep, (args.seed, i), args.resolution, args.points, args.faces)
             watch.lap(rep)
             pictures.append(write_shape(shape, out / f"{name}-{i}{ending[rep]}{shape.suffix}", args.turntable))
             watch.lap("pictures")

@@ -39,6 +39,13 @@ def test_words_count_beside_a_picture():
     assert sum(attributes.has_attribute(shape, "colour", attributes.colour(), "red") for shape in shapes) >= 6
 
 
+def test_a_mesh_has_as_many_faces_as_asked():
+    """With `faces`, the surface is simplified: closed, and never more faces."""
+    for mesh in sample.load().generate("a chair", rep="mesh", n=2, faces=300):
+        assert 200 < len(mesh.faces) <= 300
+        assert mesh.soundness()["closed edges"] > .98
+
+
 # ---------------------------------------------------------------------------- train
 
 def same_weights(one, two, stages):
@@ -271,7 +278,8 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--seed", "-1"], "--seed: must be"), (["--resolution", "100000"], "choose from 32, 64"),
     (["--rgs", "sampled=2"], "RGS takes none, auto, sampled=A"), (["--rgs", "x"], "RGS takes none, auto, sampled=A"),
     (["--window", "2"], "--window: must be between 0 and 1"), (["--rep", "voxels"], "choose from"),
-    (["--points", "0"], "--points: must be"), (["--device", "toaster"], "--device toaster"),
+    (["--points", "0"], "--points: must be"), (["--faces", "3"], "--faces: must be"),
+    (["--device", "toaster"], "--device toaster"),
     (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
     (["--text", ""], "is empty"), (["--text", "with the"], "names no shape"), (["--device", "meta"], "--device meta"),
     (["--text", "a house"], "'house' is nothing that can be made"),

@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 
 from engine.networks import grid_points
 from evaluation.metrics import chamfer, emd, faces_within, fscore, iou, psnr, ssim
-from geometry.meshes import bin_centres, closed_edges, quantise, sample_surface
+from geometry.meshes import bin_centres, quantise, sample_surface
 from geometry.render import splat
 from geometry.surface import TRUNCATION, sdf_grid
 from geometry.training_samples import VIEW, draw_view
@@ -86,7 +86,7 @@ def judge_mesh(heads, tokens, split, row, rng, autocast, points):
     true_mesh = bin_centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3)
     surface, second = (split.shape(row).surface(2048, rng)[0] for _ in range(2))  # k 3 each
     return {"within 1 bin": faces_within(found, true, 1), "within 2 bins": faces_within(found, true, 2),
-            "closed edges": closed_edges(mesh.faces), "Chamfer": chamfer(mesh.surface(2048, rng)[0], surface),
+            **mesh.soundness(), "Chamfer": chamfer(mesh.surface(2048, rng)[0], surface),
             "of the true mesh": chamfer(sample_surface(*true_mesh, 2048, rng, hidden=False)[0], surface),
             "its floor": chamfer(second, surface)}
 

@@ -85,7 +85,8 @@ class Mesh(Shape):
     def soundness(self):
         """The faults that a mesh of this kind can have: {test: result}."""
         if not self.smooth:
-            return {"closed edges": closed_edges(self.faces)}
+            _, place = np.unique(self.vertices, axis=0, return_inverse=True)      # corners may not be shared
+            return {"closed edges": closed_edges(place.reshape(-1)[self.faces])}
         one_piece = largest_component_share(self.vertices, self.faces) >= .99
         return {"one piece": one_piece, "watertight": watertight(self.faces)}
 
