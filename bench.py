@@ -334,7 +334,7 @@ def main():
     flag("decode", "--resolutions", nargs="+", type=int, choices=(64, 128, 256, 512), default=[64, 128, 256],
          help="cells along a side of the grid")
     flag("data", "--counts", nargs="+", type=between(1, 10 ** 6), default=[260, 520, 1040], help="shapes to prepare")
-    parsers["quality"].set_defaults(rep="sdf", seed=0, data=None, copies=1, cache="cache")
+    parsers["quality"].set_defaults(rep="sdf", seed=0, data=None, cache="cache")
     args = parser.parse_args()
     make_folder(args.out)
     rows = BENCHES[args.command](Bench(args))

@@ -8,6 +8,7 @@ geometry/prepare.py fills the arrays of a prepared set; Prepared reads them. The
     python data.py --data path/to/meshes --out cache --shard 0/4      # on the first of four machines
 """
 import argparse
+import copy
 import csv
 import re
 import time
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
 from geometry import shapes
+from geometry.meshes import in_order_again
 from geometry.prepare import TRAIN_SHAPES, BuiltIn, Files, fill, read_records, version
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_pictures import recolour, relight
@@ -29,11 +31,16 @@ from geometry.training_samples import KINDS, PICTURES, POINTS, QUERIES, vertex_c
 READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
 
 
-def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",), data=None, copies=1, shard=(0, 1),
+MIRROR, TURN = np.diag([-1, 1, 1]), np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])      # left for right; a quarter
+SYMMETRIES = np.stack([np.linalg.matrix_power(TURN, i // 2) @ np.linalg.matrix_power(MIRROR, i % 2)      # 8 3 3
+                       for i in range(8)])                    # a shape, its mirror image, the same turned, ...
+
+
+def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",), data=None, shard=(0, 1),
             classes=None):
     """Prepare the missing samples of built-in shapes, or of the files of `data` -> Prepared. shard (i, n): only share i
     of n."""
-    source = Files(split, data, copies) if data else BuiltIn(split, count, classes)
+    source = Files(split, data) if data else BuiltIn(split, count, classes)
     kinds = ["records", *(kind for kind in kinds if kind != "records")]
     fill(Path(out) / source.name, source, kinds, workers, shard)
     return Prepared(Path(out) / source.name, source, kinds)
@@ -41,14 +48,14 @@ def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",
 
 def training_sets(args, kinds):
     """The training set and the held-out set of the flags of train.py."""
-    settings = args.cache, args.workers, kinds, args.data, args.copies
+    settings = args.cache, args.workers, kinds, args.data
     train = prepare("train", args.shapes, *settings, classes=args.classes)
     test = prepare("test", None, *settings, classes=args.classes)
     if min(len(train), len(test)) < 2:
         where = f", see {train.folder}/skipped.csv" if train.broken else ""
         raise UserError(f"{args.data} has {len(train)} shapes to train on and {len(test)} held out, two of each are "
                         f"needed; {len(train.broken)} were left out{where}")
-    return train, test
+    return train.repeated(2), test
 
 
 def kinds_of(heads):
@@ -77,6 +84,7 @@ class Prepared:
         self.records = [records[0][row] for row in rows]
         self.classes = [record["class"] for record in self.records]
         self.captions = [record["captions"] for record in self.records]
+        self.symmetry = np.zeros(len(rows), int)              # row of SYMMETRIES for each shape
         if source.skipped or self.broken:
             path = self.folder / "skipped.csv"
             with atomic_write(path) as part, part.open("w", newline="", errors="backslashreplace") as file:
@@ -84,6 +92,19 @@ class Prepared:
 
     def __len__(self):
         return len(self.records)
+
+    def repeated(self, count):
+        """A set of files `count` times: 2 adds mirror images, 8 also turns of 90, 180 and 270 degrees. Files are few,
+        and this costs nothing. Of built-in shapes there are always more: theirs is the set itself."""
+        if not isinstance(self.source, Files):
+            return self
+        first = np.flatnonzero(self.symmetry == 0)            # a set that is repeated already
+        other = copy.copy(self)
+        other.name, other.symmetry = f"{self.name}-{count}", np.repeat(np.arange(count), len(first))
+        other.rows = np.tile(self.rows[first], count)
+        for name in ("records", "classes", "captions"):
+            setattr(other, name, getattr(self, name)[:len(first)] * count)
+        return other
 
     def shape(self, row):
         """The shape itself, where samples are not enough: for exact distances at any point."""
@@ -105,21 +126,35 @@ class Prepared:
         """k oriented coloured surface points of each row: points, normals, colours, b k 3 each."""
         columns = rng.permutation(POINTS)[:k]
         points, normals, colours = self.tensors(("points", "normals", "colours"), rows, columns)
-        return points, normals / 127, colours / 255
+        return self.moved(points, rows), self.moved(normals, rows) / 127, colours / 255
+
+    def moved(self, x, rows):
+        """Points or vectors b k 3, mirrored and turned as the symmetries of these rows say."""
+        return torch.einsum("b i j, b k j -> b k i", torch.from_numpy(SYMMETRIES[self.symmetry[rows]]).float(), x)
 
     def queries(self, rows, k, rng):
         """k points of each row and their signed distance: b k 3, b k."""
-        names = ("queries", "distance")
-        return dict(zip(names, self.tensors(names, rows, rng.permutation(QUERIES)[:k])))
+        queries, distance = self.tensors(("queries", "distance"), rows, rng.permutation(QUERIES)[:k])
+        return {"queries": self.moved(queries, rows), "distance": distance}
 
     def faces(self, rows, *_):
         """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
         corners, components, colours = self.tensors(("corners", "components", "face_colours"), rows)
+        for i in np.flatnonzero(self.symmetry[rows]):
+            move, faces = SYMMETRIES[self.symmetry[rows[i]]], components[i] >= 0
+            moved = in_order_again(corners[i][faces].numpy(), colours[i][faces].numpy(), move)
+            components[i] = -1
+            for array, values in zip((corners, colours, components), moved):
+                array[i, :len(values)] = torch.from_numpy(values)
         return {"corners": corners.long(), "components": components.long(), "face_colours": colours / 255}
 
     def views(self, rows, *_):
         """One picture of each shape, b size size 4, and the camera's azimuth and elevation, b 2 in degrees."""
         views, angles = self.tensors(("views", "angles"), rows)
+        mirrored, turns = self.symmetry[rows] % 2 == 1, torch.from_numpy(self.symmetry[rows] // 2)
+        views[mirrored] = views[mirrored].flip(2)
+        angles[mirrored, 0] *= -1
+        angles[:, 0] += 90 * turns
         return {"views": views / 255, "angles": angles}
 
     def draw_captions(self, rows, rng):
@@ -132,6 +167,10 @@ class Prepared:
         colours that text i names are replaced in picture i."""
         which = rng.integers(PICTURES, size=len(rows)) if which is None else which
         colours, normals, coverage = (self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"])
+        mirrored = self.symmetry[rows] % 2 == 1
+        for array in (colours, normals, coverage):            # b s s ...
+            array[mirrored] = array[mirrored, :, ::-1]
+        normals[mirrored, ..., 0] *= -1
         return relight(recolour(colours, coverage, recoloured, rng), normals, coverage, rng, vary)
 
 
@@ -148,7 +187,6 @@ def main():
     flag = parser.add_argument
     flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
                         "(geometry/real.py); default: the built-in shapes")
-    flag("--copies", type=between(1, 100), default=1, help="copies of each file's shape: mirrored, stretched")
     flag("--kinds", nargs="+", choices=[kind for kind in KINDS if KINDS[kind]], default=["surface", "pictures"],
          help="samples to take: surface for all heads, pictures for image prompts, faces for mesh, views for gs")
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
@@ -164,7 +202,7 @@ def main():
         raise UserError("--classes chooses built-in shapes; leave it or --data out")
     make_folder(Path(args.picture).parent)
     start = time.time()
-    settings = args.out, args.workers, args.kinds, args.data, args.copies, args.shard, args.classes
+    settings = args.out, args.workers, args.kinds, args.data, args.shard, args.classes
     train = prepare("train", args.shapes, *settings)
     test = prepare("test", None, *settings)
     print(f"{train.folder}: {len(train)} shapes to train on, {len(test)} held out, {time.time() - start:.1f} s")

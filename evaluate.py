@@ -255,7 +255,7 @@ def arguments():
     common.add_argument("--cache", default="cache", help="folder of the prepared data")
     common.add_argument("--out", default="out/evaluate", help="folder of the results")
     add_device_flags(common)
-    common.set_defaults(data=None, copies=1)
+    common.set_defaults(data=None)
     parser = Parser(__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {}
@@ -279,7 +279,6 @@ def arguments():
         flag(names, "--n", type=between(2, 1000), default=count, help="samples of each prompt")
     flag(["joint", *sampled], "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     flag(files, "--data", help="the files that it was trained on, a tenth held out (default: the built-in shapes)")
-    flag(files, "--copies", type=between(1, 100), default=1, help="as in training")
     flag(["generate", "ablate-rgs", *TRAINED], "--scorer", default="checkpoints/tiny", help="gives features of clouds "
          "and prompts: a trained folder, or a Python file with cloud(points, normals, colours) and text(prompts)")
     flag(["generate", "attributes", "words", "images"], "--rgs", default="auto", metavar="RULE", help=RGS_FORMS)

@@ -75,6 +75,7 @@ def train_encoders(run):
 
 def train_tokenizer(run):
     """The tokenizer, with the heads that it is to serve. Data come last: how often a shape is drawn needs the loss."""
+    run = run.turned()
     # model
     settings = tokenizer_.SIZES[run.size]
     model = nn.ModuleDict({"tokenizer": tokenizer_.Tokenizer(**settings)})
@@ -149,7 +150,7 @@ def train_vision(run):
 def train_head(run, rep):
     """One head on frozen tokens, with noise of NOISE standard deviations."""
     # data
-    stage = f"head-{rep}"
+    run, stage = run.turned(), f"head-{rep}"
     tokenizer = tokenizer_.load(run.folder).to(run.device)
     needed = heads_.load(run.folder, HEADS[rep].needs, run.device)
     tokens = {split: encode(run, tokenizer, split) for split in (run.train, run.test)}       # shapes n c
@@ -274,7 +275,6 @@ def arguments(generators):
     flag = everyday.add_argument
     flag("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations")
     flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
-    flag("--copies", type=between(1, 100), default=1, help="copies of each file's shape: mirrored, stretched")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
     flag("--stage", choices=list(STAGES), help="train this stage alone (default: all that are not done)")

@@ -1,5 +1,6 @@
 """run.py - a run folder: what is in it, whether new stages may join, and how a finished stage is saved."""
 import contextlib
+import copy
 import os
 import shutil
 import subprocess
@@ -69,6 +70,13 @@ class Run:
             raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
+
+    def turned(self):
+        """The same run, on files in eight positions (data.py): for stages that see no prompts. A prompt does not say
+        which side is the front, so the others learn from shapes as they stand."""
+        other = copy.copy(self)
+        other.train = self.train.repeated(8)
+        return other
 
     def micro_batch_size(self, stage):
         """How many shapes a micro-batch has."""

@@ -49,7 +49,7 @@ def held_out(args, kinds=("surface",)):
     split = getattr(args, "split", "test")
     if args.data and split == "validation":
         raise UserError("files have no validation split; leave --split out")
-    return prepare(split, out=args.cache, kinds=kinds, data=args.data, copies=args.copies)
+    return prepare(split, out=args.cache, kinds=kinds, data=args.data)
 
 
 def clouds_and_classes(split, seed):
@@ -75,8 +75,8 @@ def result_cache(args, label, folder, *stages, what=None, **settings):
     stages, to these settings and to CODE: results of older code are refused."""
     rep = f"-{args.rep}" if "rep" in args else ""
     settings |= dict(seed=args.seed, weights=weights(folder, *stages), code=digest(*CODE))
-    settings["data"] = Files("test", args.data, args.copies).name if args.data else None
-    settings |= dict(copies=args.copies, resolution=getattr(args, "resolution", None), split=getattr(args, "split", ""))
+    settings["data"] = Files("test", args.data).name if args.data else None
+    settings |= dict(resolution=getattr(args, "resolution", None), split=getattr(args, "split", ""))
     return ResultCache(f"{args.out}/{what or args.command}{rep}/{label}", **settings)
 
 
@@ -177,7 +177,7 @@ def training_set_of(folder, args):
     if not name.startswith(name_begins(args.data) if args.data else "shapes-train-"):
         raise UserError(f"the backbone in {folder} learnt from {name}; give the --data that it was trained on")
     if args.data:
-        source, flags = Files("train", args.data, args.copies), f"--data {args.data} --copies {args.copies}"
+        source, flags = Files("train", args.data), f"--data {args.data}"
     else:
         _, _, count, *classes, _ = name.split("-")            # shapes-train-COUNT-CLASSES-DIGEST
         source = BuiltIn("train", int(count), classes)
@@ -188,7 +188,7 @@ def training_set_of(folder, args):
     if version(source) != name:
         print(f"memorisation compares with {version(source)}, but {folder} learnt from {name}")
     classes = None if args.data else source.classes
-    return prepare("train", source.count, args.cache, data=args.data, copies=args.copies, classes=classes)
+    return prepare("train", source.count, args.cache, data=args.data, classes=classes)
 
 
 def score_memorisation(train, model, test, tokens):

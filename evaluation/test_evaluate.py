@@ -150,7 +150,7 @@ def test_a_strangers_prompts_are_shown(overfitted, tmp_path, monkeypatch):
 
 def test_a_training_set_of_some_classes_is_named(tmp_path, capsys):
     files.write_config(tmp_path, "backbone", data="shapes-train-4-table-chair-0123")
-    assert exam.training_set_of(tmp_path, Namespace(data=None, cache=tmp_path, copies=1)) is None
+    assert exam.training_set_of(tmp_path, Namespace(data=None, cache=tmp_path)) is None
     assert "python data.py --shapes 4 --classes table chair" in capsys.readouterr().out
 
 

@@ -249,23 +249,20 @@ def colour_faces(mesh, size, linear):
     return vertices, faces, np.full((len(faces), 3), .7)
 
 
-def shape(item, copy=0):
-    """An item -> a Soup with its name and captions; a UserError gives the reason if there is none.
-    Copy 1 is the mirror image. Higher copies are stretched along the axes by up to a quarter; odd ones are mirrored."""
+def shape(item):
+    """An item -> a Soup with its name and captions; a UserError gives the reason if there is none."""
     try:
         with limit(SECONDS), warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
             vertices, faces, colours = triangles(item)
-            rng, picture = np.random.default_rng(copy), icon(item)
-            stretch = np.exp(rng.uniform(-.22, .22, 3)) if copy > 1 else np.ones(3)
-            soup = Soup(fit_to_box(vertices * stretch * [(-1) ** copy, 1, 1], faces), faces, colours)
-            soup.surface(1, rng)                              # raises a UserError if nothing is visible
+            soup = Soup(fit_to_box(vertices, faces), faces, colours)
+            soup.icon = icon(item)
+            soup.surface(1, np.random.default_rng(0))         # raises a UserError if nothing is visible
     except UserError:
         raise
     except Exception as error:                                # a broken file can raise any error
         raise UserError(f"it cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:100]})") from None
     soup.name, soup.captions = item.captions[-1], item.captions
-    soup.icon = None if picture is None or copy > 1 else picture[:, ::(-1) ** copy]
     return soup
 
 

@@ -90,6 +90,13 @@ def canonical(vertices, faces, colours):
     return corners[rows], colours[order][rows], np.cumsum(np.diff(component, prepend=component[0]) != 0)
 
 
+def in_order_again(corners, colours, move):
+    """What `canonical` gave, and a symmetry of the cube (a matrix 3 3) -> what it gives after that: corners f 3 3,
+    colours f 3, components f."""
+    corners = bin_centres(corners)[:, ::int(np.linalg.det(move).round())]              # mirrored, faces look inwards
+    return canonical(corners.reshape(-1, 3) @ move.T, np.arange(3 * len(corners)).reshape(-1, 3), colours)
+
+
 def walk(faces, starts):
     """Visits faces f 3 over their edges, to the right first; starts anew at the next of `starts` that is not visited.
     -> {face: which of its corners starts the edge that it was entered by}, in the order of the visits."""

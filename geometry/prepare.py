@@ -93,16 +93,16 @@ def fingerprint(kind):
 
 
 class Files:
-    """Shapes from files (geometry/real.py), each in several copies. One folder holds both splits: a tenth of the
-    families, always the same, is held out."""
+    """Shapes from files (geometry/real.py). One folder holds both splits: a tenth of the families, always the same, is
+    held out."""
 
-    def __init__(self, split, path, copies=1):
-        self.split, self.copies, (self.items, self.skipped) = split, copies, real.list_items(path)
-        self.count, self.first = copies * len(self.items), 0
+    def __init__(self, split, path):
+        self.split, (self.items, self.skipped) = split, real.list_items(path)
+        self.count, self.first = len(self.items), 0
         self.values = [(item.key, item.rotation, Path(item.file).stat().st_size) for item in self.items]
         self.family = {item.key: item.family for item in self.items}
         named = [family for key, family in self.family.items() if family != key]
-        self.name = f"{name_begins(path)}{short_digest(self.values, copies, *named)}"
+        self.name = f"{name_begins(path)}{short_digest(self.values, *named)}"
         numbers = {family: int(hashlib.sha256(family.encode()).hexdigest(), 16) for family in self.family.values()}
         tenth = {family for family, number in numbers.items() if number % 10 == 0}
         lowest = sorted(numbers, key=numbers.get)[:min(2, len(numbers) // 2)]
@@ -113,20 +113,15 @@ class Files:
             return f"{kind}-{short_digest(CHUNK, [item.captions for item in self.items])}"
         return f"{kind}-{short_digest(CHUNK, KINDS[kind], soup.CELLS, soup.SKIN, soup.POOL)}"
 
-    def item(self, row):
-        return self.items[row % len(self.items)]
-
     def shape(self, row):
-        return mesh_files.shape(self.item(row), row // len(self.items))
+        return mesh_files.shape(self.items[row])
 
     def origin(self, row):
-        item = self.item(row)
-        return {"file": item.key, "copy": row // len(self.items), "licence": item.licence, "author": item.author}
+        item = self.items[row]
+        return {"file": item.key, "licence": item.licence, "author": item.author}
 
     def in_split(self, record):
-        """Copies of held-out files belong to neither split."""
-        held_out = self.family[record["file"]] in self.held_out
-        return held_out and not record["copy"] if self.split == "test" else not held_out
+        return (self.family[record["file"]] in self.held_out) == (self.split == "test")
 
 
 def version(source):
@@ -154,7 +149,7 @@ def prepare_chunk(folder, source, chunk, kinds):
         if crashed.count(str(row)) == 2:
             if not isinstance(source, Files):
                 raise UserError(f"a process was killed twice at shape {row}; give fewer --workers, or more memory")
-            records.append({"file": source.item(row).key, "broken": "the loader crashed twice on this file"})
+            records.append({"file": source.items[row].key, "broken": "the loader crashed twice on this file"})
             continue
         attempts.write_text(" ".join([*crashed, str(row)]))
         try:
@@ -170,7 +165,7 @@ def prepare_chunk(folder, source, chunk, kinds):
                 raise
             unknown = f"no samples can be taken of it ({type(error).__name__}: {error})"
             reason = str(error) if isinstance(error, UserError) else unknown
-            records.append({"file": source.item(row).key, "broken": reason})
+            records.append({"file": source.items[row].key, "broken": reason})
     for kind in kinds:                                        # only "records" says more than which files are broken
         done = records if kind == "records" else [{key: x[key] for key in x if "broken" in x} for x in records]
         with atomic_write(folder / source.folder(kind) / f"{chunk:05d}.json") as part:

@@ -232,7 +232,7 @@ def test_file_that_crashes_its_loader(tmp_path):
     for name in ("a", "b", "c"):
         trimesh.creation.box((1, 1, 1)).export(tmp_path / "source" / f"{name}.obj")
     code = ("import os, data; from geometry import mesh_files; shape = mesh_files.shape\n"
-            "mesh_files.shape = lambda item, copy: os.abort() if 'b.obj' in item.key else shape(item, copy)\n"
+            "mesh_files.shape = lambda item: os.abort() if 'b.obj' in item.key else shape(item)\n"
             f"print(data.prepare(out='{tmp_path}/cache', data='{tmp_path}/source', workers=1).broken)")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert "{'b.obj': 'the loader crashed twice on this file'}" in done.stdout, done.stderr
