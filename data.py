@@ -31,7 +31,7 @@ from geometry.training_samples import KINDS, PICTURES, POINTS, QUERIES, vertex_c
 READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
 
 
-MIRROR, TURN = np.diag([-1, 1, 1]), np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])      # left for right; a quarter
+MIRROR, TURN = np.diag([-1, 1, 1]), np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])      # x to -x; x to -z, z to x
 SYMMETRIES = np.stack([np.linalg.matrix_power(TURN, i // 2) @ np.linalg.matrix_power(MIRROR, i % 2)      # 8 3 3
                        for i in range(8)])                    # a shape, its mirror image, the same turned, ...
 
@@ -130,7 +130,8 @@ class Prepared:
 
     def moved(self, x, rows):
         """Points or vectors b k 3, mirrored and turned as the symmetries of these rows say."""
-        return torch.einsum("b i j, b k j -> b k i", torch.from_numpy(SYMMETRIES[self.symmetry[rows]]).float(), x)
+        moves = SYMMETRIES[self.symmetry[rows]].astype(np.float32)                # b 3 3
+        return torch.from_numpy(np.einsum("bij,bkj->bki", moves, x.numpy()))      # torch would round it under autocast
 
     def queries(self, rows, k, rng):
         """k points of each row and their signed distance: b k 3, b k."""

@@ -153,6 +153,8 @@ def arguments():
         parser.error("say what to make, with --text or --image")
     reconstruct.parse_rgs(args.rgs)
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
+    if args.faces and "mesh" not in args.rep:
+        parser.error("--faces is the number of faces of a low-poly mesh; give --rep mesh, too")
     return args
 
 

@@ -279,6 +279,7 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--rgs", "sampled=2"], "RGS takes none, auto, sampled=A"), (["--rgs", "x"], "RGS takes none, auto, sampled=A"),
     (["--window", "2"], "--window: must be between 0 and 1"), (["--rep", "voxels"], "choose from"),
     (["--points", "0"], "--points: must be"), (["--faces", "3"], "--faces: must be"),
+    (["--faces", "300"], "give --rep mesh, too"),
     (["--device", "toaster"], "--device toaster"),
     (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
     (["--text", ""], "is empty"), (["--text", "with the"], "names no shape"), (["--device", "meta"], "--device meta"),

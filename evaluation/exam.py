@@ -62,7 +62,8 @@ def longest_captions(split, rows):
 
 
 def head_stages(reps):
-    return [f"head-{rep}" for rep in with_needs(reps)]
+    """The heads that decide a result. Where no mesh head was trained, a mesh is the surface of the sdf head."""
+    return [f"head-{rep}" for rep in with_needs([*reps, *["sdf"] * ("mesh" in reps)])]
 
 
 def stages_of(rep):
