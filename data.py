@@ -25,7 +25,7 @@ from geometry.meshes import in_order_again
 from geometry.prepare import TRAIN_SHAPES, BuiltIn, Files, fill, read_records, version
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_pictures import recolour, relight
-from geometry.training_samples import KINDS, PICTURES, POINTS, QUERIES, vertex_coloured
+from geometry.training_samples import KINDS, POINTS, QUERIES, vertex_coloured
 
 # method of Prepared that a head reads from -> the kind of samples that it needs
 READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
@@ -166,7 +166,7 @@ class Prepared:
     def pictures(self, rows, rng, which=None, vary=True, recoloured=()):
         """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s. recoloured: b texts; the
         colours that text i names are replaced in picture i."""
-        which = rng.integers(PICTURES, size=len(rows)) if which is None else which
+        which = rng.integers(self.source.pictures, size=len(rows)) if which is None else which
         colours, normals, coverage = (self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"])
         mirrored = self.symmetry[rows] % 2 == 1
         for array in (colours, normals, coverage):            # b s s ...

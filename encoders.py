@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from engine.files import read_stage
-from geometry.training_samples import PICTURES
 from prompts import image_tower, pretrained, text_tower
 
 SHOWN = {  # kinds of prompt that a training sample sees -> share of samples
@@ -49,8 +48,9 @@ class Encoders:
         shown = {kind: np.array([kind in kinds for kinds in SHOWN])[choice] for kind in self.towers}  # b: is it seen?
         recoloured = shown["text"] & shown["image"] & (rng.random(len(rows)) < RECOLOURED)
         text = self.cache("text", split).draw(captions) if self.is_pretrained("text") else captions
-        which = rng.integers(PICTURES, size=len(rows))
-        image = self.cache("image", split).draw(rows * PICTURES + which) if self.is_pretrained("image") else \
+        pictures = split.source.pictures                      # of each shape
+        which = rng.integers(pictures, size=len(rows))
+        image = self.cache("image", split).draw(rows * pictures + which) if self.is_pretrained("image") else \
             split.pictures(rows, rng, which, recoloured=np.where(recoloured, captions, ""))
         return {"text": text, "image": image, "shown": {kind: torch.from_numpy(x) for kind, x in shown.items()}}
 

@@ -48,6 +48,7 @@ def name_begins(path):
 
 class BuiltIn:
     """The built-in shapes of a split, of all classes in turn or of these."""
+    pictures = 2                                              # of a shape, as image prompts
 
     def __init__(self, split, count=None, classes=None):
         self.first, self.skipped, self.classes = FIRST[split], [], classes
@@ -95,6 +96,7 @@ def fingerprint(kind):
 class Files:
     """Shapes from files (geometry/real.py). One folder holds both splits: a tenth of the families, always the same, is
     held out."""
+    pictures = 8                                              # files are few: more of each
 
     def __init__(self, split, path):
         self.split, (self.items, self.skipped) = split, real.list_items(path)
@@ -111,7 +113,7 @@ class Files:
     def folder(self, kind):
         if kind == "records":
             return f"{kind}-{short_digest(CHUNK, [item.captions for item in self.items])}"
-        return f"{kind}-{short_digest(CHUNK, KINDS[kind], soup.CELLS, soup.SKIN, soup.POOL)}"
+        return f"{kind}-{short_digest(CHUNK, KINDS[kind], soup.CELLS, soup.SKIN, soup.POOL, *counts(self, kind))}"
 
     def shape(self, row):
         return mesh_files.shape(self.items[row])
@@ -122,6 +124,11 @@ class Files:
 
     def in_split(self, record):
         return (self.family[record["file"]] in self.held_out) == (self.split == "test")
+
+
+def counts(source, kind):
+    """[how many pictures are taken of a shape], if the kind is pictures."""
+    return [source.pictures] * (kind == "pictures")
 
 
 def version(source):
@@ -156,7 +163,7 @@ def prepare_chunk(folder, source, chunk, kinds):
             shape = source.shape(row)
             for kind in kinds:
                 rng = np.random.default_rng((SEED, source.first + row, 1 + list(KINDS).index(kind)))
-                for name, values in TAKE[kind](shape, rng).items():
+                for name, values in TAKE[kind](shape, rng, *counts(source, kind)).items():
                     arrays[name][row] = values
             about = {"class": shape.name, "attributes": shape.attributes, "captions": shape.captions}
             records.append(source.origin(row) | about)
@@ -185,7 +192,7 @@ def fill(folder, source, kinds, workers=2, share=(0, 1)):
     for place, kind in [(folder / source.folder(kind), kind) for kind in kinds]:
         for name, (dtype, shape) in KINDS[kind].items():
             if not any(place.glob("?????.json")) and not (place / f"{name}.npy").is_file():
-                create_array(place / f"{name}.npy", dtype, (source.count, *shape))
+                create_array(place / f"{name}.npy", dtype, (source.count, *counts(source, kind), *shape))
 
     total = sum(min(CHUNK, source.count - chunk * CHUNK) for chunk in todo)
     with tqdm(total=total, unit="shape", desc=f"preparing {source.name}: {', '.join(kinds)}", disable=not todo) as bar:

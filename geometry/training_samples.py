@@ -15,16 +15,15 @@ from geometry.training_pictures import SIZE, crop_to_object
 
 POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
 FACES = 256                   # most faces of a low-poly mesh
-PICTURES = 2                  # of a shape, as image prompts
 VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
-KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 57 and 66 kB
+KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 29 (a picture) and 66 kB
     "surface": dict(points=(np.float16, (POINTS, 3)), normals=(np.int8, (POINTS, 3)), colours=(np.uint8, (POINTS, 3)),
                     queries=(np.float16, (QUERIES, 3)), distance=(np.float16, (QUERIES,))),
     "faces": dict(corners=(np.int16, (FACES, 3, 3)), face_colours=(np.uint8, (FACES, 3)),
                   components=(np.int16, (FACES,))),
-    "pictures": dict(picture_colours=(np.uint8, (PICTURES, SIZE, SIZE, 3)),
-                     picture_normals=(np.int8, (PICTURES, SIZE, SIZE, 3)),
-                     picture_coverage=(np.uint8, (PICTURES, SIZE, SIZE))),
+    "pictures": dict(picture_colours=(np.uint8, (SIZE, SIZE, 3)),
+                     picture_normals=(np.int8, (SIZE, SIZE, 3)),
+                     picture_coverage=(np.uint8, (SIZE, SIZE))),
     "views": dict(views=(np.uint8, (VIEW, VIEW, 4)), angles=(np.float32, (2,))),
     "records": {},
 }
@@ -50,9 +49,9 @@ def take_faces(shape, rng):
             "components": np.pad(components, (0, empty), constant_values=-1)}
 
 
-def take_pictures(shape, rng):
-    """From random sides, a little above or below. If the file has a picture of the shape, it is the last one."""
-    arrays = draw_pictures(shape, [(rng.uniform(0, 360), rng.uniform(-15, 50)) for _ in range(PICTURES)])
+def take_pictures(shape, rng, count=2):
+    """`count` pictures from random sides, a little above or below. If the file has a picture, it is the last one."""
+    arrays = draw_pictures(shape, [(rng.uniform(0, 360), rng.uniform(-15, 50)) for _ in range(count)])
     if shape.icon is not None:                                # its light is in its colours: no normals
         icon = crop_to_object(shape.icon)                                      # s s 4
         for name, values in zip(KINDS["pictures"], (icon[..., :3] * 255, 0, icon[..., 3] * 255)):

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from engine.commands import Parser, UserError, command
 from engine.files import atomic_write
 from geometry import training_pictures
-from geometry.training_samples import PICTURES
 
 LENGTH = 64    # word pieces of a prompt that are read
 
@@ -130,11 +129,13 @@ def caption_cache(tower, split):
 
 
 def picture_cache(tower, split):
-    def inputs(keys):                                         # key: PICTURES * row + number of the picture
-        rows, numbers = np.divmod(np.array(keys), PICTURES)
+    count = split.source.pictures                             # of each shape
+
+    def inputs(keys):                                         # key: count * row + number of the picture
+        rows, numbers = np.divmod(np.array(keys), count)
         return split.pictures(rows, np.random.default_rng(keys[0]), numbers)
 
-    return TokenCache(tower, split, "pictures", range(len(split) * PICTURES), inputs)
+    return TokenCache(tower, split, "pictures", range(len(split) * count), inputs)
 
 
 def main():
