@@ -1,6 +1,7 @@
 """reading.py - a text prompt becomes words of a vocabulary. What is left out is said; what cannot be made is an error.
 
     python -m prompts.reading "a blue chiar with no arms"       # what is read of a prompt
+    python -m prompts.reading                                   # all nouns: what can be made
 
 A word that is not in the vocabulary may be a plural or a slip of the keyboard: then its known form is read. Another
 word is left out, with a warning; but the noun that a prompt is about has to be known, and is never guessed.
@@ -85,7 +86,7 @@ def remarks_on(prompt, vocabulary, nouns):
     that is not about one of `nouns` (nouns_of) is an error, which names the nearest."""
     prompt = plain(prompt)
     if not prompt.strip():
-        raise UserError("the prompt is empty; name a shape, for instance: " + ", ".join([*nouns][:8]))
+        raise UserError(f"the prompt is empty; {some_of(nouns)}")
     forms = {word: known_form(word, vocabulary) for word in words(prompt)}
     phrases = noun_phrases(prompt)
     about = [phrase for phrase in phrases if any(forms[word] in nouns for word in phrase)]
@@ -94,7 +95,7 @@ def remarks_on(prompt, vocabulary, nouns):
         noun = unknown or next((word for phrase in phrases for word in phrase[::-1] if not forms[word]), None)
         fault = f"'{noun}' is nothing that can be made" if noun else f"'{' '.join(prompt.split())[:60]}' names no shape"
         near = noun and difflib.get_close_matches(noun, nouns, cutoff=.5)
-        raise UserError(f"{fault}; nearest: {', '.join(near)}" if near else f"{fault}; name one of {', '.join(nouns)}")
+        raise UserError(f"{fault}; nearest: {', '.join(near)}" if near else f"{fault}; {some_of(nouns)}")
 
     remarks = [f"'{word}' is read as '{known}'" for word, known in forms.items()
                if known not in (word, None) and known not in singulars(word)]
@@ -108,6 +109,13 @@ def remarks_on(prompt, vocabulary, nouns):
         near = ", ".join(difflib.get_close_matches(word, vocabulary)) or "none is spelt like it"
         remarks.append(f"the unknown word '{word}' is left out; nearest: {near}")
     return remarks
+
+
+def some_of(nouns, most=32):
+    """What can be made: all of it, or some of very many."""
+    shown = [*nouns][::-(-len(nouns) // most)]
+    more = f" ... (python -m prompts.reading lists all {len(nouns)})" if len(shown) < len(nouns) else ""
+    return f"name one of {', '.join(shown)}{more}"
 
 
 def noun_phrases(prompt):
@@ -131,10 +139,12 @@ def unknown_noun(phrases, forms, nouns):
 
 def main():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("prompt", help="a text prompt")
+    parser.add_argument("prompt", nargs="?", help="a text prompt (default: list the nouns that can be made)")
     parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
     args = parser.parse_args()
     entry = read_stage(args.checkpoint, "encoders")
+    if args.prompt is None:
+        return print(*entry["nouns"], sep="\n")
     for remark in remarks_on(args.prompt, entry["vocabulary"], entry["nouns"]):
         print(f"warning: {remark}", file=sys.stderr)
     print(*known_words(args.prompt, entry["vocabulary"]))
