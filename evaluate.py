@@ -12,6 +12,7 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
     python evaluate.py asked                     # what a stranger asked for, what was said, and a picture of each
     python evaluate.py retrieval                 # the built-in towers: does a caption or a picture find its shape?
     python evaluate.py images --rep sdf          # from a caption, a picture, both: how near to the true shape?
+    python evaluate.py names --data FILES        # of files: does a sample fit its name, and is it new?
     python evaluate.py cross-view --rep sdf      # eight views of one shape: is it the same shape eight times?
     python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its rules and weights
     python evaluate.py versus                    # and overfit, ablate-prefix, ablate-encoder, ablate-denoiser,
@@ -40,7 +41,8 @@ from evaluation import exam
 from evaluation.attributes import evaluate_attributes
 from evaluation.experiments import TRAINED, VARIANTS, ablate_rgs, add_flags, compare_variants, overfit
 from evaluation.judges import JUDGES
-from evaluation.metrics import chamfer, chamfer_matrix, emd
+from evaluation.metrics import chamfer, chamfer_matrix, emd, fscore
+from evaluation.names import evaluate_names
 from evaluation.results import labels, mean, write_table, write_tables
 from evaluation.words import evaluate_words, show_asked
 from geometry import training_pictures, training_samples
@@ -197,7 +199,8 @@ def evaluate_images(args):
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), "vision", rgs=args.rgs)
         model = exam.open_model(args, folder)
         result_of = exam.shape_result(model, args.rep, args.resolution, 8192)
-        tables[label] = [{"prompt": "(two samplings of the true surface)", "Chamfer": floor, "right class": ""}]
+        tables[label] = [{"prompt": "(two samplings of the true surface)", "Chamfer": floor, "F-score": 1.,
+                          "right class": ""}]
         columns = min(len(CLASSES), len(rows))
         drawn = [*repeat((pictures[:columns].clamp(0, 1) * 255).byte().numpy(), "b c h w -> b (h i) (w j) c", i=3, j=3)]
         for prompt, (texts, images) in prompts.items():
@@ -206,13 +209,16 @@ def evaluate_images(args):
             results = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)
             points = torch.from_numpy(results["points"][:, :exam.POINTS])         # r k 3
             nearest = chamfer_matrix(points.contiguous(), references).argmin(1)   # r
-            row = {"prompt": prompt, "Chamfer": np.mean([chamfer(*pair) for pair in zip(results["points"], true)])}
-            tables[label].append(row | {"right class": np.mean(classes[nearest] == classes[rows])})
+            pairs = list(zip(results["points"], true))
+            tables[label].append({"prompt": prompt, "Chamfer": np.mean([chamfer(*pair) for pair in pairs]),
+                                  "F-score": np.mean([fscore(*pair, .05) for pair in pairs]),
+                                  "right class": np.mean(classes[nearest] == classes[rows])})
             drawn += [model.decode(torch.from_numpy(tokens), args.rep, job.seed, args.resolution).picture(192)
                       for tokens, job in zip(results["tokens"][:columns], jobs)]
         save_png(f"{args.out}/images-{args.rep}-{label}.png", contact_sheet(drawn, columns))
         print(f"{args.out}/images-{args.rep}-{label}.png")
-    print(f"{len(rows)} held-out shapes, one sample each; Chamfer distance of 8192 points to the true shape")
+    print(f"{len(rows)} held-out shapes, one sample each. To the true shape, by 8192 points: Chamfer distance, F-score "
+          "at .05")
     write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
 
 
@@ -244,7 +250,8 @@ def evaluate_views(args):
 COMMANDS = {
     "tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate,
     "attributes": evaluate_attributes, "words": evaluate_words, "asked": show_asked,
-    "retrieval": evaluate_retrieval, "images": evaluate_images, "cross-view": evaluate_views, "ablate-rgs": ablate_rgs,
+    "retrieval": evaluate_retrieval, "images": evaluate_images, "names": evaluate_names, "cross-view": evaluate_views,
+    "ablate-rgs": ablate_rgs,
     **dict.fromkeys(VARIANTS, compare_variants), "overfit": overfit}
 
 
@@ -268,7 +275,7 @@ def arguments():
             parsers[name].add_argument(flag_name, **settings)
 
     reps = list(heads.HEADS)
-    sampled = ["generate", "images", "cross-view", "ablate-rgs", *TRAINED]
+    sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", *TRAINED]
     files = ["tokenizer", "cross", "generate", "retrieval", "images", "cross-view"]
     flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=reps, default="sdf", help="what to judge")
     flag(["cross"], "--reps", nargs="+", type=heads.spelling, choices=reps, default=reps, help="to compare")
@@ -277,6 +284,8 @@ def arguments():
         flag(names, "--shapes", type=between(least, 520), default=count, help="held-out shapes, of all classes alike")
     for names, count in ((["generate"], 16), (["attributes"], 8), (["joint", "ablate-rgs", *TRAINED], 4)):
         flag(names, "--n", type=between(2, 1000), default=count, help="samples of each prompt")
+    flag(["names"], "--data", required=True, help="the files that it was trained on")
+    flag(["names"], "--names", type=between(2), default=200, help="how many names, evenly spread")
     flag(["joint", *sampled], "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     flag(files, "--data", help="the files that it was trained on, a tenth held out (default: the built-in shapes)")
     flag(["generate", "ablate-rgs", *TRAINED], "--scorer", default="checkpoints/tiny", help="gives features of clouds "
@@ -288,7 +297,8 @@ def arguments():
     flag(["generate"], "--quick", action="store_true", help="three eighths of it: --n 4 --shapes 104")
     flag(["generate"], "--split", choices=["test", "validation"], default="test", help="held-out shapes: "
          "choose settings on validation, report numbers on test")
-    flag(["generate"], "--cfg", type=between(0, 100, float), default=2., help="guidance by the text; 1 is none")
+    flag(["generate", "names"], "--cfg", type=between(0, 100, float), default=2.,
+         help="guidance by the text; 1 is none")
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)
     parsers["overfit"].set_defaults(train_shapes=10, steps=400)

@@ -1,0 +1,57 @@
+"""names.py - does a model of files know the things that it learnt, and does it make new ones or copies?
+
+    python evaluate.py names --data path/to/meshes --checkpoint runs/meshes
+"""
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import tokenizer
+from data import prepare
+from evaluation import exam, metrics
+from evaluation.results import labels, write_tables
+from geometry.render import contact_sheet, render_mesh, save_png
+from geometry.training_samples import vertex_coloured
+
+
+@torch.no_grad()
+def evaluate_names(args):
+    """Names of training shapes, a sample of each: is its own name the nearest of all, and is it a copy?"""
+    train, test = (prepare(split, None, args.cache, data=args.data) for split in ("train", "test"))
+    names, first = np.unique(train.classes, return_index=True)                    # first: one shape of each name
+    chosen = np.linspace(0, len(names) - 1, min(args.names, len(names))).astype(int)
+    names, first = names[chosen].tolist(), first[chosen]
+    jobs = [exam.Job(f"name-{name}", name, None, (args.seed, i)) for i, name in enumerate(names)]
+    true = [x.numpy() for x in train.cloud(first, exam.POINTS, np.random.default_rng(args.seed))]         # r k 3 each
+    tables, options = {}, {"cfg": args.cfg}
+    for folder, label in labels(args.checkpoint).items():
+        cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), **options)
+        model, scorer = exam.open_model(args, folder), exam.Scorer(folder, args.device or "cpu")
+        results = exam.sample_all(model, jobs, cache, exam.shape_result(model, args.rep, args.resolution), **options)
+        prompts, own = scorer.texts(names), np.eye(len(names), dtype=bool)        # r e, r r
+        path, encoder = model.folder / "tokenizer.safetensors", tokenizer.load(folder).to(model.device)
+        known, new = (tokenizer.encode_set(encoder, split, model.device, model.autocast, path).flatten(1)
+                      for split in (train, test))                                 # t (n c), h (n c)
+        samples = torch.from_numpy(results["tokens"]).flatten(1)                  # r (n c)
+        clouds = {"training shapes": (true, known[first]),
+                  "samples": ([results[key] for key in ("points", "normals", "colours")], samples)}
+        tables[label] = [{"": what, "R-precision": metrics.r_precision(prompts, scorer.clouds(*cloud), own),
+                          "memorisation": metrics.memorisation(vectors, new, known)}
+                         for what, (cloud, vectors) in clouds.items()]
+        nearest = torch.cdist(samples, known).argmin(1).tolist()                  # r, rows of the training set
+        draw_beside_nearest(args, label, model, jobs, results["tokens"], train, nearest)
+    print(f"{len(names)} names. R-precision: the share whose nearest name, of all of these, is its own. memorisation: "
+          "the distance to the nearest training shape, in tokens, over that of held-out shapes")
+    write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
+
+
+def draw_beside_nearest(args, label, model, jobs, tokens, train, nearest):
+    """Forty samples, evenly spread; to the right of each, the nearest training shape."""
+    pictures, texts = [], []
+    for i in tqdm(np.linspace(0, len(jobs) - 1, min(40, len(jobs))).astype(int), "pictures", unit="pair"):
+        shape = model.decode(torch.from_numpy(tokens[i]), args.rep, jobs[i].seed, args.resolution)
+        pictures += [shape.picture(128), render_mesh(*vertex_coloured(train.shape(nearest[i])), size=128)]
+        texts += [jobs[i].text, train.captions[nearest[i]][-1]]
+    path = f"{args.out}/{args.command}-{args.rep}-{label}.png"
+    save_png(path, contact_sheet(pictures, 10, texts))
+    print(path)
