@@ -23,19 +23,41 @@ import encoders
 import heads
 import reconstruct
 from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
-from engine.files import make_folder
+from engine.files import make_folder, read_stage
 from geometry.render import contact_sheet, save_gif, save_png, turntable
 from prompts import picture_files
+from prompts.reading import remarks_on
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
+SHIPPED = "checkpoints/tiny", "checkpoints/assets"            # trained weights, in the order in which they are asked
+
+
+def find(folder):
+    """A checkpoint folder where it is: here, or, when called from another folder, beside this file; None: nowhere."""
+    return next((path for path in (Path(folder), Path(__file__).parent / folder) if path.is_dir()), None)
+
+
+def choose(text):
+    """The first shipped folder that knows the noun of a text; without a text, the first. If none knows it, that is an
+    error, which names the nearest noun of all."""
+    folders, vocabulary, nouns = [folder for folder in SHIPPED if find(folder)], [], {}
+    for folder in folders if text is not None else []:
+        entry = read_stage(find(folder), "encoders")
+        try:
+            remarks_on(text, entry["vocabulary"], entry["nouns"])
+            return folder
+        except UserError:
+            vocabulary, nouns = vocabulary + entry["vocabulary"], nouns | entry["nouns"]
+    if nouns:
+        remarks_on(text, vocabulary, nouns)
+    return (folders or SHIPPED)[0]
 
 
 class LTM3D:
     """The stages of a checkpoint folder that sampling needs. Reconstructor and heads are loaded when needed."""
 
     def __init__(self, folder="checkpoints/tiny", device=None, precision=None, load_backbone=backbone.load):
-        beside = Path(__file__).parent / folder               # the shipped weights, when called from another folder
-        self.folder = next((path for path in (Path(folder), beside) if path.is_dir()), None)
+        self.folder = find(folder)
         if self.folder is None:
             raise UserError(f"there is no folder {folder}; "
                             "--checkpoint takes checkpoints/tiny or a folder that train.py made")
@@ -145,7 +167,7 @@ def arguments():
     flag("--faces", type=between(12, 100_000), help="how many faces a mesh has at most: the surface, simplified "
          "(default: the mesh head decides, up to 256)")
     flag("--turntable", action="store_true", help="also a GIF of each shape turning")
-    flag("--checkpoint", default="checkpoints/tiny", help="folder of trained weights")
+    flag("--checkpoint", help="folder of trained weights (default: the shipped ones that know the noun of --text)")
     add_device_flags(parser)
     flag("--out", default="out", help="folder to write to")
     args = parser.parse_args()
@@ -190,8 +212,9 @@ def write_shape(shape, path, turn):
 
 def main():
     args, watch = arguments(), Stopwatch()
-    model = load(args.checkpoint, args.device, args.precision).load_heads(*args.rep)
-    print(f"running on {model.reason}")
+    folder = args.checkpoint or choose(args.text)
+    model = load(folder, args.device, args.precision).load_heads(*args.rep)
+    print(f"{folder}, running on {model.reason}")
     watch.lap("load")
 
     tokens = model.sample(args.text, args.image, args.n, args.seed, args.steps, rgs=args.rgs, window=args.window,
