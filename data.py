@@ -36,6 +36,15 @@ SYMMETRIES = np.stack([np.linalg.matrix_power(TURN, i // 2) @ np.linalg.matrix_p
                        for i in range(8)])                    # a shape, its mirror image, the same turned, ...
 
 
+def turns_to_front(azimuth):
+    return np.round(-azimuth / 90).astype(int) % 4
+
+
+def turned_back(points, turns):
+    """Clouds r k 3 of shapes that stand as pictures show them, and their turns r -> as the shapes stand in files."""
+    return np.einsum("rji,rkj->rki", SYMMETRIES[2 * turns], points).astype(np.float32)
+
+
 def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",), data=None, shard=(0, 1),
             classes=None):
     """Prepare the missing samples of built-in shapes, or of the files of `data` -> Prepared. shard (i, n): only share i
@@ -158,6 +167,18 @@ class Prepared:
         angles[:, 0] += 90 * turns
         return {"views": views / 255, "angles": angles}
 
+    def turns(self, rows, which):
+        """How many right angles a shape is turned, until its picture `which` is from the front, to 45 degrees: b. No
+        file says which side of a thing is its front; so beside a picture, it stands as the picture shows it. Built-in
+        shapes have a front: they are not turned."""
+        azimuth = self.arrays["picture_azimuth"][self.rows[rows], which]
+        azimuth = np.where(self.symmetry[rows] % 2 == 1, -azimuth, azimuth)
+        return turns_to_front(azimuth) * isinstance(self.source, Files)
+
+    def rows_as_shown(self, rows, which, seen=True):
+        """The rows of `repeated(8)` of these shapes, turned as their pictures `which` show them, if these are seen."""
+        return rows + np.where(seen, 2 * np.count_nonzero(self.symmetry == 0) * self.turns(rows, which), 0)
+
     def draw_captions(self, rows, rng):
         """One caption of each shape; one with twice the words, which says more, is drawn twice as often."""
         lengths = [np.array([len(caption.split()) for caption in self.captions[row]]) for row in rows]
@@ -167,7 +188,7 @@ class Prepared:
         """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s. recoloured: b texts; the
         colours that text i names are replaced in picture i."""
         which = rng.integers(self.source.pictures, size=len(rows)) if which is None else which
-        colours, normals, coverage = (self.arrays[name][self.rows[rows], which] for name in KINDS["pictures"])
+        colours, normals, coverage = (self.arrays[name][self.rows[rows], which] for name in list(KINDS["pictures"])[:3])
         mirrored = self.symmetry[rows] % 2 == 1
         for array in (colours, normals, coverage):            # b s s ...
             array[mirrored] = array[mirrored, :, ::-1]

@@ -38,7 +38,8 @@ class Encoders:
         return tower.remarks(prompt) if isinstance(tower, text_tower.TextAndCloud) else []
 
     def draw(self, split, rows, rng):
-        """One caption and one picture of each training shape, and which of them it sees: what `encode_drawn` takes.
+        """One caption and one picture of each training shape, and which of them it sees: what `encode_drawn` takes; and
+        the rows of `repeated(8)`, of the shapes as the pictures show them.
 
         In half of the pictures that have a caption beside them, the colours that it names are replaced (but not for
         towers of transformers, which read every picture once). So the backbone takes colours from words and form from
@@ -52,7 +53,8 @@ class Encoders:
         which = rng.integers(pictures, size=len(rows))
         image = self.cache("image", split).draw(rows * pictures + which) if self.is_pretrained("image") else \
             split.pictures(rows, rng, which, recoloured=np.where(recoloured, captions, ""))
-        return {"text": text, "image": image, "shown": {kind: torch.from_numpy(x) for kind, x in shown.items()}}
+        return {"text": text, "image": image, "shown": {kind: torch.from_numpy(x) for kind, x in shown.items()},
+                "rows": split.rows_as_shown(rows, which, shown["image"])}
 
     def encode_drawn(self, drawn):
         """The same as `encode`, of what was drawn; what a sample does not see is behind the mask."""

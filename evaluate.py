@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import heads
 import tokenizer
-from data import kinds_of
+from data import kinds_of, turned_back, turns_to_front
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder, read_config, trained_stages
 from engine.state import plot_losses
@@ -187,7 +187,9 @@ def evaluate_images(args):
     references, classes = exam.clouds_and_classes(test, args.seed)
     rows = np.arange(min(args.shapes, len(test)))
     any_caption, longest = test.draw_captions(rows, np.random.default_rng(args.seed)), exam.longest_captions(test, rows)
-    pictures = test.pictures(rows, np.random.default_rng(args.seed))              # r 3 s s
+    rng = np.random.default_rng(args.seed)
+    which = rng.integers(test.source.pictures, size=len(rows))                    # r, a picture of each shape
+    pictures, turns = test.pictures(rows, rng, which), test.turns(rows, which)    # r 3 s s, r
     true, again = ([test.shape(row).surface(8192, np.random.default_rng((args.seed, row, i)))[0] for row in rows]
                    for i in range(2))                         # r times k 3
     nothing = [None] * len(rows)
@@ -207,9 +209,9 @@ def evaluate_images(args):
             prompted = zip(rows, texts, images)
             jobs = [exam.Job(f"{prompt}-{row}", text, image, (args.seed, int(row))) for row, text, image in prompted]
             results = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)
-            points = torch.from_numpy(results["points"][:, :exam.POINTS])         # r k 3
-            nearest = chamfer_matrix(points.contiguous(), references).argmin(1)   # r
-            pairs = list(zip(results["points"], true))
+            points = results["points"] if images == nothing else turned_back(results["points"], turns)    # r k 3
+            clouds = torch.from_numpy(points[:, :exam.POINTS].copy())
+            nearest, pairs = chamfer_matrix(clouds, references).argmin(1), list(zip(points, true))        # r
             tables[label].append({"prompt": prompt, "Chamfer": np.mean([chamfer(*pair) for pair in pairs]),
                                   "F-score": np.mean([fscore(*pair, .05) for pair in pairs]),
                                   "right class": np.mean(classes[nearest] == classes[rows])})
@@ -224,7 +226,7 @@ def evaluate_images(args):
 
 def evaluate_views(args):
     """Eight views of one held-out shape make eight shapes: how far apart are they? By rules of RGS."""
-    test, tables = exam.held_out(args), {}
+    test, tables, turns = exam.held_out(args), {}, turns_to_front(45 * np.arange(8))
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), "vision")
         model, tables[label] = exam.open_model(args, folder), []
@@ -236,7 +238,8 @@ def evaluate_views(args):
             distances = {"shape": name}
             for rule in args.rules:
                 jobs = [exam.Job(f"{name}, {rule}-{i}", None, view, (args.seed, i)) for i, view in enumerate(views)]
-                pairs = list(combinations(exam.sample_all(model, jobs, cache, result_of, rgs=rule)["points"], 2))
+                points = exam.sample_all(model, jobs, cache, result_of, rgs=rule)["points"]           # 8 k 3
+                pairs = list(combinations(turned_back(points, turns) if args.data else points, 2))
                 distances[f"Chamfer, {rule}"] = np.mean([chamfer(*pair) for pair in pairs])
                 distances[f"EMD, {rule}"] = np.mean([emd(*pair) for pair in pairs])
             pair = [shape.surface(exam.POINTS, np.random.default_rng(i))[0] for i in range(2)]

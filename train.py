@@ -118,13 +118,15 @@ def train_vision(run):
     """The image tower, with a reader that is thrown away."""
     # data
     aligner, tokenizer = text_tower.load(run.folder).to(run.device), tokenizer_.load(run.folder).to(run.device)
-    tokens = {split: encode(run, tokenizer, split) for split in (run.train, run.test)}       # shapes n c
+    tokens = {split: encode(run, tokenizer, split.repeated(8)) for split in (run.train, run.test)}       # shapes n c
     with run.autocast():
         clouds = {split: image_tower.embed_clouds(aligner, split) for split in (run.train, run.test)}        # shapes e
 
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size("vision"))
-        return split.pictures(rows, rng), clouds[split], torch.from_numpy(rows), tokens[split][rows]
+        which = rng.integers(split.source.pictures, size=len(rows))
+        x = tokens[split][split.rows_as_shown(rows, which)]                                   # b n c
+        return split.pictures(rows, rng, which), clouds[split], torch.from_numpy(rows), x
 
     # model
     settings = image_tower.SIZES[run.size] | {"out": aligner.width}
@@ -255,12 +257,12 @@ def tokens_and_prompts(run, stage):
     draws a batch of shape tokens, with one caption and one picture of each shape."""
     encoders = encoders_.make(run.folder, **run.encoder_names, device=run.device)
     tokenizer = tokenizer_.load(run.folder).to(run.device)
-    tokens = {split: encode(run, tokenizer, split) for split in (run.train, run.test)}       # shapes n c
+    tokens = {split: encode(run, tokenizer, split.repeated(8)) for split in (run.train, run.test)}       # shapes n c
     _, n, channels = tokens[run.test].shape
 
     def draw(split, rng):
-        rows = rng.integers(len(split), size=run.micro_batch_size(stage))
-        return tokens[split][rows], encoders.draw(split, rows, rng)
+        drawn = encoders.draw(split, rng.integers(len(split), size=run.micro_batch_size(stage)), rng)
+        return tokens[split][drawn.pop("rows")], drawn
 
     for split in (run.train, run.test):
         draw(split, np.random.default_rng(0))                 # encoders of transformers read all prompts here, once

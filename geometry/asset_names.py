@@ -10,7 +10,7 @@ are a family. It is held out as a whole: an exam about a shape whose twin was le
 """
 import re
 
-from engine.commands import Parser, command
+from engine.commands import Parser, UserError, command
 
 VARIANTS = set("""age back bottom burnt center closed corner crop curve curved cut damaged dead default detailed double
     empty end filled first flat flowers front full group half harvested high inner large left level long low lvl mat
@@ -49,6 +49,8 @@ def main():
     parser.add_argument("name", help="the name of a file, without its ending")
     parser.add_argument("--kit", default="kit", help="the name of its folder")
     args = parser.parse_args()
+    if not family(args.name):
+        raise UserError(f"'{args.name}' has no word of two letters; name the shape in captions.csv (docs/DATA.md)")
     print(*captions(args.name, args.kit), sep="\n")
 
 

@@ -127,6 +127,25 @@ def test_pictures_of_mirror_images(lopsided):
     assert abs(mirrored - plain).mean() > .05
 
 
+def test_a_shape_stands_as_its_picture_shows_it(tmp_path):
+    """A cube of four colours around: that which fills most of a picture is in front, in the row that is as shown."""
+    cube, colours = trimesh.creation.box((1, 1, 1)), {(0, 0, 1): 0, (1, 0, 0): 1, (0, 0, -1): 2, (-1, 0, 0): 3}
+    rainbow = np.array([[250, 0, 0, 255], [0, 250, 0, 255], [0, 0, 250, 255], [250, 250, 0, 255], [90, 90, 90, 255]])
+    sides = [colours.get(tuple(normal.round().astype(int)), 4) for normal in cube.face_normals]
+    cube.visual.face_colors = rainbow[sides]
+    for name in "abcd":
+        cube.export(tmp_path / f"{name}.ply")
+    train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=("surface", "pictures")).repeated(2)
+    which = np.arange(8).repeat(len(train))
+    rows = np.tile(np.arange(len(train)), 8)
+    shown = train.arrays["picture_colours"][train.rows[rows], which].reshape(len(rows), -1, 3).astype(int)
+    largest = [np.argmax([(abs(picture - colour).sum(1) < 60).sum() for colour in rainbow[:4, :3]]) for picture in shown]
+    moves = data.SYMMETRIES[train.repeated(8).symmetry[train.rows_as_shown(rows, which)]]
+    fronts = [move @ list(colours)[i] for move, i in zip(moves, largest)]
+    assert np.mean([tuple(front.round().astype(int)) == (0, 0, 1) for front in fronts]) > .9
+    assert (train.rows_as_shown(rows, which, False) == rows).all()
+
+
 def test_draco_without_its_package_is_named(tmp_path, monkeypatch):
     path = tmp_path / "ball.gltf"
     path.write_text(json.dumps({"asset": {"version": "2.0"}, "extensionsRequired": ["KHR_draco_mesh_compression"]}))

@@ -23,7 +23,7 @@ KINDS = {                     # kind of samples -> its arrays, one row per shape
                   components=(np.int16, (FACES,))),
     "pictures": dict(picture_colours=(np.uint8, (SIZE, SIZE, 3)),
                      picture_normals=(np.int8, (SIZE, SIZE, 3)),
-                     picture_coverage=(np.uint8, (SIZE, SIZE))),
+                     picture_coverage=(np.uint8, (SIZE, SIZE)), picture_azimuth=(np.float32, ())),
     "views": dict(views=(np.uint8, (VIEW, VIEW, 4)), angles=(np.float32, (2,))),
     "records": {},
 }
@@ -51,8 +51,10 @@ def take_faces(shape, rng):
 
 def take_pictures(shape, rng, count=2):
     """`count` pictures from random sides, a little above or below. If the file has a picture, it is the last one."""
-    arrays = draw_pictures(shape, [(rng.uniform(0, 360), rng.uniform(-15, 50)) for _ in range(count)])
+    angles = [(rng.uniform(0, 360), rng.uniform(-15, 50)) for _ in range(count)]
+    arrays = draw_pictures(shape, angles) | {"picture_azimuth": np.array(angles)[:, 0]}
     if shape.icon is not None:                                # its light is in its colours: no normals
+        arrays["picture_azimuth"][-1] = 0
         icon = crop_to_object(shape.icon)                                      # s s 4
         for name, values in zip(KINDS["pictures"], (icon[..., :3] * 255, 0, icon[..., 3] * 255)):
             arrays[name][-1] = np.round(values)
