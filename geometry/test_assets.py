@@ -139,9 +139,9 @@ def test_a_shape_stands_as_its_picture_shows_it(tmp_path):
     which = np.arange(8).repeat(len(train))
     rows = np.tile(np.arange(len(train)), 8)
     shown = train.arrays["picture_colours"][train.rows[rows], which].reshape(len(rows), -1, 3).astype(int)
-    largest = [np.argmax([(abs(picture - colour).sum(1) < 60).sum() for colour in rainbow[:4, :3]]) for picture in shown]
+    alike = (abs(shown[:, :, None] - rainbow[:4, :3]).sum(3) < 60).sum(1)         # pictures, 4 colours: pixels
     moves = data.SYMMETRIES[train.repeated(8).symmetry[train.rows_as_shown(rows, which)]]
-    fronts = [move @ list(colours)[i] for move, i in zip(moves, largest)]
+    fronts = [move @ list(colours)[i] for move, i in zip(moves, alike.argmax(1))]
     assert np.mean([tuple(front.round().astype(int)) == (0, 0, 1) for front in fronts]) > .9
     assert (train.rows_as_shown(rows, which, False) == rows).all()
 
