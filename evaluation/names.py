@@ -25,6 +25,7 @@ def evaluate_names(args):
     true = [x.numpy() for x in train.cloud(first, exam.POINTS, np.random.default_rng(args.seed))]         # r k 3 each
     tables, options = {}, {"cfg": args.cfg}
     for folder, label in labels(args.checkpoint).items():
+        exam.training_set_of(folder, args)                    # an error, if it learnt from other files
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), **options)
         model, scorer = exam.open_model(args, folder), exam.Scorer(folder, args.device or "cpu")
         results = exam.sample_all(model, jobs, cache, exam.shape_result(model, args.rep, args.resolution), **options)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trimesh
 from PIL import Image
 
 import backbone
@@ -19,7 +20,7 @@ import bench
 import data
 import evaluate
 import sample
-from conftest import SMALL, TrueHead, run, train_small
+from conftest import SMALL, TrueHead, assert_one_line, run, train_small
 from engine import files
 from evaluation import exam, experiments, peers, words
 from evaluation.judges import grid_iou
@@ -135,6 +136,24 @@ def test_prompts_of_all_kinds_are_compared(four, tmp_path, examined):
     assert floor < min(distance.values())
     assert max(distance.values()) < 1.5
     assert (tmp_path / f"images-sdf-{four.name}.png").is_file()
+
+
+def test_samples_of_names_are_compared_with_training_shapes(overfitted, tmp_path, monkeypatch, capsys):
+    """Four boxes of a kit, two of them held out: training shapes are copies, samples are not. First without the check
+    that these weights learnt from these files, then with it."""
+    kit = tmp_path / "some kit"
+    kit.mkdir()
+    for i, name in enumerate(("table", "chair", "mug", "sofa")):
+        trimesh.creation.box((1, 1, 2 + i)).export(kit / f"{name}.glb")
+    flags = "--data", kit, "--checkpoint", overfitted, "--names", 2, "--resolution", 32, "--cache", tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(exam, "training_set_of", lambda folder, args: None)
+        assert run(evaluate.main, "names", *flags, "--out", tmp_path) == 0
+    training, samples = rows_of(tmp_path / "names-sdf")
+    assert float(training["memorisation"]) == 0 < float(samples["memorisation"])
+    assert (tmp_path / "names-sdf-overfitted.png").is_file()
+    assert run(evaluate.main, "names", *flags, "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err.splitlines()[-1], "give the --data that it was trained on")
 
 
 def test_a_strangers_prompts_are_shown(overfitted, tmp_path, monkeypatch):
