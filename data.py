@@ -29,14 +29,13 @@ from geometry.training_samples import KINDS, POINTS, QUERIES, vertex_coloured
 
 # method of Prepared that a head reads from -> the kind of samples that it needs
 READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
-
-
 MIRROR, TURN = np.diag([-1, 1, 1]), np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])      # x to -x; x to -z, z to x
 SYMMETRIES = np.stack([np.linalg.matrix_power(TURN, i // 2) @ np.linalg.matrix_power(MIRROR, i % 2)      # 8 3 3
                        for i in range(8)])                    # a shape, its mirror image, the same turned, ...
 
 
 def turns_to_front(azimuth):
+    """How many right angles a shape is turned, until a picture of this azimuth is from its front, to 45 degrees."""
     return np.round(-azimuth / 90).astype(int) % 4
 
 
@@ -188,7 +187,8 @@ class Prepared:
         """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s. recoloured: b texts; the
         colours that text i names are replaced in picture i."""
         which = rng.integers(self.source.pictures, size=len(rows)) if which is None else which
-        colours, normals, coverage = (self.arrays[name][self.rows[rows], which] for name in list(KINDS["pictures"])[:3])
+        names = "picture_colours", "picture_normals", "picture_coverage"
+        colours, normals, coverage = (self.arrays[name][self.rows[rows], which] for name in names)
         mirrored = self.symmetry[rows] % 2 == 1
         for array in (colours, normals, coverage):            # b s s ...
             array[mirrored] = array[mirrored, :, ::-1]

@@ -23,34 +23,12 @@ import encoders
 import heads
 import reconstruct
 from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
-from engine.files import make_folder, read_stage
+from engine.files import make_folder
 from geometry.render import contact_sheet, save_gif, save_png, turntable
 from prompts import picture_files
-from prompts.reading import remarks_on
+from prompts.reading import choose, find
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
-SHIPPED = "checkpoints/tiny", "checkpoints/assets"            # trained weights, in the order in which they are asked
-
-
-def find(folder):
-    """A checkpoint folder where it is: here, or, when called from another folder, beside this file; None: nowhere."""
-    return next((path for path in (Path(folder), Path(__file__).parent / folder) if path.is_dir()), None)
-
-
-def choose(text):
-    """The first shipped folder that knows the noun of a text; without a text, the first. If none knows it, that is an
-    error, which names the nearest noun of all."""
-    folders, vocabulary, nouns = [folder for folder in SHIPPED if find(folder)], [], {}
-    for folder in folders if text is not None else []:
-        entry = read_stage(find(folder), "encoders")
-        try:
-            remarks_on(text, entry["vocabulary"], entry["nouns"])
-            return folder
-        except UserError:
-            vocabulary, nouns = vocabulary + entry["vocabulary"], nouns | entry["nouns"]
-    if nouns:
-        remarks_on(text, vocabulary, nouns)
-    return (folders or SHIPPED)[0]
 
 
 class LTM3D:

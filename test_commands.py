@@ -46,23 +46,6 @@ def test_a_mesh_has_as_many_faces_as_asked():
         assert mesh.soundness()["closed edges"] > .98
 
 
-@pytest.mark.parametrize("text, chosen", [
-    ("a red mug", 0), ("a wooden barrel", 1), ("a chair of wood", 0), (None, 0), ("an elefant", "nearest: elephant"),
-    ("a swing", "names? one of|'swing' is nothing")])
-def test_the_weights_that_know_the_noun_are_chosen(text, chosen, tmp_path, monkeypatch):
-    """Two folders are asked, one after the other; if neither knows the noun, the error names the nearest of both."""
-    folders = [tmp_path / "toys", tmp_path / "things"]
-    for folder, nouns in zip(folders, (["mug", "chair"], ["barrel", "chair", "elephant"])):
-        entry = dict(vocabulary=[*nouns, "red", "wood"], nouns=dict.fromkeys(nouns, " ".join(nouns)))
-        files.write_config(folder, "encoders", **entry)
-    monkeypatch.setattr(sample, "SHIPPED", [*map(str, folders), str(tmp_path / "none")])
-    if isinstance(chosen, str):
-        with pytest.raises(UserError, match=chosen):
-            sample.choose(text)
-    else:
-        assert sample.choose(text) == str(folders[chosen])
-
-
 # ---------------------------------------------------------------------------- train
 
 def same_weights(one, two, stages):

@@ -9,11 +9,13 @@ word is left out, with a warning; but the noun that a prompt is about has to be 
 import difflib
 import re
 import sys
+from pathlib import Path
 
 from engine.commands import Parser, UserError, command
 from engine.files import read_stage
 from geometry.captions import FILLERS, words
 
+SHIPPED = "checkpoints/tiny", "checkpoints/assets"            # trained weights, in the order in which they are asked
 ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"
 NEIGHBOURS = {pair for row in ROWS for pair in zip(row, row[1:])} | {
     pair for upper, lower in zip(ROWS, ROWS[1:]) for i in (0, 1) for pair in zip(upper[i:], lower)}
@@ -33,6 +35,29 @@ def nouns_of(captions):
         if phrases := noun_phrases(caption):
             said.setdefault(phrases[0][-1], set()).update(words(plain(caption)))
     return {noun: " ".join(sorted(found)) for noun, found in sorted(said.items())}
+
+
+# ---------------------------------------------------------------------------- trained weights
+
+def find(folder):
+    """A checkpoint folder where it is: here, or, when called from another folder, beside the code; None: nowhere."""
+    return next((path for path in (Path(folder), Path(__file__).parent.parent / folder) if path.is_dir()), None)
+
+
+def choose(text):
+    """The first shipped folder that knows the noun of a text; without a text, the first. If none knows it, that is an
+    error, which names the nearest noun of all."""
+    folders, vocabulary, nouns = [folder for folder in SHIPPED if find(folder)], [], {}
+    for folder in folders if text is not None else []:
+        entry = read_stage(find(folder), "encoders")
+        try:
+            remarks_on(text, entry["vocabulary"], entry["nouns"])
+            return folder
+        except UserError:
+            vocabulary, nouns = vocabulary + entry["vocabulary"], nouns | entry["nouns"]
+    if nouns:
+        remarks_on(text, vocabulary, nouns)
+    return (folders or SHIPPED)[0]
 
 
 # ---------------------------------------------------------------------------- one word
@@ -140,11 +165,14 @@ def unknown_noun(phrases, forms, nouns):
 def main():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("prompt", nargs="?", help="a text prompt (default: list the nouns that can be made)")
-    parser.add_argument("--checkpoint", default="checkpoints/tiny", help="folder that train.py made")
+    parser.add_argument("--checkpoint", help="folder that train.py made (default: the shipped weights)")
     args = parser.parse_args()
-    entry = read_stage(args.checkpoint, "encoders")
     if args.prompt is None:
-        return print(*entry["nouns"], sep="\n")
+        folders = [args.checkpoint] if args.checkpoint else [path for path in map(find, SHIPPED) if path]
+        nouns = {noun for folder in folders for noun in read_stage(folder, "encoders")["nouns"]}
+        return print(*sorted(nouns), sep="\n")
+    folder = args.checkpoint or choose(args.prompt)
+    entry = read_stage(find(folder) or folder, "encoders")
     for remark in remarks_on(args.prompt, entry["vocabulary"], entry["nouns"]):
         print(f"warning: {remark}", file=sys.stderr)
     print(*known_words(args.prompt, entry["vocabulary"]))

@@ -85,6 +85,31 @@ def test_what_was_never_said_of_a_noun_is_a_remark(prompt, ignored):
     assert [remark.split("'")[1] for remark in remarks] == ignored
 
 
+@pytest.mark.parametrize("text, chosen", [
+    ("a red mug", 0), ("a wooden barrel", 1), ("a chair of wood", 0), (None, 0), ("an elefant", "nearest: elephant"),
+    ("a swing", "'swing' is nothing")])
+def test_the_weights_that_know_the_noun_are_chosen(text, chosen, tmp_path, monkeypatch):
+    """Two folders are asked, one after the other; if neither knows the noun, the error names the nearest of both."""
+    folders = [tmp_path / "toys", tmp_path / "things"]
+    for folder, nouns in zip(folders, (["mug", "chair"], ["barrel", "chair", "elephant"])):
+        entry = dict(vocabulary=[*nouns, "red", "wood"], nouns=dict.fromkeys(nouns, " ".join(nouns)))
+        files.write_config(folder, "encoders", **entry)
+    monkeypatch.setattr(reading, "SHIPPED", [*map(str, folders), str(tmp_path / "none")])
+    if isinstance(chosen, str):
+        with pytest.raises(UserError, match=chosen):
+            reading.choose(text)
+    else:
+        assert reading.choose(text) == str(folders[chosen])
+
+
+def test_nouns_of_all_shipped_weights_are_listed(tmp_path, monkeypatch, capsys):
+    for name, noun in (("toys", "mug"), ("things", "barrel")):
+        files.write_config(tmp_path / name, "encoders", vocabulary=[noun], nouns={noun: noun})
+    monkeypatch.setattr(reading, "SHIPPED", [str(tmp_path / name) for name in ("toys", "things")])
+    run(reading.main)
+    assert capsys.readouterr().out.split() == ["barrel", "mug"]
+
+
 # ---------------------------------------------------------------------------- picture files
 
 def disc(size=96):
