@@ -18,6 +18,7 @@ from collections import defaultdict
 
 import numpy as np
 import torch
+import trimesh
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -207,12 +208,17 @@ def close_holes(faces):
 
 
 def simplify_to(vertices, faces, colours, limit):
-    """At most `limit` faces: a mesh with more is simplified by quadric error."""
+    """At most `limit` faces: a mesh with more, an extracted surface, is simplified by quadric error, harder if need be.
+    It is smoothed before (Taubin 1995): where it runs along the grid, it has needle-thin faces that cannot collapse."""
     check_mesh(vertices, faces)
     if len(faces) <= limit:
         return vertices, faces, colours
     from fast_simplification import simplify  # built-in shapes do not need it
-    points, few = simplify(vertices.astype(np.float32), faces.astype(np.int32), target_count=limit)
+    smooth = trimesh.smoothing.filter_taubin(trimesh.Trimesh(vertices, faces, process=False)).vertices
+    for haste in (5, 7, 9):
+        points, few = simplify(smooth.astype(np.float32), faces.astype(np.int32), target_count=limit, agg=haste)
+        if len(few) <= limit:
+            break
     points = points.clip(vertices.min(0), vertices.max(0))                             # quadrics may reach beyond
     _, nearest = cKDTree(vertices[faces].mean(1)).query(points[few].mean(1))           # old faces: their colours
     return points, few[:limit].astype(np.int64), colours[nearest][:limit]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import trimesh
 from scipy import ndimage
 from scipy.spatial import cKDTree
+from skimage.measure import marching_cubes
 
 import heads
 from conftest import TrueHead
@@ -291,6 +292,18 @@ def test_large_meshes_are_simplified():
     assert 200 < len(few) == len(paint) <= 256
     assert abs(np.linalg.norm(points, axis=1) - .8).max() < .1
     assert (abs(points) <= abs(ball.vertices).max(0)).all()
+
+
+def test_needles_keep_no_edge_from_collapsing():
+    """A box whose sides run along the grid is extracted with needle-thin faces; 128 faces of it are closed, and as large
+    as it."""
+    axis = np.linspace(-1, 1, 65)
+    grid = np.abs(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))).max(0) - .5
+    vertices, faces, *_ = marching_cubes(grid, 0, gradient_direction="descent")
+    points, few, _ = meshes.simplify_to(vertices / 32 - 1, faces, np.ones((len(faces), 3)), 128)
+    assert len(few) <= 128
+    assert meshes.watertight(few)
+    assert np.linalg.det(points[few]).sum() / 6 == pytest.approx(1, abs=.02)
 
 
 # ---------------------------------------------------------------------------- distances -> a mesh
