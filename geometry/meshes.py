@@ -27,6 +27,7 @@ from scipy.spatial import cKDTree
 from engine.commands import UserError
 
 BINS = 128          # cells along a side of [-1, 1]^3: .016 each
+FACES = 256         # most faces of a low-poly mesh
 MARGIN = .5         # of match_like_components
 
 

@@ -113,7 +113,8 @@ class Files:
     def folder(self, kind):
         if kind == "records":
             return f"{kind}-{short_digest(CHUNK, [item.captions for item in self.items])}"
-        return f"{kind}-{short_digest(CHUNK, KINDS[kind], soup.CELLS, soup.SKIN, soup.POOL, *counts(self, kind))}"
+        how = counts(self, kind) + ["few faces as they are"] * (kind == "faces")
+        return f"{kind}-{short_digest(CHUNK, KINDS[kind], soup.CELLS, soup.SKIN, soup.POOL, *how)}"
 
     def shape(self, row):
         return mesh_files.shape(self.items[row])

@@ -24,6 +24,7 @@ from engine.commands import UserError
 from engine.networks import grid_points
 from geometry.camera import as_tensor, rasterise_mesh
 from geometry.light import view_rotation
+from geometry.meshes import FACES
 
 CELLS = 128             # along a side of [-1, 1]^3
 CELL = 2 / CELLS
@@ -111,6 +112,11 @@ class Soup:
 
     def distance(self, x):
         return self.field(x)[0]
+
+    @property
+    def low_poly(self):
+        """Is the fine mesh, with the faces that the author set, a low-poly one?"""
+        return len(self.faces) <= FACES
 
     @cached_property
     def _near(self):

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from scipy.spatial import cKDTree
 
 import data
 from engine.commands import UserError
-from geometry import asset_names, mesh_files, prepare, real
+from geometry import asset_names, mesh_files, prepare, real, soup
 from geometry.meshes import bin_centres
 from geometry.render import render_flat
-from geometry.training_samples import VIEW, vertex_coloured
+from geometry.training_samples import VIEW, take_faces, vertex_coloured
 
 
 def kit(folder, *stems):
@@ -115,6 +116,16 @@ def test_faces_of_turned_shapes(lopsided, i):
     volume = lambda x: np.linalg.det(x).sum()
     assert volume(bin_centres(faces["corners"][0, :count].numpy())) == pytest.approx(
         volume(bin_centres(before["corners"][0, :count].numpy())))
+
+
+@pytest.mark.parametrize("subdivisions", [1, 3])
+def test_a_low_poly_file_keeps_its_faces(subdivisions):
+    """A ball of 80 faces is a low-poly mesh as it is; one of 1,280 is made simpler."""
+    ball = trimesh.creation.icosphere(subdivisions, .8)
+    found = take_faces(soup.Soup(np.array(ball.vertices), ball.faces, np.ones(ball.faces.shape)), None)
+    corners = bin_centres(found["corners"][found["components"] >= 0]).reshape(-1, 3)              # (f 3) 3
+    assert (len(corners) == ball.faces.size) == (subdivisions == 1)
+    assert (cKDTree(ball.vertices).query(corners)[0].max() < .02) == (subdivisions == 1)
 
 
 def test_pictures_of_mirror_images(lopsided):

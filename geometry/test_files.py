@@ -71,7 +71,6 @@ def test_a_flat_square_is_a_thin_solid():
     vertices, faces, _ = solid.mesh()
     assert meshes.watertight(faces)
     assert abs(np.ptp(vertices, 0) - [1, 0, 1] - 2 * soup.SKIN).max() < .02
-    assert (training_samples.take_faces(solid, np.random.default_rng(0))["components"] >= 0).sum() > 10
     pictures = training_samples.draw_pictures(solid, [(0, 30), (0, 0)])
     assert [coverage.any() for coverage in pictures["picture_coverage"]] == [True, False]
 

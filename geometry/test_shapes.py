@@ -247,7 +247,7 @@ def test_like_components_may_come_in_any_order(prepared):
     corners, components = batch["corners"].flatten(2), batch["components"]
     sizes = components[components >= 0].bincount().tolist()
     first = next(i for i in range(len(sizes) - 1) if sizes[i] == sizes[i + 1])
-    start, size, rows = sum(sizes[:first]), sizes[first], torch.arange(training_samples.FACES)
+    start, size, rows = sum(sizes[:first]), sizes[first], torch.arange(meshes.FACES)
     swapped = rows.clone()
     swapped[start:start + 2 * size] = rows[start:start + 2 * size].roll(size)
     for order in (rows, swapped):

@@ -9,12 +9,11 @@ import torch
 
 from geometry.camera import as_tensor, rasterise_mesh
 from geometry.light import view_rotation
-from geometry.meshes import canonical, simplify_to
+from geometry.meshes import FACES, canonical, simplify_to
 from geometry.render import render_flat
 from geometry.training_pictures import SIZE, crop_to_object
 
 POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
-FACES = 256                   # most faces of a low-poly mesh
 VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
 KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 29 (a picture) and 66 kB
     "surface": dict(points=(np.float16, (POINTS, 3)), normals=(np.int8, (POINTS, 3)), colours=(np.uint8, (POINTS, 3)),
@@ -41,8 +40,9 @@ def take_surface(shape, rng):
 
 
 def take_faces(shape, rng):
-    """A low-poly mesh in canonical order; -1 where there is no face."""
-    corners, colours, components = canonical(*simplify_to(*shape.mesh(), FACES))
+    """A low-poly mesh in canonical order; -1 where there is no face. Of a file, the faces that its author set, if they
+    are few."""
+    corners, colours, components = canonical(*simplify_to(*shape.mesh(fine=shape.low_poly), FACES))
     empty = FACES - len(corners)
     return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
             "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255),
