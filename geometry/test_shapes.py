@@ -295,8 +295,8 @@ def test_large_meshes_are_simplified():
 
 
 def test_needles_keep_no_edge_from_collapsing():
-    """A box whose sides run along the grid is extracted with needle-thin faces; 128 faces of it are closed, and as large
-    as it."""
+    """A box whose sides run along the grid is extracted with needle-thin faces; 128 faces of it are closed,
+    and as large as it."""
     axis = np.linspace(-1, 1, 65)
     grid = np.abs(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))).max(0) - .5
     vertices, faces, *_ = marching_cubes(grid, 0, gradient_direction="descent")
