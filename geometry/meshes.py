@@ -209,20 +209,20 @@ def close_holes(faces):
 
 
 def simplify_to(vertices, faces, colours, limit):
-    """At most `limit` faces: a mesh with more, an extracted surface, is simplified by quadric error, harder if need be.
-    It is smoothed before (Taubin 1995): where it runs along the grid, it has needle-thin faces that cannot collapse."""
+    """At most `limit` faces. A mesh with more is an extracted surface. Where it runs along the grid it has needle-thin
+    faces, which cannot collapse; so it is smoothed (Taubin 1995), then simplified by quadric error."""
     check_mesh(vertices, faces)
     if len(faces) <= limit:
         return vertices, faces, colours
     from fast_simplification import simplify  # built-in shapes do not need it
     smooth = trimesh.smoothing.filter_taubin(trimesh.Trimesh(vertices, faces, process=False)).vertices
-    for haste in (5, 7, 9):
+    for haste in (5, 7, 9):                                   # a low one keeps the form better, but may leave too many
         points, few = simplify(smooth.astype(np.float32), faces.astype(np.int32), target_count=limit, agg=haste)
         if len(few) <= limit:
             break
     points = points.clip(vertices.min(0), vertices.max(0))                             # quadrics may reach beyond
     _, nearest = cKDTree(vertices[faces].mean(1)).query(points[few].mean(1))           # old faces: their colours
-    return points, few[:limit].astype(np.int64), colours[nearest][:limit]
+    return points, few[:limit].astype(np.int64), colours[nearest][:limit]              # many small pieces: some go
 
 
 def face_areas(vertices, faces):

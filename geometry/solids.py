@@ -239,7 +239,7 @@ class Shape:
     attributes: dict        # what is visible, e.g. {"top": "round", "legs": 4, "colour": "red"}
     captions: list          # several wordings, from the bare class name to a full description
     icon = None             # no picture came with it
-    low_poly = False        # is the fine mesh?
+    low_poly = False        # the fine mesh has thousands of faces
 
     @cached_property
     def palette(self):

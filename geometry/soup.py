@@ -115,7 +115,7 @@ class Soup:
 
     @property
     def low_poly(self):
-        """Is the fine mesh, with the faces that the author set, a low-poly one?"""
+        """Is the fine mesh a low-poly one? It has the faces that the author set."""
         return len(self.faces) <= FACES
 
     @cached_property

@@ -1,8 +1,8 @@
 """training_samples.py - four kinds of training samples, each a function of a shape and a random generator.
 
-A shape is any object with `surface`, `distance`, `mesh` and `icon`: a built-in shape (geometry/solids.py) or triangles
-of a file (geometry/soup.py). KINDS lists the arrays that each kind fills, one row a shape; data.py reads them. The kind
-"records" has no arrays: its class, attributes and captions are JSON (geometry/prepare.py).
+A shape is any object with `surface`, `distance`, `mesh`, `low_poly` and `icon`: a built-in shape (geometry/solids.py)
+or triangles of a file (geometry/soup.py). KINDS lists the arrays that each kind fills, one row a shape; data.py reads
+them. The kind "records" has no arrays: its class, attributes and captions are JSON (geometry/prepare.py).
 """
 import numpy as np
 import torch
@@ -40,8 +40,8 @@ def take_surface(shape, rng):
 
 
 def take_faces(shape, rng):
-    """A low-poly mesh in canonical order; -1 where there is no face. Of a file, the faces that its author set, if they
-    are few."""
+    """A low-poly mesh in canonical order; -1 where there is no face. A file with few faces keeps those that its author
+    set."""
     corners, colours, components = canonical(*simplify_to(*shape.mesh(fine=shape.low_poly), FACES))
     empty = FACES - len(corners)
     return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),

@@ -4,7 +4,8 @@
     python -m prompts.reading                                   # all nouns: what can be made
 
 A word that is not in the vocabulary may be a plural or a slip of the keyboard: then its known form is read. Another
-word is left out, with a warning; but the noun that a prompt is about has to be known, and is never guessed.
+word is left out, with a warning; but the noun that a prompt is about has to be known, and is never guessed. Of the
+shipped weights, those that know it are chosen.
 """
 import difflib
 import re
@@ -44,10 +45,17 @@ def find(folder):
     return next((path for path in (Path(folder), Path(__file__).parent.parent / folder) if path.is_dir()), None)
 
 
+def shipped():
+    """The folders of trained weights that are here."""
+    if folders := [folder for folder in SHIPPED if find(folder)]:
+        return folders
+    raise UserError(f"there is no folder {SHIPPED[0]}; name a folder that train.py made with --checkpoint")
+
+
 def choose(text):
     """The first shipped folder that knows the noun of a text; without a text, the first. If none knows it, that is an
     error, which names the nearest noun of all."""
-    folders, vocabulary, nouns = [folder for folder in SHIPPED if find(folder)], [], {}
+    folders, vocabulary, nouns = shipped(), [], {}
     for folder in folders if text is not None else []:
         entry = read_stage(find(folder), "encoders")
         try:
@@ -57,7 +65,7 @@ def choose(text):
             vocabulary, nouns = vocabulary + entry["vocabulary"], nouns | entry["nouns"]
     if nouns:
         remarks_on(text, vocabulary, nouns)
-    return (folders or SHIPPED)[0]
+    return folders[0]
 
 
 # ---------------------------------------------------------------------------- one word
@@ -168,11 +176,10 @@ def main():
     parser.add_argument("--checkpoint", help="folder that train.py made (default: the shipped weights)")
     args = parser.parse_args()
     if args.prompt is None:
-        folders = [args.checkpoint] if args.checkpoint else [path for path in map(find, SHIPPED) if path]
+        folders = [args.checkpoint] if args.checkpoint else map(find, shipped())
         nouns = {noun for folder in folders for noun in read_stage(folder, "encoders")["nouns"]}
         return print(*sorted(nouns), sep="\n")
-    folder = args.checkpoint or choose(args.prompt)
-    entry = read_stage(find(folder) or folder, "encoders")
+    entry = read_stage(args.checkpoint or find(choose(args.prompt)), "encoders")
     for remark in remarks_on(args.prompt, entry["vocabulary"], entry["nouns"]):
         print(f"warning: {remark}", file=sys.stderr)
     print(*known_words(args.prompt, entry["vocabulary"]))

@@ -110,6 +110,13 @@ def test_nouns_of_all_shipped_weights_are_listed(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == ["barrel", "mug"]
 
 
+@pytest.mark.parametrize("prompt", [[], ["a mug"]])
+def test_no_shipped_weights_is_one_line(prompt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reading, "SHIPPED", [str(tmp_path / "none")])
+    assert run(reading.main, *prompt) == 2
+    assert_one_line(capsys.readouterr().err, "there is no folder")
+
+
 # ---------------------------------------------------------------------------- picture files
 
 def disc(size=96):
