@@ -14,7 +14,7 @@ import heads
 from conftest import TrueHead
 from engine import networks
 from engine.commands import UserError
-from geometry import meshes, prepare, shapes, solids, surface, training_samples
+from geometry import meshes, prepare, shapes, solids, surface
 from geometry.captions import NUMBERS, write_captions
 
 # ---------------------------------------------------------------------------- shapes
