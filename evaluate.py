@@ -66,7 +66,7 @@ def judge_reconstructions(args, folder, reps, cache, judge):
         name = f"{'-'.join(reps)}-{row}"
         if name not in cache:
             rng = np.random.default_rng((args.seed, row))
-            cloud = [x.to(device) for x in test.cloud([row], 2048, rng)]          # 1 k 3 each
+            cloud = [x.to(device) for x in test.cloud([row], encoder.points, rng)]          # 1 k 3 each
             with autocast():
                 tokens = encoder(*cloud)[0].float()                               # n c
             cache.write(name, judge(decoders, tokens, test, row, rng, autocast))

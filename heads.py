@@ -26,7 +26,7 @@ from torch import nn
 
 from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
-from engine.networks import Block, fourier, grid_points, time_embedding
+from engine.networks import Block, FeedForward, ToCells, fourier, grid_points, look_up, time_embedding
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked_light
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
@@ -39,27 +39,33 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 class QueryDecoder(nn.Module):
     """What three heads are made of: tokens become a memory once; then any number of points is evaluated against it."""
 
-    def __init__(self, side, channels, dim, heads, outputs):
+    def __init__(self, side, channels, dim, heads, outputs, cells=0):
         super().__init__()
         self.register_buffer("anchors", grid_points(side), persistent=False)
         self.token = nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(3))
-        self.point = nn.Linear(3 + 6 * BANDS, dim)
-        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(2))
+        grids = [(cells // 2, 32), (cells, 16)] if cells else []                          # their cells, their features
+        self.grids = nn.ModuleList(ToCells(side, count, features, dim) for count, features in grids)
+        self.point = nn.Linear(3 + 6 * BANDS + sum(features for _, features in grids), dim)
+        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(0 if cells else 2))
+        self.feed = nn.ModuleList(FeedForward(dim) for _ in grids)
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
-    def read(self, tokens):                                   # b n c -> memory b n d
+    def read(self, tokens):                                   # b n c -> memory: b n d, or grids b f s s s
         x = self.token(tokens) + self.place                                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:
             x = block(x, positions=(anchors, anchors))
-        return x
+        return [grid(x) for grid in self.grids] or x
 
-    def evaluate(self, memory, x, extra=0.):                  # memory b n d, points x b k 3, extra b k d -> b k outputs
+    def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
-        y = self.point(fourier(x, BANDS)) + extra                                         # b k d
-        for block in self.cross:
+        found = [look_up(grid, x) for grid in memory] if self.grids else []               # a point looks features up,
+        y = self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra                # b k d
+        for block in self.feed:
+            y = block(y)
+        for block in self.cross:                                                          # or attends to the tokens
             y = block(y, memory, positions=(x, anchors))
         y = self.norm(y)
         with torch.autocast(y.device.type, enabled=False):    # a surface is where this crosses zero: fp32
@@ -204,7 +210,7 @@ class MeshHead(nn.Module):
     FACES, LEVELS = 4, 24
     RATE = 4         # times the learning rate of the others: it learns fastest there
 
-    def __init__(self, side, channels, dim, heads):
+    def __init__(self, side, channels, dim, heads, cells=0):
         super().__init__()
         dim = dim * 3 // 2
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)

@@ -94,10 +94,12 @@ def test_ruff_finds_nothing():
 
 # ---------------------------------------------------------------------------- tokenizer
 
-def test_standardise_changes_tokens_not_shapes(prepared):
+@pytest.mark.parametrize("cells", [0, 4])
+def test_standardise_changes_tokens_not_shapes(cells, prepared):
     """Afterwards tokens have mean 0 and deviation 1 per channel, and decode to the same field; it may be done twice."""
     torch.manual_seed(0)
-    encoder, head = tokenizer.Tokenizer(**SMALL[tokenizer]).eval(), heads.SdfHead(**SMALL[tokenizer]).eval()
+    settings = SMALL[tokenizer] | {"cells": cells}
+    encoder, head = tokenizer.Tokenizer(**settings).eval(), heads.SdfHead(**settings).eval()
     cloud, x = prepared[0].cloud(np.arange(12), 500, np.random.default_rng(0)), torch.rand(12, 100, 3) * 2 - 1
     with torch.no_grad():
         before = head.evaluate(head.read(encoder(*cloud)), x)
@@ -136,12 +138,14 @@ def test_every_colour_counts_alike():
     assert torch.allclose(weights, torch.tensor([[2 / 3, 2 / 3, 2 / 3, 2]]))
 
 
+@pytest.mark.parametrize("cells", [0, 4])
 @pytest.mark.parametrize("rep", heads.HEADS)
-def test_heads_learn_and_decode(rep, prepared):
+def test_heads_learn_and_decode(rep, cells, prepared):
     """Each head's loss falls in a few steps on two shapes, and its shape can be sampled and drawn."""
     torch.manual_seed(0)
     split, rows, rng = prepared[0], np.array([0, 1]), np.random.default_rng(0)
-    models = nn.ModuleDict({name: heads.HEADS[name](**SMALL[tokenizer]) for name in heads.with_needs([rep])})
+    settings = SMALL[tokenizer] | {"cells": cells}
+    models = nn.ModuleDict({name: heads.HEADS[name](**settings) for name in heads.with_needs([rep])})
     tokens, optimizer, losses = torch.randn(2, 64, 8), torch.optim.Adam(models.parameters(), 3e-3), []
     for _ in range(4):
         samples = split.samples(rows, heads.HEADS[rep].reads, np.random.default_rng(0))

@@ -16,10 +16,11 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.files import atomic_write, digest, load_model, read_stage
-from engine.networks import Block, fourier, grid_points
+from engine.networks import Block, FromCells, fourier, grid_points
 
-SIZES = {  # n = side^3 tokens of c channels
+SIZES = {  # n = side^3 tokens of c channels; cells along the side of a token, if its features are on a grid
     "tiny": dict(side=4, channels=16, dim=128, heads=4),
+    "mini": dict(side=6, channels=16, dim=160, heads=4, cells=4),
     "small": dict(side=6, channels=16, dim=256, heads=8),
     "base": dict(side=8, channels=32, dim=512, heads=8),
     "large": dict(side=10, channels=32, dim=768, heads=12),
@@ -32,13 +33,17 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 class Tokenizer(nn.Module):
     """The shape encoder: surface points, their normals and colours -> anchored tokens."""
 
-    def __init__(self, side, channels, dim, heads):
+    def __init__(self, side, channels, dim, heads, cells=0):
         super().__init__()
+        self.points = 4096 if cells else 2048                 # how many it reads; in training, half as many
         self.register_buffer("anchors", grid_points(side), persistent=False)             # n 3
-        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, dim))
+        width = 64 if cells else dim                                                     # e
+        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, width))
         self.query = nn.Parameter(torch.randn(side ** 3, dim) * .02)
-        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim) for _ in range(2))
-        self.blocks = nn.ModuleList(nn.ModuleList(Block(dim, heads) for _ in range(2)) for _ in range(2))
+        self.cells = FromCells(side, cells // 2, width, dim) if cells else None
+        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim) for _ in range(0 if cells else 2))
+        depth = 1 if cells else 2
+        self.blocks = nn.ModuleList(nn.ModuleList(Block(dim, heads) for _ in range(depth)) for _ in range(2))
         last = nn.LayerNorm(channels, elementwise_affine=False)
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels), last)
         self.register_buffer("mean", torch.zeros(channels))   # of the tokens of the training set,
@@ -46,11 +51,14 @@ class Tokenizer(nn.Module):
 
     def forward(self, points, normals, colours):              # b k 3 each -> b n c
         b = len(points)
-        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k d
+        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k e
         x = repeat(self.query, "n d -> b n d", b=b)                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=b)                       # b n 3
-        for cross, blocks in zip(self.cross, self.blocks):
-            x = cross(x, context, positions=(anchors, points))                    # biased by -gamma_h |a_i - point|^2
+        if self.cells:                                        # a token reads the points of its own cells,
+            x = x + self.cells(points, context)
+        for i, blocks in enumerate(self.blocks):
+            if not self.cells:                                # or attends to all, biased by -gamma_h |a_i - point|^2
+                x = self.cross[i](x, context, positions=(anchors, points))        # b n d
             for block in blocks:
                 x = block(x, positions=(anchors, anchors))                        # b n d
         tokens = (self.out(x).float() - self.mean) / self.std                     # b n c
@@ -80,7 +88,8 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
         return torch.from_numpy(np.load(path)).float()
     count, chunks = min(limit or len(split), len(split)), []
     for rows in tqdm(np.array_split(np.arange(count), -(-count // 64)), desc="tokens", unit="batch", leave=False):
-        cloud = [x.to(device, non_blocking=True) for x in split.cloud(rows, 2048, np.random.default_rng(rows[0]))]
+        cloud = split.cloud(rows, tokenizer.points, np.random.default_rng(rows[0]))
+        cloud = [x.to(device, non_blocking=True) for x in cloud]
         with autocast():
             chunks.append(tokenizer(*cloud).float().cpu())
     tokens = torch.cat(chunks)                                # shapes n c

@@ -43,6 +43,7 @@ DEFAULTS = {
     "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3), "head-sdf": (1500, 32, 2e-3),
     "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (5000, 32, 2e-3),
 }
+SEEING = {"vision", "backbone", "reconstruct"}       # stages that learn from pictures
 JUDGED = 52          # held-out shapes that a head is measured on
 GENERATORS = {"masked": backbone_.Backbone}
 save_picture = processes.first_process_only(save_png)
@@ -92,8 +93,10 @@ def train_tokenizer(run):
         return loss + tokenizer_.STAY * moved, logs | {"moved": moved.detach()}
 
     # data: with --finetune, training shapes are drawn in proportion to their loss at the start
+    points = model["tokenizer"].points // 2
+
     def samples_of(split, rows, rng):
-        return split.cloud(rows, 1024, rng), head_samples(run, run.first, split, rows, rng)
+        return split.cloud(rows, points, rng), head_samples(run, run.first, split, rows, rng)
 
     odds = {run.train: shares_of_loss(run, model, loss_of, samples_of)} if run.finetune else {}
 
@@ -320,10 +323,12 @@ def chain(args, generators, reps, first, folder):
             copy_stages(run, Path(args.source), name_begins(args.data), stages_of(args, reps) if args.stage else ())
         run.check_folder(name_begins(args.data))
         print(f"{run.folder}, running on {run.reason}")
-        kinds = ["surface", "pictures", *kinds_of(HEADS[rep] for rep in run.first + run.reps)]
+        stages = stages_of(args, run.reps)
+        kinds = ["surface", *["pictures"] * bool(SEEING & stages.keys())]
+        kinds += kinds_of(HEADS[rep] for rep in run.first + run.reps)
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
         run.classes, run.prompts = progress.classes_and_prompts(run.test, built_in=args.data is None)
-        for name in sorted((stages := stages_of(args, run.reps)).keys() - {*trained_stages(run.folder)}):
+        for name in sorted(stages.keys() - {*trained_stages(run.folder)}):
             run.micro_batch_size(name)                        # an error now, not later
             if args.finetune and name not in trained_stages(args.source):
                 raise UserError(f"{args.source} holds no trained {name} that could go on; leave out --finetune")

@@ -1,4 +1,4 @@
-"""networks.py - what every network is built from: attention with a distance bias, blocks, embeddings, moving averages.
+"""networks.py - what every network is built from: attention with a distance bias, blocks, embeddings, grids.
 
 Letters in every file: b batch, n shape tokens, c channels of a shape token, p prefix tokens, t condition tokens,
 d model width, h heads, q queries, k keys or points.
@@ -107,6 +107,18 @@ class Block(nn.Module):
         return x + self.feed(self.norm2(x))
 
 
+class FeedForward(nn.Module):
+    """The half of a block without attention."""
+
+    def __init__(self, dim, expand=2):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.feed = nn.Sequential(nn.Linear(dim, expand * dim), nn.GELU(), nn.Linear(expand * dim, dim))
+
+    def forward(self, x):
+        return x + self.feed(self.norm(x))
+
+
 # ---------------------------------------------------------------------------- embeddings
 
 def fourier(x, bands):
@@ -126,6 +138,46 @@ def grid_points(side, device=None):
     """Centres of a side^3 grid of cells over [-1, 1]^3: side^3 3. Row (x side + y) side + z; y is up."""
     axis = (torch.arange(side, device=device) + .5) * 2 / side - 1
     return rearrange(torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1), "x y z i -> (x y z) i")
+
+
+# ---------------------------------------------------------------------------- grids of features
+
+class FromCells(nn.Module):
+    """Points with f features each -> side^3 tokens. A token has cells^3 cells; it reads the mean of the points in each,
+    which is 0 in empty cells."""
+
+    def __init__(self, side, cells, features, dim):
+        super().__init__()
+        self.side, self.cells, self.into = side, cells, nn.Linear(cells ** 3 * features, dim)
+
+    def forward(self, points, features):                      # b k 3 in [-1, 1]^3, b k f -> b n d
+        s = self.side * self.cells                            # cells along the cube
+        x, y, z = ((points + 1) * s / 2).long().clamp(0, s - 1).unbind(-1)        # b k each
+        index = repeat((x * s + y) * s + z, "b k -> b k f", f=features.shape[-1] + 1)
+        counted = F.pad(features.float(), (0, 1), value=1.)                       # b k (f + 1)
+        sums = counted.new_zeros(len(points), s ** 3, counted.shape[-1]).scatter_add(1, index, counted)
+        means = sums[..., :-1] / sums[..., -1:].clamp(min=1)                      # b s^3 f
+        return self.into(rearrange(means, "b (x i y j z k) f -> b (x y z) (i j k f)",
+                                   x=self.side, y=self.side, z=self.side, i=self.cells, j=self.cells))
+
+
+class ToCells(nn.Module):
+    """side^3 tokens -> a grid in which a token has cells^3 cells, of f features each."""
+
+    def __init__(self, side, cells, features, dim):
+        super().__init__()
+        self.side, self.cells, self.out = side, cells, nn.Linear(dim, cells ** 3 * features)
+
+    def forward(self, tokens):                                # b n d -> b f s s s, s = side cells
+        return rearrange(self.out(tokens).float(), "b (x y z) (i j k f) -> b f (x i) (y j) (z k)",
+                         x=self.side, y=self.side, i=self.cells, j=self.cells, k=self.cells)
+
+
+def look_up(grid, points):
+    """The features of points b k 3 in a grid b f s s s over [-1, 1]^3, interpolated between cells: b k f."""
+    zyx = rearrange(points.flip(-1), "b k i -> b k 1 1 i").float()                # the order of grid_sample
+    found = F.grid_sample(grid, zyx, align_corners=False, padding_mode="border")  # b f k 1 1
+    return rearrange(found, "b f k 1 1 -> b k f")
 
 
 # ---------------------------------------------------------------------------- moving average

@@ -27,7 +27,8 @@ from geometry.training_pictures import SIZE
 from prompts.text_tower import POINTS
 
 SIZES = {  # dim is also e, the width of a condition token
-    "tiny": dict(dim=128, depth=2, heads=4), "small": dict(dim=256, depth=4, heads=8),
+    "tiny": dict(dim=128, depth=2, heads=4), "mini": dict(dim=128, depth=2, heads=4),
+    "small": dict(dim=256, depth=4, heads=8),
     "base": dict(dim=512, depth=8, heads=8), "large": dict(dim=768, depth=12, heads=12),
 }
 READER_WEIGHT = 10    # of the reader's error in the loss

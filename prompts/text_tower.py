@@ -24,7 +24,8 @@ from geometry.captions import words
 from prompts.reading import known_words, remarks_on
 
 SIZES = {  # dim is also e, the width of a condition token
-    "tiny": dict(dim=128, depth=2, heads=4), "small": dict(dim=256, depth=4, heads=8),
+    "tiny": dict(dim=128, depth=2, heads=4), "mini": dict(dim=128, depth=2, heads=4),
+    "small": dict(dim=256, depth=4, heads=8),
     "base": dict(dim=512, depth=6, heads=8), "large": dict(dim=768, depth=8, heads=12),
 }
 LENGTH = 32    # words of a prompt that are read; the longest built-in caption has 20

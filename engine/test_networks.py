@@ -1,0 +1,131 @@
+"""test_networks.py - the tests of what networks are built from.
+
+    python -m pytest -q engine/test_networks.py
+"""
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from torch import nn
+
+from conftest import small_backbone
+from engine import commands, loop, muon, networks
+
+
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-5), (True, .03)], ids=["fp32", "bf16"])
+def test_distance_bias_is_a_mask(bf16, tolerance):
+    """Bias folded into 13 more dimensions = softmax(q k / sqrt(e) - gamma_h |x - a|^2), with a padding mask too."""
+    torch.manual_seed(0)
+    layer = networks.Attention(64, 8)
+    nn.init.normal_(layer.to_v.weight, std=.3)
+    x, context = torch.randn(2, 50, 64), torch.randn(2, 27, 64)
+    positions = torch.rand(2, 50, 3) * 2 - 1, networks.grid_points(3)[None].repeat(2, 1, 1)
+    mask = torch.rand(2, 27) < .8
+
+    q, k, v = layer.to_q(x), layer.to_k(context), layer.to_v(context)
+    q, k, v = (rearrange(y, "b k (h e) -> b h k e", h=8) for y in (q, k, v))
+    gamma = rearrange(torch.tensor(2 * networks.GAMMAS), "h -> 1 h 1 1")
+    scores = q @ k.mT / 8 ** .5 - gamma * rearrange(torch.cdist(*positions) ** 2, "b q k -> b 1 q k")
+    true = scores.masked_fill(~rearrange(mask, "b k -> b 1 1 k"), -torch.inf).softmax(-1) @ v
+    true = layer.to_out(rearrange(true, "b h k e -> b k (h e)"))
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        biased, unbiased = layer(x, context, mask, positions), layer(x, context, mask)
+    assert (biased - true).abs().mean() < tolerance * true.abs().mean()
+    assert (unbiased - true).abs().mean() > .3 * true.abs().mean()
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_casting_once_is_casting_always(bf16):
+    """Weights that are cast beforehand give the same numbers as autocast; without autocast they stay in fp32."""
+    layer, x = networks.Block(64, 4), torch.randn(2, 50, 64)
+    autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+    with torch.no_grad(), autocast():
+        before = layer(x)
+        after = commands.cast_once(layer, autocast)(x)
+    assert torch.equal(before, after)
+    assert layer.feed[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+
+
+def test_a_token_reads_the_mean_of_the_points_in_its_cells():
+    torch.manual_seed(0)
+    cells = networks.FromCells(side=2, cells=2, features=3, dim=24)
+    nn.init.eye_(cells.into.weight), nn.init.zeros_(cells.into.bias)             # a token is its 8 cells of 3 features
+    points, features = torch.rand(1, 500, 3) * 2 - 1, torch.randn(1, 500, 3)
+    inside = (points[0] > torch.tensor([0, -1, .5])).all(1) & (points[0] < torch.tensor([.5, -.5, 1])).all(1)
+    token, cell = cells(points, features)[0, 0b101], 0b001    # x > 0, y < 0, z > 0; in it x low, y low, z high
+    assert inside.any()
+    assert torch.allclose(token[3 * cell:3 * cell + 3], features[0, inside].mean(0), atol=1e-6)
+
+
+def test_cells_without_points_are_zero():
+    cells = networks.FromCells(side=2, cells=2, features=3, dim=24)
+    tokens = cells(torch.full((1, 5, 3), .9), torch.randn(1, 5, 3))
+    assert torch.equal(tokens[0, :7], cells.into.bias.expand(7, -1))
+
+
+def test_the_centre_of_a_cell_looks_up_its_features():
+    """Cells of tokens stand where points look for them."""
+    torch.manual_seed(0)
+    cells = networks.ToCells(side=2, cells=2, features=3, dim=16)
+    tokens = torch.randn(1, 8, 16)
+    centre = torch.tensor([[[.25, -.75, .75]]])               # of token x > 0, y < 0, z > 0; its cell 0b001
+    found = networks.look_up(cells(tokens), centre)[0, 0]
+    assert torch.allclose(found, cells.out(tokens[0, 0b101])[3:6], atol=1e-6)
+
+
+def test_features_are_interpolated():
+    grid = networks.ToCells(side=2, cells=2, features=3, dim=16)(torch.randn(1, 8, 16))
+    ends = networks.look_up(grid, torch.tensor([[[.25, .25, .25], [.25, .75, .25], [.25, .5, .25]]]))[0]
+    assert torch.allclose(ends[2], ends[:2].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("bf16, tolerance", [(True, 1e-4), (False, .03)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64)])
+def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
+    """Three steps end where those of torch.optim.Muon do; in fp32 but for the rounding of bf16."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(muon, "has_bf16", lambda device: bf16)
+    ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
+    optimizers = (muon.Muon([ours], 1e-2, decay=.01),
+                  torch.optim.Muon([theirs], 1e-2, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).abs().mean() < tolerance * (theirs - 1).abs().mean()
+
+
+@pytest.mark.parametrize("first, decay", [(10_000, .9), (0, .999)], ids=["constant", "warm-up"])
+def test_ema_is_its_closed_form(first, decay):
+    """After k updates with the weights w_i: sum of (1 - d_i) prod_{j > i} d_j w_i."""
+    model = nn.Linear(3, 2)
+    ema, weights = networks.EMA(model, decay), [model.weight.detach().clone()]
+    for step in range(first, first + 6):
+        nn.init.normal_(model.weight)
+        ema.update(model, step)
+        weights.append(model.weight.detach().clone())
+    d = np.array([min(decay, (1 + step) / (10 + step)) for step in range(first, first + 6)])
+    shares = [np.prod(d)] + [(1 - d[i]) * np.prod(d[i + 1:]) for i in range(6)]
+    mean = sum(float(share) * weight for share, weight in zip(shares, weights))
+    assert torch.allclose(ema.model.weight, mean, atol=1e-6)
+
+
+def test_recomputed_blocks_learn_the_same():
+    """--recompute: the same losses and gradients, with fewer stored activations."""
+    (plain, condition), (recomputed, _) = small_backbone(), small_backbone()
+    recomputed.load_state_dict(plain.state_dict())
+    loop.recompute_blocks(recomputed)
+    x, losses, stored = torch.randn(3, 27, 8), [], []
+    for model in (plain, recomputed):
+        sizes = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
+            losses.append(model.loss(x, condition))
+        losses[-1].backward()
+        stored.append(sum(sizes))
+    assert torch.allclose(*losses, atol=1e-6)
+    assert stored[1] < .7 * stored[0]
+    for p, q in zip(plain.parameters(), recomputed.parameters()):
+        assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-5)
