@@ -6,6 +6,7 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
     python evaluate.py tokenizer --rep sdf       # stage 1 alone: encode and decode held-out shapes
     python evaluate.py cross                     # the same tokens through every head
     python evaluate.py joint --checkpoint A B    # shared tokens against own
+    python evaluate.py low-poly --data FILES     # of files: ways to a mesh of few faces
     python evaluate.py generate --rep sdf        # from class names and captions: every metric
     python evaluate.py attributes                # "a table with one leg": does the shape have one?
     python evaluate.py words                     # prompts in words of their own, slips, plurals, synonyms
@@ -32,15 +33,15 @@ from einops import repeat
 from tqdm import tqdm
 
 import heads
-import tokenizer
-from data import kinds_of, turned_back, turns_to_front
+from data import turned_back, turns_to_front
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder, read_config, trained_stages
 from engine.state import plot_losses
 from evaluation import exam
 from evaluation.attributes import evaluate_attributes
 from evaluation.experiments import TRAINED, VARIANTS, ablate_rgs, add_flags, compare_variants, overfit
-from evaluation.judges import JUDGES
+from evaluation.judges import JUDGES, judge_reconstructions
+from evaluation.low_poly import evaluate_low_poly
 from evaluation.metrics import chamfer, chamfer_matrix, emd, fscore
 from evaluation.names import evaluate_names
 from evaluation.results import labels, mean, write_table, write_tables
@@ -54,28 +55,8 @@ from sample import RESOLUTIONS
 
 # ---------------------------------------------------------------------------- tokenizer and heads
 
-@torch.no_grad()
-def judge_reconstructions(args, folder, reps, cache, judge):
-    """Encode held-out shapes -> a row for each: its class and what judge(heads, tokens n c, set, row, ...) measures."""
-    device, autocast, reason = pick_device(args.device, args.precision)
-    print(f"{folder}, running on {reason}")
-    encoder, decoders = tokenizer.load(folder).to(device), heads.load(folder, reps, device)
-    test = exam.held_out(args, list(dict.fromkeys(["surface", *kinds_of(heads.HEADS[rep] for rep in reps)])))
-    results = []
-    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
-        name = f"{'-'.join(reps)}-{row}"
-        if name not in cache:
-            rng = np.random.default_rng((args.seed, row))
-            cloud = [x.to(device) for x in test.cloud([row], encoder.points, rng)]          # 1 k 3 each
-            with autocast():
-                tokens = encoder(*cloud)[0].float()                               # n c
-            cache.write(name, judge(decoders, tokens, test, row, rng, autocast))
-        results.append({"class": test.classes[row]} | {key: float(x) for key, x in cache.read(name).items()})
-    return results
-
-
 def evaluate_tokenizer(args):
-    """Held-out shapes, encoded from 2048 points and decoded, against the true ones."""
+    """Held-out shapes, encoded and decoded, against the true ones."""
     judge, tables = JUDGES[args.rep], {}
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages([args.rep]), points=args.points)
@@ -251,8 +232,8 @@ def evaluate_views(args):
 # ---------------------------------------------------------------------------- the commands
 
 COMMANDS = {
-    "tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "generate": evaluate_generate,
-    "attributes": evaluate_attributes, "words": evaluate_words, "asked": show_asked,
+    "tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "low-poly": evaluate_low_poly,
+    "generate": evaluate_generate, "attributes": evaluate_attributes, "words": evaluate_words, "asked": show_asked,
     "retrieval": evaluate_retrieval, "images": evaluate_images, "names": evaluate_names, "cross-view": evaluate_views,
     "ablate-rgs": ablate_rgs,
     **dict.fromkeys(VARIANTS, compare_variants), "overfit": overfit}
@@ -282,12 +263,13 @@ def arguments():
     files = ["tokenizer", "cross", "generate", "retrieval", "images", "cross-view"]
     flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=reps, default="sdf", help="what to judge")
     flag(["cross"], "--reps", nargs="+", type=heads.spelling, choices=reps, default=reps, help="to compare")
-    for names, least, count in ((["tokenizer"], 1, 260), (["cross", "images"], 1, 208), (["generate"], 2, 208),
-                                (["joint"], 1, 52), (["cross-view", "ablate-rgs"], 1, 26), (TRAINED, 2, 104)):
+    for names, least, count in ((["tokenizer"], 1, 260), (["cross", "images", "low-poly"], 1, 208),
+                                (["generate"], 2, 208), (["joint"], 1, 52), (["cross-view", "ablate-rgs"], 1, 26),
+                                (TRAINED, 2, 104)):
         flag(names, "--shapes", type=between(least, 520), default=count, help="held-out shapes, of all classes alike")
     for names, count in ((["generate"], 16), (["attributes"], 8), (["joint", "ablate-rgs", *TRAINED], 4)):
         flag(names, "--n", type=between(2, 1000), default=count, help="samples of each prompt")
-    flag(["names"], "--data", required=True, help="the files that it was trained on")
+    flag(["names", "low-poly"], "--data", required=True, help="the files that it was trained on")
     flag(["names"], "--names", type=between(2), default=200, help="how many names, evenly spread")
     flag(["joint", *sampled], "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     flag(files, "--data", help="the files that it was trained on, a tenth held out (default: the built-in shapes)")

@@ -33,7 +33,7 @@ CODE = [ROOT / name for name in (                             # the files that d
     "geometry/shapes.py", "geometry/captions.py", "geometry/camera.py", "geometry/training_samples.py",
     "geometry/training_pictures.py", "engine/networks.py", "engine/commands.py", "evaluation/exam.py",
     "evaluation/peers.py", "evaluation/judges.py", "evaluation/metrics.py", "evaluation/attributes.py",
-    "evaluation/words.py")]
+    "evaluation/words.py", "evaluation/low_poly.py")]
 
 
 # ---------------------------------------------------------------------------- models and data

@@ -152,6 +152,8 @@ def test_samples_of_names_are_compared_with_training_shapes(overfitted, tmp_path
     training, samples = rows_of(tmp_path / "names-sdf")
     assert float(training["memorisation"]) == 0 < float(samples["memorisation"])
     assert (tmp_path / "names-sdf-overfitted.png").is_file()
+    assert run(evaluate.main, "low-poly", *flags[:4], "--cache", tmp_path / "cache", "--out", tmp_path) == 0
+    assert {row[""] for row in rows_of(tmp_path / "low-poly")} > {"surface, 128 faces", "vertices of the file, joined"}
     assert run(evaluate.main, "names", *flags, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err.splitlines()[-1], "give the --data that it was trained on")
 

@@ -1,8 +1,11 @@
 """test_metrics.py - the tests of results, scores and metrics."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
+import trimesh
 
 import evaluate
 import heads
@@ -10,7 +13,7 @@ import sample
 import tokenizer
 from conftest import run
 from engine.commands import UserError, pick_device
-from evaluation import attributes, exam, metrics, results, words
+from evaluation import attributes, exam, low_poly, metrics, results, words
 from evaluation.judges import decoded_field, true_field
 from geometry import shapes
 from prompts import reading, text_tower
@@ -259,3 +262,10 @@ def test_a_table_of_intervals_has_a_column_for_each_end(tmp_path):
     rows = [{"name": "a", "score": results.interval([1., 2., 3.])}, {"name": "b", "score": 2.}]
     results.write_table(tmp_path, "x", rows)
     assert (tmp_path / "x.csv").read_text().splitlines()[0] == "name,score,score from,score to"
+
+
+def test_vertices_are_joined_along_a_surface():
+    """The corners of an octahedron on a ball: its eight faces."""
+    ball = trimesh.creation.icosphere(4)
+    faces = low_poly.join_along(np.concatenate([np.eye(3), -np.eye(3)]), ball.vertices, ball.faces)
+    assert {frozenset(face) for face in faces} == {frozenset(face) for face in product((0, 3), (1, 4), (2, 5))}
