@@ -40,7 +40,7 @@ from engine.state import plot_losses
 from evaluation import exam
 from evaluation.attributes import evaluate_attributes
 from evaluation.experiments import TRAINED, VARIANTS, ablate_rgs, add_flags, compare_variants, overfit
-from evaluation.judges import JUDGES, judge_reconstructions
+from evaluation.judges import JUDGES
 from evaluation.low_poly import evaluate_low_poly
 from evaluation.metrics import chamfer, chamfer_matrix, emd, fscore
 from evaluation.names import evaluate_names
@@ -60,7 +60,7 @@ def evaluate_tokenizer(args):
     judge, tables = JUDGES[args.rep], {}
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages([args.rep]), points=args.points)
-        results = judge_reconstructions(args, folder, [args.rep], cache, partial(judge, points=args.points))
+        results = exam.judge_reconstructions(args, folder, [args.rep], cache, partial(judge, points=args.points))
         tables[label] = []
         for name in sorted({result["class"] for result in results}):
             rows = [result for result in results if result["class"] == name]
@@ -82,7 +82,7 @@ def evaluate_cross(args):
 
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages(args.reps))
-        distance = mean(judge_reconstructions(args, folder, args.reps, cache, judge))
+        distance = mean(exam.judge_reconstructions(args, folder, args.reps, cache, judge))
         tables[label] = [{"": one} | {other: distance[f"{one} {other}"] for other in names} for one in names]
     print("Chamfer distance of 2048 points, mean over the shapes; a representation against itself is the floor")
     write_tables(args.out, args.command, tables, means=False)
@@ -97,7 +97,7 @@ def evaluate_joint(args):
         config, model = read_config(folder), exam.open_model(args, folder)
         for rep in [stage.removeprefix("head-") for stage in trained_stages(folder) if stage.startswith("head-")]:
             cache = exam.result_cache(args, f"{label}-{rep}", folder, "tokenizer", *exam.stages_of(rep))
-            judged = mean(judge_reconstructions(args, folder, [rep], cache, partial(JUDGES[rep], points=0)))
+            judged = mean(exam.judge_reconstructions(args, folder, [rep], cache, partial(JUDGES[rep], points=0)))
             results = exam.sample_all(model, jobs, cache, exam.shape_result(model, rep, args.resolution))
             distance = chamfer_matrix(results["points"], references)              # samples r
             near = [x[classes == name].min().item() for x, name in zip(distance, names)]

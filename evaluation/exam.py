@@ -8,16 +8,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import heads
 import tokenizer
-from data import prepare
-from engine.commands import UserError
+from data import kinds_of, prepare
+from engine.commands import UserError, pick_device
 from engine.files import digest, read_config
 from evaluation import metrics, peers
 from evaluation.metrics import chamfer, chamfer_matrix
 from evaluation.results import ResultCache, mean, weights
 from geometry.prepare import BuiltIn, Files, name_begins, version
 from geometry.shapes import CLASSES
-from heads import with_needs
 from prompts import text_tower
 from sample import LTM3D
 
@@ -63,7 +63,7 @@ def longest_captions(split, rows):
 
 def head_stages(reps):
     """The heads that decide a result. Where no mesh head was trained, a mesh is the surface of the sdf head."""
-    return [f"head-{rep}" for rep in with_needs([*reps, *["sdf"] * ("mesh" in reps)])]
+    return [f"head-{rep}" for rep in heads.with_needs([*reps, *["sdf"] * ("mesh" in reps)])]
 
 
 def stages_of(rep):
@@ -121,6 +121,26 @@ def shape_result(model, rep, resolution, points=POINTS):
         cloud = [np.float32(x) for x in shape.surface(points, np.random.default_rng(job.seed))]     # k 3 each
         return {"tokens": tokens.cpu().numpy()} | dict(zip(("points", "normals", "colours"), cloud)) | shape.soundness()
     return result_of
+
+
+@torch.no_grad()
+def judge_reconstructions(args, folder, reps, cache, judge):
+    """Encode held-out shapes -> a row for each: its class and what judge(heads, tokens n c, set, row, ...) measures."""
+    device, autocast, reason = pick_device(args.device, args.precision)
+    print(f"{folder}, running on {reason}")
+    encoder, decoders = tokenizer.load(folder).to(device), heads.load(folder, reps, device)
+    test = held_out(args, list(dict.fromkeys(["surface", *kinds_of(heads.HEADS[rep] for rep in reps)])))
+    results = []
+    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
+        name = f"{'-'.join(reps)}-{row}"
+        if name not in cache:
+            rng = np.random.default_rng((args.seed, row))
+            cloud = [x.to(device) for x in test.cloud([row], encoder.points, rng)]          # 1 k 3 each
+            with autocast():
+                tokens = encoder(*cloud)[0].float()                               # n c
+            cache.write(name, judge(decoders, tokens, test, row, rng, autocast))
+        results.append({"class": test.classes[row]} | {key: float(x) for key, x in cache.read(name).items()})
+    return results
 
 
 # ---------------------------------------------------------------------------- features

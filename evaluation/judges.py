@@ -9,14 +9,8 @@ points: for the F-score of sdf; 0 leaves it out, which saves time. evaluate.py p
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
-from tqdm import tqdm
 
-import heads as heads_
-import tokenizer
-from data import kinds_of
-from engine.commands import pick_device
 from engine.networks import grid_points
-from evaluation import exam
 from evaluation.metrics import chamfer, emd, faces_within, fscore, iou, psnr, ssim
 from geometry.meshes import bin_centres, quantise, sample_surface
 from geometry.render import splat
@@ -112,23 +106,3 @@ def judge_gs(heads, tokens, split, row, rng, autocast, points):
 
 
 JUDGES = {"sdf": judge_sdf, "pc": judge_pc, "mesh": judge_mesh, "gs": judge_gs}
-
-
-@torch.no_grad()
-def judge_reconstructions(args, folder, reps, cache, judge):
-    """Encode held-out shapes -> a row for each: its class and what judge(heads, tokens n c, set, row, ...) measures."""
-    device, autocast, reason = pick_device(args.device, args.precision)
-    print(f"{folder}, running on {reason}")
-    encoder, decoders = tokenizer.load(folder).to(device), heads_.load(folder, reps, device)
-    test = exam.held_out(args, list(dict.fromkeys(["surface", *kinds_of(heads_.HEADS[rep] for rep in reps)])))
-    results = []
-    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
-        name = f"{'-'.join(reps)}-{row}"
-        if name not in cache:
-            rng = np.random.default_rng((args.seed, row))
-            cloud = [x.to(device) for x in test.cloud([row], encoder.points, rng)]          # 1 k 3 each
-            with autocast():
-                tokens = encoder(*cloud)[0].float()                               # n c
-            cache.write(name, judge(decoders, tokens, test, row, rng, autocast))
-        results.append({"class": test.classes[row]} | {key: float(x) for key, x in cache.read(name).items()})
-    return results

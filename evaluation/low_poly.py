@@ -13,7 +13,6 @@ from scipy.spatial import cKDTree
 import heads
 from engine.files import trained_stages
 from evaluation import exam
-from evaluation.judges import judge_reconstructions
 from evaluation.metrics import chamfer
 from evaluation.results import labels, mean, write_tables
 from geometry.export import Mesh
@@ -59,7 +58,7 @@ def evaluate_low_poly(args):
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages(["mesh"]))
         judge = partial(judge_ways, low_poly="head-mesh" in trained_stages(folder))
-        means = mean(judge_reconstructions(args, folder, ["mesh"], cache, judge))
+        means = mean(exam.judge_reconstructions(args, folder, ["mesh"], cache, judge))
         rows = {}
         for key, value in means.items():
             way, what = key.split("; ")
