@@ -182,15 +182,15 @@ def evaluate_images(args):
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), "vision", rgs=args.rgs)
         model = exam.open_model(args, folder)
         result_of = exam.shape_result(model, args.rep, args.resolution, 8192)
-        tables[label] = [{"prompt": "(two samplings of the true surface)", "Chamfer": floor, "F-score": 1.,
-                          "right class": ""}]
+        tables[label] = [{"prompt": "(two samplings of the true surface)", "Chamfer": floor,
+                          "F-score": np.mean([fscore(*pair, .05) for pair in zip(true, again)]), "right class": ""}]
         columns = min(len(CLASSES), len(rows))
-        drawn = [*repeat((pictures[:columns].clamp(0, 1) * 255).byte().numpy(), "b c h w -> b (h i) (w j) c", i=3, j=3)]
+        drawn = enlarged(pictures[:columns], 3)               # 3 SIZE = 192 pixels
         for prompt, (texts, images) in prompts.items():
             prompted = zip(rows, texts, images)
             jobs = [exam.Job(f"{prompt}-{row}", text, image, (args.seed, int(row))) for row, text, image in prompted]
             results = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)
-            points = results["points"] if images == nothing else turned_back(results["points"], turns)    # r k 3
+            points = results["points"] if images is nothing else turned_back(results["points"], turns)    # r k 3
             clouds = torch.from_numpy(points[:, :exam.POINTS].copy())
             nearest, pairs = chamfer_matrix(clouds, references).argmin(1), list(zip(points, true))        # r
             tables[label].append({"prompt": prompt, "Chamfer": np.mean([chamfer(*pair) for pair in pairs]),
@@ -198,11 +198,28 @@ def evaluate_images(args):
                                   "right class": np.mean(classes[nearest] == classes[rows])})
             drawn += [model.decode(torch.from_numpy(tokens), args.rep, job.seed, args.resolution).picture(192)
                       for tokens, job in zip(results["tokens"][:columns], jobs)]
+            if args.data and prompt == "picture":
+                draw_pairs(args, f"pictures-{args.rep}-{label}", model, jobs, results["tokens"])
         save_png(f"{args.out}/images-{args.rep}-{label}.png", contact_sheet(drawn, columns))
         print(f"{args.out}/images-{args.rep}-{label}.png")
     print(f"{len(rows)} held-out shapes, one sample each. To the true shape, by 8192 points: Chamfer distance, F-score "
           "at .05")
     write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
+
+
+def enlarged(pictures, times):
+    """Pictures b 3 s s -> b images of bytes, each (s times) (s times) 3."""
+    return [*repeat((pictures.clamp(0, 1) * 255).byte().numpy(), "b c h w -> b (h i) (w j) c", i=times, j=times)]
+
+
+def draw_pairs(args, name, model, jobs, tokens):
+    """Up to sixty pictures, evenly spread; to the right of each, the shape that was made of it."""
+    drawn = []
+    for i in tqdm(np.linspace(0, len(jobs) - 1, min(60, len(jobs))).astype(int), desc="pictures", unit="pair"):
+        shape = model.decode(torch.from_numpy(tokens[i]), args.rep, jobs[i].seed, args.resolution)
+        drawn += [*enlarged(jobs[i].picture[None], 2), shape.picture(128)]
+    save_png(f"{args.out}/{name}.png", contact_sheet(drawn, 12))                  # six pairs a row
+    print(f"{args.out}/{name}.png")
 
 
 def evaluate_views(args):

@@ -37,7 +37,7 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 
 
 class QueryDecoder(nn.Module):
-    """What three heads are made of: tokens become a memory once; then any number of points is evaluated against it."""
+    """What three heads are made of: tokens become a memory once; then it is evaluated at any number of points."""
 
     def __init__(self, side, channels, dim, heads, outputs, cells=0):
         super().__init__()
@@ -52,7 +52,7 @@ class QueryDecoder(nn.Module):
         self.feed = nn.ModuleList(FeedForward(dim) for _ in grids)
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
-    def read(self, tokens):                                   # b n c -> memory: b n d, or grids b f s s s
+    def read(self, tokens):                                   # b n c -> memory: b n d, or two grids b f s s s
         x = self.token(tokens) + self.place                                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:
@@ -60,12 +60,12 @@ class QueryDecoder(nn.Module):
         return [grid(x) for grid in self.grids] or x
 
     def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
-        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
-        found = [look_up(grid, x) for grid in memory] if self.grids else []               # a point looks features up,
+        found = [look_up(grid, x) for grid in memory] if self.grids else []
         y = self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra                # b k d
-        for block in self.feed:
+        for block in self.feed:                               # with grids: each point for itself
             y = block(y)
-        for block in self.cross:                                                          # or attends to the tokens
+        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
+        for block in self.cross:                              # without: points attend to tokens
             y = block(y, memory, positions=(x, anchors))
         y = self.norm(y)
         with torch.autocast(y.device.type, enabled=False):    # a surface is where this crosses zero: fp32
@@ -91,8 +91,7 @@ class SdfHead(QueryDecoder):
     def loss(self, tokens, batch):
         """L1 of the clipped distance, at queries and at surface points, where it is 0; squared error of colours
         there. (L1 learns the median colour: where the height of a stripe is uncertain, the stripe is lost.) Every
-        colour of a shape has the same weight: a stripe that covers a twentieth of it would add too little to the loss
-        for the tokens to keep it."""
+        colour of a shape has the same weight, or tokens would not keep a stripe that covers a twentieth of it."""
         x = torch.cat([batch["queries"], batch["points"]], 1)                             # b k 3
         y = self.evaluate(self.read(tokens), x)                                           # b k 4
         k = batch["queries"].shape[1]
@@ -210,7 +209,7 @@ class MeshHead(nn.Module):
     FACES, LEVELS = 4, 24
     RATE = 4         # times the learning rate of the others: it learns fastest there
 
-    def __init__(self, side, channels, dim, heads, cells=0):
+    def __init__(self, side, channels, dim, heads, cells=0):  # cells: of the other heads
         super().__init__()
         dim = dim * 3 // 2
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)
@@ -290,8 +289,7 @@ class MeshHead(nn.Module):
 
 
 class SimplifiedMesh:
-    """The surface of the sdf head with `count` faces, by quadric error: where no mesh head was trained, or for another
-    number of faces than it learnt."""
+    """The surface of the sdf head with `count` faces, by quadric error; also where no mesh head was trained."""
     needs, COUNT = ("sdf",), None
 
     def __init__(self, count=256):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from engine.files import atomic_write, digest, load_model, read_stage
 from engine.networks import Block, FromCells, fourier, grid_points
 
-SIZES = {  # n = side^3 tokens of c channels; cells along the side of a token, if its features are on a grid
+SIZES = {  # n = side^3 tokens of c channels. With cells, heads look features up in a grid, a token has cells^3 of it
     "tiny": dict(side=4, channels=16, dim=128, heads=4),
     "mini": dict(side=6, channels=16, dim=160, heads=4, cells=4),
     "small": dict(side=6, channels=16, dim=256, heads=8),
@@ -54,10 +54,10 @@ class Tokenizer(nn.Module):
         context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k e
         x = repeat(self.query, "n d -> b n d", b=b)                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=b)                       # b n 3
-        if self.cells:                                        # a token reads the points of its own cells,
+        if self.cells:                                        # a token reads the points in its own cells, once
             x = x + self.cells(points, context)
         for i, blocks in enumerate(self.blocks):
-            if not self.cells:                                # or attends to all, biased by -gamma_h |a_i - point|^2
+            if not self.cells:                                # or it attends to all, to near ones most
                 x = self.cross[i](x, context, positions=(anchors, points))        # b n d
             for block in blocks:
                 x = block(x, positions=(anchors, anchors))                        # b n d

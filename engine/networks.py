@@ -1,7 +1,7 @@
 """networks.py - what every network is built from: attention with a distance bias, blocks, embeddings, grids.
 
 Letters in every file: b batch, n shape tokens, c channels of a shape token, p prefix tokens, t condition tokens,
-d model width, h heads, q queries, k keys or points.
+d model width, h heads, q queries, k keys or points; of grids f features, s cells along the cube.
 
     python -m pytest -q engine        # its tests
 """
@@ -108,7 +108,7 @@ class Block(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The half of a block without attention."""
+    """A block without its attention: every row for itself, ... d -> ... d."""
 
     def __init__(self, dim, expand=2):
         super().__init__()
@@ -150,14 +150,14 @@ class FromCells(nn.Module):
         super().__init__()
         self.side, self.cells, self.into = side, cells, nn.Linear(cells ** 3 * features, dim)
 
-    def forward(self, points, features):                      # b k 3 in [-1, 1]^3, b k f -> b n d
+    def forward(self, points, values):                        # b k 3 in [-1, 1]^3, b k f -> b n d
         s = self.side * self.cells                            # cells along the cube
         x, y, z = ((points + 1) * s / 2).long().clamp(0, s - 1).unbind(-1)        # b k each
-        index = repeat((x * s + y) * s + z, "b k -> b k f", f=features.shape[-1] + 1)
-        counted = F.pad(features.float(), (0, 1), value=1.)                       # b k (f + 1)
+        index = repeat((x * s + y) * s + z, "b k -> b k f", f=values.shape[-1] + 1)
+        counted = F.pad(values.float(), (0, 1), value=1.)                       # b k (f + 1)
         sums = counted.new_zeros(len(points), s ** 3, counted.shape[-1]).scatter_add(1, index, counted)
         means = sums[..., :-1] / sums[..., -1:].clamp(min=1)                      # b s^3 f
-        return self.into(rearrange(means, "b (x i y j z k) f -> b (x y z) (i j k f)",
+        return self.into(rearrange(means, "b (x i y j z l) f -> b (x y z) (i j l f)",
                                    x=self.side, y=self.side, z=self.side, i=self.cells, j=self.cells))
 
 
@@ -168,14 +168,14 @@ class ToCells(nn.Module):
         super().__init__()
         self.side, self.cells, self.out = side, cells, nn.Linear(dim, cells ** 3 * features)
 
-    def forward(self, tokens):                                # b n d -> b f s s s, s = side cells
+    def forward(self, tokens):                                # b n d -> b f s s s, s = side * cells
         return rearrange(self.out(tokens).float(), "b (x y z) (i j k f) -> b f (x i) (y j) (z k)",
                          x=self.side, y=self.side, i=self.cells, j=self.cells, k=self.cells)
 
 
 def look_up(grid, points):
-    """The features of points b k 3 in a grid b f s s s over [-1, 1]^3, interpolated between cells: b k f."""
-    zyx = rearrange(points.flip(-1), "b k i -> b k 1 1 i").float()                # the order of grid_sample
+    """The features of points b k 3 in a grid b f s s s over [-1, 1]^3, interpolated between the centres of cells."""
+    zyx = rearrange(points.flip(-1), "b k i -> b k 1 1 i").float()                # grid_sample: last axis first
     found = F.grid_sample(grid, zyx, align_corners=False, padding_mode="border")  # b f k 1 1
     return rearrange(found, "b f k 1 1 -> b k f")
 

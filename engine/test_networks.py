@@ -1,4 +1,4 @@
-"""test_networks.py - the tests of what networks are built from.
+"""test_networks.py - the tests of attention, grids of features, Muon, moving averages, recomputed blocks.
 
     python -m pytest -q engine/test_networks.py
 """
@@ -50,7 +50,8 @@ def test_casting_once_is_casting_always(bf16):
 def test_a_token_reads_the_mean_of_the_points_in_its_cells():
     torch.manual_seed(0)
     cells = networks.FromCells(side=2, cells=2, features=3, dim=24)
-    nn.init.eye_(cells.into.weight), nn.init.zeros_(cells.into.bias)             # a token is its 8 cells of 3 features
+    nn.init.eye_(cells.into.weight)                           # a token is its 8 cells of 3 features
+    nn.init.zeros_(cells.into.bias)
     points, features = torch.rand(1, 500, 3) * 2 - 1, torch.randn(1, 500, 3)
     inside = (points[0] > torch.tensor([0, -1, .5])).all(1) & (points[0] < torch.tensor([.5, -.5, 1])).all(1)
     token, cell = cells(points, features)[0, 0b101], 0b001    # x > 0, y < 0, z > 0; in it x low, y low, z high
@@ -76,14 +77,14 @@ def test_the_centre_of_a_cell_looks_up_its_features():
 
 def test_features_are_interpolated():
     grid = networks.ToCells(side=2, cells=2, features=3, dim=16)(torch.randn(1, 8, 16))
-    ends = networks.look_up(grid, torch.tensor([[[.25, .25, .25], [.25, .75, .25], [.25, .5, .25]]]))[0]
-    assert torch.allclose(ends[2], ends[:2].mean(0), atol=1e-6)
+    low, middle, high = networks.look_up(grid, torch.tensor([[[.25, .25, .25], [.25, .5, .25], [.25, .75, .25]]]))[0]
+    assert torch.allclose(middle, (low + high) / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize("bf16, tolerance", [(True, 1e-4), (False, .03)], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64)])
 def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
-    """Three steps end where those of torch.optim.Muon do; in fp32 but for the rounding of bf16."""
+    """Three steps end where those of torch.optim.Muon do. That one always rounds to bf16; in fp32 ours does not."""
     torch.manual_seed(0)
     monkeypatch.setattr(muon, "has_bf16", lambda device: bf16)
     ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
@@ -99,7 +100,7 @@ def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
 
 @pytest.mark.parametrize("first, decay", [(10_000, .9), (0, .999)], ids=["constant", "warm-up"])
 def test_ema_is_its_closed_form(first, decay):
-    """After k updates with the weights w_i: sum of (1 - d_i) prod_{j > i} d_j w_i."""
+    """After k updates with the weights w_i: prod_j d_j w_0 + sum_i (1 - d_i) (prod_{j > i} d_j) w_i."""
     model = nn.Linear(3, 2)
     ema, weights = networks.EMA(model, decay), [model.weight.detach().clone()]
     for step in range(first, first + 6):

@@ -124,12 +124,13 @@ def shape_result(model, rep, resolution, points=POINTS):
 
 
 @torch.no_grad()
-def judge_reconstructions(args, folder, reps, cache, judge):
-    """Encode held-out shapes -> a row for each: its class and what judge(heads, tokens n c, set, row, ...) measures."""
+def judge_reconstructions(args, folder, reps, cache, judge, kinds=()):
+    """Encode held-out shapes -> a row for each: its class and what judge(heads, tokens n c, set, row, ...) measures, by
+    samples of these kinds and those that the heads learn from."""
     device, autocast, reason = pick_device(args.device, args.precision)
     print(f"{folder}, running on {reason}")
     encoder, decoders = tokenizer.load(folder).to(device), heads.load(folder, reps, device)
-    test = held_out(args, list(dict.fromkeys(["surface", *kinds_of(heads.HEADS[rep] for rep in reps)])))
+    test = held_out(args, list(dict.fromkeys(["surface", *kinds, *kinds_of(heads.HEADS[rep] for rep in reps)])))
     results = []
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
         name = f"{'-'.join(reps)}-{row}"
@@ -218,7 +219,8 @@ def score_memorisation(train, model, test, tokens):
         return {"memorisation": "", "of copies": ""}
     path, encoder = Path(model.folder) / "tokenizer.safetensors", tokenizer.load(model.folder).to(model.device)
     known, new = (tokenizer.encode_set(encoder, split, model.device, model.autocast, path) for split in (train, test))
-    clouds = [train.shape(row).surface(2048, np.random.default_rng(row)) for row in range(min(len(train), BATCH))]
+    clouds = [train.shape(row).surface(encoder.points, np.random.default_rng(row))
+              for row in range(min(len(train), BATCH))]
     clouds = [torch.from_numpy(np.float32(x)).to(model.device) for x in map(np.stack, zip(*clouds))]    # b k 3 each
     with torch.no_grad(), model.autocast():
         copies = encoder(*clouds).float().cpu()                                   # b n c

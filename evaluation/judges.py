@@ -34,7 +34,7 @@ def decoded_field(head, tokens, autocast):
             return torch.cat([head.evaluate(memory, chunk)[0].cpu() for chunk in chunks])
 
     with torch.no_grad(), autocast():
-        memory = head.read(tokens[None])                                          # 1 n d
+        memory = head.read(tokens[None])                                          # 1 n d, or grids 1 f s s s
     return field
 
 

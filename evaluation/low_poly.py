@@ -2,8 +2,9 @@
 
     python evaluate.py low-poly --data path/to/meshes --checkpoint runs/meshes
 
-The surface of the sdf head, simplified; the faces of the mesh head, if one is trained; vertices that are joined along
-the surface. A generator of vertices makes at best those of the file, which are given here: so this is its upper bound.
+The first way simplifies the surface of the sdf head. The second is the mesh head, if one is trained. The third starts
+from the vertices of the true low-poly mesh (at most 256 faces): a generator of vertices has to guess them, so it will
+hardly do better.
 """
 from functools import partial
 
@@ -23,44 +24,47 @@ COUNTS = 128, 256, 512
 
 
 def join_along(vertices, surface_vertices, surface_faces):
-    """Vertices v 3 near a fine surface -> faces f 3 between them: three are joined where the parts of the surface that
-    are nearest to them meet (the dual of their Voronoi cells on the surface)."""
+    """Vertices v 3 near a fine surface -> faces f 3. Each point of the surface belongs to its nearest vertex. Where the
+    regions of three vertices meet, these three become a face (Delaunay's triangulation, along the surface)."""
     owner = cKDTree(vertices).query(surface_vertices)[1]
-    faces = owner[surface_faces]                                                  # of each small face: three vertices
-    faces = faces[(faces != np.roll(faces, 1, 1)).all(1)]
+    faces = owner[surface_faces]
+    faces = faces[(faces != np.roll(faces, 1, 1)).all(1)]                         # corners of three owners
     return faces[np.unique(np.sort(faces, 1), axis=0, return_index=True)[1]]
 
 
-def judge_ways(decoders, tokens, split, row, rng, autocast, low_poly):
-    """Chamfer distance of 2048 points to the true surface; over that of the low-poly mesh of the file; edges that two
-    faces share."""
-    true = split.arrays["corners"][split.rows[row]]
-    true = bin_centres(true[true[:, 0, 0] >= 0]).astype(np.float32)               # g 3 3, the faces of the file
+def judge_ways(decoders, tokens, split, row, rng, autocast, mesh_head):
+    """faces: how many. Chamfer: distance of 2048 points to the true surface; floor: the same of the true low-poly mesh.
+    closed edges: the share of the edges that two faces share. over the floor: mean Chamfer over mean floor."""
+    bins = split.arrays["corners"][split.rows[row]]
+    true = bin_centres(bins[bins[:, 0, 0] >= 0]).astype(np.float32)               # g 3 3, the true low-poly mesh
     vertices = np.unique(true.reshape(-1, 3), axis=0)
-    fine = extract(decoders["sdf"], tokens, 64, autocast)[:2]
-    faces = join_along(vertices, *fine)
+    surface = extract(decoders["sdf"], tokens, 64, autocast)[:2]
+    joined = join_along(vertices, *surface) if len(surface[0]) else np.zeros((0, 3), int)
     meshes = {f"surface, {count} faces": heads.SimplifiedMesh(count).decode(tokens, decoders, rng, autocast)
               for count in COUNTS}
-    meshes["vertices of the file, joined"] = Mesh(vertices, faces, np.ones_like(vertices), smooth=False)
-    if low_poly:
+    meshes["true vertices, joined"] = Mesh(vertices, joined, np.ones_like(vertices), smooth=False)
+    if mesh_head:
         meshes["mesh head"] = decoders["mesh"].decode(tokens, decoders, rng, autocast)
-    surface = split.shape(row).surface(2048, rng)[0]                              # k 3
-    floor = chamfer(sample_surface(true.reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3), 2048, rng, False)[0],
-                    surface)
-    return {f"{name}; {what}": value for name, mesh in meshes.items() for what, value in {
-        "faces": len(mesh.faces), "Chamfer": chamfer(mesh.surface(2048, rng)[0], surface), "floor": floor,
-        **mesh.soundness()}.items()}
+
+    true_points = split.shape(row).surface(2048, rng)[0]                          # k 3
+    true_mesh = true.reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3)
+    floor, results = chamfer(sample_surface(*true_mesh, 2048, rng, hidden=False)[0], true_points), {}
+    for name, mesh in meshes.items():
+        distance = chamfer(mesh.surface(2048, rng)[0], true_points)
+        numbers = {"faces": len(mesh.faces), "Chamfer": distance, "floor": floor} | mesh.soundness()
+        results |= {f"{name}; {what}": number for what, number in numbers.items()}
+    return results
 
 
 def evaluate_low_poly(args):
-    """Low-poly meshes of held-out files: the simplified surface, the mesh head, and the vertices of the file."""
+    """Low-poly meshes of held-out files: the simplified surface, the mesh head, and true vertices."""
     tables = {}
     for folder, label in labels(args.checkpoint).items():
-        cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages(["mesh"]))
-        judge = partial(judge_ways, low_poly="head-mesh" in trained_stages(folder))
-        means = mean(exam.judge_reconstructions(args, folder, ["mesh"], cache, judge))
-        rows = {}
-        for key, value in means.items():
+        reps = [rep for rep in ("sdf", "mesh") if f"head-{rep}" in trained_stages(folder)]
+        cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages(reps))
+        judge = partial(judge_ways, mesh_head="mesh" in reps)
+        rows = {}                                             # the cache keeps flat dicts: "way; what"
+        for key, value in mean(exam.judge_reconstructions(args, folder, reps, cache, judge, ["faces"])).items():
             way, what = key.split("; ")
             rows.setdefault(way, {"": way})[what] = value
         tables[label] = [row | {"over the floor": row["Chamfer"] / row["floor"]} for row in rows.values()]

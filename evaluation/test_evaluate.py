@@ -153,7 +153,10 @@ def test_samples_of_names_are_compared_with_training_shapes(overfitted, tmp_path
     assert float(training["memorisation"]) == 0 < float(samples["memorisation"])
     assert (tmp_path / "names-sdf-overfitted.png").is_file()
     assert run(evaluate.main, "low-poly", *flags[:4], "--cache", tmp_path / "cache", "--out", tmp_path) == 0
-    assert {row[""] for row in rows_of(tmp_path / "low-poly")} > {"surface, 128 faces", "vertices of the file, joined"}
+    assert {row[""] for row in rows_of(tmp_path / "low-poly")} > {"surface, 128 faces", "true vertices, joined"}
+    seen = *flags[:4], "--shapes", 2, "--resolution", 32, "--cache", tmp_path / "cache", "--out", tmp_path
+    assert run(evaluate.main, "images", *seen) == 0
+    assert (tmp_path / "pictures-sdf-overfitted.png").is_file()
     assert run(evaluate.main, "names", *flags, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err.splitlines()[-1], "give the --data that it was trained on")
 
