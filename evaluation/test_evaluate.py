@@ -138,27 +138,41 @@ def test_prompts_of_all_kinds_are_compared(four, tmp_path, examined):
     assert (tmp_path / f"images-sdf-{four.name}.png").is_file()
 
 
-def test_samples_of_names_are_compared_with_training_shapes(overfitted, tmp_path, monkeypatch, capsys):
-    """Four boxes of a kit, two of them held out: training shapes are copies, samples are not. First without the check
-    that these weights learnt from these files, then with it."""
-    kit = tmp_path / "some kit"
-    kit.mkdir()
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    """Flags for four boxes of a kit, two of them held out."""
+    folder = tmp_path_factory.mktemp("assets")
     for i, name in enumerate(("table", "chair", "mug", "sofa")):
-        trimesh.creation.box((1, 1, 2 + i)).export(kit / f"{name}.glb")
-    flags = "--data", kit, "--checkpoint", overfitted, "--names", 2, "--resolution", 32, "--cache", tmp_path / "cache"
+        (folder / "some kit").mkdir(exist_ok=True)
+        trimesh.creation.box((1, 1, 2 + i)).export(folder / f"some kit/{name}.glb")
+    return "--data", folder / "some kit", "--cache", folder / "cache", "--out"
+
+
+def test_samples_of_names_are_compared_with_training_shapes(overfitted, kit, tmp_path, monkeypatch, capsys):
+    """Training shapes are copies, samples are not. First without the check that these weights learnt from these files,
+    then with it."""
+    flags = *kit, tmp_path, "--checkpoint", overfitted, "--names", 2, "--resolution", 32
     with monkeypatch.context() as patch:
         patch.setattr(exam, "training_set_of", lambda folder, args: None)
-        assert run(evaluate.main, "names", *flags, "--out", tmp_path) == 0
+        assert run(evaluate.main, "names", *flags) == 0
     training, samples = rows_of(tmp_path / "names-sdf")
     assert float(training["memorisation"]) == 0 < float(samples["memorisation"])
     assert (tmp_path / "names-sdf-overfitted.png").is_file()
-    assert run(evaluate.main, "low-poly", *flags[:4], "--cache", tmp_path / "cache", "--out", tmp_path) == 0
-    assert {row[""] for row in rows_of(tmp_path / "low-poly")} > {"surface, 128 faces", "true vertices, joined"}
-    seen = *flags[:4], "--shapes", 2, "--resolution", 32, "--cache", tmp_path / "cache", "--out", tmp_path
-    assert run(evaluate.main, "images", *seen) == 0
-    assert (tmp_path / "pictures-sdf-overfitted.png").is_file()
-    assert run(evaluate.main, "names", *flags, "--out", tmp_path) == 2
+    assert run(evaluate.main, "names", *flags) == 2
     assert_one_line(capsys.readouterr().err.splitlines()[-1], "give the --data that it was trained on")
+
+
+def test_pictures_of_files_stand_beside_samples(overfitted, kit, tmp_path):
+    flags = "--checkpoint", overfitted, "--shapes", 2, "--resolution", 32
+    assert run(evaluate.main, "images", *kit, tmp_path, *flags) == 0
+    assert (tmp_path / "pictures-sdf-overfitted.png").is_file()
+
+
+def test_ways_to_few_faces_are_compared(four, kit, tmp_path):
+    """The simplified surface, however many faces; true vertices; the mesh head."""
+    assert run(evaluate.main, "low-poly", *kit, tmp_path, "--checkpoint", four) == 0
+    ways = [row[""] for row in rows_of(tmp_path / "low-poly")]
+    assert ways == [*(f"surface, {n} faces" for n in (128, 256, 512)), "true vertices, joined", "mesh head"]
 
 
 def test_a_strangers_prompts_are_shown(overfitted, tmp_path, monkeypatch):
