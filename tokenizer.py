@@ -2,7 +2,7 @@
 
 In LTM3D (section 3.1) the shape encoder and decoder are frozen; the backbone generates tokens.
 paper: tokens have no order; here: shape token i belongs to anchor a_i, a fixed point of a grid in [-1, 1]^3,
-so token i is the same place in every shape, and attention has a distance.
+so token i stands at the same place in every shape, and attention knows distances.
 
     points, normals, colours, b k 3 each  ->  tokens b n c, unit variance
 

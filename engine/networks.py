@@ -154,7 +154,7 @@ class FromCells(nn.Module):
         s = self.side * self.cells                            # cells along the cube
         x, y, z = ((points + 1) * s / 2).long().clamp(0, s - 1).unbind(-1)        # b k each
         index = repeat((x * s + y) * s + z, "b k -> b k f", f=values.shape[-1] + 1)
-        counted = F.pad(values.float(), (0, 1), value=1.)                       # b k (f + 1)
+        counted = F.pad(values.float(), (0, 1), value=1.)                         # b k (f + 1): the last counts points
         sums = counted.new_zeros(len(points), s ** 3, counted.shape[-1]).scatter_add(1, index, counted)
         means = sums[..., :-1] / sums[..., -1:].clamp(min=1)                      # b s^3 f
         return self.into(rearrange(means, "b (x i y j z l) f -> b (x y z) (i j l f)",

@@ -60,9 +60,10 @@ def evaluate_low_poly(args):
     """Low-poly meshes of held-out files: the simplified surface, the mesh head, and true vertices."""
     tables = {}
     for folder, label in labels(args.checkpoint).items():
-        reps = [rep for rep in ("sdf", "mesh") if f"head-{rep}" in trained_stages(folder)]
+        mesh_head = "head-mesh" in trained_stages(folder)
+        reps = ["sdf", *["mesh"] * mesh_head]
         cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages(reps))
-        judge = partial(judge_ways, mesh_head="mesh" in reps)
+        judge = partial(judge_ways, mesh_head=mesh_head)
         rows = {}                                             # the cache keeps flat dicts: "way; what"
         for key, value in mean(exam.judge_reconstructions(args, folder, reps, cache, judge, ["faces"])).items():
             way, what = key.split("; ")
