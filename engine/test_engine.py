@@ -65,11 +65,12 @@ def test_batches_are_drawn_ahead_for_a_gpu():
 
 
 def test_shares_of_loss_add_up_to_one():
-    """Shapes with losses of 0, 1 and 3: the second has a quarter of all."""
-    alone = SimpleNamespace(train=[0., 1, 3], device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    """Shapes with losses of 0, 1 and 3, each in two positions: the second has an eighth of all in each."""
+    train = SimpleNamespace(rows=np.array([5, 6, 7, 5, 6, 7]), losses=[0., 1, 3, None, None, None])
+    alone = SimpleNamespace(train=train, device=torch.device("cpu"), autocast=contextlib.nullcontext)
     loss_of = lambda model, batch: (torch.tensor(batch), {})
-    shares = loop.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows, rng: split[rows[0]])
-    assert shares.tolist() == [0, .25, .75]
+    shares = loop.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows, rng: split.losses[rows[0]])
+    assert shares.tolist() == [0, .125, .375] * 2
 
 
 def test_a_module_may_learn_faster():
