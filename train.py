@@ -118,38 +118,43 @@ def train_tokenizer(run):
 
 
 def train_vision(run):
-    """The image tower, with a reader that is thrown away."""
-    # data
+    """The image tower, with the cloud tower, and a reader that is thrown away."""
+    # data: twice as many clouds as pictures
     aligner, tokenizer = text_tower.load(run.folder).to(run.device), tokenizer_.load(run.folder).to(run.device)
     tokens = {split: encode(run, tokenizer, split.repeated(8)) for split in (run.train, run.test)}       # shapes n c
-    with run.autocast():
-        clouds = {split: image_tower.embed_clouds(aligner, split) for split in (run.train, run.test)}        # shapes e
 
     def draw(split, rng):
-        rows = rng.integers(len(split), size=run.micro_batch_size("vision"))
+        count = run.micro_batch_size("vision")                # b
+        rows = rng.permutation(len(split))[:2 * count]        # k
+        captioned, rows = text_tower.captions_and_clouds(split, aligner, rows, rng), rows[:count]
         which = rng.integers(split.source.pictures, size=len(rows))
         x = tokens[split][split.rows_as_shown(rows, which)]                                   # b n c
-        return split.pictures(rows, rng, which), clouds[split], torch.from_numpy(rows), x
+        return split.pictures(rows, rng, which), captioned, x
 
     # model
     settings = image_tower.SIZES[run.size] | {"out": aligner.width}
     _, n, channels = tokens[run.test].shape
     small = reconstruct_.SIZES[run.size] | {"depth": 1}
     reader = reconstruct_.Reconstructor(n, channels, {"image": settings["dim"]}, **small)
-    model = nn.ModuleDict({"vision": image_tower.ImageTower(**settings), "reader": reader})
+    model = nn.ModuleDict({"vision": image_tower.ImageTower(**settings), "reader": reader, "aligner": aligner})
+    aligner.freeze_text()
     start(run, "vision", {"vision": model["vision"]}, settings=settings)
 
     # loss
     def loss_of(model, batch):
-        pictures, all_clouds, own, x = batch
-        return model["vision"].loss(pictures, all_clouds, own, model["reader"], x)
+        pictures, (ids, mask, cloud, true), x = batch
+        text, cloud = model["aligner"].embed_text(ids, mask), model["aligner"].embed_cloud(*cloud)      # k e each
+        captions, _ = model["aligner"].contrast(text, cloud, true)
+        loss, logs = model["vision"].loss(pictures, cloud, model["reader"], x)
+        return loss + captions, logs | {"captions": captions.detach()}
 
     model, seconds = fit(run, "vision", model, draw, loss_of)
 
     # save
     with run.autocast():
-        metrics = image_tower.retrieval(model["vision"], aligner, run.test)
-    run.finish("vision", seconds, {"vision": model["vision"]}, settings=settings, metrics=metrics)
+        metrics = image_tower.retrieval(model["vision"], model["aligner"], run.test)
+    files = {"vision": model["vision"], "encoders": model["aligner"]}
+    run.finish("vision", seconds, files, settings=settings, metrics=metrics)
 
 
 def train_head(run, rep):

@@ -1,14 +1,15 @@
 """image_tower.py - stage 2: a picture prompt becomes condition tokens. The tower learns which shape a picture shows.
 
 LTM3D section 4 conditions on a frozen CLIP or DINOv2. Here the tower is trained from nothing in minutes, on pictures of
-the prepared shapes from many sides, in varied light, on varied ground (geometry/training_pictures.py). The cloud tower
-(prompts/text_tower.py) is frozen by then (LiT, Zhai et al. 2022). So the clouds of ALL training shapes are embedded
-once, and every picture has to find its own cloud among all of them, not only among those of a batch.
+the prepared shapes from many sides, in varied light, on varied ground (geometry/training_pictures.py). A picture has to
+find its own cloud among those of a batch, and a cloud its picture (CLIP, Radford et al. 2021). The cloud tower
+(prompts/text_tower.py) learns, too: what pictures show of a shape, without forgetting what captions say of it. The text
+tower is frozen.
 
 This loss teaches which shape a picture shows, not how it looks. So a small reader (reconstruct.py) also has to predict
 the shape tokens x_i from the condition tokens. The reader is thrown away after training.
 
-    L = mean_i [ -log( e^s_ii / sum_k e^s_ik ) + 10 MSE(x_i, reader(picture_i)) ]
+    L = mean_i [ -log( e^s_ii / sum_k e^s_ik ) / 2 - log( e^s_ii / sum_k e^s_ki ) / 2 + 10 MSE(x_i, reader(picture_i)) ]
     s_ik = <picture_i, cloud_k> / temperature
 
     python train.py --rep sdf --stage vision        # trains it
@@ -71,14 +72,14 @@ class ImageTower(nn.Module):
     def embed(self, tokens):                                  # b t e -> b out, on the unit sphere
         return F.normalize(self.out(reduce(tokens, "b t e -> b e", "mean")).float(), dim=-1)
 
-    def loss(self, pictures, all_clouds, own, reader, x):
-        """all_clouds: k out, of all shapes; own: b, the row of each picture's shape; x: b n c, tokens of that shape."""
+    def loss(self, pictures, clouds, reader, x):
+        """pictures b 3 s s. clouds k e, of k >= b shapes: first those of the pictures. x: b n c, their shape tokens."""
         tokens, mask = self.condition(pictures)                                   # b t e, b t
-        picture = self.embed(tokens)                                              # b out
+        picture, own = self.embed(tokens), torch.arange(len(x), device=x.device)  # b e, b
         error = F.mse_loss(reader({"image": (tokens, mask)})[0], x)
         with torch.autocast(picture.device.type, enabled=False):
-            score = picture @ all_clouds.T * self.scale.exp().clamp(max=100)      # b k
-            loss = F.cross_entropy(score, own)
+            score = picture @ clouds.T * self.scale.exp().clamp(max=100)          # b k
+            loss = F.cross_entropy(score, own) / 2 + F.cross_entropy(score[:, :len(x)].T, own) / 2
         right = (score.argmax(1) == own).float().mean()
         return loss + READER_WEIGHT * error, {"picture_to_cloud": right, "token_error": error.detach()}
 

@@ -20,7 +20,7 @@ from engine import files
 from engine.commands import UserError
 from geometry import render, training_pictures
 from geometry.solids import COLOURS
-from prompts import picture_files, pretrained, reading, text_tower
+from prompts import image_tower, picture_files, pretrained, reading, text_tower
 
 # ---------------------------------------------------------------------------- the text tower
 
@@ -46,6 +46,28 @@ def test_unknown_words_are_left_out():
     assert torch.equal(tower.tokens(["rid wooden chair"])[0], tower.tokens(["chair"])[0])
     assert [remark.split("'")[1] for remark in tower.remarks("rid wooden chair")] == ["rid", "wooden"]
     assert torch.equal(tower.tokens(["wooden"])[0], tower.tokens(["paper"])[0])           # of no known word
+
+
+def test_pictures_teach_the_cloud_tower_and_leave_the_text_tower_alone():
+    tower = small_text_tower()
+    tower.freeze_text()
+    ids, mask = tower.word_ids(["a red table", "a blue chair"])
+    tower.loss(ids, mask, torch.randn(3, 2, 32, 3), torch.eye(2, dtype=torch.bool))[0].backward()
+    learning = {name.split(".")[0] for name, p in tower.named_parameters() if p.grad is not None}
+    assert learning == {"point", "query", "cross", "mix", "cloud_out"}
+
+
+def test_a_picture_that_finds_its_cloud_costs_nothing():
+    """The loss of pictures is that of the reader alone where each is nearest to its own cloud, by far."""
+    torch.manual_seed(0)
+    tower = image_tower.ImageTower(8, **SMALL[image_tower]).eval()
+    tower.scale.data.fill_(9)
+    pictures, x = torch.rand(2, 3, 64, 64), torch.randn(2, 4, 8)
+    own = tower.embed(tower(pictures)).detach()
+    clouds = torch.cat([own, -own])
+    reader = lambda condition: (x, None)
+    assert tower.loss(pictures, clouds, reader, x)[0] < .3
+    assert tower.loss(pictures, -clouds, reader, x)[0] > 1
 
 
 SAID = "arms blue five has in legs red with"

@@ -1,7 +1,8 @@
 """text_tower.py - stage 0: a text prompt becomes condition tokens. A text tower and a cloud tower learn to agree.
 
 LTM3D section 4 conditions on a frozen CLIP. Here both towers are trained in minutes on prepared shapes, then frozen.
-The text tower conditions the backbone. The cloud tower scores shapes against texts and teaches the image tower.
+The text tower conditions the backbone. The cloud tower scores shapes against texts, and goes on learning beside the
+image tower (prompts/image_tower.py).
 
     text:   words -> condition tokens b t e and their mask b t
     cloud:  coloured oriented points -> one unit vector b e, close to the vectors of captions that are true of it
@@ -87,7 +88,9 @@ class TextAndCloud(nn.Module):
         L = (L_rows + L_columns) / 2. CLIP has P(i) = {i}. Here "a table" is true of many clouds of a batch:
         each is a positive, and none is a negative of another. The fraction is a sigmoid: -log is softplus.
         """
-        text, cloud = self.embed_text(ids, mask), self.embed_cloud(*cloud)        # b e each
+        return self.contrast(self.embed_text(ids, mask), self.embed_cloud(*cloud), true)
+
+    def contrast(self, text, cloud, true):                    # b e each, b b
         with torch.autocast(text.device.type, enabled=False):
             score = text @ cloud.T * self.scale.exp().clamp(max=100)              # b b; 100 is CLIP's limit
             total, hits = 0, []
@@ -97,6 +100,13 @@ class TextAndCloud(nn.Module):
                 total = total + (losses.sum(1) / positive.sum(1)).mean() / 2
                 hits.append(positive.gather(1, s.argmax(1, keepdim=True)).float().mean())      # is the best one right?
         return total, {"text_to_cloud": hits[0], "cloud_to_text": hits[1], "temperature": (-self.scale).exp().detach()}
+
+    def freeze_text(self):
+        """From now on, the cloud tower alone learns."""
+        self.requires_grad_(False)
+        self.query.requires_grad_()
+        for part in (self.point, self.cross, self.mix, self.cloud_out):
+            part.requires_grad_()
 
     def known_ids(self, prompt):
         """A prompt -> the ids of its known words."""
@@ -145,12 +155,15 @@ class BagOfWords:
 # ---------------------------------------------------------------------------- training and evaluation
 
 def training_batch(prepared, encoders, rng, batch=128):
-    """`batch` shapes, one caption and one cloud each -> ids, mask, cloud, true (the input of `loss`).
-    Half of the batches hold two classes only: they teach finer differences."""
+    """The input of `loss`. Half of the batches hold two classes only: they teach finer differences."""
     classes, names = np.array(prepared.classes), np.unique(prepared.classes)
     two_names = rng.choice(names, min(2, len(names)), replace=False)
     rows = np.flatnonzero(np.isin(classes, two_names)) if rng.random() < .5 else len(prepared)
-    rows = rng.permutation(rows)[:batch]                      # b
+    return captions_and_clouds(prepared, encoders, rng.permutation(rows)[:batch], rng)
+
+
+def captions_and_clouds(prepared, encoders, rows, rng):
+    """A caption and a cloud of each row -> ids, mask, cloud, true: the input of `loss`."""
     captions = prepared.draw_captions(rows, rng)
     sets = [frozenset(prepared.captions[row]) for row in rows]
     true = torch.tensor([[caption in own for own in sets] for caption in captions])            # b b
