@@ -57,8 +57,8 @@ def test_pictures_teach_the_cloud_tower_and_leave_the_text_tower_alone():
     assert learning == {"point", "query", "cross", "mix", "cloud_out"}
 
 
-def test_a_picture_that_finds_its_cloud_costs_nothing():
-    """The loss of pictures is that of the reader alone where each is nearest to its own cloud, by far."""
+def test_a_picture_near_its_own_cloud_costs_less_than_near_another():
+    """The reader of this test is always right, so the loss is that of the comparison alone."""
     torch.manual_seed(0)
     tower = image_tower.ImageTower(8, **SMALL[image_tower]).eval()
     tower.scale.data.fill_(9)

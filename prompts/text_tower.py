@@ -1,7 +1,7 @@
 """text_tower.py - stage 0: a text prompt becomes condition tokens. A text tower and a cloud tower learn to agree.
 
-LTM3D section 4 conditions on a frozen CLIP. Here both towers are trained in minutes on prepared shapes, then frozen.
-The text tower conditions the backbone. The cloud tower scores shapes against texts, and goes on learning beside the
+LTM3D section 4 conditions on a frozen CLIP. Here both towers are trained in minutes on prepared shapes.
+The text tower is frozen then; it conditions the backbone. The cloud tower scores shapes against texts, and goes on learning beside the
 image tower (prompts/image_tower.py).
 
     text:   words -> condition tokens b t e and their mask b t
