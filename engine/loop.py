@@ -160,7 +160,7 @@ def update(opts, rate):
 
 @torch.no_grad()
 def shares_of_loss(run, model, loss_of, samples_of):
-    """The loss of each training shape alone, over the sum of all: an array. A file is measured in one of its positions."""
+    """The loss of each training shape alone, over the sum of all: an array. A file is measured in one position."""
     losses, model = [], model.to(run.device)
     _, first, own = np.unique(run.train.rows, return_index=True, return_inverse=True)
     for row in tqdm(first, desc="loss of each shape", unit="shape", disable=processes.rank() > 0):

@@ -1,8 +1,8 @@
 """text_tower.py - stage 0: a text prompt becomes condition tokens. A text tower and a cloud tower learn to agree.
 
 LTM3D section 4 conditions on a frozen CLIP. Here both towers are trained in minutes on prepared shapes.
-The text tower is frozen then; it conditions the backbone. The cloud tower scores shapes against texts, and goes on learning beside the
-image tower (prompts/image_tower.py).
+The text tower is frozen then; it conditions the backbone. The cloud tower scores shapes against texts, and goes on
+learning beside the image tower (prompts/image_tower.py).
 
     text:   words -> condition tokens b t e and their mask b t
     cloud:  coloured oriented points -> one unit vector b e, close to the vectors of captions that are true of it
