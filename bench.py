@@ -146,16 +146,17 @@ def bench_quality(bench):
     args, rows = bench.args, []
     args.scorer = args.checkpoint
     exam, model = Exam(args, args.n, args.shapes), open_model(args, args.checkpoint)
+    masked = model.model.backbone
 
-    def reference(condition, seeds, steer):
-        return published(model.backbone, condition, seeds, **PUBLISHED)
+    def reference(condition, seeds, **_):
+        return published(masked, condition, seeds, **PUBLISHED)
 
     ways = {"as published, {steps} steps of {denoise_steps}, two passes".format(**PUBLISHED): (reference, {})}
     for steps, few in [(10, 4)] if args.ends else [(16, 16), (10, 16), (10, 4), (10, 2), (8, 4), (5, 4)]:
-        ways[f"{steps} steps of {few}"] = model.backbone.generate, dict(steps=steps, denoise_steps=few)
+        ways[f"{steps} steps of {few}"] = masked.generate, dict(steps=steps, denoise_steps=few)
 
     for name, (generate, options) in ways.items():
-        model.backbone.generate = generate
+        masked.generate = generate
         cache = result_cache(args, name, args.checkpoint, *stages_of(args.rep), **options)
         scores, _, _ = exam.scores(model, cache, **options)
         rows.append({"way": name} | {key: scores[key] for key in SCORES})

@@ -11,7 +11,7 @@ which generates the tokens, never knows which head will read them. A head is a c
     loss        (tokens b n c, batch: what the methods of data.Prepared named in `reads` return) -> loss, logs
     decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (geometry/export.py)
 
-A new head also needs a line in HEADS, in DEFAULTS of train.py, and in JUDGES of evaluation/judges.py.
+A new head also needs a line in HEADS, in DEFAULTS of ltm3d.py, and in JUDGES of evaluation/judges.py.
 
     python train.py --rep pc --stage head        # trains one on frozen tokens
     python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes

@@ -9,7 +9,6 @@
     shapes = load().generate("a round table", rep="sdf", n=4, seed=0)
     shapes[0].save("table.glb")
 """
-import functools
 import re
 import sys
 import time
@@ -18,58 +17,47 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import backbone
 import encoders
 import heads
 import reconstruct
-from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
+from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder
 from geometry.render import contact_sheet, save_gif, save_png, turntable
+from ltm3d import LTM3D
 from prompts import picture_files
 from prompts.reading import choose, find
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
 
 
-class LTM3D:
-    """The stages of a checkpoint folder that sampling needs. Reconstructor and heads are loaded when needed."""
+class Sampler:
+    """A checkpoint folder, opened: prompts -> shape tokens -> shapes."""
 
-    def __init__(self, folder="checkpoints/tiny", device=None, precision=None, load_backbone=backbone.load):
+    def __init__(self, folder="checkpoints/tiny", device=None, precision=None, **options):
         self.folder = find(folder)
         if self.folder is None:
             raise UserError(f"there is no folder {folder}; "
                             "--checkpoint takes checkpoints/tiny or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device, precision)
-        self.backbone = cast_once(load_backbone(self.folder).to(self.device), self.autocast)
+        self.model = LTM3D(self.folder, self.device, self.autocast, **options)
         self.encoders = encoders.load(self.folder, self.device)
-        self.heads = {}
-
-    @functools.cached_property
-    def reconstruct(self):
-        return cast_once(reconstruct.load(self.folder).to(self.device), self.autocast)
 
     def load_heads(self, *reps):
-        """The heads that decode these representations, and the heads that those need."""
-        if not self.heads.keys() >= set(reps):
-            self.heads |= heads.load(self.folder, reps, self.device)
+        """Loads what decodes these representations: what is missing is an error now, not later."""
+        self.model.load_heads(*reps)
         return self
 
-    @torch.no_grad()
-    def tokens(self, prompts, seeds, pictures=None, rgs="auto", **options):
-        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. rgs: reconstruct.parse_rgs;
-        options: those of Backbone.generate."""
-        reconstruct.parse_rgs(rgs)
-        if rgs == "auto" and not self.backbone.takes_rgs:
-            rgs = "none"
-        chunks = []
-        with self.autocast():
-            condition = self.encoders.encode(prompts, pictures)                   # {kind: (b t e, b t)}
-            for chunk, chunk_seeds in backbone.cache_sized(self.backbone, condition, seeds):
-                steer = reconstruct.steering(lambda chunk: self.reconstruct(chunk), chunk, rgs)    # loaded if needed
-                chunks.append(self.backbone.generate(chunk, chunk_seeds, steer=steer, **options).float())
-        return torch.cat(chunks)                                                  # b n c
+    @property
+    def heads(self):
+        return self.model.heads
 
-    def sample(self, prompt=None, image=None, n=1, seed=0, steps=10, **options):
+    @torch.no_grad()
+    def tokens(self, prompts, seeds, pictures=None, **options):
+        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: of LTM3D.generate."""
+        with self.autocast():
+            return self.model.generate(self.encoders.encode(prompts, pictures), seeds, **options)
+
+    def sample(self, prompt=None, image=None, n=1, seed=0, **options):
         """n samples of one prompt, one picture (a file, or an image of Pillow), or both -> shape tokens b n c, b = n.
         options: as for `tokens`."""
         if prompt is None and image is None:
@@ -78,9 +66,6 @@ class LTM3D:
             raise UserError(f"a prompt is one string, not a {type(prompt).__name__}; call it once for each")
         if n < 1:
             raise UserError(f"n must be at least 1, not {n}")
-        if not 1 <= steps <= self.backbone.tokens:
-            raise UserError(f"{steps} steps are not between 1 and {self.backbone.tokens}, the number of shape tokens "
-                            f"of {self.folder}: every step places at least one")
         prompts = None if prompt is None else [prompt] * n
         for remark in [] if prompt is None else self.encoders.remarks(prompt):
             print(f"warning: {remark}", file=sys.stderr)
@@ -90,22 +75,15 @@ class LTM3D:
             pictures = picture.expand(n, -1, -1, -1)
             if warning:
                 print(f"warning: {image}: {warning}", file=sys.stderr)
-        return self.tokens(prompts, [(seed, i) for i in range(n)], pictures, steps=steps, **options)
+        return self.tokens(prompts, [(seed, i) for i in range(n)], pictures, **options)
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
-        """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
-        faces: of "mesh", which then is a simplified surface; by default the mesh head decides."""
+        """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed."""
         if rep not in heads.HEADS:
             raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
         if resolution not in RESOLUTIONS:
             raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
-        if rep == "mesh" and faces:
-            head = heads.SimplifiedMesh(faces)
-            self.load_heads(*head.needs)
-        else:
-            head = self.load_heads(rep).heads[rep]
-        points, rng = points or head.COUNT, np.random.default_rng(seed)
-        return head.decode(tokens.to(self.device), self.heads, rng, self.autocast, resolution, points)
+        return self.model.decode(tokens, rep, np.random.default_rng(seed), resolution, points, faces)
 
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, faces=None,
                  **options):
@@ -114,7 +92,7 @@ class LTM3D:
         return [self.decode(t, rep, (seed, i), resolution, points, faces) for i, t in enumerate(tokens)]
 
 
-load = LTM3D          # load() is what the Python API shows
+load = Sampler        # load() is what the Python API shows
 
 
 # ---------------------------------------------------------------------------- the command
@@ -195,8 +173,8 @@ def main():
     print(f"{folder}, running on {model.reason}")
     watch.lap("load")
 
-    tokens = model.sample(args.text, args.image, args.n, args.seed, args.steps, rgs=args.rgs, window=args.window,
-                          denoise_steps=args.denoise_steps, temperature=args.temperature,
+    tokens = model.sample(args.text, args.image, args.n, args.seed, steps=args.steps, rgs=args.rgs,
+                          window=args.window, denoise_steps=args.denoise_steps, temperature=args.temperature,
                           cfg={"text": args.cfg, "image": args.cfg_image})         # b n c
     watch.lap("tokens")
 

@@ -20,8 +20,8 @@ import torch
 import trimesh
 
 import data
+import ltm3d
 import sample
-import train
 from conftest import CHAIN, HERE, assert_one_line, run, same_files, train_small
 from engine import files
 from engine.commands import UserError, pick_device
@@ -80,7 +80,7 @@ def test_run_folder_holds_curves_and_pictures(overfitted):
 
 
 def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
-    monkeypatch.setattr(train, "fit", None)
+    monkeypatch.setattr(ltm3d, "fit", None)
     assert train_small(monkeypatch, overfitted, 2) == 0
     assert capsys.readouterr().out.count("already done") == 6
 
@@ -243,7 +243,7 @@ def test_the_precision_of_the_user_wins(precision, dtype, monkeypatch):
         with autocast():
             assert torch.is_autocast_enabled(device.type) == expected
     model = sample.load(device="cpu", precision=precision)
-    assert model.backbone.token.weight.dtype == dtype
+    assert model.model.backbone.token.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("options, complaint", [
@@ -322,7 +322,7 @@ def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp
 def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
     """A sample without a surface is an error, not a traceback."""
     empty = export.Mesh(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3)))
-    monkeypatch.setattr(sample.LTM3D, "decode", lambda *_: empty)
+    monkeypatch.setattr(sample.Sampler, "decode", lambda *_: empty)
     assert run(sample.main, "--text", "a table", "--checkpoint", overfitted, "--out", tmp_path / "out") == 2
     assert_one_line(capsys.readouterr().err, "empty")
 

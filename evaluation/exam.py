@@ -19,7 +19,7 @@ from evaluation.results import ResultCache, mean, weights
 from geometry.prepare import BuiltIn, Files, name_begins, version
 from geometry.shapes import CLASSES
 from prompts import text_tower
-from sample import LTM3D
+from sample import Sampler
 
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
@@ -27,8 +27,8 @@ SOUNDNESS = "one piece", "watertight", "closed edges"         # what a represent
 SHARES = "R-precision", "COV", "1-NNA", "right class", *SOUNDNESS     # columns that end at 1
 ROOT = Path(__file__).parent.parent
 CODE = [ROOT / name for name in (                             # the files that decide what a result is
-    "sample.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py", "bench.py",
-    "prompts/reading.py", "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py",
+    "sample.py", "ltm3d.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py",
+    "bench.py", "prompts/reading.py", "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py",
     "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py", "geometry/solids.py",
     "geometry/shapes.py", "geometry/captions.py", "geometry/camera.py", "geometry/training_samples.py",
     "geometry/training_pictures.py", "engine/networks.py", "engine/commands.py", "evaluation/exam.py",
@@ -40,7 +40,7 @@ CODE = [ROOT / name for name in (                             # the files that d
 
 def open_model(args, folder):
     """A trained folder, whichever generator its backbone is."""
-    model = LTM3D(folder, args.device, args.precision, peers.load)
+    model = Sampler(folder, args.device, args.precision, load_backbone=peers.load)
     print(f"{folder}, running on {model.reason}")
     return model
 

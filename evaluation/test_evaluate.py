@@ -195,7 +195,7 @@ def test_a_training_set_of_some_classes_is_named(tmp_path, capsys):
 @pytest.fixture
 def generate(four, overfitted, tmp_path, examined, monkeypatch):
     """generate(out, flags) runs evaluate.py; generate.decoded counts the shapes, generate.stop is where it stops."""
-    decode = sample.LTM3D.decode
+    decode = sample.Sampler.decode
 
     def command(out, *flags):
         command.decoded = 0
@@ -210,7 +210,7 @@ def generate(four, overfitted, tmp_path, examined, monkeypatch):
 
     command.stop = None
     monkeypatch.setattr(evaluate, "draw_samples", lambda *_: None)
-    monkeypatch.setattr(sample.LTM3D, "decode", counted)
+    monkeypatch.setattr(sample.Sampler, "decode", counted)
     return command
 
 

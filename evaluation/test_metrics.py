@@ -45,7 +45,7 @@ def test_damaged_results_are_one_line(tmp_path):
 def test_copies_are_known(overfitted, prepared):
     """Training shapes score least, copies of them (other points) a little more, held-out shapes 1."""
     train, test = prepared
-    model, encoder = sample.LTM3D(overfitted), tokenizer.load(overfitted)
+    model, encoder = sample.load(overfitted), tokenizer.load(overfitted)
     sets = [tokenizer.encode_set(encoder, split, model.device, model.autocast).numpy() for split in prepared]
     known, new = (exam.score_memorisation(train, model, test, tokens) for tokens in sets)
     assert known["memorisation"] < known["of copies"] < .9
