@@ -128,7 +128,7 @@ def train_small(patch, folder, count, *args, watched=False, generators=train.GEN
     Only if `watched`, it draws pictures and measures, which takes longer than a few steps."""
     if not watched:
         black = np.zeros((160, 160, 3), np.uint8)
-        results = dict(head_metrics={}, class_accuracy=0., samples=black, reconstructions=black)
+        results = dict(head_metrics={}, class_accuracy={}, samples=black, reconstructions=black)
         for name, value in results.items():
             patch.setattr(progress, name, lambda *_, value=value, **__: value)
         patch.setattr(run_folder, "plot_losses", lambda panels, out: None)

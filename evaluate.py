@@ -120,7 +120,7 @@ def evaluate_joint(args):
 def evaluate_generate(args):
     """From captions of held-out shapes and from class names: faithful, like real shapes, whole, diverse, new?"""
     benchmark = exam.Exam(args, 4, 104) if args.quick else exam.Exam(args, args.n, args.shapes)
-    rows, tables, options = [], {}, {"rgs": args.rgs, "cfg": args.cfg}
+    rows, tables, options = [], {}, exam.given(rgs=args.rgs, cfg=args.cfg)
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), **options)
         model = exam.open_model(args, folder)
@@ -299,8 +299,8 @@ def arguments():
     flag(["generate"], "--quick", action="store_true", help="three eighths of it: --n 4 --shapes 104")
     flag(["generate"], "--split", choices=["test", "validation"], default="test", help="held-out shapes: "
          "choose settings on validation, report numbers on test")
-    flag(["generate", "names"], "--cfg", type=between(0, 100, float), default=2.,
-         help="guidance by the text; 1 is none")
+    flag(["generate", "names"], "--cfg", type=between(0, 100, float),
+         help="guidance by the text; 1 is none (default: what the weights remember, else 2)")
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)
     parsers["overfit"].set_defaults(train_shapes=10, steps=400)

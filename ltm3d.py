@@ -17,7 +17,7 @@ import reconstruct as reconstruct_
 import tokenizer as tokenizer_
 from engine import processes
 from engine.commands import UserError, cast_once
-from engine.files import trained_stages
+from engine.files import read_stage, trained_stages
 from engine.loop import fit, shares_of_loss
 from engine.state import start
 from evaluation import progress  # a finished stage says how good it is; nothing that is learnt depends on it
@@ -34,6 +34,8 @@ DEFAULTS = {
 }
 STAGES = "encoders", "tokenizer", "vision", "head", "backbone", "reconstruct"     # what --stage takes
 SEEING = {"vision", "backbone", "reconstruct"}       # stages that learn from pictures
+SAMPLING = {"steps": 10, "denoise_steps": None, "cfg": 2., "cfg_image": 2., "temperature": 1., "rgs": "auto",
+            "window": .75}                           # unless config.json has others for the backbone, "sampling"
 JUDGED = 52          # held-out shapes that a head is measured on
 save_picture = processes.first_process_only(save_png)
 
@@ -123,8 +125,8 @@ def train_vision(run):
     # model
     settings = image_tower.SIZES[run.size] | {"out": aligner.width}
     _, n, channels = tokens[run.test].shape
-    small = reconstruct_.SIZES[run.size] | {"depth": 1}
-    reader = reconstruct_.Reconstructor(n, channels, {"image": settings["dim"]}, **small)
+    size = reconstruct_.SIZES[run.size]
+    reader = image_tower.Reader(n, channels, settings["dim"], size["dim"], size["heads"])
     model = nn.ModuleDict({"vision": image_tower.ImageTower(**settings), "reader": reader, "aligner": aligner})
     aligner.freeze_text()
     start(run, "vision", {"vision": model["vision"]}, settings=settings)
@@ -204,7 +206,7 @@ def train_backbone(run):
     model, seconds = fit(run, "backbone", model, draw, loss_of, show)
 
     # save
-    metrics = {"nearest held-out shape is of the right class": progress.class_accuracy(run, encoders, model, heads)}
+    metrics = progress.class_accuracy(run, encoders, model, heads)
     run.finish("backbone", seconds, {"backbone": model}, generator=run.generator, settings=settings,
                towers=run.encoder_names, metrics=metrics)
 
@@ -277,6 +279,10 @@ class LTM3D:
 
     def __init__(self, folder, device, autocast, load_backbone=backbone_.load):
         self.folder, self.device, self.autocast, self.heads = folder, device, autocast, {}
+        self.sampling = dict(read_stage(folder, "backbone").get("sampling", {}))
+        if unknown := self.sampling.keys() - SAMPLING.keys():
+            raise UserError(f"{folder}/config.json: the backbone's sampling has no {', '.join(sorted(unknown))}, but "
+                            f"{', '.join(SAMPLING)}")
         self.backbone = cast_once(load_backbone(folder).to(device), autocast)
 
     @functools.cached_property
@@ -288,9 +294,12 @@ class LTM3D:
         if not self.heads.keys() >= set(reps):
             self.heads |= heads_.load(self.folder, reps, self.device)
 
-    def generate(self, condition, seeds, steps=10, rgs="auto", **options):
-        """A condition (prefix.py) and one seed per sample -> shape tokens b n c. rgs: reconstruct.parse_rgs; options:
-        those of Backbone.generate."""
+    def generate(self, condition, seeds, **options):
+        """A condition (prefix.py) and one seed per sample -> shape tokens b n c. options: those of SAMPLING that are to
+        differ from what the weights remember."""
+        options = SAMPLING | self.sampling | options
+        rgs, steps, cfg = options.pop("rgs"), options["steps"], {"text": options.pop("cfg")}
+        cfg["image"] = options.pop("cfg_image")
         if not 1 <= steps <= self.backbone.tokens:
             raise UserError(f"{steps} steps are not between 1 and {self.backbone.tokens}, the number of shape tokens "
                             f"of {self.folder}: every step places at least one")
@@ -300,7 +309,7 @@ class LTM3D:
         chunks = []
         for chunk, chunk_seeds in backbone_.cache_sized(self.backbone, condition, seeds):
             steer = reconstruct_.steering(lambda chunk: self.reconstruct(chunk), chunk, rgs)      # loaded if needed
-            chunks.append(self.backbone.generate(chunk, chunk_seeds, steps=steps, steer=steer, **options).float())
+            chunks.append(self.backbone.generate(chunk, chunk_seeds, steer=steer, cfg=cfg, **options).float())
         return torch.cat(chunks)                                                  # b n c
 
     def decode(self, tokens, rep, rng, resolution=128, points=None, faces=None):

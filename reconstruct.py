@@ -23,7 +23,7 @@ from engine.networks import Block
 from prefix import Conditions
 
 SIZES = {
-    "tiny": dict(dim=192, depth=4, heads=6), "mini": dict(dim=192, depth=4, heads=6),
+    "tiny": dict(dim=192, depth=4, heads=6), "mini": dict(dim=192, depth=1, heads=6),
     "small": dict(dim=384, depth=6, heads=6),
     "base": dict(dim=768, depth=8, heads=12), "large": dict(dim=1024, depth=12, heads=16),
 }

@@ -23,7 +23,7 @@ import reconstruct
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder
 from geometry.render import contact_sheet, save_gif, save_png, turntable
-from ltm3d import LTM3D
+from ltm3d import LTM3D, SAMPLING
 from prompts import picture_files
 from prompts.reading import choose, find
 
@@ -53,7 +53,7 @@ class Sampler:
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, **options):
-        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: of LTM3D.generate."""
+        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: of ltm3d.SAMPLING."""
         with self.autocast():
             return self.model.generate(self.encoders.encode(prompts, pictures), seeds, **options)
 
@@ -107,17 +107,6 @@ def arguments():
     flag("--n", type=between(1, 10_000), default=1, help="how many shapes")
     flag("--seed", type=between(0), default=0, help="another seed, another shape; shape i is the same for "
          "every --n, but for rounding, which depends on the machine and its threads, too")
-    flag("--steps", type=between(1, 10_000), default=10, help="unmasking steps, at most the number of shape tokens")
-    flag("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 4 flow, 100 ddpm)")
-    flag("--cfg", type=between(0, 100, float), default=2., help="classifier-free guidance by the text; 1 is none")
-    flag("--cfg-image", type=between(0, 100, float), default=2., help="the same by the picture")
-    flag("--temperature", type=between(0, 10, float), default=1., help="of the noise; lower gives less variety")
-    flag("--rgs", default="auto", metavar="RULE",
-         help="Reconstruction-Guided Sampling: what the backbone sees in the first steps. sampled=A, recon=A: a blend, "
-              "A is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in "
-              "its text); within=S: tokens within S standard deviations of the reconstruction; none; auto: sampled=.1 "
-              "with a picture alone, else none")
-    flag("--window", type=between(0, 1, float), default=.75, help="the share of steps, from the first, that RGS steers")
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
     flag("--points", type=between(1, 1_000_000), help=f"how many points or Gaussians (default: {points})")
     flag("--faces", type=between(12, 100_000), help="how many faces a mesh has at most: the surface, simplified "
@@ -126,10 +115,25 @@ def arguments():
     flag("--checkpoint", help="folder of trained weights (default: the shipped ones that know the noun of --text)")
     add_device_flags(parser)
     flag("--out", default="out", help="folder to write to")
+
+    known = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in SAMPLING.items() if value)
+    flag = parser.add_argument_group("sampling", f"default: what the weights remember, else {known}").add_argument
+    flag("--steps", type=between(1, 10_000), help="unmasking steps, at most the number of shape tokens")
+    flag("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 4 flow, 100 ddpm)")
+    flag("--cfg", type=between(0, 100, float), help="classifier-free guidance by the text; 1 is none")
+    flag("--cfg-image", type=between(0, 100, float), help="the same by the picture")
+    flag("--temperature", type=between(0, 10, float), help="of the noise; lower gives less variety")
+    flag("--rgs", metavar="RULE",
+         help="Reconstruction-Guided Sampling: what the backbone sees in the first steps. sampled=A, recon=A: a blend, "
+              "A is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in "
+              "its text); within=S: tokens within S standard deviations of the reconstruction; none; auto: sampled=.1 "
+              "with a picture alone, else none")
+    flag("--window", type=between(0, 1, float), help="the share of steps, from the first, that RGS steers")
     args = parser.parse_args()
     if args.text is None and not args.image:
         parser.error("say what to make, with --text or --image")
-    reconstruct.parse_rgs(args.rgs)
+    if args.rgs:
+        reconstruct.parse_rgs(args.rgs)
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
     if args.faces and "mesh" not in args.rep:
         parser.error("--faces is the number of faces of a low-poly mesh; give --rep mesh, too")
@@ -173,9 +177,8 @@ def main():
     print(f"{folder}, running on {model.reason}")
     watch.lap("load")
 
-    tokens = model.sample(args.text, args.image, args.n, args.seed, steps=args.steps, rgs=args.rgs,
-                          window=args.window, denoise_steps=args.denoise_steps, temperature=args.temperature,
-                          cfg={"text": args.cfg, "image": args.cfg_image})         # b n c
+    options = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
+    tokens = model.sample(args.text, args.image, args.n, args.seed, **options)     # b n c
     watch.lap("tokens")
 
     out, name, pictures = make_folder(args.out), file_name(args.text, args.image), []

@@ -86,7 +86,7 @@ def chain(args, generators, reps, first, folder):
         kinds = ["surface", *["pictures"] * bool(SEEING & stages.keys())]
         kinds += kinds_of(HEADS[rep] for rep in run.first + run.reps)
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
-        run.classes, run.prompts = progress.classes_and_prompts(run.test, built_in=args.data is None)
+        run.classes, run.prompts = progress.classes_and_prompts(run.train, run.test, built_in=args.data is None)
         for name in sorted(stages.keys() - {*trained_stages(run.folder)}):
             run.micro_batch_size(name)                        # an error now, not later
             if args.finetune and name not in trained_stages(args.source):

@@ -106,6 +106,12 @@ def is_settings(value):
                                        for name, x in value.items())
 
 
+def is_sampling(value):
+    """Options of sampling: numbers and words by name."""
+    return type(value) is dict and all(type(x) is str or type(x) in (int, float) and math.isfinite(x)
+                                       for x in value.values())
+
+
 def is_words(value):
     return type(value) is list and all(type(x) is str for x in value)
 
@@ -116,6 +122,7 @@ FORMS = {  # a field of config.json: its form, in words and as a test
     "steps": ("a whole number", lambda x: type(x) is int),
     "seconds": ("a number", lambda x: type(x) in (int, float) and math.isfinite(x)),
     "settings": ("sizes of a network by name", is_settings),
+    "sampling": ("numbers and words by name", is_sampling),
     **dict.fromkeys(("nouns", "made_with"), ("words by name", lambda x: type(x) is dict and is_words([*x.values()]))),
     "towers": ("names of encoders", lambda x: type(x) is dict and x.keys() == {"text", "image"}
                and is_words([name for name in x.values() if name is not None]))}

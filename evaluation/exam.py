@@ -76,6 +76,7 @@ def result_cache(args, label, folder, *stages, what=None, **settings):
     stages, to these settings and to CODE: results of older code are refused."""
     rep = f"-{args.rep}" if "rep" in args else ""
     settings |= dict(seed=args.seed, weights=weights(folder, *stages), code=digest(*CODE))
+    settings["sampling"] = read_config(folder).get("backbone", {}).get("sampling")
     settings["data"] = Files("test", args.data).name if args.data else None
     settings |= dict(resolution=getattr(args, "resolution", None), split=getattr(args, "split", ""))
     return ResultCache(f"{args.out}/{what or args.command}{rep}/{label}", **settings)
@@ -110,6 +111,11 @@ def sample_all(model, jobs, cache, result_of, **options):
         return {key: np.stack([result[key] for result in results]) for key in results[0]}
     except (KeyError, ValueError) as error:
         raise UserError(f"{cache.folder} holds a result that is unlike the others ({error}); delete it all") from None
+
+
+def given(**options):
+    """The options of sampling that are not None: the others are what the weights remember."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def shape_result(model, rep, resolution, points=POINTS):

@@ -23,7 +23,7 @@ def evaluate_names(args):
     names, first = names[chosen].tolist(), first[chosen]
     jobs = [exam.Job(f"name-{name}", name, None, (args.seed, i)) for i, name in enumerate(names)]
     true = [x.numpy() for x in train.cloud(first, exam.POINTS, np.random.default_rng(args.seed))]         # r k 3 each
-    tables, options = {}, {"cfg": args.cfg}
+    tables, options = {}, exam.given(cfg=args.cfg)
     for folder, label in labels(args.checkpoint).items():
         exam.training_set_of(folder, args)                    # an error, if it learnt from other files
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), **options)

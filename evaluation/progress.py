@@ -12,22 +12,29 @@ from geometry.render import contact_sheet
 from geometry.shapes import CLASSES
 
 
-def classes_and_prompts(test, built_in):
-    """The most common classes of the held-out shapes, and the prompts that are drawn while training."""
-    common = [name for name, _ in Counter(test.classes).most_common(len(CLASSES))]
-    classes = [name for name in CLASSES if name in common] if built_in else common
-    return classes, [article(name) for name in classes] + ["a round table"] * (built_in and "table" in classes)
+def classes_and_prompts(train, test, built_in):
+    """The classes that samples are judged by, those of the held-out shapes; and the prompts that are drawn while
+    training, of the most common training classes: where families are held out, their names were never learnt."""
+    if built_in:
+        classes = [name for name in CLASSES if name in {*test.classes}]
+        return classes, [article(name) for name in classes] + ["a round table"] * ("table" in classes)
+    common = [name for name, _ in Counter(train.classes).most_common(len(CLASSES))]
+    return [name for name in common if name in {*test.classes}], [article(name) for name in common]
 
 
 def class_accuracy(run, encoders, model, heads, n=4, points=1024):
-    """n samples of every class name: the share whose nearest held-out shape (Chamfer distance) is of that class."""
+    """n samples of every class name: the share whose nearest held-out shape (Chamfer distance) is of that class; none,
+    if no class of the training set is among the held-out shapes."""
+    if not run.classes:
+        return {}
     names, rng = [name for name in run.classes for _ in range(n)], np.random.default_rng(0)
     with run.autocast():
         tokens = model.generate(encoders.encode(names), seeds=[(0, i) for i in range(len(names))])         # b n c
     clouds = torch.stack([torch.from_numpy(decode(run, heads, x).surface(points, rng)[0]) for x in tokens])      # b k 3
     references = run.test.cloud(range(len(run.test)), points, np.random.default_rng(0))[0]                 # r k 3
     nearest = chamfer_matrix(clouds, references).argmin(1)                        # b
-    return round(float(np.mean([run.test.classes[row] == name for row, name in zip(nearest, names)])), 4)
+    right = np.mean([run.test.classes[row] == name for row, name in zip(nearest, names)])
+    return {"nearest held-out shape is of the right class": round(float(right), 4)}
 
 
 def head_metrics(run, heads, tokens, rep):

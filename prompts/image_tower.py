@@ -6,8 +6,8 @@ find its own cloud among those of a batch, and a cloud its picture (CLIP, Radfor
 (prompts/text_tower.py) learns, too: what pictures show of a shape, without forgetting what captions say of it. The text
 tower is frozen.
 
-This loss teaches which shape a picture shows, not how it looks. So a small reader (reconstruct.py) also has to predict
-the shape tokens x_i from the condition tokens. The reader is thrown away after training.
+This loss teaches which shape a picture shows, not how it looks. So a reader also has to predict the shape tokens x_i
+from the condition tokens: a random quarter of them at every step. It is thrown away after training.
 
     L = mean_i [ -log( e^s_ii / sum_k e^s_ik ) / 2 - log( e^s_ii / sum_k e^s_ki ) / 2 + 10 MSE(x_i, reader(picture_i)) ]
     s_ik = <picture_i, cloud_k> / temperature
@@ -19,7 +19,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from torch import nn
 
 from engine.files import load_model, read_stage
@@ -33,6 +33,7 @@ SIZES = {  # dim is also e, the width of a condition token
     "base": dict(dim=512, depth=8, heads=8), "large": dict(dim=768, depth=12, heads=12),
 }
 READER_WEIGHT = 10    # of the reader's error in the loss
+ASKED = 4             # a step asks the reader for one shape token in so many; all of them would take four times as long
 
 
 class Halve(nn.Module):
@@ -74,9 +75,10 @@ class ImageTower(nn.Module):
 
     def loss(self, pictures, clouds, reader, x):
         """pictures b 3 s s. clouds k e, of k >= b shapes: first those of the pictures. x: b n c, their shape tokens."""
-        tokens, mask = self.condition(pictures)                                   # b t e, b t
+        tokens, n = self(pictures), x.shape[1]                                    # b t e
         picture, own = self.embed(tokens), torch.arange(len(x), device=x.device)  # b e, b
-        error = F.mse_loss(reader({"image": (tokens, mask)})[0], x)
+        rows = torch.randperm(n, device=x.device)[:-(-n // ASKED)]                # m
+        error = F.mse_loss(reader(tokens, rows), x[:, rows])
         with torch.autocast(picture.device.type, enabled=False):
             score = picture @ clouds.T * self.scale.exp().clamp(max=100)          # b k
             loss = F.cross_entropy(score, own) / 2 + F.cross_entropy(score[:, :len(x)].T, own) / 2
@@ -91,6 +93,20 @@ class ImageTower(nn.Module):
     @torch.no_grad()
     def tokens(self, pictures):
         return self.condition(pictures.to(self.scale.device))
+
+
+class Reader(nn.Module):
+    """Condition tokens -> shape tokens: a learnt query for each, and one cross-attention."""
+
+    def __init__(self, tokens, channels, width, dim, heads):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(tokens, dim) * .02)                 # n d
+        self.cross = Block(dim, heads, context_dim=width)
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
+
+    def forward(self, condition, rows):                       # b t e, m -> b m c
+        query = repeat(self.query[rows], "m d -> b m d", b=len(condition))
+        return self.out(self.cross(query, condition)).float()
 
 
 class Pixels:
