@@ -95,16 +95,20 @@ def grown(strengths, known, n):
     return [1 + (strength - 1) * min(1, 4 * known / n) for strength in strengths]
 
 
-def guided(net, x, t, c, strengths):
-    """Classifier-free guidance with a strength for each kind of prompt (Brooks et al. 2023). x: k c, t: k are shared by
-    all branches; c: (r k) d holds their context vectors.
+def guide(branches, strengths):
+    """The outputs of r branches, one below the other, (r b) ... -> guided, b ... (Brooks et al. 2023).
 
         out = out_nothing + sum_i strength_i (out_i - out_(i+1))
     """
+    out = branches.chunk(len(strengths) + 1)
+    return out[-1] + sum(g * (more - less) for g, more, less in zip(strengths, out, out[1:]))
+
+
+def guided(net, x, t, c, strengths):
+    """Classifier-free guidance of a DenoiseNet. x: k c, t: k are shared by all branches; c: (r k) d holds their context
+    vectors."""
     r = len(c) // len(x)
-    out = net(x.repeat(r, 1), t.repeat(r), c).chunk(r)                            # r times k c
-    differences = [g * (more - less) for g, more, less in zip(strengths, out, out[1:])]
-    return out[-1] + sum(differences)
+    return guide(net(x.repeat(r, 1), t.repeat(r), c), strengths)                  # k c
 
 
 # ---------------------------------------------------------------------------- denoisers

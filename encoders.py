@@ -94,6 +94,6 @@ def load_pretrained(text=None, image=None, device="cpu"):
     return tower, pretrained.Image(image, device) if image else None
 
 
-def load(folder, device="cpu"):
-    """The encoders that the backbone of a checkpoint folder was trained with."""
-    return make(folder, **read_stage(folder, "backbone")["towers"], device=device)
+def load(folder, stage, device="cpu"):
+    """The encoders that a stage of a checkpoint folder was trained with."""
+    return make(folder, **read_stage(folder, stage)["towers"], device=device)

@@ -2,6 +2,8 @@
 
     python train.py --rep sdf --stage backbone         # trains one stage
     python sample.py --text "table"
+
+The names in capitals are what models.py asks for.
 """
 import functools
 
@@ -32,8 +34,9 @@ DEFAULTS = {
     "backbone": (1700, 64, 2e-3), "reconstruct": (600, 64, 2e-3), "head-sdf": (1500, 32, 2e-3),
     "head-pc": (2500, 32, 2e-3), "head-gs": (1700, 4, 2e-3), "head-mesh": (5000, 32, 2e-3),
 }
-STAGES = "encoders", "tokenizer", "vision", "head", "backbone", "reconstruct"     # what --stage takes
-SEEING = {"vision", "backbone", "reconstruct"}       # stages that learn from pictures
+STAGES = "encoders", "tokenizer", "vision", "head", "backbone", "reconstruct"
+SEEING, LAST = {"vision", "backbone", "reconstruct"}, "backbone"
+SIZES, REPS, SHIPPED = tokenizer_.SIZES, HEADS, "checkpoints/tiny"
 SAMPLING = {"steps": 10, "denoise_steps": None, "cfg": 2., "cfg_image": 2., "temperature": 1., "rgs": "auto",
             "window": .75}                           # unless config.json has others for the backbone, "sampling"
 JUDGED = 52          # held-out shapes that a head is measured on
@@ -185,7 +188,8 @@ def train_head(run, rep):
 def train_backbone(run):
     """Prefix, masked auto-encoder and DenoiseNet, on frozen tokens and frozen encoders."""
     # data
-    encoders, heads, sizes, draw = tokens_and_prompts(run, "backbone")
+    encoders, sizes, draw = tokens_and_prompts(run, "backbone", tokenizer_.load)
+    heads = heads_.load(run.folder, run.first, run.device)
 
     # model
     settings = backbone_.SIZES[run.size] | sizes | {"denoiser": run.denoiser}
@@ -214,7 +218,8 @@ def train_backbone(run):
 def train_reconstruct(run):
     """The deterministic first guess of RGS."""
     # data
-    encoders, heads, sizes, draw = tokens_and_prompts(run, "reconstruct")
+    encoders, sizes, draw = tokens_and_prompts(run, "reconstruct", tokenizer_.load)
+    heads = heads_.load(run.folder, run.first, run.device)
 
     # model
     settings = reconstruct_.SIZES[run.size] | sizes
@@ -241,18 +246,19 @@ def head_samples(run, reps, split, rows, rng):
     return {rep: split.samples(rows[:run.micro_batch_size(f"head-{rep}")], HEADS[rep].reads, rng) for rep in reps}
 
 
-def encode(run, tokenizer, split, limit=None):
-    """The tokens of a prepared set: shapes n c."""
-    file = run.folder / "tokenizer.safetensors"
+def encode(run, tokenizer, split, limit=None, file="tokenizer"):
+    """The tokens of a prepared set: shapes n c. file: of the tokenizer's weights."""
+    file = run.folder / f"{file}.safetensors"
     return tokenizer_.encode_set(tokenizer, split, run.device, run.autocast, file, limit)
 
 
-def tokens_and_prompts(run, stage):
-    """What backbone and reconstructor stand on: frozen encoders and heads, the sizes of tokens, and a function that
-    draws a batch of shape tokens, with one caption and one picture of each shape."""
+def tokens_and_prompts(run, stage, load, file="tokenizer"):
+    """What generators stand on: frozen encoders, the sizes of tokens, and a function that draws a batch of tokens, with
+    one caption and one picture of each shape. load, file: what loads the tokenizer, and the name of its weights."""
     encoders = encoders_.make(run.folder, **run.encoder_names, device=run.device)
-    tokenizer = tokenizer_.load(run.folder).to(run.device)
-    tokens = {split: encode(run, tokenizer, split.repeated(8)) for split in (run.train, run.test)}       # shapes n c
+    tokenizer = load(run.folder).to(run.device)
+    tokens = {split: encode(run, tokenizer, split.repeated(8), file=file)
+              for split in (run.train, run.test)}             # shapes n c
     _, n, channels = tokens[run.test].shape
 
     def draw(split, rng):
@@ -261,8 +267,7 @@ def tokens_and_prompts(run, stage):
 
     for split in (run.train, run.test):
         draw(split, np.random.default_rng(0))                 # encoders of transformers read all prompts here, once
-    heads = heads_.load(run.folder, run.first, run.device)
-    return encoders, heads, {"tokens": n, "channels": channels, "widths": encoders.widths}, draw
+    return encoders, {"tokens": n, "channels": channels, "widths": encoders.widths}, draw
 
 
 def stages(reps):
@@ -319,3 +324,6 @@ class LTM3D:
         self.load_heads(*head.needs if head else [rep])
         head = head or self.heads[rep]
         return head.decode(tokens.to(self.device), self.heads, rng, self.autocast, resolution, points or head.COUNT)
+
+
+load = LTM3D

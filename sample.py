@@ -23,24 +23,27 @@ import reconstruct
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder
 from geometry.render import contact_sheet, save_gif, save_png, turntable
-from ltm3d import LTM3D, SAMPLING
+from models import MODELS, model_in
 from prompts import picture_files
 from prompts.reading import choose, find
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
+OPTIONS = {option: value for model in MODELS.values() for option, value in model.SAMPLING.items()}
 
 
 class Sampler:
     """A checkpoint folder, opened: prompts -> shape tokens -> shapes."""
 
-    def __init__(self, folder="checkpoints/tiny", device=None, precision=None, **options):
+    def __init__(self, folder="checkpoints/tiny", device=None, precision=None, wanted=None, models=MODELS):
         self.folder = find(folder)
         if self.folder is None:
             raise UserError(f"there is no folder {folder}; "
                             "--checkpoint takes checkpoints/tiny or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device, precision)
-        self.model = LTM3D(self.folder, self.device, self.autocast, **options)
-        self.encoders = encoders.load(self.folder, self.device)
+        self.name = model_in(self.folder, wanted)
+        module = models[self.name]
+        self.model = module.load(self.folder, self.device, self.autocast)
+        self.encoders = encoders.load(self.folder, module.LAST, self.device)
 
     def load_heads(self, *reps):
         """Loads what decodes these representations: what is missing is an error now, not later."""
@@ -53,7 +56,7 @@ class Sampler:
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, **options):
-        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: of ltm3d.SAMPLING."""
+        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: its SAMPLING."""
         with self.autocast():
             return self.model.generate(self.encoders.encode(prompts, pictures), seeds, **options)
 
@@ -112,17 +115,20 @@ def arguments():
     flag("--faces", type=between(12, 100_000), help="how many faces a mesh has at most: the surface, simplified "
          "(default: the mesh head decides, up to 256)")
     flag("--turntable", action="store_true", help="also a GIF of each shape turning")
+    flag("--model", choices=list(MODELS), help="with --checkpoint: what has to be in it; else, whose shipped weights")
     flag("--checkpoint", help="folder of trained weights (default: the shipped ones that know the noun of --text)")
     add_device_flags(parser)
     flag("--out", default="out", help="folder to write to")
 
-    known = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in SAMPLING.items() if value)
+    known = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in OPTIONS.items() if value)
     flag = parser.add_argument_group("sampling", f"default: what the weights remember, else {known}").add_argument
     flag("--steps", type=between(1, 10_000), help="unmasking steps, at most the number of shape tokens")
     flag("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 4 flow, 100 ddpm)")
     flag("--cfg", type=between(0, 100, float), help="classifier-free guidance by the text; 1 is none")
     flag("--cfg-image", type=between(0, 100, float), help="the same by the picture")
     flag("--temperature", type=between(0, 10, float), help="of the noise; lower gives less variety")
+    flag("--top-k", type=between(1, 10 ** 6), help="of vat: draw among the k likeliest codes")
+    flag("--top-p", type=between(1e-6, 1, float), help="of vat: draw among the likeliest codes that have this share")
     flag("--rgs", metavar="RULE",
          help="Reconstruction-Guided Sampling: what the backbone sees in the first steps. sampled=A, recon=A: a blend, "
               "A is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in "
@@ -172,12 +178,15 @@ def write_shape(shape, path, turn):
 
 def main():
     args, watch = arguments(), Stopwatch()
-    folder = args.checkpoint or choose(args.text)
-    model = load(folder, args.device, args.precision).load_heads(*args.rep)
+    folder = args.checkpoint or (MODELS[args.model].SHIPPED if args.model else choose(args.text))
+    model = load(folder, args.device, args.precision, args.model).load_heads(*args.rep)
+    options = {option: value for option in OPTIONS if (value := getattr(args, option)) is not None}
+    if unknown := options.keys() - MODELS[model.name].SAMPLING.keys():
+        flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
+        raise UserError(f"{model.name}, the model in {folder}, has no {flags}; leave it out")
     print(f"{folder}, running on {model.reason}")
     watch.lap("load")
 
-    options = {name: value for name in SAMPLING if (value := getattr(args, name)) is not None}
     tokens = model.sample(args.text, args.image, args.n, args.seed, **options)     # b n c
     watch.lap("tokens")
 

@@ -30,7 +30,7 @@ from prefix import Prefix
 
 LAYERS = (  # of rooms and modules; each imports only from its own layer and from those before it
     {"engine"}, {"geometry"}, {"data", "prompts"}, {"encoders"}, {"tokenizer", "heads", "prefix"}, {"reconstruct"},
-    {"backbone"}, {"evaluation.metrics", "evaluation.judges", "evaluation.progress"}, {"ltm3d"},
+    {"backbone"}, {"evaluation.metrics", "evaluation.judges", "evaluation.progress"}, {"ltm3d"}, {"vat"}, {"models"},
     {"sample", "train"}, {"evaluation"}, {"evaluate", "bench"})
 
 

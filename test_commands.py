@@ -126,7 +126,7 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
     assert_one_line(capsys.readouterr().err, "is a peer of LTM3D")
     assert train_small(monkeypatch, folder, 2, *BACKBONE) == 2
     assert_one_line(capsys.readouterr().err, "--generator diffusion; give that")
-    model = sample.load(folder, load_backbone=peers.load)
+    model = sample.load(folder, models={"ltm3d": peers.WithPeers})
     assert model.tokens(["a table"], [0]).shape == (1, 64, 8)
     with pytest.raises(UserError, match="give --rgs none"):
         model.tokens(["a table"], [0], rgs="sampled=.1")

@@ -4,6 +4,7 @@
     python train.py --rep pc                           # what is missing for point clouds: if the above is done, a head
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
+    python train.py --model vat                        # another model (models.py)
     torchrun --nproc_per_node=8 train.py --rep sdf --size large      # many GPUs (engine/processes.py)
 
 A stage that is done is skipped. A stage that was stopped goes on exactly where it was (engine/loop.py). runs/<name>/
@@ -16,7 +17,6 @@ import torch
 import backbone as backbone_
 import encoders as encoders_
 import heads as heads_
-import ltm3d
 import tokenizer as tokenizer_
 from data import kinds_of, training_sets
 from engine import processes
@@ -27,28 +27,31 @@ from evaluation import progress
 from geometry.prepare import TRAIN_SHAPES, name_begins
 from geometry.shapes import CLASSES
 from heads import HEADS
-from ltm3d import DEFAULTS, SEEING
+from models import MODELS
 
 GENERATORS = {"masked": backbone_.Backbone}
 
 
 def arguments(generators):
     parser = Parser(__doc__.split("\n")[0])
-    defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in DEFAULTS.items()) for i in range(3)]
+    stages = {stage: values for model in MODELS.values() for stage, values in model.DEFAULTS.items()}
+    defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in stages.items()) for i in range(3)]
     everyday = parser.add_argument_group("everyday")
     flag = everyday.add_argument
+    flag("--model", choices=list(MODELS), default="ltm3d", help="what to train (models.py)")
     flag("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations")
     flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
-    flag("--stage", choices=ltm3d.STAGES, help="train this stage alone (default: all that are not done)")
+    names = list(dict.fromkeys(stage for model in MODELS.values() for stage in model.STAGES))
+    flag("--stage", choices=names, help="train this stage alone (default: all that are not done)")
     flag("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
     flag("--steps", type=between(1), help=f"training steps of every stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size of every stage (default: {defaults[1]})")
     flag("--from", dest="source", metavar="FOLDER", help="start with the stages of this trained folder; the backbone, "
          "and the stage of --stage, are trained here")
     flag("--finetune", action="store_true", help="with --from: not from random weights, but from those of the folder")
-    flag("--out", help="run folder (default: runs/<size>); with --tokens own, -<rep> is added to it")
+    flag("--out", help="run folder (default: runs/<size>, runs/<model>); with --tokens own, -<rep> is added to it")
     flag("--cache", default="cache", help="folder of the prepared data")
     flag("--workers", type=between(1), default=2, help="processes that prepare data")
     add_device_flags(everyday)
@@ -68,22 +71,31 @@ def arguments(generators):
     flag("--micro-batches", type=between(1), help="shares of a batch: more need less memory (default: one a process)")
     flag("--shard", action="store_true", help="every process holds a share of the backbone: for large models")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
-    return parser.parse_args()
+    args = parser.parse_args()
+    model = MODELS[args.model]
+    for name, known in (("stage", model.STAGES), ("size", model.SIZES)):
+        if getattr(args, name) not in (None, *known):
+            parser.error(f"{args.model} has no {name} {getattr(args, name)}, but {', '.join(known)}")
+    if missing := {*args.rep} - {*model.REPS, "all"}:
+        parser.error(f"{args.model} makes {', '.join(model.REPS)}, not {', '.join(sorted(missing))}")
+    return args
 
 
 def chain(args, generators, reps, first, folder):
     """All stages that are not done, or one."""
     with processes.first_process_ahead():
-        settings = {stage: (args.steps or s, args.batch or b, args.lr or r) for stage, (s, b, r) in DEFAULTS.items()}
+        model = MODELS[args.model]
+        settings = {stage: (args.steps or s, args.batch or b, args.lr or r)
+                    for stage, (s, b, r) in model.DEFAULTS.items()}
         run = Run(args, settings, reps, first, folder)
-        run.generators = generators
+        run.generators, run.last = generators, model.LAST
         encoders_.load_pretrained(**run.encoder_names, device=run.device)         # if missing: an error now, not later
         if args.source:
             copy_stages(run, Path(args.source), name_begins(args.data), stages_of(args, reps) if args.stage else ())
         run.check_folder(name_begins(args.data))
         print(f"{run.folder}, running on {run.reason}")
         stages = stages_of(args, run.reps)
-        kinds = ["surface", *["pictures"] * bool(SEEING & stages.keys())]
+        kinds = ["surface", *["pictures"] * bool(model.SEEING & stages.keys())]
         kinds += kinds_of(HEADS[rep] for rep in run.first + run.reps)
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
         run.classes, run.prompts = progress.classes_and_prompts(run.train, run.test, built_in=args.data is None)
@@ -102,13 +114,13 @@ def chain(args, generators, reps, first, folder):
                 continue
             torch.manual_seed(run.seed)                       # initial weights, whichever stages came before
             train(run)
-    if "backbone" in stages and args.generator == "masked":
+    if model.LAST in stages and args.generator == "masked":
         print(f'next: python sample.py --checkpoint {run.folder} --rep {run.reps[-1]} --text "{run.prompts[0]}"')
 
 
 def stages_of(args, reps):
     """{name of a stage: function}, in order: all, or those of --stage; a head for each representation."""
-    stages = ltm3d.stages(reps)
+    stages = MODELS[args.model].stages(reps)
     if args.image_encoder:                                    # takes the place of the image tower
         del stages["vision"]
     return {name: train for name, train in stages.items()
@@ -118,7 +130,8 @@ def stages_of(args, reps):
 def main(generators=GENERATORS):
     args = arguments(generators)
     processes.start()
-    folder, reps = args.out or f"runs/{args.size}", heads_.with_needs(args.rep)
+    folder = args.out or f"runs/{args.size if args.model == 'ltm3d' else args.model}"
+    reps = heads_.with_needs(args.rep)
     if args.tokens == "own":
         for rep in HEADS if "all" in args.rep else args.rep:
             own = heads_.with_needs([rep])

@@ -89,7 +89,7 @@ def set_up(run, stage, model):
     result = ema.model
     if run.recompute:
         recompute_blocks(model)
-    if run.shard and stage == "backbone":
+    if run.shard and stage == run.last:
         result = copy.deepcopy(ema.model)
         processes.shard(model, run.device)
         processes.shard(ema.model, run.device)

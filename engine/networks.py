@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import nn
 
 # ---------------------------------------------------------------------------- attention
@@ -107,6 +107,33 @@ class Block(nn.Module):
         return x + self.feed(self.norm2(x))
 
 
+class GrowingBlock(nn.Module):
+    """A block for a sequence that grows: keys and values of earlier rows are given back and taken again. Queries and
+    keys have unit length (QK-norm); shifts, scales and gates come from outside, for all rows alike (adaLN)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(dim, elementwise_affine=False)
+        self.qkv, self.merge = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.sharpness = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))    # log of what cosines are times
+        self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.offset = nn.Parameter(torch.zeros(6, dim))
+
+    def forward(self, x, modulation, mask, before=None):
+        """x: b q d, modulation: b 6 d, mask: b q k, True = attend to it, before: keys and values of the first k - q
+        rows -> b q d, all keys and values."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(modulation + self.offset, "b i d -> i b 1 d")
+        y = self.qkv(self.norm(x) * (1 + scale1) + shift1)
+        q, k, v = rearrange(y, "b q (i h w) -> i b h q w", i=3, h=self.heads)
+        q, k = F.normalize(q, dim=-1) * self.sharpness.exp(), F.normalize(k, dim=-1)
+        if before is not None:
+            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+        scores = (q @ k.mT).masked_fill(~rearrange(mask, "b q k -> b 1 q k"), -torch.inf)         # b h q k
+        y = rearrange(scores.softmax(-1).to(v.dtype) @ v, "b h q w -> b q (h w)")
+        x = x + (1 + gate1) * self.merge(y)
+        return x + (1 + gate2) * self.feed(self.norm(x) * (1 + scale2) + shift2), (k, v)
+
+
 class FeedForward(nn.Module):
     """A block without its attention: every row for itself, ... d -> ... d."""
 
@@ -178,6 +205,38 @@ def look_up(grid, points):
     zyx = rearrange(points.flip(-1), "b k i -> b k 1 1 i").float()                # grid_sample: last axis first
     found = F.grid_sample(grid, zyx, align_corners=False, padding_mode="border")  # b f k 1 1
     return rearrange(found, "b f k 1 1 -> b k f")
+
+
+# ---------------------------------------------------------------------------- planes of features
+
+class ToPlanes(nn.Module):
+    """Tokens -> three planes (xy, yz, zx) of features, in levels: each has twice the side of the level before."""
+
+    def __init__(self, dim, heads, side, features):           # features: of each level
+        super().__init__()
+        self.side = side
+        self.query = nn.Parameter(torch.randn(3 * side ** 2, dim) * .02)          # of the cells of a first level
+        self.cross, self.mix = Block(dim, heads, context_dim=dim), Block(dim, heads)
+        widths = dim, *features
+        self.norm = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[:-1])
+        self.conv = nn.ModuleList(nn.Conv2d(width, out, 3, padding=1) for width, out in zip(widths, widths[1:]))
+
+    def forward(self, tokens):                                # b n d -> levels of (b 3) f s s
+        x = self.cross(repeat(self.query, "q d -> b q d", b=len(tokens)), tokens)
+        x = rearrange(self.mix(x), "b (i u v) d -> (b i) d u v", i=3, u=self.side)
+        levels = []
+        for norm, conv in zip(self.norm, self.conv):
+            x = F.gelu(conv(F.interpolate(norm(x), scale_factor=2, mode="bilinear", align_corners=False)))
+            levels.append(x)
+        return levels
+
+
+def look_up_planes(levels, points):
+    """The features of points b k 3 in the planes of all levels: b k f, sums over the three planes."""
+    uv = torch.stack([points[..., [1, 0]], points[..., [2, 1]], points[..., [0, 2]]], 1).float()          # b 3 k 2
+    uv = rearrange(uv, "b i k j -> (b i) k 1 j")              # grid_sample: last axis first
+    found = [F.grid_sample(level.float(), uv, align_corners=False, padding_mode="border") for level in levels]
+    return torch.cat([reduce(x, "(b i) f k 1 -> b k f", "sum", i=3) for x in found], -1)
 
 
 # ---------------------------------------------------------------------------- moving average

@@ -18,7 +18,8 @@ except ImportError:                                           # Windows has none
 
 BEFORE = {  # stage -> the stages that it is trained on, if they are in the folder; a head: the tokenizer
     "vision": ("encoders",),                                  # it learns to predict shape tokens, but never reads them
-    "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision")}
+    "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision"),
+    "vat-generator": ("encoders", "vision", "vat-codes")}
 
 
 @contextlib.contextmanager
@@ -47,7 +48,7 @@ def locked(folder):
 
 
 class Run:
-    """What every stage is given. train.py adds `train` and `test`, `classes` and `prompts`, `generators`.
+    """What every stage is given. train.py adds `train` and `test`, `classes` and `prompts`, `generators`, `last`.
 
     settings: {stage: (steps, batch, peak learning rate)}; reps: those to decode; first: the heads that the tokenizer
     is trained with.
@@ -141,14 +142,15 @@ class Run:
 
 
 def copy_stages(run, source, begin, training):
-    """Copies the stages of a trained folder that fit. Not copied: the backbone; stages in `training`; those that stand
-    on other encoders of transformers, or on other weights than those in the folder."""
+    """Copies the stages of a trained folder that fit. Not copied: the generator; stages in `training`; those of other
+    models; those that stand on other encoders of transformers, or on other weights than those in the folder."""
     if "tokenizer" not in trained_stages(source):
         raise UserError(f"there is no trained tokenizer in {source}; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
     training = {*training} - {f"head-{rep}" for rep in config["tokenizer"]["heads"]}        # goes on from the copy
-    wanted = [stage for stage in trained_stages(source) if stage not in ("backbone", *training, *trained_stages(folder))
+    wanted = [stage for stage in trained_stages(source)
+              if stage in run.settings and stage not in (run.last, *training, *trained_stages(folder))
               and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
     for stage in config.keys() & wanted:
         run.check_stage(source, stage, config[stage], begin)

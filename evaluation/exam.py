@@ -18,6 +18,7 @@ from evaluation.metrics import chamfer, chamfer_matrix
 from evaluation.results import ResultCache, mean, weights
 from geometry.prepare import BuiltIn, Files, name_begins, version
 from geometry.shapes import CLASSES
+from models import MODELS
 from prompts import text_tower
 from sample import Sampler
 
@@ -27,20 +28,20 @@ SOUNDNESS = "one piece", "watertight", "closed edges"         # what a represent
 SHARES = "R-precision", "COV", "1-NNA", "right class", *SOUNDNESS     # columns that end at 1
 ROOT = Path(__file__).parent.parent
 CODE = [ROOT / name for name in (                             # the files that decide what a result is
-    "sample.py", "ltm3d.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py", "tokenizer.py", "heads.py",
-    "bench.py", "prompts/reading.py", "prompts/text_tower.py", "prompts/image_tower.py", "geometry/surface.py",
-    "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py", "geometry/solids.py",
-    "geometry/shapes.py", "geometry/captions.py", "geometry/camera.py", "geometry/training_samples.py",
-    "geometry/training_pictures.py", "engine/networks.py", "engine/commands.py", "evaluation/exam.py",
-    "evaluation/peers.py", "evaluation/judges.py", "evaluation/metrics.py", "evaluation/attributes.py",
-    "evaluation/words.py", "evaluation/low_poly.py")]
+    "sample.py", "models.py", "ltm3d.py", "vat.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py",
+    "tokenizer.py", "heads.py", "bench.py", "prompts/reading.py", "prompts/text_tower.py", "prompts/image_tower.py",
+    "geometry/surface.py", "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py",
+    "geometry/solids.py", "geometry/shapes.py", "geometry/captions.py", "geometry/camera.py",
+    "geometry/training_samples.py", "geometry/training_pictures.py", "engine/networks.py", "engine/commands.py",
+    "evaluation/exam.py", "evaluation/peers.py", "evaluation/judges.py", "evaluation/metrics.py",
+    "evaluation/attributes.py", "evaluation/words.py", "evaluation/low_poly.py")]
 
 
 # ---------------------------------------------------------------------------- models and data
 
 def open_model(args, folder):
     """A trained folder, whichever generator its backbone is."""
-    model = Sampler(folder, args.device, args.precision, load_backbone=peers.load)
+    model = Sampler(folder, args.device, args.precision, models=MODELS | {"ltm3d": peers.WithPeers})
     print(f"{folder}, running on {model.reason}")
     return model
 

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
+import ltm3d
 import train
 from backbone import DENOISERS, DRAWS, Backbone, DenoiseNet, draw_noise, grown, guidance_branches
 from engine.commands import UserError, command
@@ -290,6 +291,11 @@ def load(folder):
     entry = read_stage(folder, "backbone")
     generator = GENERATORS[entry.get("generator", "masked")]
     return load_model(generator, f"{folder}/backbone.safetensors", **entry["settings"])
+
+
+class WithPeers:
+    """LTM3D's row of models.py, whichever generator a backbone is."""
+    LAST, load = ltm3d.LAST, partial(ltm3d.LTM3D, load_backbone=load)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""codes.py - whole numbers in a small file, a few bits each, that belong to one codebook.
+
+    magic "VAT1"    fingerprint of the codebook, 6 bytes    CRC-32 of what follows, 4 bytes    the numbers, packed
+"""
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from engine.commands import UserError
+from engine.files import atomic_write
+
+HEAD = struct.Struct("<4s6sI")
+MAGIC = b"VAT1"                                               # with the version
+
+
+def pack(numbers, bits):                                      # whole numbers n -> bytes
+    return np.packbits((np.asarray(numbers)[:, None] >> np.arange(bits)) & 1).tobytes()
+
+
+def unpack(raw, bits, count):
+    digits = np.unpackbits(np.frombuffer(raw, np.uint8))[:count * bits].reshape(count, bits)
+    return (digits.astype(int) << np.arange(bits)).sum(1)
+
+
+def write_codes(path, numbers, bits, fingerprint):
+    """Numbers n below 2^bits; fingerprint: twelve hex digits (files.digest)."""
+    packed = pack(numbers, bits)
+    with atomic_write(path) as part:
+        part.write_bytes(HEAD.pack(MAGIC, bytes.fromhex(fingerprint), zlib.crc32(packed)) + packed)
+
+
+def read_codes(path, bits, count, fingerprint):
+    """-> the numbers, `count` of them. Files of strangers: each field is checked."""
+    longest = HEAD.size + -(-count * bits // 8)
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(longest + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; name a file of vat.py compress") from None
+    if len(raw) < HEAD.size or not raw.startswith(MAGIC):
+        raise UserError(f"{path} is no file of vat.py compress; make one: python vat.py compress chair.glb chair.vat")
+    _, found, check = HEAD.unpack(raw[:HEAD.size])
+    if found.hex() != fingerprint:
+        raise UserError(f"{path} was written with codebook {found.hex()}, not {fingerprint}; give its --checkpoint")
+    if len(raw) != longest or zlib.crc32(raw[HEAD.size:]) != check:
+        raise UserError(f"{path} is truncated or was altered; compress the shape again")
+    return unpack(raw[HEAD.size:], bits, count)

@@ -1,0 +1,32 @@
+"""models.py - the systems that this project teaches. A model is a module. The commands ask it for
+
+    DEFAULTS      {stage: (steps, batch, peak learning rate)}; stages are seeded by their position: append, never insert
+    STAGES        what --stage takes
+    SEEING        the stages that learn from pictures
+    LAST          the stage without which a folder holds no such model; it remembers the encoders
+    SIZES         sizes that can be trained
+    REPS          representations that it makes
+    SAMPLING      {option of `generate`: its default}; flags of sample.py
+    SHIPPED       the folder of its trained weights
+    stages(reps)  {stage: a function of a run (engine/run.py) that trains it}, in order
+    load(folder, device, autocast) -> an object with
+
+        generate(condition, seeds, **options) -> tokens, a row for each seed
+        decode(tokens, rep, rng, resolution, points, faces) -> a shape (geometry/export.py)
+        load_heads(*reps), heads: {rep: what decodes it}
+"""
+import ltm3d
+import vat
+from engine.commands import UserError
+from engine.files import read_config
+
+MODELS = {"ltm3d": ltm3d, "vat": vat}
+
+
+def model_in(folder, wanted=None):
+    """The name of the model that a checkpoint folder holds. It has to be the wanted one, if one is named."""
+    config = read_config(folder)
+    name = next((name for name, model in MODELS.items() if model.LAST in config), "ltm3d")
+    if wanted and wanted != name:
+        raise UserError(f"{folder} holds {name}, not {wanted}; leave out --model, or give another --checkpoint")
+    return name

@@ -1,0 +1,144 @@
+"""test_vat.py - the tests of vat.py.
+
+    python -m pytest -q test_vat.py
+"""
+import numpy as np
+import pytest
+import torch
+
+import sample
+import vat
+from conftest import assert_one_line, run, train_small
+from engine import codes
+from engine.commands import UserError
+
+SIZE = dict(side=4, channels=8, codes=64, scales="1 2 3 4", dim=32, heads=4, depth=1)
+PARTS = {key: SIZE[key] for key in ("side", "channels", "codes", "scales")}
+
+
+@pytest.fixture
+def tokenizer():
+    torch.manual_seed(0)
+    return vat.Tokenizer(**SIZE).eval()
+
+
+@pytest.fixture
+def generator(tokenizer):
+    model = vat.Generator(**PARTS, widths={"text": 16}, dim=32, depth=2, heads=4, prefix=2).eval()
+    torch.nn.init.normal_(model.out.weight)
+    model.quantiser.load_state_dict(tokenizer.quantiser.state_dict())
+    return model
+
+
+def condition(b):
+    torch.manual_seed(1)
+    mask = torch.arange(5) < torch.tensor([5, 3, 4, 2, 5, 1])[:b, None]
+    return {"text": (torch.randn(b, 5, 16), mask)}
+
+
+# ---------------------------------------------------------------------------- quantiser
+
+def test_codes_are_what_was_quantised(tokenizer):
+    """The latents that leave the quantiser are those that its codes say."""
+    latents, _, indices = tokenizer.quantiser(torch.randn(3, 64, 8))
+    assert indices.shape == (3, 1 + 8 + 27 + 64)
+    assert torch.allclose(vat.sequence(tokenizer.quantiser.decode(indices)[-1]), latents, atol=1e-5)
+
+
+def test_the_nearest_code_is_chosen(tokenizer):
+    """The first scale is a mean over all latents; of all codes, its code is the nearest to it."""
+    z = torch.randn(5, 64, 8)
+    distance = (z.mean(1)[:, None] - tokenizer.quantiser.code).norm(dim=-1)       # b v
+    assert (tokenizer.quantiser(z)[2][:, 0] == distance.argmin(1)).all()
+
+
+def test_gradients_pass_the_quantiser(tokenizer):
+    """As if the quantised latents were the latents: the gradient of their sum is 1."""
+    z = torch.randn(2, 64, 8, requires_grad=True)
+    tokenizer.quantiser(z)[0].sum().backward()
+    assert torch.allclose(z.grad, torch.ones_like(z))
+
+
+def test_codes_out_of_use_are_revived(tokenizer):
+    """A code that no vector is near becomes a vector of the batch."""
+    quantiser = tokenizer.quantiser.train()
+    with torch.no_grad():
+        quantiser.code.fill_(100.)
+        quantiser.code[0] = 0.
+        quantiser.use.fill_(.02)
+    quantiser(torch.randn(4, 64, 8))
+    assert (quantiser.code.abs() < 10).all()
+
+
+# ---------------------------------------------------------------------------- generator
+
+def test_cached_is_uncached(generator, monkeypatch):
+    """Without noise and guidance, what is sampled with the cache is what one pass over all scales finds likeliest."""
+    sampled, guesses, up = [], [], generator.quantiser.up
+    monkeypatch.setattr(generator.quantiser, "up", lambda chosen, k: sampled.append(chosen) or up(chosen, k))
+    generator.generate(condition(3), range(3), cfg=1., temperature=0.)
+    indices = torch.cat(sampled, 1)                                               # b N
+    generator.out.register_forward_hook(lambda module, inputs, out: guesses.append(out.argmax(-1)))
+    generator.loss(indices, condition(3))
+    assert (guesses[0] == indices).all()
+
+
+def test_a_sample_does_not_depend_on_its_batch(generator):
+    both = generator.generate(condition(2), [4, 5])
+    one = {kind: (tokens[1:], mask[1:]) for kind, (tokens, mask) in condition(2).items()}
+    assert torch.allclose(generator.generate(one, [5]), both[1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("options, allowed", [(dict(top_k=1), {2}), (dict(top_p=.6), {1, 2}), ({}, {0, 1, 2})])
+def test_only_the_likeliest_codes_are_drawn(options, allowed):
+    logits = torch.log(torch.tensor([.1, .4, .5])).expand(1, 500, 3)
+    found = vat.draw(logits, [np.random.default_rng(0)], **dict(top_k=None, top_p=1., temperature=1.) | options)
+    assert {*found.flatten().tolist()} == allowed
+
+
+# ---------------------------------------------------------------------------- files of codes
+
+def test_codes_survive_a_file(tmp_path):
+    numbers = np.random.default_rng(0).integers(1024, size=100)
+    codes.write_codes(tmp_path / "a.vat", numbers, 10, "0123456789ab")
+    assert (tmp_path / "a.vat").stat().st_size == 14 + 125
+    assert (codes.read_codes(tmp_path / "a.vat", 10, 100, "0123456789ab") == numbers).all()
+
+
+@pytest.mark.parametrize("damage, complaint", [
+    (lambda raw: raw[:50], "truncated"), (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "altered"),
+    (lambda raw: raw + b"0", "truncated"), (lambda raw: b"", "no file of"),
+    (lambda raw: b"RIFF" + raw[4:], "no file of"),
+    (lambda raw: raw[:4] + b"\0" + raw[5:], "codebook")])
+def test_a_damaged_file_of_codes_is_one_line(damage, complaint, tmp_path):
+    path = tmp_path / "a.vat"
+    codes.write_codes(path, np.arange(100), 10, "0123456789ab")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=complaint):
+        codes.read_codes(path, 10, 100, "0123456789ab")
+
+
+def test_vat_without_weights_is_one_line(tmp_path, capsys):
+    assert run(vat.main, "compress", "chair.glb", tmp_path / "a.vat", "--checkpoint", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "holds no trained vat-codes")
+
+
+def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
+    """The chain, with the towers of another folder; a prompt becomes a mesh; a mesh becomes codes, and a mesh again."""
+    monkeypatch.setitem(vat.SIZES, "small", SIZE | {"dim": 64})
+    monkeypatch.setitem(vat.GENERATORS, "small", dict(dim=64, depth=2, heads=4, prefix=2))
+    folder = tmp_path / "run"
+    flags = "--model", "vat", "--from", overfitted, "--steps", 30, "--batch", 2
+    assert train_small(monkeypatch, folder, 2, *flags) == 0
+    assert {"vat-latents", "vat-codes", "vat-generator"} < {path.stem for path in folder.glob("*.safetensors")}
+
+    flags = "--checkpoint", folder, "--resolution", 32
+    assert run(sample.main, "--text", "a table", "--top-k", 5, "--out", tmp_path / "out", *flags) == 0
+    assert run(sample.main, "--text", "a table", "--steps", 5, "--out", tmp_path / "no", *flags) == 2
+    assert run(sample.main, "--text", "a table", "--model", "ltm3d", "--out", tmp_path / "no", *flags) == 2
+    capsys.readouterr()
+    mesh, codes_, back = tmp_path / "out" / "a-table-0.glb", tmp_path / "a.vat", tmp_path / "back.glb"
+    assert run(vat.main, "compress", mesh, codes_, *flags) == 0
+    assert "what comes back" in capsys.readouterr().out
+    assert run(vat.main, "decompress", codes_, back, *flags) == 0
+    assert back.is_file()

@@ -1,0 +1,440 @@
+"""vat.py - VAT (arXiv 2412.02202): a shape becomes whole numbers, coarse to fine, and a transformer predicts them.
+
+The opposite bet to LTM3D, whose tokens are continuous and have no order:
+
+    shape  -> Encoder -> latents -> Quantiser -> codes of the scales 1^3, 2^3, 3^3, 4^3 -> Decoder -> shape
+    prompt -> Generator -> the codes of one scale after another
+
+Data, text and image towers, blocks, training loop, surfaces and exams are those of LTM3D. Departures from the paper:
+its latents are a sequence without a place; here they stand on a grid, because Down and Up between scales need an order.
+The decoder also predicts colours, because our prompts name them.
+
+    python train.py --model vat                           # trains it
+    python sample.py --model vat --text "table"
+    python vat.py compress chair.glb chair.vat            # a shape in 146 bytes
+    python vat.py decompress chair.vat chair.glb
+
+Letters: n latents of c channels, s the side of a scale, v codes of the codebook, k points, r the side of a plane.
+"""
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import nn
+
+import heads as heads_
+import ltm3d
+from backbone import grown, guidance_branches, guide
+from engine.codes import read_codes, write_codes
+from engine.commands import Parser, UserError, cast_once, command
+from engine.files import digest, load_model, read_stage, read_weights
+from engine.loop import fit
+from engine.networks import Block, FeedForward, FromCells, GrowingBlock, ToPlanes, fourier, grid_points, look_up_planes
+from engine.state import start
+from evaluation import progress
+from evaluation.judges import grid_iou
+from evaluation.metrics import fscore
+from geometry import mesh_files, real
+from geometry.export import Mesh
+from geometry.surface import TRUNCATION, extract
+from prefix import Prefix
+from tokenizer import encode_set
+
+DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in ("encoders", "tokenizer", "vision", "head-sdf")} | {
+    "vat-latents": (1500, 32, 2e-3), "vat-codes": (1500, 32, 1e-3), "vat-generator": (1700, 64, 2e-3)}
+STAGES = "encoders", "tokenizer", "vision", "vat-latents", "vat-codes", "vat-generator"
+SEEING, LAST = {"vision", "vat-generator"}, "vat-generator"
+REPS, SHIPPED = ("sdf", "mesh"), "checkpoints/vat"
+SAMPLING = {"cfg": 2., "cfg_image": 2., "temperature": 1., "top_k": None, "top_p": 1.}
+SIZES = {
+    "tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", dim=128, heads=4, depth=3),
+}
+GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, prefix=8)}
+BANDS = 7               # finest positional wavelength 4 / 2^6 = .06
+SOFT = 1 / 64           # s of the semi-continuous occupancy: 1/128 of the cube's side
+KL, COMMIT, CODEBOOK = 1e-4, .25, .2                          # weights in the loss; the paper's
+
+
+# ---------------------------------------------------------------------------- in-context transformer
+
+class Encoder(nn.Module):
+    """Features of the surface and learnt latents, one sequence: they attend to each other. Only the latents leave."""
+
+    def __init__(self, side, channels, dim, heads, depth, features=6, cells=4):
+        super().__init__()
+        self.points = 4096                                    # how many it reads; in training, half as many
+        self.register_buffer("place", grid_points(side), persistent=False)                        # n 3
+        self.register_buffer("centre", grid_points(features), persistent=False)                   # 6^3 features, m 3
+        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, 32))
+        self.feature = FromCells(features, cells, 32, dim)    # the paper has 3,072 features, of a point each
+        self.latent = nn.Parameter(torch.randn(side ** 3, dim) * .02)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * channels))
+
+    def posterior(self, points, normals, colours):            # b k 3 each -> mean, log variance: b n c each
+        b, n, m = len(points), len(self.place), len(self.centre)
+        features = self.feature(points, self.point(torch.cat([fourier(points, BANDS), normals, colours], -1)))
+        x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=b)], 1)    # b (m + n) d
+        place = repeat(torch.cat([self.centre, self.place]), "n i -> b n i", b=b)
+        for block in self.blocks[:-1]:
+            x = block(x, positions=(place, place))
+        latents = repeat(torch.arange(m, m + n, device=x.device), "n -> b n", b=b)
+        x = self.blocks[-1](x, positions=(place[:, m:], place), rows=latents)     # b n d
+        mean, log_variance = self.out(x).float().chunk(2, -1)
+        return mean, log_variance.clamp(-10, 10)
+
+    def forward(self, *cloud):                                # the mean alone: b n c
+        return self.posterior(*cloud)[0]
+
+
+# ---------------------------------------------------------------------------- variational vector quantiser
+
+def sequence(grid):
+    return rearrange(grid, "b c x y z -> b (x y z) c")
+
+
+class Quantiser(nn.Module):
+    """Residual quantisation over scales. f_k is what the codes of the first k scales say of the latents z:
+
+        q_k = argmin_v | Down_k(z - f_(k-1)) - code_v |^2       s_k^3 whole numbers
+        f_k = f_(k-1) + phi_k(Up(code[q_k]))                    phi_k: a convolution
+    """
+
+    def __init__(self, side, channels, codes, scales):
+        super().__init__()
+        self.side, self.scales = side, [int(s) for s in scales.split()]
+        self.code = nn.Parameter(torch.randn(codes, channels) * .5)               # v c
+        self.phi = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1) for _ in self.scales)
+        self.register_buffer("use", torch.ones(codes))        # how often a code was chosen of late, 1: as all others
+
+    def down(self, x, s):                                     # b c s s s -> b c s s s
+        return F.adaptive_avg_pool3d(x, s)
+
+    def up(self, indices, k):                                 # b s^3 -> what scale k adds, b c s s s
+        x = rearrange(self.code[indices], "b (x y z) c -> b c x y z", x=self.scales[k], y=self.scales[k])
+        x = F.interpolate(x, size=(self.side,) * 3, mode="trilinear", align_corners=False)
+        return (x + self.phi[k](x)) / 2
+
+    def decode(self, indices):
+        """Codes b N of all scales, or of the first -> [f_0 = 0, f_1, ...], b c s s s each."""
+        f = [torch.zeros(len(indices), self.code.shape[1], *[self.side] * 3, device=indices.device)]
+        for k, s in enumerate(self.scales):
+            if indices.shape[1]:
+                f.append(f[-1] + self.up(indices[:, :s ** 3], k))
+            indices = indices[:, s ** 3:]
+        return f
+
+    @torch.no_grad()
+    def encode(self, z):                                      # b c s s s -> codes b N
+        f, indices = torch.zeros_like(z), []
+        for k, s in enumerate(self.scales):
+            rest = sequence(self.down(z - f, s))
+            indices.append(torch.cdist(rest, self.code).argmin(-1))
+            if self.training:
+                self.revive(rest, indices[-1])
+            f = f + self.up(indices[-1], k)
+        return torch.cat(indices, 1)
+
+    def forward(self, z):
+        """z b n c -> quantised b n c, loss, codes b N. With sg, stop-gradient, over the scales k:
+
+            L = mean_k |f_k - sg(z)|^2 + COMMIT |sg(f_k) - z|^2         gradients pass from f to z as if f = z
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = rearrange(z.float(), "b (x y z) c -> b c x y z", x=self.side, y=self.side)
+            indices = self.encode(z)
+            f = torch.stack(self.decode(indices)[1:])                             # k b c s s s
+            loss = F.mse_loss(f, z.detach().expand_as(f)) + COMMIT * F.mse_loss(z.expand_as(f), f.detach())
+            f = z + (f[-1] - z).detach()
+        return sequence(f), loss, indices
+
+    @torch.no_grad()
+    def revive(self, rest, chosen):
+        """Codes that are hardly ever chosen become vectors of the batch, rest b s^3 c."""
+        count = torch.bincount(chosen.flatten(), minlength=len(self.use)) * len(self.use) / chosen.numel()
+        self.use.lerp_(count.float(), .01)
+        dead = self.use < .03
+        rest = rearrange(rest, "b s c -> (b s) c")
+        self.code[dead] = rest[torch.randint(len(rest), (int(dead.sum()),), device=rest.device)]
+        self.use[dead] = 1.
+
+
+# ---------------------------------------------------------------------------- triplane decoder
+
+class Decoder(nn.Module):
+    """Latents -> three planes of 8 x 8 -> convolutions -> three mip levels, 16, 32 and 64 wide -> distance and colour.
+
+    The output y is a distance in truncations, and 2 y TRUNCATION / SOFT the logit of "outside": at the surface it is as
+    steep as the semi-continuous occupancy, which is all that the paper has. The surface is refined by the distance."""
+    SIDE, FEATURES = 8, (64, 32, 16)
+
+    def __init__(self, side, channels, dim, heads, depth):
+        super().__init__()
+        self.register_buffer("anchors", grid_points(side), persistent=False)                      # n 3
+        self.latent, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.planes = ToPlanes(dim, heads, self.SIDE, self.FEATURES)
+        self.point = nn.Linear(3 + 6 * BANDS + sum(self.FEATURES), dim)
+        self.feed = nn.Sequential(FeedForward(dim), FeedForward(dim), nn.LayerNorm(dim))
+        self.out = nn.Linear(dim, 4)
+
+    def read(self, latents):                                  # b n c -> levels of planes, (b 3) f r r
+        x, anchors = self.latent(latents) + self.place, repeat(self.anchors, "n i -> b n i", b=len(latents))
+        for block in self.blocks:
+            x = block(x, positions=(anchors, anchors))
+        return self.planes(x)
+
+    def evaluate(self, levels, x):                            # points b k 3 -> b k 4
+        y = self.feed(self.point(torch.cat([fourier(x, BANDS), look_up_planes(levels, x)], -1)))
+        with torch.autocast(y.device.type, enabled=False):    # fp32, as in heads.py
+            return self.out(y.float())
+
+    def loss(self, latents, batch):
+        """Cross-entropy of the semi-continuous occupancy, L1 of the clipped distance, squared error of colours."""
+        x = torch.cat([batch["queries"], batch["points"]], 1)                     # b k 3
+        y, k = self.evaluate(self.read(latents), x), batch["queries"].shape[1]    # b k 4
+        true = F.pad(batch["distance"], (0, x.shape[1] - k))                      # b k; 0 on the surface
+        outside = (.5 + true / (2 * SOFT)).clamp(0, 1)
+        occupancy = F.binary_cross_entropy_with_logits(y[..., 0] * (2 * TRUNCATION / SOFT), outside)
+        distance = F.l1_loss(y[..., 0], (true / TRUNCATION).clamp(-1, 1))
+        error = reduce((y[:, k:, 1:] - batch["colours"]) ** 2, "b k i -> b k", "mean")
+        colour = (heads_.rarity(batch["colours"]) * error).mean()
+        logs = {"occupancy": occupancy.detach(), "distance": distance.detach(), "colour": colour.detach()}
+        return occupancy + distance + colour, logs
+
+
+    def decode(self, latents, heads, rng, autocast=nullcontext, resolution=128, points=None):
+        return Mesh(*extract(self, latents, resolution, autocast))
+
+
+class Tokenizer(nn.Module):
+    """Encoder, Quantiser, Decoder."""
+
+    def __init__(self, side, channels, codes, scales, dim, heads, depth):
+        super().__init__()
+        self.encoder = Encoder(side, channels, dim, heads, depth)
+        self.quantiser = Quantiser(side, channels, codes, scales)
+        self.decoder = Decoder(side, channels, dim, heads, depth)
+
+    def loss(self, cloud, samples, quantised):
+        """L = reconstruction + KL [ KL(N(mean, variance) | N(0, 1)) ] + CODEBOOK L_quantiser."""
+        mean, log_variance = self.encoder.posterior(*cloud)                       # b n c each
+        kl = reduce(mean ** 2 + log_variance.exp() - 1 - log_variance, "b n c -> b n", "sum").mean() / 2
+        z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+        latents, loss, indices = self.quantiser(z) if quantised else (z, torch.zeros(()), None)
+        total, logs = self.decoder.loss(latents, samples)
+        share = (self.quantiser.use > .03).float().mean()
+        logs |= {"kl": kl.detach(), "codebook": loss.detach(), "codes in use": share}
+        return total + KL * kl + CODEBOOK * loss, logs
+
+
+# ---------------------------------------------------------------------------- next-scale generator
+
+class Generator(nn.Module):
+    """[prefix, scale 1, scale 2 ...]: a scale sees the prefix, earlier scales and itself. Its tokens are what earlier
+    scales say of it, Down_k(f_(k-1)), or for the first the pooled prompt. -> logits of all its codes at once."""
+
+    def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, prefix):
+        super().__init__()
+        self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)
+        self.scales = self.quantiser.scales
+        self.prefix = Prefix(prefix, dim, heads, widths)      # condition tokens, and q answers to learnt queries
+        self.pooled, self.start = nn.Linear(dim, 6 * dim), nn.Linear(dim, dim)
+        self.token = nn.Linear(channels, dim)
+        self.place = nn.Parameter(torch.randn(sum(s ** 3 for s in self.scales), dim) * .02)
+        self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(depth))
+        self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, codes)
+        nn.init.zeros_(self.pooled.weight)
+        nn.init.zeros_(self.out.weight)
+
+    def tokens(self, start, levels):
+        """[f_0, f_1 ...] -> the tokens of the scales 1, 2 ...: b s^3 d each."""
+        first = self.start(start) + self.place[:1]                                # b 1 d
+        places = self.place.split([s ** 3 for s in self.scales])
+        down = [self.quantiser.down(f, s) for f, s in zip(levels[1:], self.scales[1:])]
+        later = [self.token(sequence(x)) + place for x, place in zip(down, places[1:])]
+        return [first, *later]
+
+    def loss(self, indices, condition):
+        """Codes b N and their condition -> cross-entropy, and the share of codes that is guessed right."""
+        prefix, seen = self.prefix(condition)                                     # b p d, b p
+        start, p = self.prefix.summary(prefix, seen), prefix.shape[1]             # b 1 d
+        scales = self.tokens(start, self.quantiser.decode(indices)[:-1])
+        x = torch.cat([prefix, *scales], 1)                                       # b (p + N) d
+        number = [0] * p + [k + 1 for k, s in enumerate(self.scales) for _ in range(s ** 3)]
+        number = torch.tensor(number, device=x.device)                            # the scale of every token
+        mask = (number <= number[:, None]) & rearrange(F.pad(seen, (0, len(number) - p), value=True), "b k -> b 1 k")
+        pooled = rearrange(self.pooled(start), "b 1 (i d) -> b i d", i=6)
+        for block in self.blocks:
+            x, _ = block(x, pooled, mask)
+        logits = self.out(self.norm(x[:, p:])).float()                            # b N v
+        right = (logits.argmax(-1) == indices).float().mean()
+        return F.cross_entropy(rearrange(logits, "b n v -> b v n"), indices), {"right": right}
+
+    @torch.no_grad()
+    def generate(self, condition, seeds, cfg=2., top_k=None, top_p=1., temperature=1.):
+        """condition (prefix.py) and one seed per sample -> latents b n c. Keys and values are kept."""
+        randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
+        condition, strengths = guidance_branches(condition, cfg)
+        prefix, seen = self.prefix(condition)                                     # (r b) p d, (r b) p
+        r, start, known = len(strengths) + 1, self.prefix.summary(prefix, seen), 0
+        pooled = rearrange(self.pooled(start), "b 1 (i d) -> b i d", i=6)
+        x, cache, codes = prefix, [None] * len(self.blocks), []
+        levels = self.quantiser.decode(torch.zeros(len(seeds), 0, dtype=torch.long, device=prefix.device))
+        mask = repeat(seen, "b k -> b q k", q=x.shape[1])
+        for k in range(len(self.scales) + 1):                                     # the prefix, then every scale
+            for i, block in enumerate(self.blocks):
+                x, cache[i] = block(x, pooled, mask, cache[i])
+            if k:
+                logits = guide(self.out(self.norm(x)).float(), grown(strengths, known, len(self.place)))
+                codes.append(draw(logits, randoms, top_k, top_p, temperature))    # b s^3
+                levels.append(levels[-1] + self.quantiser.up(codes[-1], k - 1))
+                known += codes[-1].shape[1]
+            if k < len(self.scales):
+                scales = self.tokens(start, [level.repeat(r, 1, 1, 1, 1) for level in levels])
+                x = scales[k]                                                     # (r b) s^3 d
+                seen = F.pad(seen, (0, x.shape[1]), value=True)
+                mask = repeat(seen, "b k -> b q k", q=x.shape[1])
+        return sequence(levels[-1])
+
+
+def draw(logits, randoms, top_k, top_p, temperature):
+    """Logits b s v -> codes b s, each drawn with the random generator of its sample (Gumbel's trick)."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered > top_p         # the codes before it have that share already
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    noise = torch.from_numpy(np.stack([rng.gumbel(size=logits.shape[1:]) for rng in randoms])).to(logits)
+    return (logits + temperature * noise).argmax(-1)
+
+
+# ---------------------------------------------------------------------------- training: data, model, loss, save
+
+def train_tokenizer(run, stage):
+    """Phase 1, "vat-latents", without the quantiser; phase 2, "vat-codes", with it."""
+    run, settings = run.turned(), SIZES[run.size]
+    model = Tokenizer(**settings)
+    if stage == "vat-codes":
+        read_stage(run.folder, "vat-latents")
+        model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
+    start(run, stage, {stage: model}, settings=settings)
+
+    def draw(split, rng):
+        rows = rng.integers(len(split), size=run.micro_batch_size(stage))
+        return split.cloud(rows, model.encoder.points // 2, rng), split.samples(rows, heads_.SdfHead.reads, rng)
+
+    def latents_of(model):                                    # of the first held-out shapes
+        latents = encode_set(model.encoder, run.test, run.device, run.autocast, limit=ltm3d.JUDGED).to(run.device)
+        return model.quantiser(latents)[0] if stage == "vat-codes" else latents
+
+    def show(model, path):
+        ltm3d.save_picture(path, progress.reconstructions(run, {"sdf": model.decoder}, latents_of(model)[:14], "sdf"))
+
+    model, seconds = fit(run, stage, model, draw, lambda model, batch: model.loss(*batch, stage == "vat-codes"), show)
+    metrics = progress.head_metrics(run, {"sdf": model.decoder}, latents_of(model), "sdf")
+    run.finish(stage, seconds, {stage: model}, settings=settings, metrics=metrics)
+
+
+def train_generator(run):
+    """On frozen codes and frozen encoders."""
+    load = lambda folder: load_tokenizer(folder).encoder
+    encoders, _, draw = ltm3d.tokens_and_prompts(run, "vat-generator", load, "vat-codes")
+    tokenizer = load_tokenizer(run.folder).to(run.device)
+    parts = {key: SIZES[run.size][key] for key in ("side", "channels", "codes", "scales")}
+    settings = parts | GENERATORS[run.size] | {"widths": encoders.widths}
+    model = Generator(**settings)
+    model.quantiser.load_state_dict(tokenizer.quantiser.state_dict())
+    start(run, "vat-generator", {"vat-generator": model}, settings=settings, towers=run.encoder_names)
+
+    def loss_of(model, batch):
+        latents, prompts = batch
+        return model.loss(tokenizer.quantiser(latents)[2], encoders.encode_drawn(prompts))
+
+    def show(model, path):
+        with run.autocast():
+            x = model.generate(encoders.encode(run.prompts), [(0, i) for i in range(len(run.prompts))])
+        ltm3d.save_picture(path, progress.samples(run, {"sdf": tokenizer.decoder}, x))
+
+    model, seconds = fit(run, "vat-generator", model, draw, loss_of, show)
+    run.finish("vat-generator", seconds, {"vat-generator": model}, settings=settings, towers=run.encoder_names,
+               metrics=progress.class_accuracy(run, encoders, model, {"sdf": tokenizer.decoder}))
+
+
+def stages(reps):
+    own = {stage: partial(train_tokenizer, stage=stage) for stage in ("vat-latents", "vat-codes")}
+    others = {stage: train for stage, train in ltm3d.stages([]).items() if stage in STAGES}
+    return others | own | {"vat-generator": train_generator}
+
+
+# ---------------------------------------------------------------------------- sampling
+
+def load_tokenizer(folder):
+    settings = read_stage(folder, "vat-codes")["settings"]
+    return load_model(Tokenizer, f"{folder}/vat-codes.safetensors", **settings)
+
+
+class VAT:
+    """The stages of a checkpoint folder that sampling needs."""
+
+    def __init__(self, folder, device, autocast):
+        self.device, self.autocast, settings = device, autocast, read_stage(folder, "vat-generator")["settings"]
+        generator = load_model(Generator, f"{folder}/vat-generator.safetensors", **settings)
+        self.generator = cast_once(generator.to(device), autocast)
+        self.heads = {"sdf": load_tokenizer(folder).decoder.to(device)}
+
+    def load_heads(self, *reps):
+        if other := {*reps} - {*REPS}:
+            raise UserError(f"vat makes {', '.join(REPS)}, not {', '.join(sorted(other))}")
+
+    def generate(self, condition, seeds, **options):
+        options = SAMPLING | options
+        cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
+        return self.generator.generate(condition, seeds, cfg, **options)
+
+    def decode(self, latents, rep, rng, resolution=128, points=None, faces=None):
+        head = heads_.SimplifiedMesh(faces or 256) if rep == "mesh" else self.heads["sdf"]
+        return head.decode(latents.to(self.device), self.heads, rng, self.autocast, resolution)
+
+
+load = VAT
+
+
+# ---------------------------------------------------------------------------- compression
+
+def main():
+    parser = Parser(__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("command", choices=["compress", "decompress"])
+    flag("source", type=Path, help="a mesh (obj, glb, gltf, ply, stl, off), or a file that compress wrote")
+    flag("target", type=Path, help="file to write: of codes, or a mesh (.glb, .obj, .stl, .ply)")
+    flag("--checkpoint", default=SHIPPED, help="folder of trained weights, the same for both")
+    flag("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="cells along a side of the grid")
+    args = parser.parse_args()
+    model = load_tokenizer(args.checkpoint)
+    quantiser, book = model.quantiser, digest(f"{args.checkpoint}/vat-codes.safetensors")
+    bits, count = (len(quantiser.code) - 1).bit_length(), sum(s ** 3 for s in quantiser.scales)
+    if args.command == "compress":
+        (item, *_), _ = real.list_items(args.source)
+        shape, rng = mesh_files.shape(item), np.random.default_rng(0)
+        cloud = [torch.from_numpy(np.float32(x))[None] for x in shape.surface(model.encoder.points, rng)]
+        _, _, indices = quantiser(model.encoder(*cloud))
+        write_codes(args.target, indices[0], bits, book)
+    else:
+        indices = torch.from_numpy(read_codes(args.source, bits, count, book))[None]
+    mesh = model.decoder.decode(sequence(quantiser.decode(indices)[-1])[0], {}, None, resolution=args.resolution)
+    if args.command == "decompress":
+        return mesh.save(args.target)
+    x, y = mesh.surface(100_000, rng)[0], shape.surface(100_000, rng)[0]
+    overlap = grid_iou(model.decoder, sequence(quantiser.decode(indices)[-1])[0], shape, nullcontext)
+    print(f"{args.target}: {args.target.stat().st_size} bytes; what comes back has an F-score at .02 of "
+          f"{fscore(x, y, .02):.3f} and an IoU of {overlap:.3f}")
+
+
+if __name__ == "__main__":
+    command(main)
