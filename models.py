@@ -28,5 +28,5 @@ def model_in(folder, wanted=None):
     config = read_config(folder)
     name = next((name for name, model in MODELS.items() if model.LAST in config), "ltm3d")
     if wanted and wanted != name:
-        raise UserError(f"{folder} holds {name}, not {wanted}; leave out --model, or give another --checkpoint")
+        raise UserError(f"{folder} holds {name}, not {wanted}; give another --checkpoint")
     return name

@@ -305,7 +305,9 @@ def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, ca
     ("config.json", lambda content: b"{}", "holds no trained backbone"),
     ("config.json", lambda content: content.replace(b'"dim": 64', b'"dim": 128'), "does not fit this model"),
     ("config.json", lambda content: content.replace(b'"heads": 4', b'"heads": 7'), "7 attention heads do not divide"),
-    ("config.json", lambda content: content.replace(b'"settings"', b'"sittings"'), "has no 'settings'")])
+    ("config.json", lambda content: content.replace(b'"settings"', b'"sittings"'), "has no 'settings'"),
+    ("config.json", lambda content: content.replace(b'"towers"', b'"sampling": {"steps": "x"}, "towers"'), "sampling"),
+    ("config.json", lambda content: content.replace(b'"towers"', b'"sampling": {"haste": 1}, "towers"'), "no haste")])
 def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp_path, capsys):
     """Truncated, foreign, missing, exchanged and other-sized files of a checkpoint are named."""
     folder = shutil.copytree(overfitted, tmp_path / "checkpoint")
@@ -317,6 +319,18 @@ def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp
     assert run(sample.main, *flags) == 2
     assert_one_line(capsys.readouterr().err, complaint)
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_remember_how_they_are_sampled(overfitted, tmp_path):
+    """Options in config.json are those of every sample; what is asked for wins."""
+    folder = shutil.copytree(overfitted, tmp_path / "checkpoint")
+    files.write_config(folder, "backbone", sampling={"steps": 2, "temperature": 0.})
+    plain, remembering = (sample.load(path, precision="fp32") for path in (overfitted, folder))
+    tokens = remembering.tokens(["a table"], [0])
+    assert torch.equal(tokens, plain.tokens(["a table"], [0], steps=2, temperature=0.))
+    asked = remembering.tokens(["a table"], [0], steps=10, temperature=1.)
+    assert torch.equal(asked, plain.tokens(["a table"], [0]))
+    assert not torch.equal(asked, tokens)
 
 
 def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 The opposite bet to LTM3D, whose tokens are continuous and have no order:
 
-    shape  -> Encoder -> latents -> Quantiser -> codes of the scales 1^3, 2^3, 3^3, 4^3 -> Decoder -> shape
+    shape  -> Encoder -> latents -> Quantiser -> codes of the scales 1^3, 2^3, 3^3, 4^3 ... -> Decoder -> shape
     prompt -> Generator -> the codes of one scale after another
 
 Data, text and image towers, blocks, training loop, surfaces and exams are those of LTM3D. Departures from the paper:
@@ -11,7 +11,7 @@ The decoder also predicts colours, because our prompts name them.
 
     python train.py --model vat                           # trains it
     python sample.py --model vat --text "table"
-    python vat.py compress chair.glb chair.vat            # a shape in 146 bytes
+    python vat.py compress chair.glb chair.vat            # a shape in 299 bytes
     python vat.py decompress chair.vat chair.glb
 
 Letters: n latents of c channels, s the side of a scale, v codes of the codebook, k points, r the side of a plane.
@@ -29,6 +29,7 @@ from torch import nn
 import heads as heads_
 import ltm3d
 from backbone import grown, guidance_branches, guide
+from engine import processes
 from engine.codes import read_codes, write_codes
 from engine.commands import Parser, UserError, cast_once, command
 from engine.files import digest, load_model, read_stage, read_weights
@@ -206,7 +207,6 @@ class Decoder(nn.Module):
         logs = {"occupancy": occupancy.detach(), "distance": distance.detach(), "colour": colour.detach()}
         return occupancy + distance + colour, logs
 
-
     def decode(self, latents, heads, rng, autocast=nullcontext, resolution=128, points=None):
         return Mesh(*extract(self, latents, resolution, autocast))
 
@@ -318,6 +318,8 @@ def draw(logits, randoms, top_k, top_p, temperature):
 
 def train_tokenizer(run, stage):
     """Phase 1, "vat-latents", without the quantiser; phase 2, "vat-codes", with it."""
+    if processes.world() > 1:                                 # codes are revived from the batch of one process
+        raise UserError(f"{stage} learns in one process; leave torchrun out, and train the generator with it")
     run, settings = run.turned(), SIZES[run.size]
     model = Tokenizer(**settings)
     if stage == "vat-codes":
@@ -427,11 +429,12 @@ def main():
         write_codes(args.target, indices[0], bits, book)
     else:
         indices = torch.from_numpy(read_codes(args.source, bits, count, book))[None]
-    mesh = model.decoder.decode(sequence(quantiser.decode(indices)[-1])[0], {}, None, resolution=args.resolution)
+    latents, = sequence(quantiser.decode(indices)[-1])        # n c
+    mesh = model.decoder.decode(latents, {}, None, resolution=args.resolution)
     if args.command == "decompress":
         return mesh.save(args.target)
     x, y = mesh.surface(100_000, rng)[0], shape.surface(100_000, rng)[0]
-    overlap = grid_iou(model.decoder, sequence(quantiser.decode(indices)[-1])[0], shape, nullcontext)
+    overlap = grid_iou(model.decoder, latents, shape, nullcontext)
     print(f"{args.target}: {args.target.stat().st_size} bytes; what comes back has an F-score at .02 of "
           f"{fscore(x, y, .02):.3f} and an IoU of {overlap:.3f}")
 

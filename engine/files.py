@@ -107,9 +107,10 @@ def is_settings(value):
 
 
 def is_sampling(value):
-    """Options of sampling: numbers and words by name."""
-    return type(value) is dict and all(type(x) is str or type(x) in (int, float) and math.isfinite(x)
-                                       for x in value.values())
+    """Options of sampling by name: a rule of RGS, whole numbers of steps, and other numbers."""
+    kinds = {"rgs": (str,), "steps": (int,), "denoise_steps": (int,)}
+    return type(value) is dict and all(type(x) in kinds.get(name, (int, float)) and (type(x) is str or 0 <= x <= 10_000)
+                                       for name, x in value.items())
 
 
 def is_words(value):
@@ -122,7 +123,7 @@ FORMS = {  # a field of config.json: its form, in words and as a test
     "steps": ("a whole number", lambda x: type(x) is int),
     "seconds": ("a number", lambda x: type(x) in (int, float) and math.isfinite(x)),
     "settings": ("sizes of a network by name", is_settings),
-    "sampling": ("numbers and words by name", is_sampling),
+    "sampling": ("options of sampling by name", is_sampling),
     **dict.fromkeys(("nouns", "made_with"), ("words by name", lambda x: type(x) is dict and is_words([*x.values()]))),
     "towers": ("names of encoders", lambda x: type(x) is dict and x.keys() == {"text", "image"}
                and is_words([name for name in x.values() if name is not None]))}

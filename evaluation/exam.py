@@ -12,7 +12,7 @@ import heads
 import tokenizer
 from data import kinds_of, prepare
 from engine.commands import UserError, pick_device
-from engine.files import digest, read_config
+from engine.files import digest, read_config, read_stage
 from evaluation import metrics, peers
 from evaluation.metrics import chamfer, chamfer_matrix
 from evaluation.results import ResultCache, mean, weights
@@ -40,8 +40,8 @@ CODE = [ROOT / name for name in (                             # the files that d
 # ---------------------------------------------------------------------------- models and data
 
 def open_model(args, folder):
-    """A trained folder, whichever generator its backbone is."""
-    model = Sampler(folder, args.device, args.precision, models=MODELS | {"ltm3d": peers.WithPeers})
+    """A trained folder of LTM3D, whichever generator its backbone is. The exams ask its tokens, not those of others."""
+    model = Sampler(folder, args.device, args.precision, "ltm3d", MODELS | {"ltm3d": peers.WithPeers})
     print(f"{folder}, running on {model.reason}")
     return model
 
@@ -202,7 +202,7 @@ class Scorer:
 
 def training_set_of(folder, args):
     """The prepared shapes that a checkpoint was trained on. If they are not there: None, and prints why."""
-    name = read_config(folder)["backbone"]["data"]
+    name = read_stage(folder, "backbone")["data"]
     if not name.startswith(name_begins(args.data) if args.data else "shapes-train-"):
         raise UserError(f"the backbone in {folder} learnt from {name}; give the --data that it was trained on")
     if args.data:

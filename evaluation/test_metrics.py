@@ -1,6 +1,7 @@
 """test_metrics.py - the tests of results, scores and metrics."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,20 @@ import sample
 import tokenizer
 from conftest import run
 from engine.commands import UserError, pick_device
-from evaluation import attributes, exam, low_poly, metrics, results, words
+from evaluation import attributes, exam, low_poly, metrics, progress, results, words
 from evaluation.judges import decoded_field, true_field
 from geometry import shapes
 from prompts import reading, text_tower
+
+# ---------------------------------------------------------------------------- what a run shows of itself
+
+def test_pictures_of_a_run_show_names_that_it_learns():
+    """Of files, the prompts are names of training shapes; a class is judged if there is a held-out shape of it."""
+    train, test = SimpleNamespace(classes=["barrel", "crate", "barrel"]), SimpleNamespace(classes=["sword", "crate"])
+    classes, prompts = progress.classes_and_prompts(train, test, built_in=False)
+    assert prompts == ["a barrel", "a crate"]
+    assert classes == ["crate"]
+
 
 # ---------------------------------------------------------------------------- results and scores
 
