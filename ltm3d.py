@@ -113,24 +113,24 @@ def train_tokenizer(run):
 
 def train_vision(run):
     """The image tower, with the cloud tower, and a reader that is thrown away."""
-    # data: twice as many clouds as pictures
+    # data: of each shape a cloud and VIEWS pictures
     aligner, tokenizer = text_tower.load(run.folder).to(run.device), tokenizer_.load(run.folder).to(run.device)
     tokens = {split: encode(run, tokenizer, split.repeated(8)) for split in (run.train, run.test)}       # shapes n c
 
     def draw(split, rng):
-        count = run.micro_batch_size("vision")                # b
-        rows = rng.permutation(len(split))[:2 * count]        # k
-        captioned, rows = text_tower.captions_and_clouds(split, aligner, rows, rng), rows[:count]
+        rows = rng.permutation(len(split))[:run.micro_batch_size("vision") // image_tower.VIEWS]             # k
+        captioned = text_tower.captions_and_clouds(split, aligner, rows, rng)
+        rows = np.tile(rows, image_tower.VIEWS)               # (v k)
         which = rng.integers(split.source.pictures, size=len(rows))
-        x = tokens[split][split.rows_as_shown(rows, which)]                                   # b n c
+        x = tokens[split][split.rows_as_shown(rows, which)]                       # (v k) n c
         return split.pictures(rows, rng, which), captioned, x
 
     # model
     settings = image_tower.SIZES[run.size] | {"out": aligner.width}
     _, n, channels = tokens[run.test].shape
-    size = reconstruct_.SIZES[run.size]
-    reader = image_tower.Reader(n, channels, settings["dim"], size["dim"], size["heads"])
-    model = nn.ModuleDict({"vision": image_tower.ImageTower(**settings), "reader": reader, "aligner": aligner})
+    vision = image_tower.ImageTower(**settings)
+    reader = image_tower.Reader(len(vision.place), vision.width, n, channels)
+    model = nn.ModuleDict({"vision": vision, "reader": reader, "aligner": aligner})
     aligner.freeze_text()
     start(run, "vision", {"vision": model["vision"]}, settings=settings)
 

@@ -6,20 +6,21 @@ find its own cloud among those of a batch, and a cloud its picture (CLIP, Radfor
 (prompts/text_tower.py) learns, too: what pictures show of a shape, without forgetting what captions say of it. The text
 tower is frozen.
 
-This loss teaches which shape a picture shows, not how it looks. So a reader also has to predict the shape tokens x_i
-from the condition tokens: a random quarter of them at every step. It is thrown away after training.
+This loss teaches which shape a picture shows, not how it looks. So the shape tokens x_i have to be a linear function of
+the condition tokens: the reader, thrown away after training. Every shape of a batch is shown in two pictures.
 
-    L = mean_i [ -log( e^s_ii / sum_k e^s_ik ) / 2 - log( e^s_ii / sum_k e^s_ki ) / 2 + 10 MSE(x_i, reader(picture_i)) ]
+    L = mean_i [ -log( e^s_ii / sum_k e^s_ik ) / 2 - log( e^s_ii / sum_k e^s_ki ) / 2 + 10 |x_i - reader(picture_i)|^2 ]
     s_ik = <picture_i, cloud_k> / temperature
 
     python train.py --rep sdf --stage vision        # trains it
 """
+import itertools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import nn
 
 from engine.files import load_model, read_stage
@@ -28,12 +29,13 @@ from geometry.training_pictures import SIZE
 from prompts.text_tower import POINTS
 
 SIZES = {  # dim is also e, the width of a condition token
-    "tiny": dict(dim=128, depth=2, heads=4), "mini": dict(dim=128, depth=2, heads=4),
-    "small": dict(dim=256, depth=4, heads=8),
-    "base": dict(dim=512, depth=8, heads=8), "large": dict(dim=768, depth=12, heads=12),
+    "tiny": dict(dim=128, depth=2, heads=4), "mini": dict(dim=128, depth=2, heads=4, convolutions=2),
+    "small": dict(dim=256, depth=4, heads=8, convolutions=2),
+    "base": dict(dim=512, depth=8, heads=8, convolutions=2), "large": dict(dim=768, depth=12, heads=12, convolutions=2),
 }
 READER_WEIGHT = 10    # of the reader's error in the loss
-ASKED = 4             # a step asks the reader for one shape token in so many; all of them would take four times as long
+RANK = 512            # of the reader: so many directions hold 95 % of the variance of shape tokens
+VIEWS = 2             # pictures of a shape in a batch; a cloud costs as much time as two pictures
 
 
 class Halve(nn.Module):
@@ -50,14 +52,31 @@ class Halve(nn.Module):
         return self.past(x) + self.mix(F.gelu(self.norm(self.into(x))))
 
 
+class Convolve(nn.Module):
+    """Residual convolutions; at the start of training they change nothing."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.into, self.mix = (nn.Conv2d(channels, channels, 3, 1, 1) for _ in range(2))
+        nn.init.zeros_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)
+
+    def forward(self, x):                                     # b c h w -> b c h w
+        return x + self.mix(F.gelu(self.into(F.gelu(self.norm(x)))))
+
+
 class ImageTower(nn.Module):
     """Pictures b 3 s s -> condition tokens b t e, one for each patch of 16 x 16 pixels."""
 
-    def __init__(self, out, dim, depth, heads):               # out: the width of a cloud's embedding
+    def __init__(self, out, dim, depth, heads, convolutions=0):      # out: the width of a cloud's embedding
         super().__init__()
         self.width = dim                                      # e
         widths = 3, dim // 8, dim // 4, dim // 2, dim
-        self.stem = nn.Sequential(*map(Halve, widths, widths[1:]))
+        self.stem = nn.Sequential()
+        for channels, wider in itertools.pairwise(widths):    # 32, 16, 8, 4 pixels wide; convolutions but for the last
+            self.stem.append(Halve(channels, wider))
+            self.stem.extend(Convolve(wider) for _ in range(convolutions if wider < dim else 0))
         self.place = nn.Parameter(torch.randn((SIZE // 16) ** 2, dim) * dim ** -.5)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
@@ -74,15 +93,16 @@ class ImageTower(nn.Module):
         return F.normalize(self.out(reduce(tokens, "b t e -> b e", "mean")).float(), dim=-1)
 
     def loss(self, pictures, clouds, reader, x):
-        """pictures b 3 s s. clouds k e, of k >= b shapes: first those of the pictures. x: b n c, their shape tokens."""
-        tokens, n = self(pictures), x.shape[1]                                    # b t e
-        picture, own = self.embed(tokens), torch.arange(len(x), device=x.device)  # b e, b
-        rows = torch.randperm(n, device=x.device)[:-(-n // ASKED)]                # m
-        error = F.mse_loss(reader(tokens, rows), x[:, rows])
+        """VIEWS pictures of each of k shapes, (v k) 3 s s; the clouds of these, k e; their tokens as the pictures show
+        them, (v k) n c."""
+        tokens, k = self(pictures), len(clouds)                                   # (v k) t e
+        error = F.mse_loss(reader(tokens), x)
+        picture, own = self.embed(tokens), torch.arange(k, device=x.device)       # (v k) e, k
         with torch.autocast(picture.device.type, enabled=False):
-            score = picture @ clouds.T * self.scale.exp().clamp(max=100)          # b k
-            loss = F.cross_entropy(score, own) / 2 + F.cross_entropy(score[:, :len(x)].T, own) / 2
-        right = (score.argmax(1) == own).float().mean()
+            score = rearrange(picture @ clouds.T, "(v k) j -> v k j", k=k) * self.scale.exp().clamp(max=100)
+            own = own.expand(len(score), k)                                       # v k
+            loss = F.cross_entropy(score.mT, own) / 2 + F.cross_entropy(score, own) / 2          # over dimension 1
+        right = (score.argmax(2) == own).float().mean()
         return loss + READER_WEIGHT * error, {"picture_to_cloud": right, "token_error": error.detach()}
 
     def condition(self, pictures):
@@ -96,17 +116,16 @@ class ImageTower(nn.Module):
 
 
 class Reader(nn.Module):
-    """Condition tokens -> shape tokens: a learnt query for each, and one cross-attention."""
+    """Condition tokens -> shape tokens, a linear map of low rank. Attention instead learns ten times more slowly."""
 
-    def __init__(self, tokens, channels, width, dim, heads):
+    def __init__(self, condition, width, tokens, channels):
         super().__init__()
-        self.query = nn.Parameter(torch.randn(tokens, dim) * .02)                 # n d
-        self.cross = Block(dim, heads, context_dim=width)
-        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
+        self.into = nn.Linear(condition * width, RANK)
+        self.out, self.channels = nn.Linear(RANK, tokens * channels), channels
 
-    def forward(self, condition, rows):                       # b t e, m -> b m c
-        query = repeat(self.query[rows], "m d -> b m d", b=len(condition))
-        return self.out(self.cross(query, condition)).float()
+    def forward(self, condition):                             # b t e -> b n c
+        x = self.out(self.into(rearrange(condition, "b t e -> b (t e)"))).float()
+        return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
 class Pixels:

@@ -57,12 +57,16 @@ def test_a_picture_near_its_own_cloud_costs_less_than_near_another():
     torch.manual_seed(0)
     tower = image_tower.ImageTower(8, **SMALL[image_tower]).eval()
     tower.scale.data.fill_(9)
-    pictures, x = torch.rand(2, 3, 64, 64), torch.randn(2, 4, 8)
-    own = tower.embed(tower(pictures)).detach()
-    clouds = torch.cat([own, -own])
-    reader = lambda tokens, rows: x[:, rows]
+    pictures = torch.stack([torch.rand(3, 64, 64), torch.zeros(3, 64, 64)])       # k 3 s s
+    clouds, x = tower.embed(tower(pictures)).detach(), torch.randn(4, 4, 8)
+    pictures, reader = pictures.repeat(image_tower.VIEWS, 1, 1, 1), lambda tokens: x
     assert tower.loss(pictures, clouds, reader, x)[0] < .3
-    assert tower.loss(pictures, -clouds, reader, x)[0] > 1
+    assert tower.loss(pictures, clouds.flip(0), reader, x)[0] > 1
+
+
+def test_new_convolutions_change_nothing_yet():
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(image_tower.Convolve(8)(x), x)
 
 
 SAID = "arms blue five has in legs red with"
