@@ -26,7 +26,7 @@ from torch import nn
 
 from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
-from engine.networks import Block, FeedForward, ToCells, fourier, grid_points, look_up, time_embedding
+from engine.networks import Block, FeedForward, ToCells, fourier, from_patches, grid_points, look_up, time_embedding
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked_light
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
@@ -39,10 +39,10 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 class QueryDecoder(nn.Module):
     """What three heads are made of: tokens become a memory once; then it is evaluated at any number of points."""
 
-    def __init__(self, side, channels, dim, heads, outputs, cells=0):
+    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1):
         super().__init__()
         self.register_buffer("anchors", grid_points(side), persistent=False)
-        self.token = nn.Linear(channels, dim)
+        self.patch, self.token = patch, nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(3))
         grids = [(cells // 2, 32), (cells, 16)] if cells else []                          # their cells, their features
@@ -53,7 +53,7 @@ class QueryDecoder(nn.Module):
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
     def read(self, tokens):                                   # b n c -> memory: b n d, or two grids b f s s s
-        x = self.token(tokens) + self.place                                               # b n d
+        x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:
             x = block(x, positions=(anchors, anchors))
@@ -209,9 +209,9 @@ class MeshHead(nn.Module):
     FACES, LEVELS = 4, 24
     RATE = 4         # times the learning rate of the others: it learns fastest there
 
-    def __init__(self, side, channels, dim, heads, cells=0):  # cells: of the other heads
+    def __init__(self, side, channels, dim, heads, cells=0, patch=1):         # cells: of the other heads
         super().__init__()
-        dim = dim * 3 // 2
+        self.patch, dim = patch, dim * 3 // 2
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.query = nn.Parameter(torch.randn(side ** 3, dim) * .5)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(6))
@@ -221,7 +221,7 @@ class MeshHead(nn.Module):
         self.other = nn.Linear(dim, self.FACES * 4)           # is there a face; its colour
 
     def forward(self, tokens):                                # b n c -> levels b s 9 l, exists b s, colours b s 3
-        x = self.token(tokens) + self.place
+        x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
         n = x.shape[1]
         x = torch.cat([x, repeat(self.query, "q d -> b q d", b=len(x))], 1)
         for block in self.blocks:

@@ -113,6 +113,23 @@ def test_standardise_changes_tokens_not_shapes(cells, prepared):
     assert torch.allclose(before, after, atol=1e-4)
 
 
+def test_patches_change_tokens_not_shapes(prepared):
+    torch.manual_seed(0)
+    settings = SMALL[tokenizer] | {"cells": 4}
+    cloud, x = prepared[0].cloud(np.arange(3), 500, np.random.default_rng(0)), torch.rand(3, 100, 3) * 2 - 1
+    fields, weights = [], None
+    for patch in (1, 2):
+        model = nn.ModuleList(kind(**settings, patch=patch).eval() for kind in (tokenizer.Tokenizer, heads.SdfHead))
+        weights = weights or copy.deepcopy(model.state_dict())
+        model.load_state_dict(weights)
+        encoder, head = model
+        tokenizer.standardise(encoder, [head], encoder(*cloud))
+        tokens = encoder(*cloud)                                                  # b n c
+        fields.append(head.evaluate(head.read(tokens), x))
+    assert tokens.shape == (3, 4 ** 3 // 8, 8 * settings["channels"])
+    assert torch.allclose(*fields, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------- heads
 
 def test_points_arrive_where_the_flow_goes():

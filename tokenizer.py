@@ -16,11 +16,13 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.files import atomic_write, digest, load_model, read_stage
-from engine.networks import Block, FromCells, fourier, grid_points
+from engine.networks import Block, FromCells, fourier, from_patches, grid_points, to_patches
 
-SIZES = {  # n = side^3 tokens of c channels. With cells, heads look features up in a grid, a token has cells^3 of it
+# n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads look features up in a grid, of
+# which each of the side^3 has cells^3.
+SIZES = {
     "tiny": dict(side=4, channels=16, dim=128, heads=4),
-    "mini": dict(side=6, channels=16, dim=160, heads=4, cells=4),
+    "mini": dict(side=6, patch=2, channels=16, dim=160, heads=4, cells=4),
     "small": dict(side=6, channels=16, dim=256, heads=8),
     "base": dict(side=8, channels=32, dim=512, heads=8),
     "large": dict(side=10, channels=32, dim=768, heads=12),
@@ -33,8 +35,9 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 class Tokenizer(nn.Module):
     """The shape encoder: surface points, their normals and colours -> anchored tokens."""
 
-    def __init__(self, side, channels, dim, heads, cells=0):
+    def __init__(self, side, channels, dim, heads, cells=0, patch=1):
         super().__init__()
+        self.patch = patch
         self.points = 4096 if cells else 2048                 # how many it reads; in training, half as many
         self.register_buffer("anchors", grid_points(side), persistent=False)             # n 3
         width = 64 if cells else dim                                                     # e
@@ -62,13 +65,14 @@ class Tokenizer(nn.Module):
             for block in blocks:
                 x = block(x, positions=(anchors, anchors))                        # b n d
         tokens = (self.out(x).float() - self.mean) / self.std                     # b n c
-        return tokens + NOISE * torch.randn_like(tokens) if self.training else tokens
+        return to_patches(tokens + NOISE * torch.randn_like(tokens) if self.training else tokens, self.patch)
 
 
 @torch.no_grad()
 def standardise(tokenizer, heads, tokens):
     """Gives every channel of tokens b n c, a sample of the training set, zero mean and unit variance. The first layers
     of the heads absorb the inverse: the outputs of the heads stay the same."""
+    tokens = from_patches(tokens, tokenizer.patch)
     mean, std = tokens.mean((0, 1)), tokens.std((0, 1))       # c each
     tokenizer.mean.copy_(tokenizer.mean + tokenizer.std * mean)
     tokenizer.std.mul_(std)
@@ -83,7 +87,7 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
     tokenizer, whose tokens are computed once and saved beside the set."""
     path = None
     if weights and weights.is_file() and limit is None:       # a limit: the tokenizer is still in training
-        path = split.folders["surface"] / f"tokens-{digest(weights)}-{split.name}.npy"
+        path = split.folders["surface"] / f"tokens-{digest(weights)}-{tokenizer.patch}-{split.name}.npy"
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float()
     count, chunks = min(limit or len(split), len(split)), []

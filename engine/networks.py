@@ -167,7 +167,20 @@ def grid_points(side, device=None):
     return rearrange(torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1), "x y z i -> (x y z) i")
 
 
-# ---------------------------------------------------------------------------- grids of features
+# ---------------------------------------------------------------------------- grids of tokens and of features
+
+def to_patches(x, patch):
+    """Tokens b n c on a grid -> b n / patch^3, c patch^3: neighbours become one token, as in DiT (Peebles and Xie
+    2023)."""
+    side = round(x.shape[1] ** (1 / 3)) // patch
+    return rearrange(x, "b (x i y j z k) c -> b (x y z) (i j k c)", x=side, y=side, z=side, i=patch, j=patch, k=patch)
+
+
+def from_patches(x, patch):
+    """The inverse."""
+    side = round(x.shape[1] ** (1 / 3))
+    return rearrange(x, "b (x y z) (i j k c) -> b (x i y j z k) c", x=side, y=side, z=side, i=patch, j=patch, k=patch)
+
 
 class FromCells(nn.Module):
     """Points with f features each -> side^3 tokens. A token has cells^3 cells; it reads the mean of the points in each,

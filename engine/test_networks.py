@@ -130,3 +130,14 @@ def test_recomputed_blocks_learn_the_same():
     assert stored[1] < .7 * stored[0]
     for p, q in zip(plain.parameters(), recomputed.parameters()):
         assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-5)
+
+
+def test_a_patch_is_a_cube_of_neighbours():
+    patches = rearrange(networks.to_patches(networks.grid_points(4)[None], 2), "1 n (p i) -> n p i", p=8)
+    size = patches.amax(1) - patches.amin(1)
+    assert torch.allclose(size, torch.full((8, 3), .5))
+
+
+def test_patches_become_the_same_tokens_again():
+    x = torch.randn(2, 216, 5)
+    assert torch.equal(networks.from_patches(networks.to_patches(x, 3), 3), x)
