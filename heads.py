@@ -52,7 +52,7 @@ class QueryDecoder(nn.Module):
         self.feed = nn.ModuleList(FeedForward(dim) for _ in grids)
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
-    def read(self, tokens):                                   # b n c -> memory: b n d, or two grids b f s s s
+    def read(self, tokens):                                   # b n c -> memory: b side^3 d, or two grids b f s s s
         x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:

@@ -118,7 +118,8 @@ def train_vision(run):
     tokens = {split: encode(run, tokenizer, split.repeated(8)) for split in (run.train, run.test)}       # shapes n c
 
     def draw(split, rng):
-        rows = rng.permutation(len(split))[:run.micro_batch_size("vision") // image_tower.VIEWS]             # k
+        count = -(-run.micro_batch_size("vision") // image_tower.VIEWS)           # k; of one picture, too, one
+        rows = rng.permutation(len(split))[:count]            # k
         captioned = text_tower.captions_and_clouds(split, aligner, rows, rng)
         rows = np.tile(rows, image_tower.VIEWS)               # (v k)
         which = rng.integers(split.source.pictures, size=len(rows))

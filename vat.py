@@ -67,7 +67,8 @@ class Encoder(nn.Module):
 
     def __init__(self, side, channels, dim, heads, depth, features=6, cells=4):
         super().__init__()
-        self.points, self.patch = 4096, 1                     # how many it reads; in training, half. For encode_set
+        self.points = 4096                                    # how many it reads; in training, half as many
+        self.patch = 1                                        # no patches; tokenizer.encode_set asks for it
         self.register_buffer("place", grid_points(side), persistent=False)                        # n 3
         self.register_buffer("centre", grid_points(features), persistent=False)                   # 6^3 features, m 3
         self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, 32))

@@ -6,8 +6,8 @@ find its own cloud among those of a batch, and a cloud its picture (CLIP, Radfor
 (prompts/text_tower.py) learns, too: what pictures show of a shape, without forgetting what captions say of it. The text
 tower is frozen.
 
-This loss teaches which shape a picture shows, not how it looks. So the shape tokens x_i have to be a linear function of
-the condition tokens: the reader, thrown away after training. Every shape of a batch is shown in two pictures.
+This loss teaches which shape a picture shows, not how it looks. So a reader, a linear map, also has to find the shape
+tokens x_i in the condition tokens. It is thrown away after training. A batch has two pictures of every shape.
 
     L = mean_i [ -log( e^s_ii / sum_k e^s_ik ) / 2 - log( e^s_ii / sum_k e^s_ki ) / 2 + 10 |x_i - reader(picture_i)|^2 ]
     s_ik = <picture_i, cloud_k> / temperature
@@ -35,7 +35,7 @@ SIZES = {  # dim is also e, the width of a condition token
 }
 READER_WEIGHT = 10    # of the reader's error in the loss
 RANK = 512            # of the reader: so many directions hold 95 % of the variance of shape tokens
-VIEWS = 2             # pictures of a shape in a batch; a cloud costs as much time as two pictures
+VIEWS = 2             # pictures of a shape in a batch; a cloud costs about as much time as a picture
 
 
 class Halve(nn.Module):
@@ -116,7 +116,7 @@ class ImageTower(nn.Module):
 
 
 class Reader(nn.Module):
-    """Condition tokens -> shape tokens, a linear map of low rank. Attention instead learns ten times more slowly."""
+    """Condition tokens -> shape tokens, a linear map of low rank. Attention in its place learnt more slowly."""
 
     def __init__(self, condition, width, tokens, channels):
         super().__init__()
