@@ -23,6 +23,7 @@ from engine.files import atomic_write, make_folder
 from geometry import shapes
 from geometry.meshes import in_order_again
 from geometry.prepare import TRAIN_SHAPES, BuiltIn, Files, fill, read_records, version
+from geometry.real import COPY
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_pictures import recolour, relight
 from geometry.training_samples import KINDS, POINTS, QUERIES, vertex_coloured
@@ -85,7 +86,8 @@ class Prepared:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is damaged ({error}); delete it, and run the same command again") from None
         broken = {row: record for of_kind in records for row, record in of_kind.items() if "broken" in record}
-        self.broken = {record["file"]: record["broken"] for record in broken.values()}
+        self.broken = {record["file"]: record["broken"] for record in broken.values()
+                       if not record["file"].endswith(COPY)}
         rows = sorted(row for row in set.intersection(*map(set, records))
                       if row not in broken and source.in_split(records[0][row]))
         self.rows = np.array(rows, int)                       # rows of the arrays: one for each shape of this set
@@ -230,7 +232,7 @@ def main():
     print(f"{train.folder}: {len(train)} shapes to train on, {len(test)} held out, {time.time() - start:.1f} s")
     if args.data:
         where = f"; the reasons are in {train.folder}/skipped.csv" * bool(train.broken or train.source.skipped)
-        print(f"left out: {len(train.broken)} of {len(train.source.items)} shapes, "
+        print(f"left out: {len(train.broken)} of {train.source.files} shapes, "
               f"{len(train.source.skipped)} other files{where}")
     if not len(train):
         if train.broken:

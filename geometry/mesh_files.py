@@ -155,6 +155,7 @@ def triangles(item):
 
     if item.rotation:
         vertices = vertices @ np.reshape(np.array(item.rotation.split(), float), (3, 3)).T
+    vertices = vertices * item.stretch
     if not np.ptp(vertices[faces.ravel()], 0).max() > 0:
         raise UserError("it is a single point")
     vertices = fit_to_box(vertices, faces)

@@ -37,6 +37,7 @@ TEST = 10_000_000             # the number of the first test shape: no training 
 FIRST = {"train": 0, "test": TEST, "validation": 2 * TEST}    # of built-in shapes; settings are chosen on the last
 TRAIN_SHAPES = 10_400         # 800 of each class
 TEST_SHAPES = 520             # 40 of each class
+FEW = 5_000                   # files
 
 
 # ---------------------------------------------------------------------------- sources of shapes
@@ -95,20 +96,24 @@ def fingerprint(kind):
 
 class Files:
     """Shapes from files (geometry/real.py). One folder holds both splits: a tenth of the families, always the same, is
-    held out."""
-    pictures = 8                                              # files are few: more of each
+    held out. Files are few: of each more pictures, and below FEW of each training shape a stretched copy."""
+    pictures = 8
 
     def __init__(self, split, path):
         self.split, (self.items, self.skipped) = split, real.list_items(path)
-        self.count, self.first = len(self.items), 0
-        self.values = [(item.key, item.rotation, Path(item.file).stat().st_size) for item in self.items]
-        self.family = {item.key: item.family for item in self.items}
-        named = [family for key, family in self.family.items() if family != key]
-        self.name = f"{name_begins(path)}{short_digest(self.values, *named)}"
-        numbers = {family: int(hashlib.sha256(family.encode()).hexdigest(), 16) for family in self.family.values()}
+        families = {item.family for item in self.items}
+        numbers = {family: int(hashlib.sha256(family.encode()).hexdigest(), 16) for family in families}
         tenth = {family for family, number in numbers.items() if number % 10 == 0}
         lowest = sorted(numbers, key=numbers.get)[:min(2, len(numbers) // 2)]
         self.held_out = tenth if len(tenth) > 1 else set(lowest)                  # families
+        self.files = len(self.items)
+        if self.files < FEW:
+            self.items += [real.stretched(item) for item in self.items if item.family not in self.held_out]
+        self.count, self.first = len(self.items), 0
+        self.family = {item.key: item.family for item in self.items}
+        values = [(item.key, item.rotation, Path(item.file).stat().st_size) for item in self.items]
+        named = [item.family for item in self.items if item.family != item.key]
+        self.name = f"{name_begins(path)}{short_digest(values, *named)}"
 
     def folder(self, kind):
         if kind == "records":

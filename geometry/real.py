@@ -7,11 +7,12 @@ A path is first listed, as items: a file, captions, a licence and an author. A w
 """
 import contextlib
 import csv
+import hashlib
 import io
 import re
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from geometry.captions import FILLERS, words
 from geometry.soup import SKIN, faithful, surface_of
 
 SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off")
+COPY = "#1"                 # ends the key of a stretched copy
 SYNSETS = {  # of ShapeNetCore
     "02691156": "aeroplane", "02747177": "bin", "02773838": "bag", "02801938": "basket", "02808440": "bathtub",
     "02818832": "bed", "02828884": "bench", "02843684": "birdhouse", "02871439": "bookshelf", "02876657": "bottle",
@@ -50,11 +52,19 @@ class Item:
     licence: str = ""
     author: str = ""
     family: str = ""            # of shapes that are nearly the same (geometry/asset_names.py); by default a shape alone
+    stretch: tuple = (1, 1, 1)  # factors of x, y and z
 
     def __post_init__(self):
         captions = [caption for caption in dict.fromkeys(self.captions[::-1]) if set(words(caption)) - FILLERS]
         self.captions = captions[::-1] or ["shape"]
         self.family = self.family or self.key
+
+
+def stretched(item):
+    """A copy of an item for training, longer or shorter along each axis; the same at every call."""
+    key = item.key + COPY
+    rng = np.random.default_rng(int(hashlib.sha256(key.encode()).hexdigest(), 16) % 2 ** 32)
+    return replace(item, key=key, icon="", stretch=tuple(np.exp(rng.uniform(-.35, .35, 3)).round(4).tolist()))
 
 
 def tidy(name):

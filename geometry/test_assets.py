@@ -61,6 +61,17 @@ def test_families_are_held_out_as_a_whole(tmp_path):
     assert len(families[0] | families[1]) == len(things)
 
 
+def test_a_training_shape_has_a_stretched_copy(tmp_path):
+    """A held-out one has none. The sides of the copy are those of the shape, times its factors."""
+    path = kit(tmp_path / "kit", *"barrel boat bridge bush cactus candle chest cloud coin crate crown door".split())
+    source = prepare.Files("train", path)
+    shapes, copies = source.items[:source.files], source.items[source.files:]
+    trained = [item for item in shapes if source.in_split({"file": item.key})]
+    assert [copy.family for copy in copies] == [item.family for item in trained] and len(trained) < len(shapes)
+    one, other = (np.ptp(mesh_files.triangles(item)[0], axis=0) for item in (trained[0], copies[0]))
+    assert np.allclose(other / one / copies[0].stretch, (other / one / copies[0].stretch)[0])
+
+
 @pytest.fixture(scope="module")
 def lopsided(tmp_path_factory):
     """A shape that looks different from every side, prepared: itself, and the set of eight."""
