@@ -26,7 +26,7 @@ from torch import nn
 
 from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
-from engine.networks import Block, FeedForward, ToCells, fourier, from_patches, grid_points, look_up, time_embedding
+from engine.networks import Block, FeedForward, ToCells, ToPlanes, fourier, from_patches, grid_points, time_embedding
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked_light
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
@@ -39,20 +39,20 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 class QueryDecoder(nn.Module):
     """What three heads are made of: tokens become a memory once; then it is evaluated at any number of points."""
 
-    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1):
+    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1, planes=False):
         super().__init__()
         self.register_buffer("anchors", grid_points(side), persistent=False)
         self.patch, self.token = patch, nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(3))
-        grids = [(cells // 2, 32), (cells, 16)] if cells else []                          # their cells, their features
-        self.grids = nn.ModuleList(ToCells(side, count, features, dim) for count, features in grids)
-        self.point = nn.Linear(3 + 6 * BANDS + sum(features for _, features in grids), dim)
-        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(0 if cells else 2))
-        self.feed = nn.ModuleList(FeedForward(dim) for _ in grids)
+        grids = [ToCells(side, cells // 2, 32, dim), ToCells(side, cells, 16, dim)] if cells else []
+        self.grids = nn.ModuleList([ToPlanes(dim, heads)] if planes else grids)
+        self.point = nn.Linear(3 + 6 * BANDS + sum(grid.features for grid in self.grids), dim)
+        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(0 if self.grids else 2))
+        self.feed = nn.ModuleList(FeedForward(dim) for _ in range(2 if self.grids else 0))
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
-    def read(self, tokens):                                   # b n c -> memory: b side^3 d, or two grids b f s s s
+    def read(self, tokens):                                   # b n c -> memory: b side^3 d, or grids, or planes
         x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:
@@ -60,9 +60,9 @@ class QueryDecoder(nn.Module):
         return [grid(x) for grid in self.grids] or x
 
     def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
-        found = [look_up(grid, x) for grid in memory] if self.grids else []
+        found = [grid.look_up(features, x) for grid, features in zip(self.grids, memory)]
         y = self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra                # b k d
-        for block in self.feed:                               # with grids: each point for itself
+        for block in self.feed:                               # with grids or planes: each point for itself
             y = block(y)
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.cross:                              # without: points attend to tokens
@@ -93,9 +93,11 @@ class SdfHead(QueryDecoder):
         there. (L1 learns the median colour: where the height of a stripe is uncertain, the stripe is lost.) Every
         colour of a shape has the same weight, or tokens would not keep a stripe that covers a twentieth of it."""
         x = torch.cat([batch["queries"], batch["points"]], 1)                             # b k 3
-        y = self.evaluate(self.read(tokens), x)                                           # b k 4
+        return self.errors(self.evaluate(self.read(tokens), x), batch)                    # of b k 4
+
+    def errors(self, y, batch):
         k = batch["queries"].shape[1]
-        target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (0, x.shape[1] - k))
+        target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (0, y.shape[1] - k))
         distance = F.l1_loss(y[..., 0], target)
         error = reduce((y[:, k:, 1:] - batch["colours"]) ** 2, "b k i -> b k", "mean")
         colour = (rarity(batch["colours"]) * error).mean()
@@ -133,9 +135,8 @@ class PointHead(QueryDecoder):
         return flow + .2 * normal + .2 * colour, logs
 
     def velocity(self, memory, x, t):                         # b k 3, b k -> b k 9
-        b = len(x)
         time = self.time(time_embedding(rearrange(t, "b k -> (b k)"), self.time[0].in_features))
-        return self.evaluate(memory, x, rearrange(time, "(b k) d -> b k d", b=b))
+        return self.evaluate(memory, x, rearrange(time, "(b k) d -> b k d", b=len(x)))
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=COUNT):
@@ -222,11 +223,10 @@ class MeshHead(nn.Module):
 
     def forward(self, tokens):                                # b n c -> levels b s 9 l, exists b s, colours b s 3
         x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
-        n = x.shape[1]
         x = torch.cat([x, repeat(self.query, "q d -> b q d", b=len(x))], 1)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x[:, n:])
+        x = self.norm(x[:, len(self.place):])
         levels = rearrange(self.coordinate(x), "b q (f i l) -> b (q f) i l", f=self.FACES, l=self.LEVELS)
         other = rearrange(self.other(x).float(), "b q (f i) -> b (q f) i", f=self.FACES)
         return levels, other[..., 0], other[..., 1:]

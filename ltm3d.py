@@ -203,17 +203,20 @@ def train_backbone(run):
         moments = [None] if model.training else [(i + .5) / 8 for i in range(8)]
         return sum(model.loss(x, condition, moment) for moment in moments) / len(moments), {}
 
+    # save
+    fit_generator(run, "backbone", model, draw, loss_of, encoders, heads, generator=run.generator, settings=settings)
+
+
+def fit_generator(run, stage, model, draw, loss_of, encoders, heads, **entries):
+    """Trains and saves what makes shape tokens from prompts. It shows samples while it learns, and judges some."""
     def show(model, path):
         with run.autocast():
             x = model.generate(encoders.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
         save_picture(path, progress.samples(run, heads, x))
 
-    model, seconds = fit(run, "backbone", model, draw, loss_of, show)
-
-    # save
+    model, seconds = fit(run, stage, model, draw, loss_of, show)
     metrics = progress.class_accuracy(run, encoders, model, heads)
-    run.finish("backbone", seconds, {"backbone": model}, generator=run.generator, settings=settings,
-               towers=run.encoder_names, metrics=metrics)
+    run.finish(stage, seconds, {stage: model}, towers=run.encoder_names, metrics=metrics, **entries)
 
 
 def train_reconstruct(run):

@@ -16,9 +16,7 @@ The decoder also predicts colours, because our prompts name them.
 
 Letters: n latents of c channels, s the side of a scale, v codes of the codebook, k points, r the side of a plane.
 """
-from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,18 +28,14 @@ import heads as heads_
 import ltm3d
 from backbone import grown, guidance_branches, guide
 from engine import processes
-from engine.codes import read_codes, write_codes
-from engine.commands import Parser, UserError, cast_once, command
-from engine.files import digest, load_model, read_stage, read_weights
+from engine.codes import draw
+from engine.commands import UserError, cast_once, command
+from engine.files import load_model, read_stage, read_weights
 from engine.loop import fit
-from engine.networks import Block, FeedForward, FromCells, GrowingBlock, ToPlanes, fourier, grid_points, look_up_planes
+from engine.networks import Block, FromCells, GrowingBlock, fourier, grid_points
 from engine.state import start
-from evaluation import progress
-from evaluation.judges import grid_iou
-from evaluation.metrics import fscore
-from geometry import mesh_files, real
-from geometry.export import Mesh
-from geometry.surface import TRUNCATION, extract
+from evaluation import compression, progress
+from geometry.surface import TRUNCATION
 from prefix import Prefix
 from tokenizer import encode_set
 
@@ -78,15 +72,12 @@ class Encoder(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * channels))
 
     def posterior(self, points, normals, colours):            # b k 3 each -> mean, log variance: b n c each
-        b, n, m = len(points), len(self.place), len(self.centre)
         features = self.feature(points, self.point(torch.cat([fourier(points, BANDS), normals, colours], -1)))
-        x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=b)], 1)    # b (m + n) d
-        place = repeat(torch.cat([self.centre, self.place]), "n i -> b n i", b=b)
-        for block in self.blocks[:-1]:
+        x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=len(points))], 1)          # b (m + n) d
+        place = repeat(torch.cat([self.centre, self.place]), "n i -> b n i", b=len(points))
+        for block in self.blocks:
             x = block(x, positions=(place, place))
-        latents = repeat(torch.arange(m, m + n, device=x.device), "n -> b n", b=b)
-        x = self.blocks[-1](x, positions=(place[:, m:], place), rows=latents)     # b n d
-        mean, log_variance = self.out(x).float().chunk(2, -1)
+        mean, log_variance = self.out(x[:, len(self.centre):]).float().chunk(2, -1)
         return mean, log_variance.clamp(-10, 10)
 
     def forward(self, *cloud):                                # the mean alone: b n c
@@ -167,49 +158,19 @@ class Quantiser(nn.Module):
 
 # ---------------------------------------------------------------------------- triplane decoder
 
-class Decoder(nn.Module):
+class Decoder(heads_.SdfHead):
     """Latents -> three planes of 8 x 8 -> convolutions -> three mip levels, 16, 32 and 64 wide -> distance and colour.
 
     The output y is a distance in truncations, and 2 y TRUNCATION / SOFT the logit of "outside": at the surface it is as
     steep as the semi-continuous occupancy, which is all that the paper has. The surface is refined by the distance."""
-    SIDE, FEATURES = 8, (64, 32, 16)
 
-    def __init__(self, side, channels, dim, heads, depth):
-        super().__init__()
-        self.register_buffer("anchors", grid_points(side), persistent=False)                      # n 3
-        self.latent, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.planes = ToPlanes(dim, heads, self.SIDE, self.FEATURES)
-        self.point = nn.Linear(3 + 6 * BANDS + sum(self.FEATURES), dim)
-        self.feed = nn.Sequential(FeedForward(dim), FeedForward(dim), nn.LayerNorm(dim))
-        self.out = nn.Linear(dim, 4)
-
-    def read(self, latents):                                  # b n c -> levels of planes, (b 3) f r r
-        x, anchors = self.latent(latents) + self.place, repeat(self.anchors, "n i -> b n i", b=len(latents))
-        for block in self.blocks:
-            x = block(x, positions=(anchors, anchors))
-        return self.planes(x)
-
-    def evaluate(self, levels, x):                            # points b k 3 -> b k 4
-        y = self.feed(self.point(torch.cat([fourier(x, BANDS), look_up_planes(levels, x)], -1)))
-        with torch.autocast(y.device.type, enabled=False):    # fp32, as in heads.py
-            return self.out(y.float())
-
-    def loss(self, latents, batch):
+    def errors(self, y, batch):
         """Cross-entropy of the semi-continuous occupancy, L1 of the clipped distance, squared error of colours."""
-        x = torch.cat([batch["queries"], batch["points"]], 1)                     # b k 3
-        y, k = self.evaluate(self.read(latents), x), batch["queries"].shape[1]    # b k 4
-        true = F.pad(batch["distance"], (0, x.shape[1] - k))                      # b k; 0 on the surface
+        true = F.pad(batch["distance"], (0, len(y[0]) - batch["distance"].shape[1]))      # b k; 0 on the surface
         outside = (.5 + true / (2 * SOFT)).clamp(0, 1)
         occupancy = F.binary_cross_entropy_with_logits(y[..., 0] * (2 * TRUNCATION / SOFT), outside)
-        distance = F.l1_loss(y[..., 0], (true / TRUNCATION).clamp(-1, 1))
-        error = reduce((y[:, k:, 1:] - batch["colours"]) ** 2, "b k i -> b k", "mean")
-        colour = (heads_.rarity(batch["colours"]) * error).mean()
-        logs = {"occupancy": occupancy.detach(), "distance": distance.detach(), "colour": colour.detach()}
-        return occupancy + distance + colour, logs
-
-    def decode(self, latents, heads, rng, autocast=nullcontext, resolution=128, points=None):
-        return Mesh(*extract(self, latents, resolution, autocast))
+        others, logs = super().errors(y, batch)
+        return occupancy + others, logs | {"occupancy": occupancy.detach()}
 
 
 class Tokenizer(nn.Module):
@@ -219,7 +180,13 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.encoder = Encoder(side, channels, dim, heads, depth)
         self.quantiser = Quantiser(side, channels, codes, scales)
-        self.decoder = Decoder(side, channels, dim, heads, depth)
+        self.decoder = Decoder(side=side, channels=channels, dim=dim, heads=heads, planes=True)
+
+    def encode(self, *cloud):                                 # b k 3 each -> codes b N
+        return self.quantiser(self.encoder(*cloud))[2]
+
+    def latents(self, indices):                               # codes b N -> b n c
+        return sequence(self.quantiser.decode(indices)[-1])
 
     def loss(self, cloud, samples, quantised):
         """L = reconstruction + KL [ KL(N(mean, variance) | N(0, 1)) ] + CODEBOOK L_quantiser."""
@@ -252,27 +219,31 @@ class Generator(nn.Module):
         nn.init.zeros_(self.pooled.weight)
         nn.init.zeros_(self.out.weight)
 
-    def tokens(self, start, levels):
-        """[f_0, f_1 ...] -> the tokens of the scales 1, 2 ...: b s^3 d each."""
-        first = self.start(start) + self.place[:1]                                # b 1 d
-        places = self.place.split([s ** 3 for s in self.scales])
-        down = [self.quantiser.down(f, s) for f, s in zip(levels[1:], self.scales[1:])]
-        later = [self.token(sequence(x)) + place for x, place in zip(down, places[1:])]
-        return [first, *later]
+    def begin(self, condition):
+        """-> prefix b p d, which of it is there b p, the first scale's token b 1 d, the numbers of adaLN b 6 d."""
+        prefix, seen = self.prefix(condition)
+        pooled = self.prefix.summary(prefix, seen)            # b 1 d
+        return prefix, seen, self.start(pooled), rearrange(self.pooled(pooled), "b 1 (i d) -> b i d", i=6)
+
+    def tokens(self, k, f, start):                            # f_(k-1), b c s s s -> the tokens of scale k, b s^3 d
+        place = self.place.split([s ** 3 for s in self.scales])[k]
+        return place + (self.token(sequence(self.quantiser.down(f, self.scales[k]))) if k else start)
+
+    def logits(self, x, modulation, mask, cache):             # b q d -> b q v; keys and values go into the cache
+        for i, block in enumerate(self.blocks):
+            x, cache[i] = block(x, modulation, mask, cache[i])
+        return self.out(self.norm(x)).float()
 
     def loss(self, indices, condition):
         """Codes b N and their condition -> cross-entropy, and the share of codes that is guessed right."""
-        prefix, seen = self.prefix(condition)                                     # b p d, b p
-        start, p = self.prefix.summary(prefix, seen), prefix.shape[1]             # b 1 d
-        scales = self.tokens(start, self.quantiser.decode(indices)[:-1])
-        x = torch.cat([prefix, *scales], 1)                                       # b (p + N) d
-        number = [0] * p + [k + 1 for k, s in enumerate(self.scales) for _ in range(s ** 3)]
-        number = torch.tensor(number, device=x.device)                            # the scale of every token
-        mask = (number <= number[:, None]) & rearrange(F.pad(seen, (0, len(number) - p), value=True), "b k -> b 1 k")
-        pooled = rearrange(self.pooled(start), "b 1 (i d) -> b i d", i=6)
-        for block in self.blocks:
-            x, _ = block(x, pooled, mask)
-        logits = self.out(self.norm(x[:, p:])).float()                            # b N v
+        prefix, seen, start, modulation = self.begin(condition)
+        p, levels = prefix.shape[1], self.quantiser.decode(indices)[:-1]
+        x = torch.cat([prefix, *(self.tokens(k, f, start) for k, f in enumerate(levels))], 1)     # b (p + N) d
+        scale = [0] * p + [k + 1 for k, s in enumerate(self.scales) for _ in range(s ** 3)]
+        scale = torch.tensor(scale, device=x.device)          # of every token
+        seen = F.pad(seen, (0, len(scale) - p), value=True)
+        mask = (scale <= scale[:, None]) & rearrange(seen, "b k -> b 1 k")                        # b q k
+        logits = self.logits(x, modulation, mask, [None] * len(self.blocks))[:, p:]               # b N v
         right = (logits.argmax(-1) == indices).float().mean()
         return F.cross_entropy(rearrange(logits, "b n v -> b v n"), indices), {"right": right}
 
@@ -280,39 +251,18 @@ class Generator(nn.Module):
     def generate(self, condition, seeds, cfg=2., top_k=None, top_p=1., temperature=1.):
         """condition (prefix.py) and one seed per sample -> latents b n c. Keys and values are kept."""
         randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
-        condition, strengths = guidance_branches(condition, cfg)
-        prefix, seen = self.prefix(condition)                                     # (r b) p d, (r b) p
-        r, start, known = len(strengths) + 1, self.prefix.summary(prefix, seen), 0
-        pooled = rearrange(self.pooled(start), "b 1 (i d) -> b i d", i=6)
-        x, cache, codes = prefix, [None] * len(self.blocks), []
-        levels = self.quantiser.decode(torch.zeros(len(seeds), 0, dtype=torch.long, device=prefix.device))
-        mask = repeat(seen, "b k -> b q k", q=x.shape[1])
-        for k in range(len(self.scales) + 1):                                     # the prefix, then every scale
-            for i, block in enumerate(self.blocks):
-                x, cache[i] = block(x, pooled, mask, cache[i])
-            if k:
-                logits = guide(self.out(self.norm(x)).float(), grown(strengths, known, len(self.place)))
-                codes.append(draw(logits, randoms, top_k, top_p, temperature))    # b s^3
-                levels.append(levels[-1] + self.quantiser.up(codes[-1], k - 1))
-                known += codes[-1].shape[1]
-            if k < len(self.scales):
-                scales = self.tokens(start, [level.repeat(r, 1, 1, 1, 1) for level in levels])
-                x = scales[k]                                                     # (r b) s^3 d
-                seen = F.pad(seen, (0, x.shape[1]), value=True)
-                mask = repeat(seen, "b k -> b q k", q=x.shape[1])
-        return sequence(levels[-1])
-
-
-def draw(logits, randoms, top_k, top_p, temperature):
-    """Logits b s v -> codes b s, each drawn with the random generator of its sample (Gumbel's trick)."""
-    if top_k:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered > top_p         # the codes before it have that share already
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    noise = torch.from_numpy(np.stack([rng.gumbel(size=logits.shape[1:]) for rng in randoms])).to(logits)
-    return (logits + temperature * noise).argmax(-1)
+        condition, strengths = guidance_branches(condition, cfg)                  # r branches of b samples
+        prefix, seen, start, modulation = self.begin(condition)
+        cache, known = [None] * len(self.blocks), 0
+        self.logits(prefix, modulation, repeat(seen, "b k -> b q k", q=prefix.shape[1]), cache)
+        f, = self.quantiser.decode(torch.zeros(len(seeds), 0, dtype=torch.long, device=prefix.device))
+        for k, s in enumerate(self.scales):
+            x = self.tokens(k, f.repeat(len(strengths) + 1, 1, 1, 1, 1), start)   # (r b) s^3 d
+            seen = F.pad(seen, (0, s ** 3), value=True)
+            logits = self.logits(x, modulation, repeat(seen, "b k -> b q k", q=s ** 3), cache)    # (r b) s^3 v
+            logits = guide(logits, grown(strengths, known, len(self.place)))                      # b s^3 v
+            f, known = f + self.quantiser.up(draw(logits, randoms, top_k, top_p, temperature), k), known + s ** 3
+        return sequence(f)
 
 
 # ---------------------------------------------------------------------------- training: data, model, loss, save
@@ -346,8 +296,8 @@ def train_tokenizer(run, stage):
 
 def train_generator(run):
     """On frozen codes and frozen encoders."""
-    load = lambda folder: load_tokenizer(folder).encoder
-    encoders, _, draw = ltm3d.tokens_and_prompts(run, "vat-generator", load, "vat-codes")
+    load_encoder = lambda folder: load_tokenizer(folder).encoder
+    encoders, _, draw = ltm3d.tokens_and_prompts(run, "vat-generator", load_encoder, "vat-codes")
     tokenizer = load_tokenizer(run.folder).to(run.device)
     parts = {key: SIZES[run.size][key] for key in ("side", "channels", "codes", "scales")}
     settings = parts | GENERATORS[run.size] | {"widths": encoders.widths}
@@ -356,17 +306,10 @@ def train_generator(run):
     start(run, "vat-generator", {"vat-generator": model}, settings=settings, towers=run.encoder_names)
 
     def loss_of(model, batch):
-        latents, prompts = batch
-        return model.loss(tokenizer.quantiser(latents)[2], encoders.encode_drawn(prompts))
+        return model.loss(tokenizer.quantiser(batch[0])[2], encoders.encode_drawn(batch[1]))
 
-    def show(model, path):
-        with run.autocast():
-            x = model.generate(encoders.encode(run.prompts), [(0, i) for i in range(len(run.prompts))])
-        ltm3d.save_picture(path, progress.samples(run, {"sdf": tokenizer.decoder}, x))
-
-    model, seconds = fit(run, "vat-generator", model, draw, loss_of, show)
-    run.finish("vat-generator", seconds, {"vat-generator": model}, settings=settings, towers=run.encoder_names,
-               metrics=progress.class_accuracy(run, encoders, model, {"sdf": tokenizer.decoder}))
+    ltm3d.fit_generator(run, "vat-generator", model, draw, loss_of, encoders, {"sdf": tokenizer.decoder},
+                        settings=settings)
 
 
 def stages(reps):
@@ -408,37 +351,5 @@ class VAT:
 load = VAT
 
 
-# ---------------------------------------------------------------------------- compression
-
-def main():
-    parser = Parser(__doc__.split("\n")[0])
-    flag = parser.add_argument
-    flag("command", choices=["compress", "decompress"])
-    flag("source", type=Path, help="a mesh (obj, glb, gltf, ply, stl, off), or a file that compress wrote")
-    flag("target", type=Path, help="file to write: of codes, or a mesh (.glb, .obj, .stl, .ply)")
-    flag("--checkpoint", default=SHIPPED, help="folder of trained weights, the same for both")
-    flag("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="cells along a side of the grid")
-    args = parser.parse_args()
-    model = load_tokenizer(args.checkpoint)
-    quantiser, book = model.quantiser, digest(f"{args.checkpoint}/vat-codes.safetensors")
-    bits, count = (len(quantiser.code) - 1).bit_length(), sum(s ** 3 for s in quantiser.scales)
-    if args.command == "compress":
-        (item, *_), _ = real.list_items(args.source)
-        shape, rng = mesh_files.shape(item), np.random.default_rng(0)
-        cloud = [torch.from_numpy(np.float32(x))[None] for x in shape.surface(model.encoder.points, rng)]
-        _, _, indices = quantiser(model.encoder(*cloud))
-        write_codes(args.target, indices[0], bits, book)
-    else:
-        indices = torch.from_numpy(read_codes(args.source, bits, count, book))[None]
-    latents, = sequence(quantiser.decode(indices)[-1])        # n c
-    mesh = model.decoder.decode(latents, {}, None, resolution=args.resolution)
-    if args.command == "decompress":
-        return mesh.save(args.target)
-    x, y = mesh.surface(100_000, rng)[0], shape.surface(100_000, rng)[0]
-    overlap = grid_iou(model.decoder, latents, shape, nullcontext)
-    print(f"{args.target}: {args.target.stat().st_size} bytes; what comes back has an F-score at .02 of "
-          f"{fscore(x, y, .02):.3f} and an IoU of {overlap:.3f}")
-
-
 if __name__ == "__main__":
-    command(main)
+    command(partial(compression.main, load_tokenizer, SHIPPED))

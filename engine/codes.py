@@ -1,4 +1,4 @@
-"""codes.py - whole numbers in a small file, a few bits each, that belong to one codebook.
+"""codes.py - whole numbers: drawn from logits; in a small file, a few bits each, that belongs to one codebook.
 
     magic "VAT1"    fingerprint of the codebook, 6 bytes    CRC-32 of what follows, 4 bytes    the numbers, packed
 """
@@ -7,12 +7,25 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from engine.commands import UserError
 from engine.files import atomic_write
 
 HEAD = struct.Struct("<4s6sI")
 MAGIC = b"VAT1"                                               # with the version
+
+
+def draw(logits, randoms, top_k, top_p, temperature):
+    """Logits b s v -> codes b s, each drawn with the random generator of its sample (Gumbel's trick)."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered > top_p         # the codes before it have that share already
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    noise = torch.from_numpy(np.stack([rng.gumbel(size=logits.shape[1:]) for rng in randoms])).to(logits)
+    return (logits + temperature * noise).argmax(-1)
 
 
 def pack(numbers, bits):                                      # whole numbers n -> bytes

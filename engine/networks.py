@@ -206,28 +206,26 @@ class ToCells(nn.Module):
 
     def __init__(self, side, cells, features, dim):
         super().__init__()
-        self.side, self.cells, self.out = side, cells, nn.Linear(dim, cells ** 3 * features)
+        self.side, self.cells, self.features = side, cells, features
+        self.out = nn.Linear(dim, cells ** 3 * features)
 
     def forward(self, tokens):                                # b n d -> b f s s s, s = side * cells
         return rearrange(self.out(tokens).float(), "b (x y z) (i j k f) -> b f (x i) (y j) (z k)",
                          x=self.side, y=self.side, i=self.cells, j=self.cells, k=self.cells)
 
+    def look_up(self, grid, points):
+        """The features of points b k 3 in [-1, 1]^3: b k f, interpolated between the centres of cells."""
+        zyx = rearrange(points.flip(-1), "b k i -> b k 1 1 i").float()            # grid_sample: last axis first
+        found = F.grid_sample(grid, zyx, align_corners=False, padding_mode="border")          # b f k 1 1
+        return rearrange(found, "b f k 1 1 -> b k f")
 
-def look_up(grid, points):
-    """The features of points b k 3 in a grid b f s s s over [-1, 1]^3, interpolated between the centres of cells."""
-    zyx = rearrange(points.flip(-1), "b k i -> b k 1 1 i").float()                # grid_sample: last axis first
-    found = F.grid_sample(grid, zyx, align_corners=False, padding_mode="border")  # b f k 1 1
-    return rearrange(found, "b f k 1 1 -> b k f")
-
-
-# ---------------------------------------------------------------------------- planes of features
 
 class ToPlanes(nn.Module):
     """Tokens -> three planes (xy, yz, zx) of features, in levels: each has twice the side of the level before."""
 
-    def __init__(self, dim, heads, side, features):           # features: of each level
+    def __init__(self, dim, heads, side=8, features=(64, 32, 16)):    # features: of each level
         super().__init__()
-        self.side = side
+        self.side, self.features = side, sum(features)
         self.query = nn.Parameter(torch.randn(3 * side ** 2, dim) * .02)          # of the cells of a first level
         self.cross, self.mix = Block(dim, heads, context_dim=dim), Block(dim, heads)
         widths = dim, *features
@@ -243,13 +241,12 @@ class ToPlanes(nn.Module):
             levels.append(x)
         return levels
 
-
-def look_up_planes(levels, points):
-    """The features of points b k 3 in the planes of all levels: b k f, sums over the three planes."""
-    uv = torch.stack([points[..., [1, 0]], points[..., [2, 1]], points[..., [0, 2]]], 1).float()          # b 3 k 2
-    uv = rearrange(uv, "b i k j -> (b i) k 1 j")              # grid_sample: last axis first
-    found = [F.grid_sample(level.float(), uv, align_corners=False, padding_mode="border") for level in levels]
-    return torch.cat([reduce(x, "(b i) f k 1 -> b k f", "sum", i=3) for x in found], -1)
+    def look_up(self, levels, points):
+        """The features of points b k 3 in the planes of all levels: b k f, sums over the three planes."""
+        uv = torch.stack([points[..., [1, 0]], points[..., [2, 1]], points[..., [0, 2]]], 1).float()      # b 3 k 2
+        uv = rearrange(uv, "b i k j -> (b i) k 1 j")          # grid_sample: last axis first
+        found = [F.grid_sample(level.float(), uv, align_corners=False, padding_mode="border") for level in levels]
+        return torch.cat([reduce(x, "(b i) f k 1 -> b k f", "sum", i=3) for x in found], -1)
 
 
 # ---------------------------------------------------------------------------- moving average

@@ -71,13 +71,14 @@ def test_the_centre_of_a_cell_looks_up_its_features():
     cells = networks.ToCells(side=2, cells=2, features=3, dim=16)
     tokens = torch.randn(1, 8, 16)
     centre = torch.tensor([[[.25, -.75, .75]]])               # of token x > 0, y < 0, z > 0; its cell 0b001
-    found = networks.look_up(cells(tokens), centre)[0, 0]
+    found = cells.look_up(cells(tokens), centre)[0, 0]
     assert torch.allclose(found, cells.out(tokens[0, 0b101])[3:6], atol=1e-6)
 
 
 def test_features_are_interpolated():
-    grid = networks.ToCells(side=2, cells=2, features=3, dim=16)(torch.randn(1, 8, 16))
-    low, middle, high = networks.look_up(grid, torch.tensor([[[.25, .25, .25], [.25, .5, .25], [.25, .75, .25]]]))[0]
+    cells, points = networks.ToCells(side=2, cells=2, features=3, dim=16), torch.full((1, 3, 3), .25)
+    points[0, :, 1] = torch.tensor([.25, .5, .75])
+    low, middle, high = cells.look_up(cells(torch.randn(1, 8, 16)), points)[0]
     assert torch.allclose(middle, (low + high) / 2, atol=1e-6)
 
 
