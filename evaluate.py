@@ -59,7 +59,7 @@ def evaluate_tokenizer(args):
     """Held-out shapes, encoded and decoded, against the true ones."""
     judge, tables = JUDGES[args.rep], {}
     for folder, label in labels(args.checkpoint).items():
-        cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages([args.rep]), points=args.points)
+        cache = exam.result_cache(args, label, folder, *exam.tokenizer_stages([args.rep]), points=args.points)
         results = exam.judge_reconstructions(args, folder, [args.rep], cache, partial(judge, points=args.points))
         tables[label] = []
         for name in sorted({result["class"] for result in results}):
@@ -81,7 +81,7 @@ def evaluate_cross(args):
         return {f"{one} {other}": chamfer(clouds[one][0], clouds[other][1]) for one in names for other in names}
 
     for folder, label in labels(args.checkpoint).items():
-        cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages(args.reps))
+        cache = exam.result_cache(args, label, folder, *exam.tokenizer_stages(args.reps))
         distance = mean(exam.judge_reconstructions(args, folder, args.reps, cache, judge))
         tables[label] = [{"": one} | {other: distance[f"{one} {other}"] for other in names} for one in names]
     print("Chamfer distance of 2048 points, mean over the shapes; a representation against itself is the floor")

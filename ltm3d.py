@@ -331,3 +331,8 @@ class LTM3D:
 
 
 load = LTM3D
+
+
+def open_tokenizer(folder, reps, device):
+    """-> the encoder, clouds of `points` points -> tokens b n c; {rep: head}."""
+    return tokenizer_.load(folder).to(device), heads_.load(folder, reps, device)

@@ -9,6 +9,7 @@
     SAMPLING      {option of `generate`: its default}; flags of sample.py
     SHIPPED       the folder of its trained weights
     stages(reps)  {stage: a function of a run (engine/run.py) that trains it}, in order
+    open_tokenizer(folder, reps, device) -> what turns clouds into tokens, and {rep: what decodes them}
     load(folder, device, autocast) -> an object with
 
         generate(condition, seeds, **options) -> tokens, a row for each seed

@@ -45,13 +45,12 @@ STAGES = "encoders", "tokenizer", "vision", "vat-latents", "vat-codes", "vat-gen
 SEEING, LAST = {"vision", "vat-generator"}, "vat-generator"
 REPS, SHIPPED = ("sdf", "mesh"), "checkpoints/vat"
 SAMPLING = {"cfg": 2., "cfg_image": 2., "temperature": 1., "top_k": None, "top_p": 1.}
-SIZES = {
-    "tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", dim=128, heads=4, depth=3),
-}
+SIZES = {"tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", dim=128, heads=4, depth=3)}
 GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, prefix=8)}
-BANDS = 7               # finest positional wavelength 4 / 2^6 = .06
 SOFT = 1 / 64           # s of the semi-continuous occupancy: 1/128 of the cube's side
 KL, COMMIT, CODEBOOK = 1e-4, .25, .2                          # weights in the loss; the paper's
+down = F.adaptive_avg_pool3d                                  # b c s s s, another s -> b c s s s
+sequence = partial(rearrange, pattern="b c x y z -> b (x y z) c")
 
 
 # ---------------------------------------------------------------------------- in-context transformer
@@ -59,36 +58,31 @@ KL, COMMIT, CODEBOOK = 1e-4, .25, .2                          # weights in the l
 class Encoder(nn.Module):
     """Features of the surface and learnt latents, one sequence: they attend to each other. Only the latents leave."""
 
+    points, patch = 4096, 1       # how many it reads, in training half as many; it makes no patches (encode_set asks)
+
     def __init__(self, side, channels, dim, heads, depth, features=6, cells=4):
         super().__init__()
-        self.points = 4096                                    # how many it reads; in training, half as many
-        self.patch = 1                                        # no patches; tokenizer.encode_set asks for it
         self.register_buffer("place", grid_points(side), persistent=False)                        # n 3
         self.register_buffer("centre", grid_points(features), persistent=False)                   # 6^3 features, m 3
-        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, 32))
+        self.point = nn.Sequential(nn.Linear(3 + 6 * heads_.BANDS + 6, dim), nn.GELU(), nn.Linear(dim, 32))
         self.feature = FromCells(features, cells, 32, dim)    # the paper has 3,072 features, of a point each
         self.latent = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * channels))
 
     def posterior(self, points, normals, colours):            # b k 3 each -> mean, log variance: b n c each
-        features = self.feature(points, self.point(torch.cat([fourier(points, BANDS), normals, colours], -1)))
+        features = self.feature(points, self.point(torch.cat([fourier(points, heads_.BANDS), normals, colours], -1)))
         x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=len(points))], 1)          # b (m + n) d
         place = repeat(torch.cat([self.centre, self.place]), "n i -> b n i", b=len(points))
         for block in self.blocks:
             x = block(x, positions=(place, place))
-        mean, log_variance = self.out(x[:, len(self.centre):]).float().chunk(2, -1)
-        return mean, log_variance.clamp(-10, 10)
+        return self.out(x[:, len(self.centre):]).float().clamp(-10, 10).chunk(2, -1)
 
     def forward(self, *cloud):                                # the mean alone: b n c
         return self.posterior(*cloud)[0]
 
 
 # ---------------------------------------------------------------------------- variational vector quantiser
-
-def sequence(grid):
-    return rearrange(grid, "b c x y z -> b (x y z) c")
-
 
 class Quantiser(nn.Module):
     """Residual quantisation over scales. f_k is what the codes of the first k scales say of the latents z:
@@ -103,9 +97,6 @@ class Quantiser(nn.Module):
         self.code = nn.Parameter(torch.randn(codes, channels) * .5)               # v c
         self.phi = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1) for _ in self.scales)
         self.register_buffer("use", torch.ones(codes))        # how often a code was chosen of late, 1: as all others
-
-    def down(self, x, s):                                     # b c s s s -> b c s s s
-        return F.adaptive_avg_pool3d(x, s)
 
     def up(self, indices, k):                                 # b s^3 -> what scale k adds, b c s s s
         x = rearrange(self.code[indices], "b (x y z) c -> b c x y z", x=self.scales[k], y=self.scales[k])
@@ -125,7 +116,7 @@ class Quantiser(nn.Module):
     def encode(self, z):                                      # b c s s s -> codes b N
         f, indices = torch.zeros_like(z), []
         for k, s in enumerate(self.scales):
-            rest = sequence(self.down(z - f, s))
+            rest = sequence(down(z - f, s))
             indices.append(torch.cdist(rest, self.code).argmin(-1))
             if self.training:
                 self.revive(rest, indices[-1])
@@ -178,12 +169,12 @@ class Tokenizer(nn.Module):
 
     def __init__(self, side, channels, codes, scales, dim, heads, depth):
         super().__init__()
-        self.encoder = Encoder(side, channels, dim, heads, depth)
+        self.encoder, self.points = Encoder(side, channels, dim, heads, depth), Encoder.points
         self.quantiser = Quantiser(side, channels, codes, scales)
         self.decoder = Decoder(side=side, channels=channels, dim=dim, heads=heads, planes=True)
 
-    def encode(self, *cloud):                                 # b k 3 each -> codes b N
-        return self.quantiser(self.encoder(*cloud))[2]
+    def forward(self, *cloud):                                # b k 3 each -> quantised latents b n c
+        return self.quantiser(self.encoder(*cloud))[0]
 
     def latents(self, indices):                               # codes b N -> b n c
         return sequence(self.quantiser.decode(indices)[-1])
@@ -193,10 +184,9 @@ class Tokenizer(nn.Module):
         mean, log_variance = self.encoder.posterior(*cloud)                       # b n c each
         kl = reduce(mean ** 2 + log_variance.exp() - 1 - log_variance, "b n c -> b n", "sum").mean() / 2
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
-        latents, loss, indices = self.quantiser(z) if quantised else (z, torch.zeros(()), None)
+        latents, loss, _ = self.quantiser(z) if quantised else (z, torch.zeros(()), None)
         total, logs = self.decoder.loss(latents, samples)
-        share = (self.quantiser.use > .03).float().mean()
-        logs |= {"kl": kl.detach(), "codebook": loss.detach(), "codes in use": share}
+        logs |= {"kl": kl.detach(), "codebook": loss.detach(), "in use": (self.quantiser.use > .03).float().mean()}
         return total + KL * kl + CODEBOOK * loss, logs
 
 
@@ -211,8 +201,7 @@ class Generator(nn.Module):
         self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)
         self.scales = self.quantiser.scales
         self.prefix = Prefix(prefix, dim, heads, widths)      # condition tokens, and q answers to learnt queries
-        self.pooled, self.start = nn.Linear(dim, 6 * dim), nn.Linear(dim, dim)
-        self.token = nn.Linear(channels, dim)
+        self.pooled, self.start, self.token = nn.Linear(dim, 6 * dim), nn.Linear(dim, dim), nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(sum(s ** 3 for s in self.scales), dim) * .02)
         self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(depth))
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, codes)
@@ -227,7 +216,7 @@ class Generator(nn.Module):
 
     def tokens(self, k, f, start):                            # f_(k-1), b c s s s -> the tokens of scale k, b s^3 d
         place = self.place.split([s ** 3 for s in self.scales])[k]
-        return place + (self.token(sequence(self.quantiser.down(f, self.scales[k]))) if k else start)
+        return place + (self.token(sequence(down(f, self.scales[k]))) if k else start)
 
     def logits(self, x, modulation, mask, cache):             # b q d -> b q v; keys and values go into the cache
         for i, block in enumerate(self.blocks):
@@ -280,7 +269,7 @@ def train_tokenizer(run, stage):
 
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size(stage))
-        return split.cloud(rows, model.encoder.points // 2, rng), split.samples(rows, heads_.SdfHead.reads, rng)
+        return split.cloud(rows, model.points // 2, rng), split.samples(rows, heads_.SdfHead.reads, rng)
 
     def latents_of(model):                                    # of the first held-out shapes
         latents = encode_set(model.encoder, run.test, run.device, run.autocast, limit=ltm3d.JUDGED).to(run.device)
@@ -296,9 +285,8 @@ def train_tokenizer(run, stage):
 
 def train_generator(run):
     """On frozen codes and frozen encoders."""
-    load_encoder = lambda folder: load_tokenizer(folder).encoder
-    encoders, _, draw = ltm3d.tokens_and_prompts(run, "vat-generator", load_encoder, "vat-codes")
     tokenizer = load_tokenizer(run.folder).to(run.device)
+    encoders, _, draw = ltm3d.tokens_and_prompts(run, "vat-generator", lambda _: tokenizer.encoder, "vat-codes")
     parts = {key: SIZES[run.size][key] for key in ("side", "channels", "codes", "scales")}
     settings = parts | GENERATORS[run.size] | {"widths": encoders.widths}
     model = Generator(**settings)
@@ -313,9 +301,9 @@ def train_generator(run):
 
 
 def stages(reps):
-    own = {stage: partial(train_tokenizer, stage=stage) for stage in ("vat-latents", "vat-codes")}
-    others = {stage: train for stage, train in ltm3d.stages([]).items() if stage in STAGES}
-    return others | own | {"vat-generator": train_generator}
+    shared = {stage: train for stage, train in ltm3d.stages([]).items() if stage in STAGES}
+    phases = {stage: partial(train_tokenizer, stage=stage) for stage in ("vat-latents", "vat-codes")}
+    return shared | phases | {"vat-generator": train_generator}
 
 
 # ---------------------------------------------------------------------------- sampling
@@ -325,6 +313,11 @@ def load_tokenizer(folder):
     return load_model(Tokenizer, f"{folder}/vat-codes.safetensors", **settings)
 
 
+def open_tokenizer(folder, reps, device):
+    model = load_tokenizer(folder).to(device)
+    return model, {"sdf": model.decoder, "mesh": heads_.SimplifiedMesh()}
+
+
 class VAT:
     """The stages of a checkpoint folder that sampling needs."""
 
@@ -332,7 +325,7 @@ class VAT:
         self.device, self.autocast, settings = device, autocast, read_stage(folder, "vat-generator")["settings"]
         generator = load_model(Generator, f"{folder}/vat-generator.safetensors", **settings)
         self.generator = cast_once(generator.to(device), autocast)
-        self.heads = {"sdf": load_tokenizer(folder).decoder.to(device)}
+        _, self.heads = open_tokenizer(folder, REPS, device)
 
     def load_heads(self, *reps):
         if other := {*reps} - {*REPS}:
@@ -344,7 +337,7 @@ class VAT:
         return self.generator.generate(condition, seeds, cfg, **options)
 
     def decode(self, latents, rep, rng, resolution=128, points=None, faces=None):
-        head = heads_.SimplifiedMesh(faces or 256) if rep == "mesh" else self.heads["sdf"]
+        head = heads_.SimplifiedMesh(faces) if faces else self.heads[rep]
         return head.decode(latents.to(self.device), self.heads, rng, self.autocast, resolution)
 
 

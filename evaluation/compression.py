@@ -33,8 +33,8 @@ def main(load_tokenizer, shipped):
     if args.command == "compress":
         (item, *_), _ = real.list_items(args.source)
         shape, rng = mesh_files.shape(item), np.random.default_rng(0)
-        cloud = [torch.from_numpy(np.float32(x))[None] for x in shape.surface(model.encoder.points, rng)]
-        indices = model.encode(*cloud)                        # 1 N
+        cloud = [torch.from_numpy(np.float32(x))[None] for x in shape.surface(model.points, rng)]
+        _, _, indices = quantiser(model.encoder(*cloud))      # 1 N
         write_codes(args.target, indices[0], bits, book)
     else:
         indices = torch.from_numpy(read_codes(args.source, bits, count, book))[None]

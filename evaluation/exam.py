@@ -9,21 +9,22 @@ import torch
 from tqdm import tqdm
 
 import heads
-import tokenizer
 from data import kinds_of, prepare
 from engine.commands import UserError, pick_device
-from engine.files import digest, read_config, read_stage
+from engine.files import digest, read_config
 from evaluation import metrics, peers
+from evaluation.memory import score_memorisation, training_set_of
 from evaluation.metrics import chamfer, chamfer_matrix
 from evaluation.results import ResultCache, mean, weights
-from geometry.prepare import BuiltIn, Files, name_begins, version
+from geometry.prepare import Files
 from geometry.shapes import CLASSES
-from models import MODELS
+from models import MODELS, model_in
 from prompts import text_tower
 from sample import Sampler
 
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
+CLOUD = "points", "normals", "colours"
 SOUNDNESS = "one piece", "watertight", "closed edges"         # what a representation may say of its surface
 SHARES = "R-precision", "COV", "1-NNA", "right class", *SOUNDNESS     # columns that end at 1
 ROOT = Path(__file__).parent.parent
@@ -34,14 +35,15 @@ CODE = [ROOT / name for name in (                             # the files that d
     "geometry/solids.py", "geometry/shapes.py", "geometry/captions.py", "geometry/camera.py",
     "geometry/training_samples.py", "geometry/training_pictures.py", "engine/networks.py", "engine/commands.py",
     "evaluation/exam.py", "evaluation/peers.py", "evaluation/judges.py", "evaluation/metrics.py",
-    "evaluation/attributes.py", "evaluation/words.py", "evaluation/low_poly.py")]
+    "evaluation/attributes.py", "evaluation/words.py", "evaluation/low_poly.py", "evaluation/memory.py",
+    "engine/codes.py")]
 
 
 # ---------------------------------------------------------------------------- models and data
 
 def open_model(args, folder):
-    """A trained folder of LTM3D, whichever generator its backbone is. The exams ask its tokens, not those of others."""
-    model = Sampler(folder, args.device, args.precision, "ltm3d", MODELS | {"ltm3d": peers.WithPeers})
+    """A trained folder, whichever model is in it, and whichever generator an LTM3D's backbone is."""
+    model = Sampler(folder, args.device, args.precision, models=MODELS | {"ltm3d": peers.WithPeers})
     print(f"{folder}, running on {model.reason}")
     return model
 
@@ -67,9 +69,14 @@ def head_stages(reps):
     return [f"head-{rep}" for rep in heads.with_needs([*reps, *["sdf"] * ("mesh" in reps)])]
 
 
+def tokenizer_stages(reps):
+    """The stages that reconstruct a shape, of any model: a folder has those of one."""
+    return "tokenizer", "vat-codes", *head_stages(reps)
+
+
 def stages_of(rep):
-    """The stages that make a sample of a representation."""
-    return "encoders", "backbone", "reconstruct", *head_stages([rep])
+    """The stages that make a sample of a representation, of any model."""
+    return "encoders", "backbone", "reconstruct", "vat-generator", "vat-codes", *head_stages([rep])
 
 
 def result_cache(args, label, folder, *stages, what=None, **settings):
@@ -126,7 +133,7 @@ def shape_result(model, rep, resolution, points=POINTS):
     def result_of(tokens, job):
         shape = model.decode(tokens, rep, job.seed, resolution)
         cloud = [np.float32(x) for x in shape.surface(points, np.random.default_rng(job.seed))]     # k 3 each
-        return {"tokens": tokens.cpu().numpy()} | dict(zip(("points", "normals", "colours"), cloud)) | shape.soundness()
+        return {"tokens": tokens.cpu().numpy()} | dict(zip(CLOUD, cloud)) | shape.soundness()
     return result_of
 
 
@@ -136,7 +143,7 @@ def judge_reconstructions(args, folder, reps, cache, judge, kinds=()):
     samples of these kinds and those that the heads learn from."""
     device, autocast, reason = pick_device(args.device, args.precision)
     print(f"{folder}, running on {reason}")
-    encoder, decoders = tokenizer.load(folder).to(device), heads.load(folder, reps, device)
+    encoder, decoders = MODELS[model_in(folder)].open_tokenizer(folder, reps, device)
     test = held_out(args, list(dict.fromkeys(["surface", *kinds, *kinds_of(heads.HEADS[rep] for rep in reps)])))
     results = []
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
@@ -196,44 +203,6 @@ class Scorer:
 
     def texts(self, prompts):                                 # -> n e
         return self.features("text", [(prompts[i:i + BATCH],) for i in range(0, len(prompts), BATCH)])
-
-
-# ---------------------------------------------------------------------------- memorisation
-
-def training_set_of(folder, args):
-    """The prepared shapes that a checkpoint was trained on. If they are not there: None, and prints why."""
-    name = read_stage(folder, "backbone")["data"]
-    if not name.startswith(name_begins(args.data) if args.data else "shapes-train-"):
-        raise UserError(f"the backbone in {folder} learnt from {name}; give the --data that it was trained on")
-    if args.data:
-        source, flags = Files("train", args.data), f"--data {args.data}"
-    else:
-        _, _, count, *classes, _ = name.split("-")            # shapes-train-COUNT-CLASSES-DIGEST
-        source = BuiltIn("train", int(count), classes)
-        flags = " ".join([f"--shapes {count}", *["--classes"] * bool(classes), *classes])
-    if not (Path(args.cache) / source.name).is_dir():
-        print(f"memorisation is left out: {source.name} is not in {args.cache}; make it with: python data.py {flags}")
-        return None
-    if version(source) != name:
-        print(f"memorisation compares with {version(source)}, but {folder} learnt from {name}")
-    classes = None if args.data else source.classes
-    return prepare("train", source.count, args.cache, data=args.data, classes=classes)
-
-
-def score_memorisation(train, model, test, tokens):
-    """`memorisation` of samples, by their tokens (s n c), and of copies: training shapes, encoded from other points."""
-    if train is None:
-        return {"memorisation": "", "of copies": ""}
-    path, encoder = Path(model.folder) / "tokenizer.safetensors", tokenizer.load(model.folder).to(model.device)
-    known, new = (tokenizer.encode_set(encoder, split, model.device, model.autocast, path) for split in (train, test))
-    clouds = [train.shape(row).surface(encoder.points, np.random.default_rng(row))
-              for row in range(min(len(train), BATCH))]
-    clouds = [torch.from_numpy(np.float32(x)).to(model.device) for x in map(np.stack, zip(*clouds))]    # b k 3 each
-    with torch.no_grad(), model.autocast():
-        copies = encoder(*clouds).float().cpu()                                   # b n c
-    sets = {"memorisation": torch.from_numpy(tokens), "of copies": copies}
-    vectors = new[:len(tokens)].flatten(1), known.flatten(1)                      # h (n c), t (n c)
-    return {name: metrics.memorisation(x.flatten(1), *vectors) for name, x in sets.items()}
 
 
 # ---------------------------------------------------------------------------- the exam
@@ -299,7 +268,7 @@ class Exam:
 
     def fidelity(self, captioned):
         """How near are samples to their captions and described shapes? -> scores, features r e."""
-        cloud = [torch.from_numpy(captioned[key]) for key in ("points", "normals", "colours")]            # r k 3 each
+        cloud = [torch.from_numpy(captioned[key]) for key in CLOUD]               # r k 3 each
         features = self.scorer.clouds(*cloud)                                     # r e
         near = [chamfer(*pair) for pair in zip(captioned["points"], self.described[0])]
         return {**self.prompt_scores(*cloud[:2], features), "Chamfer to described": np.mean(near)}, features
@@ -314,7 +283,7 @@ class Exam:
         rows = self.class_rows(named)
         means = mean(rows)
         scores = {**fidelity, **self.set_scores(captioned["points"], features),
-                  **score_memorisation(train, model, self.test, captioned["tokens"]),
+                  **score_memorisation(train, self.args, model, [captioned[key] for key in CLOUD], self.described),
                   "right class": means["right class"], **{key: means[key] for key in SOUNDNESS if key in means},
                   "diversity": means["ratio"], "seconds": np.mean([*captioned["seconds"], *named["seconds"]])}
         return scores, rows, named

@@ -62,7 +62,7 @@ def evaluate_low_poly(args):
     for folder, label in labels(args.checkpoint).items():
         mesh_head = "head-mesh" in trained_stages(folder)
         reps = ["sdf", *["mesh"] * mesh_head]
-        cache = exam.result_cache(args, label, folder, "tokenizer", *exam.head_stages(reps))
+        cache = exam.result_cache(args, label, folder, *exam.tokenizer_stages(reps))
         judge = partial(judge_ways, mesh_head=mesh_head)
         rows = {}                                             # the cache keeps flat dicts: "way; what"
         for key, value in mean(exam.judge_reconstructions(args, folder, reps, cache, judge, ["faces"])).items():

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import tokenizer
 from data import prepare
 from evaluation import exam, metrics
+from evaluation.memory import Memory, training_set_of
 from evaluation.results import labels, write_tables
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_samples import vertex_coloured
@@ -22,27 +22,22 @@ def evaluate_names(args):
     chosen = np.linspace(0, len(names) - 1, min(args.names, len(names))).astype(int)
     names, first = names[chosen].tolist(), first[chosen]
     jobs = [exam.Job(f"name-{name}", name, None, (args.seed, i)) for i, name in enumerate(names)]
-    true = [x.numpy() for x in train.cloud(first, exam.POINTS, np.random.default_rng(args.seed))]         # r k 3 each
+    true = train.cloud(first, exam.POINTS, np.random.default_rng(args.seed))                              # r k 3 each
+    new = test.cloud(range(len(test)), exam.POINTS, np.random.default_rng(args.seed))                     # h k 3 each
     tables, options = {}, exam.given(cfg=args.cfg)
     for folder, label in labels(args.checkpoint).items():
-        exam.training_set_of(folder, args)                    # an error, if it learnt from other files
+        training_set_of(folder, args)                    # an error, if it learnt from other files
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), **options)
         model, scorer = exam.open_model(args, folder), exam.Scorer(folder, args.device or "cpu")
         results = exam.sample_all(model, jobs, cache, exam.shape_result(model, args.rep, args.resolution), **options)
         prompts, own = scorer.texts(names), np.eye(len(names), dtype=bool)        # r e, r r
-        path, encoder = model.folder / "tokenizer.safetensors", tokenizer.load(folder).to(model.device)
-        known, new = (tokenizer.encode_set(encoder, split, model.device, model.autocast, path).flatten(1)
-                      for split in (train, test))                                 # t (n c), h (n c)
-        samples = torch.from_numpy(results["tokens"]).flatten(1)                  # r (n c)
-        clouds = {"training shapes": (true, known[first]),
-                  "samples": ([results[key] for key in ("points", "normals", "colours")], samples)}
+        seen, samples = Memory(folder, model.device, model.autocast, train), [results[key] for key in exam.CLOUD]
         tables[label] = [{"": what, "R-precision": metrics.r_precision(prompts, scorer.clouds(*cloud), own),
-                          "memorisation": metrics.memorisation(vectors, new, known)}
-                         for what, (cloud, vectors) in clouds.items()]
-        nearest = torch.cdist(samples, known).argmin(1).tolist()                  # r, rows of the training set
-        draw_beside_nearest(args, label, model, jobs, results["tokens"], train, nearest)
+                          "memorisation": seen.share(cloud, new)}
+                         for what, cloud in (("training shapes", true), ("samples", samples))]
+        draw_beside_nearest(args, label, model, jobs, results["tokens"], train, seen.nearest(samples))
     print(f"{len(names)} names. R-precision: the share whose nearest name, of all of these, is its own. memorisation: "
-          "the distance to the nearest training shape, in tokens, over that of held-out shapes")
+          "the distance to the nearest training shape, in tokens of surfaces, over that of held-out shapes")
     write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
 
 

@@ -16,6 +16,7 @@ from conftest import run
 from engine.commands import UserError, pick_device
 from evaluation import attributes, exam, low_poly, metrics, progress, results, words
 from evaluation.judges import decoded_field, true_field
+from evaluation.memory import score_memorisation
 from geometry import shapes
 from prompts import reading, text_tower
 
@@ -55,14 +56,14 @@ def test_damaged_results_are_one_line(tmp_path):
 
 def test_copies_are_known(overfitted, prepared):
     """Training shapes score least, copies of them (other points) a little more, held-out shapes 1."""
-    train, test = prepared
-    model, encoder = sample.load(overfitted), tokenizer.load(overfitted)
-    sets = [tokenizer.encode_set(encoder, split, model.device, model.autocast).numpy() for split in prepared]
-    known, new = (exam.score_memorisation(train, model, test, tokens) for tokens in sets)
+    train, _ = prepared
+    model, args = sample.load(overfitted), SimpleNamespace(scorer=None)
+    sets = [split.cloud(range(len(split)), 2048, np.random.default_rng(0)) for split in prepared]
+    known, new = (score_memorisation(train, args, model, clouds, sets[1]) for clouds in sets)
     assert known["memorisation"] < known["of copies"] < .9
     assert known["of copies"] == new["of copies"]
     assert new["memorisation"] == pytest.approx(1, abs=1e-3)
-    assert exam.score_memorisation(None, model, test, None) == {"memorisation": "", "of copies": ""}
+    assert score_memorisation(None, args, model, None, None) == {"memorisation": "", "of copies": ""}
 
 
 def test_a_scorer_may_be_a_file(tmp_path):

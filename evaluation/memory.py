@@ -1,0 +1,78 @@
+"""memory.py - are samples copies of training shapes? How far are they from these, held-out shapes being 1?
+
+    python evaluate.py generate         # built-in shapes; prints it among other scores
+    python evaluate.py names            # files; and draws samples beside their nearest training shapes
+
+LTM3D's tokenizer says how near two surfaces are: so every model is asked alike.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import tokenizer
+from data import prepare
+from engine.commands import UserError
+from engine.files import read_stage, trained_stages
+from evaluation import metrics
+from geometry.prepare import BuiltIn, Files, name_begins, version
+from models import MODELS, model_in
+
+BATCH = 64          # clouds encoded at once
+
+
+def training_set_of(folder, args):
+    """The prepared shapes that a checkpoint was trained on. If they are not there: None, and prints why."""
+    name = read_stage(folder, MODELS[model_in(folder)].LAST)["data"]
+    if not name.startswith(name_begins(args.data) if args.data else "shapes-train-"):
+        raise UserError(f"the generator in {folder} learnt from {name}; give the --data that it was trained on")
+    if args.data:
+        source, flags = Files("train", args.data), f"--data {args.data}"
+    else:
+        _, _, count, *classes, _ = name.split("-")            # shapes-train-COUNT-CLASSES-DIGEST
+        source = BuiltIn("train", int(count), classes)
+        flags = " ".join([f"--shapes {count}", *["--classes"] * bool(classes), *classes])
+    if not (Path(args.cache) / source.name).is_dir():
+        print(f"memorisation is left out: {source.name} is not in {args.cache}; make it with: python data.py {flags}")
+        return None
+    if version(source) != name:
+        print(f"memorisation compares with {version(source)}, but {folder} learnt from {name}")
+    classes = None if args.data else source.classes
+    return prepare("train", source.count, args.cache, data=args.data, classes=classes)
+
+
+class Memory:
+    """The training shapes as the tokenizer of a folder sees them."""
+
+    def __init__(self, folder, device, autocast, train):
+        self.encoder, self.device, self.autocast = tokenizer.load(folder).to(device), device, autocast
+        path = Path(folder) / "tokenizer.safetensors"
+        self.known = tokenizer.encode_set(self.encoder, train, device, autocast, path).flatten(1)         # t (n c)
+
+    @torch.no_grad()
+    def vectors(self, cloud):
+        """points, normals, colours, s k 3 each -> s (n c)."""
+        with self.autocast():
+            chunks = zip(*(torch.as_tensor(x).split(BATCH) for x in cloud))
+            tokens = [self.encoder(*(x.to(self.device) for x in chunk)).float().cpu() for chunk in chunks]
+        return torch.cat(tokens).flatten(1)
+
+    def share(self, cloud, new):
+        """Distance of clouds to their nearest training shapes, over that of held-out clouds."""
+        return metrics.memorisation(self.vectors(cloud), self.vectors(new), self.known)
+
+    def nearest(self, cloud):                                 # -> rows of the training set, s
+        return torch.cdist(self.vectors(cloud), self.known).argmin(1).tolist()
+
+
+def score_memorisation(train, args, model, samples, new):
+    """`memorisation` of samples, beside held-out shapes; and of copies: training shapes, by other points. A set is
+    points, normals, colours: s k 3 each."""
+    if train is None:
+        return {"memorisation": "", "of copies": ""}
+    own = "tokenizer" in trained_stages(model.folder)
+    memory = Memory(model.folder if own else args.scorer, model.device, model.autocast, train)
+    points = len(samples[0][0])
+    copies = [train.shape(row).surface(points, np.random.default_rng(row)) for row in range(min(len(train), BATCH))]
+    copies = [np.float32(x) for x in map(np.stack, zip(*copies))]                 # b k 3 each
+    return {"memorisation": memory.share(samples, new), "of copies": memory.share(copies, new)}
