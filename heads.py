@@ -5,6 +5,7 @@ which generates the tokens, never knows which head will read them. A head is a c
 
     reads       what it learns from: {cloud, queries, faces or views: how many points; None: all there are}
     needs       other heads that it decodes with
+    helpers     other heads that it decodes better with, where they are trained; optional
     COUNT       how many points it makes by default; None: it makes no points
     RATE        how many times the learning rate it learns with (engine/state.py); optional
     token       an nn.Linear, its first layer: tokenizer.standardise changes it
@@ -26,50 +27,24 @@ from torch import nn
 
 from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
-from engine.networks import Block, FeedForward, ToCells, ToPlanes, fourier, from_patches, grid_points, time_embedding
+from engine.networks import Block, QueryDecoder, from_patches, time_embedding
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked_light
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
 from geometry.render import splat
 from geometry.surface import TRUNCATION, extract, in_chunks
 
-BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
 
+def field_of(head, tokens, autocast):
+    """Tokens n c -> a function of points k 3, wherever they are: what a head says of them, k o."""
+    with torch.no_grad(), autocast():
+        memory = head.read(tokens[None])
 
-class QueryDecoder(nn.Module):
-    """What three heads are made of: tokens become a memory once; then it is evaluated at any number of points."""
-
-    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1, planes=False):
-        super().__init__()
-        self.register_buffer("anchors", grid_points(side), persistent=False)
-        self.patch, self.token = patch, nn.Linear(channels, dim)
-        self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(3))
-        grids = [ToCells(side, cells // 2, 32, dim), ToCells(side, cells, 16, dim)] if cells else []
-        self.grids = nn.ModuleList([ToPlanes(dim, heads)] if planes else grids)
-        self.point = nn.Linear(3 + 6 * BANDS + sum(grid.features for grid in self.grids), dim)
-        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(0 if self.grids else 2))
-        self.feed = nn.ModuleList(FeedForward(dim) for _ in range(2 if self.grids else 0))
-        self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
-
-    def read(self, tokens):                                   # b n c -> memory: b side^3 d, or grids, or planes
-        x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
-        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
-        for block in self.blocks:
-            x = block(x, positions=(anchors, anchors))
-        return [grid(x) for grid in self.grids] or x
-
-    def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
-        found = [grid.look_up(features, x) for grid, features in zip(self.grids, memory)]
-        y = self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra                # b k d
-        for block in self.feed:                               # with grids or planes: each point for itself
-            y = block(y)
-        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
-        for block in self.cross:                              # without: points attend to tokens
-            y = block(y, memory, positions=(x, anchors))
-        y = self.norm(y)
-        with torch.autocast(y.device.type, enabled=False):    # a surface is where this crosses zero: fp32
-            return self.out(y.float())
+    @torch.no_grad()
+    def field(x):
+        with autocast():
+            return in_chunks(lambda part: head.evaluate(memory, part[None])[0], x.to(tokens.device)).to(x.device)
+    return field
 
 
 # ---------------------------------------------------------------------------- sdf
@@ -111,8 +86,9 @@ class SdfHead(QueryDecoder):
 
 class PointHead(QueryDecoder):
     """A flow that carries noise to the surface, one point at a time: any number of points from one set of tokens.
-    x_t = (1 - t) noise + t x; outputs are the velocity x - noise, and at t = 1 normal and colour."""
-    reads, needs, COUNT = {"cloud": 768}, (), 4096
+    x_t = (1 - t) noise + t x; outputs are the velocity x - noise, and at t = 1 normal and colour. Where there is an
+    sdf head, two steps along the normals bring the points to its surface."""
+    reads, needs, helpers, COUNT = {"cloud": 768}, (), ("sdf",), 4096
     STEPS = 32       # of the flow; later steps are smaller, because they decide where a point lands
 
     def __init__(self, **size):
@@ -153,6 +129,10 @@ class PointHead(QueryDecoder):
             x = x + (then - t) * outputs(x, t)[:, :3]                                     # k 3
         y = outputs(x, times[-1])                                                         # k 9
         normals, colours = F.normalize(y[:, 3:6], dim=-1), y[:, 6:].clamp(0, 1)
+        if "sdf" in heads:
+            field = field_of(heads["sdf"], tokens, autocast)
+            for _ in range(2):
+                x = x - TRUNCATION * field(x)[:, :1] * normals
         return Cloud(x.cpu().numpy(), normals.cpu().numpy(), colours.cpu().numpy())
 
 
@@ -337,7 +317,8 @@ def load(folder, reps, device="cpu"):
     """Heads of a checkpoint folder, and those that they need, frozen: {rep: head}."""
     settings, heads = read_stage(folder, "tokenizer")["settings"], {}
     found = [name.removeprefix("head-") for name in trained_stages(folder) if name.startswith("head-")]
-    for rep in with_needs(reps):
+    helpers = [name for rep in reps for name in getattr(HEADS[rep], "helpers", ()) if name in found]
+    for rep in with_needs([*helpers, *reps]):
         if rep == "mesh" and rep not in found:
             heads |= {"mesh": SimplifiedMesh()} | load(folder, {"sdf"} - heads.keys(), device)
             continue

@@ -26,8 +26,9 @@ from conftest import CHAIN, HERE, assert_one_line, run, same_files, train_small
 from engine import files
 from engine.commands import UserError, pick_device
 from evaluation import attributes, peers
-from evaluation.judges import decoded_field, grid_iou
+from evaluation.judges import grid_iou
 from geometry import export
+from heads import field_of
 
 # ---------------------------------------------------------------------------- the shipped weights
 
@@ -35,7 +36,7 @@ def test_words_count_beside_a_picture():
     """The picture shows a green chair; with the words "a red chair", most samples are red chairs."""
     model = sample.load().load_heads("sdf")
     tokens = model.sample("a red chair", "assets/chair.png", 8)                   # b n c
-    shapes = [attributes.measure_shape(decoded_field(model.heads["sdf"], x, model.autocast)) for x in tokens]
+    shapes = [attributes.measure_shape(field_of(model.heads["sdf"], x, model.autocast)) for x in tokens]
     assert sum(attributes.has_attribute(shape, "colour", attributes.colour(), "red") for shape in shapes) >= 6
 
 
@@ -44,6 +45,17 @@ def test_a_mesh_has_as_many_faces_as_asked():
     for mesh in sample.load().generate("a chair", rep="mesh", n=2, faces=300):
         assert 200 < len(mesh.faces) <= 300
         assert mesh.soundness()["closed edges"] > .98
+
+
+def test_the_sdf_head_brings_points_to_its_surface():
+    """Half as far from it as where their own head leaves them, or nearer."""
+    model = sample.load().load_heads("pc")
+    tokens, head = model.sample("a chair")[0], model.heads["pc"]
+    field, distances = field_of(model.heads["sdf"], tokens, model.autocast), []
+    for heads in (model.heads, {"pc": head}):
+        cloud = head.decode(tokens, heads, np.random.default_rng(0), model.autocast)
+        distances.append(field(torch.from_numpy(cloud.points))[:, 0].abs().mean())
+    assert distances[0] < distances[1] / 2
 
 
 # ---------------------------------------------------------------------------- train

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.files import atomic_write, digest, load_model, read_stage
-from engine.networks import Block, FromCells, fourier, from_patches, grid_points, to_patches
+from engine.networks import BANDS, Block, FromCells, fourier, from_patches, grid_points, to_patches
 
 # n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads look features up in a grid, of
 # which each of the side^3 has cells^3.
@@ -29,7 +29,6 @@ SIZES = {
 }
 NOISE = .05      # on the tokens in training: it makes the latent space smooth, and needs no KL weight
 STAY = .3        # weight of the distance that tokens move, when a trained tokenizer is fine-tuned
-BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
 
 
 class Tokenizer(nn.Module):

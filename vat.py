@@ -32,7 +32,7 @@ from engine.codes import draw
 from engine.commands import UserError, cast_once, command
 from engine.files import load_model, read_stage, read_weights
 from engine.loop import fit
-from engine.networks import Block, FromCells, GrowingBlock, fourier, grid_points
+from engine.networks import BANDS, Block, FromCells, GrowingBlock, fourier, grid_points
 from engine.state import start
 from evaluation import compression, progress
 from geometry.surface import TRUNCATION
@@ -64,14 +64,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.register_buffer("place", grid_points(side), persistent=False)                        # n 3
         self.register_buffer("centre", grid_points(features), persistent=False)                   # 6^3 features, m 3
-        self.point = nn.Sequential(nn.Linear(3 + 6 * heads_.BANDS + 6, dim), nn.GELU(), nn.Linear(dim, 32))
+        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, 32))
         self.feature = FromCells(features, cells, 32, dim)    # the paper has 3,072 features, of a point each
         self.latent = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * channels))
 
     def posterior(self, points, normals, colours):            # b k 3 each -> mean, log variance: b n c each
-        features = self.feature(points, self.point(torch.cat([fourier(points, heads_.BANDS), normals, colours], -1)))
+        features = self.feature(points, self.point(torch.cat([fourier(points, BANDS), normals, colours], -1)))
         x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=len(points))], 1)          # b (m + n) d
         place = repeat(torch.cat([self.centre, self.place]), "n i -> b n i", b=len(points))
         for block in self.blocks:

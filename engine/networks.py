@@ -249,6 +249,47 @@ class ToPlanes(nn.Module):
         return torch.cat([reduce(x, "(b i) f k 1 -> b k f", "sum", i=3) for x in found], -1)
 
 
+# ---------------------------------------------------------------------------- tokens -> a function of points
+
+BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
+
+
+class QueryDecoder(nn.Module):
+    """Tokens become a memory once; then it is evaluated at any number of points."""
+
+    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1, planes=False):
+        super().__init__()
+        self.register_buffer("anchors", grid_points(side), persistent=False)
+        self.patch, self.token = patch, nn.Linear(channels, dim)
+        self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(3))
+        grids = [ToCells(side, cells // 2, 32, dim), ToCells(side, cells, 16, dim)] if cells else []
+        self.grids = nn.ModuleList([ToPlanes(dim, heads)] if planes else grids)
+        self.point = nn.Linear(3 + 6 * BANDS + sum(grid.features for grid in self.grids), dim)
+        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(0 if self.grids else 2))
+        self.feed = nn.ModuleList(FeedForward(dim) for _ in range(2 if self.grids else 0))
+        self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
+
+    def read(self, tokens):                                   # b n c -> memory: b side^3 d, or grids, or planes
+        x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
+        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
+        for block in self.blocks:
+            x = block(x, positions=(anchors, anchors))
+        return [grid(x) for grid in self.grids] or x
+
+    def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
+        found = [grid.look_up(features, x) for grid, features in zip(self.grids, memory)]
+        y = self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra                # b k d
+        for block in self.feed:                               # with grids or planes: each point for itself
+            y = block(y)
+        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
+        for block in self.cross:                              # without: points attend to tokens
+            y = block(y, memory, positions=(x, anchors))
+        y = self.norm(y)
+        with torch.autocast(y.device.type, enabled=False):    # a surface is where this crosses zero: fp32
+            return self.out(y.float())
+
+
 # ---------------------------------------------------------------------------- moving average
 
 class EMA:

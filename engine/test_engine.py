@@ -24,6 +24,7 @@ from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, train_
 from engine import files, loop, processes
 from engine import run as run_folder
 from engine.commands import UserError
+from engine.networks import QueryDecoder
 
 # ---------------------------------------------------------------------------- commands
 
@@ -75,7 +76,7 @@ def test_shares_of_loss_add_up_to_one():
 
 def test_a_module_may_learn_faster():
     """RATE multiplies the learning rate of a module's parameters, in both optimizers, and of no others."""
-    plain, quick = heads.QueryDecoder(2, 4, 64, 2, outputs=4), heads.MeshHead(2, 4, 64, 2)
+    plain, quick = QueryDecoder(2, 4, 64, 2, outputs=4), heads.MeshHead(2, 4, 64, 2)
     groups = [group for opt in loop.optimizers(nn.ModuleList([plain, quick]), 1e-3) for group in opt.param_groups]
     rates = {p: group["rate"] for group in groups for p in group["params"]}
     assert heads.MeshHead.RATE != 1

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from engine.files import digest
 from evaluation import exam
-from evaluation.judges import decoded_field, occupancy, true_field
+from evaluation.judges import occupancy, true_field
 from evaluation.results import ResultCache, labels, write_table, write_tables
 from geometry.shapes import COLOURS, COUNTS
+from heads import field_of
 
 CELL = 2 / 64       # side of a cell of o; no part of a built-in shape is thinner than 2.8 cells
 SPECK = 8           # cells; every built-in shape is longer than 12 in each direction
@@ -237,7 +238,7 @@ def evaluate_attributes(args):
         model = exam.open_model(args, folder).load_heads("sdf")
 
         def result_of(tokens, job):
-            found = measure_shape(decoded_field(model.heads["sdf"], tokens, model.autocast))
+            found = measure_shape(field_of(model.heads["sdf"], tokens, model.autocast))
             return {"obeyed": has_attribute(found, *wanted[job.text][1:])}
 
         obeyed = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)["obeyed"].reshape(-1, args.n).mean(1)

@@ -65,8 +65,8 @@ def longest_captions(split, rows):
 
 
 def head_stages(reps):
-    """The heads that decide a result. Where no mesh head was trained, a mesh is the surface of the sdf head."""
-    return [f"head-{rep}" for rep in heads.with_needs([*reps, *["sdf"] * ("mesh" in reps)])]
+    """The heads that decide a result. The sdf head helps with points, and makes meshes where there is no mesh head."""
+    return [f"head-{rep}" for rep in heads.with_needs([*reps, *["sdf"] * bool({"mesh", "pc"} & {*reps})])]
 
 
 def tokenizer_stages(reps):

@@ -16,6 +16,7 @@ from geometry.meshes import bin_centres, quantise, sample_surface
 from geometry.render import splat
 from geometry.surface import TRUNCATION, sdf_grid
 from geometry.training_samples import VIEW, draw_view
+from heads import field_of
 
 # ---------------------------------------------------------------------------- fields: points k 3 -> distance, colour
 
@@ -25,21 +26,8 @@ def occupancy(field, resolution=64):
     return sdf_grid(lambda x: field(x)[:, 0], resolution) < 0
 
 
-def decoded_field(head, tokens, autocast):
-    """Tokens n c -> a field, a function of points k 3: distance (in truncations) and colour, k 4, on the CPU."""
-    @torch.no_grad()
-    def field(x):
-        with autocast():
-            chunks = (chunk[None].to(tokens.device) for chunk in x.split(2 ** 15))
-            return torch.cat([head.evaluate(memory, chunk)[0].cpu() for chunk in chunks])
-
-    with torch.no_grad(), autocast():
-        memory = head.read(tokens[None])                                          # 1 n d, or grids 1 f s s s
-    return field
-
-
 def true_field(shape):
-    """The same of a built-in shape."""
+    """A field of a built-in shape, as that of a head: points k 3 -> distance, in truncations, and colour: k 4."""
     return lambda x: torch.from_numpy(np.column_stack(shape.field(x.numpy())) / [TRUNCATION, 1, 1, 1]).float()
 
 
@@ -47,7 +35,7 @@ def grid_iou(head, tokens, shape, autocast, resolution=64):
     """IoU of a decoded sdf (tokens n c) and the true shape, at all resolution^3 cell centres of [-1, 1]^3. A flat face
     near a layer of points flips all of them: the IoU of one shape depends on the grid. Compare means over one grid."""
     points = grid_points(resolution)                                              # k 3
-    return iou((decoded_field(head, tokens, autocast)(points)[:, 0] < 0).numpy(), shape.distance(points.numpy()) < 0)
+    return iou((field_of(head, tokens, autocast)(points)[:, 0] < 0).numpy(), shape.distance(points.numpy()) < 0)
 
 
 # ---------------------------------------------------------------------------- the judges
@@ -61,7 +49,7 @@ def judge_sdf(heads, tokens, split, row, rng, autocast, points):
         results = {"F-score": fscore(surface, shape.surface(points, rng)[0], .02)}
     arrays = (split.arrays[name][split.rows[row]] for name in ("queries", "distance"))
     queries, distance = (torch.tensor(x, dtype=torch.float) for x in arrays)      # k 3, k
-    error = decoded_field(heads["sdf"], tokens, autocast)(queries)[:, 0] - (distance / TRUNCATION).clamp(-1, 1)
+    error = field_of(heads["sdf"], tokens, autocast)(queries)[:, 0] - (distance / TRUNCATION).clamp(-1, 1)
     return {"IoU": grid_iou(heads["sdf"], tokens, shape, autocast), "L1": error.abs().mean().item()} | results
 
 

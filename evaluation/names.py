@@ -35,19 +35,22 @@ def evaluate_names(args):
         tables[label] = [{"": what, "R-precision": metrics.r_precision(prompts, scorer.clouds(*cloud), own),
                           "memorisation": seen.share(cloud, new)}
                          for what, cloud in (("training shapes", true), ("samples", samples))]
-        draw_beside_nearest(args, label, model, jobs, results["tokens"], train, seen.nearest(samples))
+        draw(args, label, model, jobs, results["tokens"], train, seen.nearest(samples))
     print(f"{len(names)} names. R-precision: the share whose nearest name, of all of these, is its own. memorisation: "
           "the distance to the nearest training shape, in tokens of surfaces, over that of held-out shapes")
     write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
 
 
-def draw_beside_nearest(args, label, model, jobs, tokens, train, nearest):
-    """Forty samples, evenly spread; to the right of each, the nearest training shape."""
-    pictures, texts = [], []
-    for i in tqdm(np.linspace(0, len(jobs) - 1, min(40, len(jobs))).astype(int), "pictures", unit="pair"):
-        shape = model.decode(torch.from_numpy(tokens[i]), args.rep, jobs[i].seed, args.resolution)
-        pictures += [shape.picture(128), render_mesh(*vertex_coloured(train.shape(nearest[i])), size=128)]
-        texts += [jobs[i].text, train.captions[nearest[i]][-1]]
-    path = f"{args.out}/{args.command}-{args.rep}-{label}.png"
-    save_png(path, contact_sheet(pictures, 10, texts))
-    print(path)
+def draw(args, label, model, jobs, tokens, train, nearest):
+    """Forty samples, evenly spread, on one sheet; on another, each has its nearest training shape to the right."""
+    rows = np.linspace(0, len(jobs) - 1, min(40, len(jobs))).astype(int)
+    shapes = (model.decode(torch.from_numpy(tokens[i]), args.rep, jobs[i].seed, args.resolution) for i in rows)
+    samples = [shape.picture(160) for shape in tqdm(shapes, "pictures", len(rows), unit="picture")]
+    neighbours = [render_mesh(*vertex_coloured(train.shape(nearest[i])), size=160) for i in rows]
+    names, others = [jobs[i].text for i in rows], [train.captions[nearest[i]][-1] for i in rows]
+    sheets = {"": (samples, 8, names),
+              "-nearest": (sum(zip(samples, neighbours), ()), 8, sum(zip(names, others), ()))}
+    for ending, sheet in sheets.items():
+        path = f"{args.out}/{args.command}-{args.rep}-{label}{ending}.png"
+        save_png(path, contact_sheet(*sheet))
+        print(path)

@@ -15,9 +15,10 @@ import tokenizer
 from conftest import run
 from engine.commands import UserError, pick_device
 from evaluation import attributes, exam, low_poly, metrics, progress, results, words
-from evaluation.judges import decoded_field, true_field
+from evaluation.judges import true_field
 from evaluation.memory import score_memorisation
 from geometry import shapes
+from heads import field_of
 from prompts import reading, text_tower
 
 # ---------------------------------------------------------------------------- what a run shows of itself
@@ -234,7 +235,7 @@ def test_stripes_survive_the_tokenizer():
         cloud = [torch.from_numpy(np.float32(x))[None] for x in mug.surface(2048, np.random.default_rng(0))]
         with torch.no_grad(), autocast():
             tokens = encoder(*cloud)[0].float()                                   # n c
-        shape = attributes.measure_shape(decoded_field(head, tokens, autocast))
+        shape = attributes.measure_shape(field_of(head, tokens, autocast))
         right.append(attributes.has_attribute(shape, "second", check, mug.attributes["second"]))
     assert sum(right) >= 10
 

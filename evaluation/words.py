@@ -17,13 +17,13 @@ from engine.commands import UserError
 from engine.files import atomic_write
 from evaluation import exam
 from evaluation.attributes import ATTRIBUTES, colour, has_attribute, measure_shape
-from evaluation.judges import decoded_field
 from evaluation.metrics import chamfer_matrix
 from evaluation.results import labels, write_table
 from geometry.captions import SYNONYMS, article
 from geometry.prepare import BuiltIn
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES, COLOURS, LEAVES
+from heads import field_of
 from prompts.reading import NEIGHBOURS
 
 MOTTLED = {"stool", "shelf"}          # classes whose first colour does not cover most of the surface
@@ -133,7 +133,7 @@ def evaluate_words(args):
             cloud_of = exam.shape_result(model, "sdf", 64)
 
             def result_of(tokens, job):
-                found = measure_shape(decoded_field(model.heads["sdf"], tokens, model.autocast))
+                found = measure_shape(field_of(model.heads["sdf"], tokens, model.autocast))
                 wanted = prompts[int(job.name.split("-")[1])].wanted
                 return cloud_of(tokens, job) | {"obeyed": np.mean([has_attribute(found, *want) for want in wanted])}
 
