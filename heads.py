@@ -299,6 +299,10 @@ def with_needs(reps):
     return list(dict.fromkeys(name for rep in reps for name in (*HEADS[rep].needs, rep)))
 
 
+def helpers(rep):
+    return getattr(HEADS[rep], "helpers", ())
+
+
 def loss(heads, tokens, samples):
     """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads get the same
     norm, so that all pull equally hard at a tokenizer, however large their losses are."""
@@ -317,8 +321,7 @@ def load(folder, reps, device="cpu"):
     """Heads of a checkpoint folder, and those that they need, frozen: {rep: head}."""
     settings, heads = read_stage(folder, "tokenizer")["settings"], {}
     found = [name.removeprefix("head-") for name in trained_stages(folder) if name.startswith("head-")]
-    helpers = [name for rep in reps for name in getattr(HEADS[rep], "helpers", ()) if name in found]
-    for rep in with_needs([*helpers, *reps]):
+    for rep in with_needs([*(name for rep in reps for name in helpers(rep) if name in found), *reps]):
         if rep == "mesh" and rep not in found:
             heads |= {"mesh": SimplifiedMesh()} | load(folder, {"sdf"} - heads.keys(), device)
             continue

@@ -157,7 +157,8 @@ def train_head(run, rep):
     # data
     run, stage = run.turned(), f"head-{rep}"
     tokenizer = tokenizer_.load(run.folder).to(run.device)
-    needed = heads_.load(run.folder, HEADS[rep].needs, run.device)
+    others = [*HEADS[rep].needs, *(name for name in heads_.helpers(rep) if name in run.first)]
+    needed = heads_.load(run.folder, others, run.device)      # to decode with
     tokens = {split: encode(run, tokenizer, split) for split in (run.train, run.test)}       # shapes n c
 
     def draw(split, rng):

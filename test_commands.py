@@ -1,10 +1,8 @@
-"""test_commands.py - the tests of train.py, of sample.py, and of the README's commands.
+"""test_commands.py - the tests of sample.py, of the shipped weights, and of the README's commands.
 
     python -m pytest -q test_commands.py
 """
-import csv
 import functools
-import json
 import os
 import pickle
 import re
@@ -19,14 +17,11 @@ import pytest
 import torch
 import trimesh
 
-import data
-import ltm3d
 import sample
-from conftest import CHAIN, HERE, assert_one_line, run, same_files, train_small
+from conftest import HERE, assert_one_line, run, same_files
 from engine import files
 from engine.commands import UserError, pick_device
-from evaluation import attributes, peers
-from evaluation.judges import grid_iou
+from evaluation import attributes
 from geometry import export
 from heads import field_of
 
@@ -56,192 +51,6 @@ def test_the_sdf_head_brings_points_to_its_surface():
         cloud = head.decode(tokens, heads, np.random.default_rng(0), model.autocast)
         distances.append(field(torch.from_numpy(cloud.points))[:, 0].abs().mean())
     assert distances[0] < distances[1] / 2
-
-
-# ---------------------------------------------------------------------------- train
-
-def same_weights(one, two, stages):
-    names = [f"{stage}.safetensors" for stage in stages]
-    return all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
-
-
-@pytest.mark.parametrize("kinds", [("text",), ("image",), ("text", "image")], ids="+".join)
-def test_two_shapes_overfitted_through_all_stages(overfitted, kinds, tmp_path_factory):
-    """train.py, then a prompt -> tokens -> field: the prompted one of two shapes comes back with IoU >= .9."""
-    model = sample.load(overfitted).load_heads("sdf")
-    split = data.prepare("train", 2, tmp_path_factory.getbasetemp() / "cache", kinds=("surface", "pictures"))
-    texts = ["a table", "a chair"] if "text" in kinds else None
-    pictures = split.pictures(np.arange(2), np.random.default_rng(0), vary=False) if "image" in kinds else None
-    for i, tokens in enumerate(model.tokens(texts, [0, 1], pictures)):
-        assert grid_iou(model.heads["sdf"], tokens, split.shape(i), model.autocast) >= .9
-        assert grid_iou(model.heads["sdf"], tokens, split.shape(1 - i), model.autocast) < .5
-
-
-def test_run_folder_holds_curves_and_pictures(overfitted):
-    """Every stage leaves a CSV, some a picture, and its entry in config.json; no state and no unfinished file stays."""
-    names = {path.name for path in overfitted.iterdir()}
-    config = files.read_config(overfitted)
-    assert {f"{stage}.csv" for stage in CHAIN} | {"losses.png"} <= names
-    assert {"tokenizer-000280.png", "backbone-000180.png"} <= names
-    assert not any("state" in name or "part" in name for name in names)
-    assert list(config) == CHAIN
-    assert config["backbone"]["steps"] == 180
-    assert 1. in config["backbone"]["metrics"].values()
-    rows = list(csv.DictReader((overfitted / "tokenizer.csv").open()))
-    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
-
-
-def test_done_stages_are_skipped(overfitted, monkeypatch, capsys):
-    monkeypatch.setattr(ltm3d, "fit", None)
-    assert train_small(monkeypatch, overfitted, 2) == 0
-    assert capsys.readouterr().out.count("already done") == 6
-
-
-@pytest.mark.parametrize("data_name, flags, complaint", [
-    ("shapes-train", ["--size", "tiny"], "--size small; give that"), ("furniture", [], "learnt from furniture")])
-def test_a_stage_of_another_run_is_refused(overfitted, data_name, flags, complaint, tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(overfitted, tmp_path / "run")
-    (folder / "config.json").write_text((folder / "config.json").read_text().replace("shapes-train", data_name))
-    assert train_small(monkeypatch, folder, 2, *flags) == 2
-    assert_one_line(capsys.readouterr().err, complaint)
-
-
-def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
-    """--rep all on a trained folder trains three heads and nothing else. sample.py then writes one shape in each."""
-    new = {"head-pc", "head-mesh", "head-gs"}
-    assert set(files.read_config(four)) == {*CHAIN, *new}
-    assert {path.stem for path in four.glob("*.safetensors")} == {*CHAIN, "head-sdf", *new}
-    assert same_weights(four, overfitted, CHAIN)
-    flags = "--text", "a table", "--checkpoint", four, "--resolution", 32, "--points", 300
-    assert run(sample.main, *flags, "--rep", "sdf", "pc", "3DGS", "--out", tmp_path) == 0
-    names = {path.name for path in tmp_path.iterdir()}
-    shapes = {"a-table-0-sdf.glb", "a-table-0-pc.ply", "a-table-0-gs.ply"}
-    assert names == shapes | {f"a-table-0-{rep}.png" for rep in ("sdf", "pc", "gs")} | {"a-table-sdf-pc-gs.png"}
-    assert len(export.read_shape(tmp_path / "a-table-0-pc.ply").points) == 300
-    assert isinstance(export.read_shape(tmp_path / "a-table-0-gs.ply"), export.Gaussians)
-
-
-BACKBONE = "--stage", "backbone", "--steps", 2, "--batch", 2
-
-
-def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypatch, capsys):
-    """--from copies all stages but the backbone; the new backbone may be of another kind, which sample.py refuses."""
-    flags, folder = ("--from", overfitted, "--generator", "diffusion", *BACKBONE), tmp_path / "peer"
-    assert train_small(monkeypatch, folder, 2, *flags, generators=peers.GENERATORS) == 0
-    config, source = files.read_config(folder), files.read_config(overfitted)
-    assert config["backbone"]["generator"] == "diffusion"
-    assert {**config, "backbone": 0} == {**source, "backbone": 0}
-    assert same_weights(folder, overfitted, [stage for stage in source if stage != "backbone"])
-
-    capsys.readouterr()
-    assert run(sample.main, "--text", "a table", "--checkpoint", folder, "--out", tmp_path / "out") == 2
-    assert_one_line(capsys.readouterr().err, "is a peer of LTM3D")
-    assert train_small(monkeypatch, folder, 2, *BACKBONE) == 2
-    assert_one_line(capsys.readouterr().err, "--generator diffusion; give that")
-    model = sample.load(folder, models={"ltm3d": peers.WithPeers})
-    assert model.tokens(["a table"], [0]).shape == (1, 64, 8)
-    with pytest.raises(UserError, match="give --rgs none"):
-        model.tokens(["a table"], [0], rgs="sampled=.1")
-
-
-@pytest.mark.parametrize("stage", ["encoders", "tokenizer", "vision", "backbone", "reconstruct"])
-def test_finetuning_goes_on_from_the_weights_of_another_run(overfitted, tmp_path, monkeypatch, stage):
-    """With no rate to speak of, the weights stay what they were; config.json says where they come from."""
-    flags = "--stage", stage, "--steps", 2, "--batch", 2, "--lr", 1e-9
-    assert train_small(monkeypatch, tmp_path / "run", 2, "--from", overfitted, "--finetune", *flags) == 0
-    old, new = (files.read_weights(folder / f"{stage}.safetensors") for folder in (overfitted, tmp_path / "run"))
-    assert all(torch.allclose(new[name], old[name], atol=1e-3) for name in old)
-    steps = files.read_config(overfitted)[stage]["steps"]
-    assert files.read_config(tmp_path / "run")[stage]["finetuned"]["steps"] == steps
-
-
-def test_a_copied_stage_can_be_finetuned_later(overfitted, tmp_path, monkeypatch, capsys):
-    """Beside a fine-tuned tokenizer stands a copied image tower. It goes on, and once only."""
-    flags = "--from", overfitted, "--finetune", "--steps", 2, "--batch", 2, "--stage"
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, "tokenizer") == 0
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, "vision") == 0
-    assert files.read_config(tmp_path / "run")["vision"]["steps"] == 2
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, "vision") == 0
-    assert "vision: already done" in capsys.readouterr().out
-
-
-def test_what_stands_on_a_finetuned_tokenizer_is_not_copied(overfitted, tmp_path, monkeypatch):
-    """The towers stay; what reads tokens or makes them has to be fine-tuned, too."""
-    flags = "--from", overfitted, "--finetune", "--stage", "tokenizer", "--steps", 2, "--batch", 2
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
-    assert set(files.read_config(tmp_path / "run")) == {"encoders", "tokenizer", "vision"}
-
-
-def test_finetuning_refuses_a_backbone_of_another_kind(overfitted, tmp_path, monkeypatch, capsys):
-    flags = "--from", overfitted, "--finetune", "--denoiser", "ddpm", *BACKBONE
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
-    assert "its size, denoiser, encoder or generator is another" in capsys.readouterr().err
-    assert train_small(monkeypatch, tmp_path / "run", 2, "--finetune", *BACKBONE) == 2
-    assert_one_line(capsys.readouterr().err, "name their folder")
-
-
-def test_finetuning_needs_the_stage_in_both_folders(overfitted, tmp_path, monkeypatch, capsys):
-    """What the folder of --from lacks cannot go on; a stage of the run that it lacks is done, not copied."""
-    source = shutil.copytree(overfitted, tmp_path / "source")
-    config = files.read_config(source)
-    config.pop("reconstruct")
-    (source / "config.json").write_text(json.dumps(config))
-    (source / "reconstruct.safetensors").unlink()
-    flags = "--from", source, "--finetune", "--stage", "reconstruct"
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
-    assert_one_line(capsys.readouterr().err, "holds no trained reconstruct")
-    assert train_small(monkeypatch, shutil.copytree(overfitted, tmp_path / "done"), 2, *flags) == 0
-    assert "reconstruct: already done" in capsys.readouterr().out
-
-
-def test_no_vision_stage_beside_another_image_tower(tmp_path, monkeypatch, capsys):
-    assert train_small(monkeypatch, tmp_path / "run", 2, "--stage", "vision", "--image-encoder", "pixels") == 2
-    assert_one_line(capsys.readouterr().err, "leave out --stage vision")
-
-
-def test_from_needs_a_trained_folder(tmp_path, monkeypatch, capsys):
-    assert train_small(monkeypatch, tmp_path / "run", 2, "--from", tmp_path, *BACKBONE) == 2
-    assert_one_line(capsys.readouterr().err, "there is no trained tokenizer in")
-
-
-def test_a_reconstructor_of_another_encoder_is_not_copied(overfitted, tmp_path, monkeypatch):
-    flags = "--from", overfitted, "--text-encoder", "bag", *BACKBONE
-    assert train_small(monkeypatch, tmp_path / "bag", 2, *flags) == 0
-    assert set(files.read_config(tmp_path / "bag")) == {*CHAIN} - {"reconstruct"}
-
-
-def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
-    """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
-    flags = "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2
-    assert train_small(monkeypatch, tmp_path / "own", 2, *flags) == 0
-    assert files.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
-    assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
-
-
-def test_a_head_goes_on_where_the_tokenizer_left_it(overfitted, tmp_path, monkeypatch, capsys):
-    """--stage head --rep sdf: the head that was trained with the encoder learns on, once; the encoder stays."""
-    folder = shutil.copytree(overfitted, tmp_path / "run")
-    flags = "--rep", "sdf", "--stage", "head", "--steps", 1, "--batch", 2, "--lr", 1e-9
-    for _ in range(2):
-        assert train_small(monkeypatch, folder, 2, *flags) == 0
-    assert capsys.readouterr().out.count("already done") == 1
-    logs = {stage: list(csv.DictReader((folder / f"{stage}.csv").open())) for stage in ("head-sdf", "tokenizer")}
-    assert len(logs["head-sdf"]) == 1
-    assert float(logs["head-sdf"][0]["loss"]) < .5 * float(logs["tokenizer"][0]["loss"])
-    assert same_weights(folder, overfitted, ["tokenizer"])
-
-
-@pytest.mark.parametrize("flags, complaint", [
-    (["--stage", "dinner"], "choose from"), (["--steps", "0"], "--steps: must be at least 1"),
-    (["--lr", "nan"], "--lr: must be between"), (["--seed", "-1"], "--seed: must be"), (["--shapes", "x"], "invalid"),
-    (["--bacth", "3"], "unrecognized arguments: --bacth"),
-    (["--device", "toaster"], "--device toaster cannot be used here"),
-    (["--stage", "backbone"], "holds no trained encoders")])
-def test_train_bad_input_is_one_line(flags, complaint, tmp_path, monkeypatch, capsys):
-    """A mistake is one line that names it, with exit status 2, and nothing is written."""
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
-    assert_one_line(capsys.readouterr().err, complaint)
-    assert not (tmp_path / "run").exists()
 
 
 # ---------------------------------------------------------------------------- sample

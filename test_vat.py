@@ -2,8 +2,6 @@
 
     python -m pytest -q test_vat.py
 """
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -13,9 +11,7 @@ import vat
 from conftest import assert_one_line, run, train_small
 from engine import codes
 from engine.commands import UserError
-from evaluation import compression
 
-main = partial(compression.main, vat.load_tokenizer, vat.SHIPPED)     # the command of vat.py
 SIZE = dict(side=4, channels=8, codes=64, scales="1 2 3 4", dim=32, heads=4, depth=1)
 PARTS = {key: SIZE[key] for key in ("side", "channels", "codes", "scales")}
 
@@ -123,7 +119,7 @@ def test_a_damaged_file_of_codes_is_one_line(damage, complaint, tmp_path):
 
 
 def test_vat_without_weights_is_one_line(tmp_path, capsys):
-    assert run(main, "compress", "chair.glb", tmp_path / "a.vat", "--checkpoint", tmp_path) == 2
+    assert run(vat.main, "compress", "chair.glb", tmp_path / "a.vat", "--checkpoint", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "holds no trained vat-codes")
 
 
@@ -142,7 +138,7 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     assert run(sample.main, "--text", "a table", "--model", "ltm3d", "--out", tmp_path / "no", *flags) == 2
     capsys.readouterr()
     mesh, codes_, back = tmp_path / "out" / "a-table-0.glb", tmp_path / "a.vat", tmp_path / "back.glb"
-    assert run(main, "compress", mesh, codes_, *flags) == 0
+    assert run(vat.main, "compress", mesh, codes_, *flags) == 0
     assert "what comes back" in capsys.readouterr().out
-    assert run(main, "decompress", codes_, back, *flags) == 0
+    assert run(vat.main, "decompress", codes_, back, *flags) == 0
     assert back.is_file()

@@ -344,5 +344,7 @@ class VAT:
 load = VAT
 
 
+main = partial(compression.main, load_tokenizer, SHIPPED)     # compress, decompress
+
 if __name__ == "__main__":
-    command(partial(compression.main, load_tokenizer, SHIPPED))
+    command(main)

@@ -57,12 +57,12 @@ class Memory:
             tokens = [self.encoder(*(x.to(self.device) for x in chunk)).float().cpu() for chunk in chunks]
         return torch.cat(tokens).flatten(1)
 
-    def share(self, cloud, new):
-        """Distance of clouds to their nearest training shapes, over that of held-out clouds."""
-        return metrics.memorisation(self.vectors(cloud), self.vectors(new), self.known)
+    def share(self, x, new):
+        """Distance of vectors s (n c) to their nearest training shapes, over that of held-out shapes."""
+        return metrics.memorisation(x, new, self.known)
 
-    def nearest(self, cloud):                                 # -> rows of the training set, s
-        return torch.cdist(self.vectors(cloud), self.known).argmin(1).tolist()
+    def nearest(self, x):                                     # s (n c) -> rows of the training set, s
+        return torch.cdist(x, self.known).argmin(1).tolist()
 
 
 def score_memorisation(train, args, model, samples, new):
@@ -75,4 +75,5 @@ def score_memorisation(train, args, model, samples, new):
     points = len(samples[0][0])
     copies = [train.shape(row).surface(points, np.random.default_rng(row)) for row in range(min(len(train), BATCH))]
     copies = [np.float32(x) for x in map(np.stack, zip(*copies))]                 # b k 3 each
+    samples, copies, new = map(memory.vectors, (samples, copies, new))            # s (n c) each
     return {"memorisation": memory.share(samples, new), "of copies": memory.share(copies, new)}

@@ -31,11 +31,13 @@ def evaluate_names(args):
         model, scorer = exam.open_model(args, folder), exam.Scorer(folder, args.device or "cpu")
         results = exam.sample_all(model, jobs, cache, exam.shape_result(model, args.rep, args.resolution), **options)
         prompts, own = scorer.texts(names), np.eye(len(names), dtype=bool)        # r e, r r
-        seen, samples = Memory(folder, model.device, model.autocast, train), [results[key] for key in exam.CLOUD]
+        memory = Memory(folder, model.device, model.autocast, train)
+        clouds = {"training shapes": true, "samples": [results[key] for key in exam.CLOUD]}
+        vectors = {what: memory.vectors(cloud) for what, cloud in clouds.items()}                         # r (n c) each
+        held_out = memory.vectors(new)                                            # h (n c)
         tables[label] = [{"": what, "R-precision": metrics.r_precision(prompts, scorer.clouds(*cloud), own),
-                          "memorisation": seen.share(cloud, new)}
-                         for what, cloud in (("training shapes", true), ("samples", samples))]
-        draw(args, label, model, jobs, results["tokens"], train, seen.nearest(samples))
+                          "memorisation": memory.share(vectors[what], held_out)} for what, cloud in clouds.items()]
+        draw(args, label, model, jobs, results["tokens"], train, memory.nearest(vectors["samples"]))
     print(f"{len(names)} names. R-precision: the share whose nearest name, of all of these, is its own. memorisation: "
           "the distance to the nearest training shape, in tokens of surfaces, over that of held-out shapes")
     write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)

@@ -23,7 +23,6 @@ import sample
 from conftest import SMALL, TrueHead, assert_one_line, run, train_small
 from engine import files
 from evaluation import exam, experiments, memory, peers, words
-from evaluation import names as names_
 from evaluation.judges import grid_iou
 from geometry import shapes
 
@@ -154,7 +153,7 @@ def test_samples_of_names_are_compared_with_training_shapes(overfitted, kit, tmp
     then with it."""
     flags = *kit, tmp_path, "--checkpoint", overfitted, "--names", 2, "--resolution", 32
     with monkeypatch.context() as patch:
-        patch.setattr(names_, "training_set_of", lambda folder, args: None)
+        patch.setattr("evaluation.names.training_set_of", lambda folder, args: None)
         assert run(evaluate.main, "names", *flags) == 0
     training, samples = rows_of(tmp_path / "names-sdf")
     assert float(training["memorisation"]) < float(samples["memorisation"])
