@@ -89,7 +89,7 @@ class Prepared:
         self.broken = {record["file"]: record["broken"] for record in broken.values()
                        if not record["file"].endswith(COPY)}
         rows = sorted(row for row in set.intersection(*map(set, records))
-                      if row not in broken and source.in_split(records[0][row]))
+                      if row not in broken and source.in_split(row))
         self.rows = np.array(rows, int)                       # rows of the arrays: one for each shape of this set
         self.records = [records[0][row] for row in rows]
         self.classes = [record["class"] for record in self.records]

@@ -73,7 +73,7 @@ class BuiltIn:
     def origin(self, row):
         return {"index": self.index(row)}
 
-    def in_split(self, record):
+    def in_split(self, row):
         return True
 
 
@@ -110,7 +110,6 @@ class Files:
         if self.files < FEW:
             self.items += [real.stretched(item) for item in self.items if item.family not in self.held_out]
         self.count, self.first = len(self.items), 0
-        self.family = {item.key: item.family for item in self.items}
         values = [(item.key, item.rotation, Path(item.file).stat().st_size) for item in self.items]
         named = [item.family for item in self.items if item.family != item.key]
         self.name = f"{name_begins(path)}{short_digest(values, *named)}"
@@ -128,8 +127,8 @@ class Files:
         item = self.items[row]
         return {"file": item.key, "licence": item.licence, "author": item.author}
 
-    def in_split(self, record):
-        return (self.family[record["file"]] in self.held_out) == (self.split == "test")
+    def in_split(self, row):
+        return (self.items[row].family in self.held_out) == (self.split == "test")
 
 
 def counts(source, kind):
@@ -188,9 +187,12 @@ def prepare_chunk(folder, source, chunk, kinds):
 
 
 def fill(folder, source, kinds, workers=2, share=(0, 1)):
-    """Prepare the missing chunks of a set; share (i, n): only chunks i, i + n, i + 2 n ..."""
+    """Prepare the missing chunks that have shapes of the split; share (i, n): only chunks i, i + n, i + 2 n ..."""
     todo = {}                                                 # {chunk: kinds of samples that it lacks}
     for chunk in range(share[0], -(-source.count // CHUNK), share[1]):
+        rows = range(chunk * CHUNK, min((chunk + 1) * CHUNK, source.count))
+        if not any(map(source.in_split, rows)):
+            continue
         missing = [kind for kind in kinds if not (folder / source.folder(kind) / f"{chunk:05d}.json").is_file()]
         if missing:
             todo[chunk] = missing

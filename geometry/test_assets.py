@@ -56,7 +56,7 @@ def test_families_are_held_out_as_a_whole(tmp_path):
     things = "barrel boat bridge bush cactus candle chest cloud coin crate crown door fence flower gate hammer".split()
     path = kit(tmp_path / "kit", *(f"{thing}_{letter}" for thing in things for letter in "AB"))
     splits = [prepare.Files(split, path) for split in ("train", "test")]
-    families = [{x.family[key] for key in x.family if x.in_split({"file": key})} for x in splits]
+    families = [{item.family for row, item in enumerate(x.items) if x.in_split(row)} for x in splits]
     assert not families[0] & families[1] and min(map(len, families)) > 1
     assert len(families[0] | families[1]) == len(things)
 
@@ -66,7 +66,7 @@ def test_a_training_shape_has_a_stretched_copy(tmp_path):
     path = kit(tmp_path / "kit", *"barrel boat bridge bush cactus candle chest cloud coin crate crown door".split())
     source = prepare.Files("train", path)
     shapes, copies = source.items[:source.files], source.items[source.files:]
-    trained = [item for item in shapes if source.in_split({"file": item.key})]
+    trained = [item for row, item in enumerate(shapes) if source.in_split(row)]
     assert [copy.family for copy in copies] == [item.family for item in trained] and len(trained) < len(shapes)
     one, other = (np.ptp(mesh_files.triangles(item)[0], axis=0) for item in (trained[0], copies[0]))
     assert np.allclose(other / one / copies[0].stretch, (other / one / copies[0].stretch)[0])

@@ -91,6 +91,17 @@ def test_shards_are_the_whole(tmp_path, monkeypatch, in_threads):
     assert len(held_out) == 2 and len(whole) == 4 and not set(held_out.rows) & set(whole.rows)
 
 
+def test_held_out_shapes_are_prepared_without_the_others(tmp_path, monkeypatch, in_threads):
+    """Chunks of a shape each: those of training shapes and of their copies are left out."""
+    monkeypatch.setattr(prepare, "CHUNK", 1)
+    source = tmp_path / "source"
+    source.mkdir()
+    for i in range(4):
+        trimesh.creation.box((1, 1 + i, 1)).export(source / f"box{i}.obj")
+    split = data.prepare("test", out=tmp_path / "cache", data=source, workers=1)
+    assert len(split) == len([*split.folders["surface"].glob("?????.json")]) == 2
+
+
 def test_batches_are_functions_of_their_generator(prepared):
     """The same generator gives the same batch; the distances in it are those of the shapes in its rows."""
     split, rows = prepared[0], np.array([3, 20])
