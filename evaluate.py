@@ -292,7 +292,8 @@ def arguments():
     flag(files, "--data", help="the files that it was trained on, a tenth held out (default: the built-in shapes)")
     flag(["generate", "ablate-rgs", *TRAINED], "--scorer", default="checkpoints/tiny", help="gives features of clouds "
          "and prompts: a trained folder, or a Python file with cloud(points, normals, colours) and text(prompts)")
-    flag(["generate", "attributes", "words", "images"], "--rgs", default="auto", metavar="RULE", help=RGS_FORMS)
+    flag(["generate", "attributes", "words", "images"], "--rgs", metavar="RULE",
+         help=f"{RGS_FORMS} (default: what the weights remember, else auto)")
     flag(["cross-view"], "--rules", nargs="+", default=["none", "auto"], metavar="RULE", help=f"of RGS: {RGS_FORMS}")
     flag(["words"], "--count", type=between(2, 10_000), default=200, help="prompts, and pairs; half as many variants")
     flag(["tokenizer"], "--points", type=between(100, 10 ** 7), default=100_000, help="of the F-score, each side")

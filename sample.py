@@ -56,7 +56,12 @@ class Sampler:
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, **options):
-        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: its SAMPLING."""
+        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: those of its SAMPLING
+        that are to differ; None leaves one as it is."""
+        options = {option: value for option, value in options.items() if value is not None}
+        if unknown := options.keys() - MODELS[self.name].SAMPLING.keys():
+            flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
+            raise UserError(f"{self.name}, the model in {self.folder}, has no {flags}; leave it out")
         with self.autocast():
             return self.model.generate(self.encoders.encode(prompts, pictures), seeds, **options)
 
@@ -180,10 +185,7 @@ def main():
     args, watch = arguments(), Stopwatch()
     folder = args.checkpoint or (MODELS[args.model].SHIPPED if args.model else choose(args.text))
     model = load(folder, args.device, args.precision, args.model).load_heads(*args.rep)
-    options = {option: value for option in OPTIONS if (value := getattr(args, option)) is not None}
-    if unknown := options.keys() - MODELS[model.name].SAMPLING.keys():
-        flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
-        raise UserError(f"{model.name}, the model in {folder}, has no {flags}; leave it out")
+    options = {option: getattr(args, option) for option in OPTIONS}
     print(f"{folder}, running on {model.reason}")
     watch.lap("load")
 

@@ -2,10 +2,13 @@
 
     python -m pytest -q test_vat.py
 """
+import csv
+
 import numpy as np
 import pytest
 import torch
 
+import evaluate
 import sample
 import vat
 from conftest import assert_one_line, run, train_small
@@ -124,7 +127,8 @@ def test_vat_without_weights_is_one_line(tmp_path, capsys):
 
 
 def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
-    """The chain, with the towers of another folder; a prompt becomes a mesh; a mesh becomes codes, and a mesh again."""
+    """The chain, with the towers of another folder; a prompt becomes a mesh; a mesh becomes codes, and a mesh again; it
+    sits the exams."""
     monkeypatch.setitem(vat.SIZES, "small", SIZE | {"dim": 64})
     monkeypatch.setitem(vat.GENERATORS, "small", dict(dim=64, depth=2, heads=4, prefix=2))
     folder = tmp_path / "run"
@@ -142,3 +146,9 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     assert "what comes back" in capsys.readouterr().out
     assert run(vat.main, "decompress", codes_, back, *flags) == 0
     assert back.is_file()
+
+    flags = "--checkpoint", folder, "--shapes", 2, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"
+    assert run(evaluate.main, "tokenizer", *flags, "--points", 1000) == 0
+    assert run(evaluate.main, "generate", *flags, "--n", 2, "--resolution", 32, "--scorer", overfitted) == 0
+    held_out, own = csv.DictReader((tmp_path / "exams" / "generate-sdf.csv").open())
+    assert float(own["memorisation"]) > 0
