@@ -53,19 +53,18 @@ def shipped():
 
 
 def choose(text):
-    """The first shipped folder that knows the noun of a text; without a text, the first. If none knows it, that is an
-    error, which names the nearest noun of all."""
-    folders, vocabulary, nouns = shipped(), [], {}
+    """The shipped folder that knows the noun of a text, and of several the one with fewest warnings; without a text,
+    the first. If none knows it, that is an error, which names the nearest noun of all."""
+    folders, vocabulary, nouns, warnings = shipped(), [], {}, {}
     for folder in folders if text is not None else []:
         entry = read_stage(find(folder), "encoders")
         try:
-            remarks_on(text, entry["vocabulary"], entry["nouns"])
-            return folder
+            warnings[folder] = len(remarks_on(text, entry["vocabulary"], entry["nouns"]))
         except UserError:
             vocabulary, nouns = vocabulary + entry["vocabulary"], nouns | entry["nouns"]
-    if nouns:
+    if nouns and not warnings:
         remarks_on(text, vocabulary, nouns)
-    return folders[0]
+    return min(warnings, key=warnings.get, default=folders[0])
 
 
 # ---------------------------------------------------------------------------- one word

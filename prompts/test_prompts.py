@@ -107,13 +107,15 @@ def test_what_was_never_said_of_a_noun_is_a_remark(prompt, ignored):
 
 
 @pytest.mark.parametrize("text, chosen", [
-    ("a red mug", 0), ("a wooden barrel", 1), ("a chair of wood", 0), (None, 0), ("an elefant", "nearest: elephant"),
-    ("a swing", "'swing' is nothing")])
+    ("a red mug", 0), ("a wooden barrel", 1), ("a chair of wood", 0), ("a tiny chair", 1), (None, 0),
+    ("an elefant", "nearest: elephant"), ("a swing", "'swing' is nothing")])
 def test_the_weights_that_know_the_noun_are_chosen(text, chosen, tmp_path, monkeypatch):
-    """Two folders are asked, one after the other; if neither knows the noun, the error names the nearest of both."""
+    """Two folders are asked; of two that know the noun, the one that knows more words is chosen, else the first. If
+    neither knows it, the error names the nearest of both."""
     folders = [tmp_path / "toys", tmp_path / "things"]
-    for folder, nouns in zip(folders, (["mug", "chair"], ["barrel", "chair", "elephant"])):
-        entry = dict(vocabulary=[*nouns, "red", "wood"], nouns=dict.fromkeys(nouns, " ".join(nouns)))
+    for folder, nouns, words in zip(folders, (["mug", "chair"], ["barrel", "chair", "elephant"]), ("", "tiny")):
+        known = " ".join([*nouns, "red", "wood", words])
+        entry = dict(vocabulary=known.split(), nouns=dict.fromkeys(nouns, known))
         files.write_config(folder, "encoders", **entry)
     monkeypatch.setattr(reading, "SHIPPED", [*map(str, folders), str(tmp_path / "none")])
     if isinstance(chosen, str):
