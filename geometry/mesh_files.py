@@ -25,6 +25,8 @@ GLTF = "gltf", "glb"
 SECONDS = 120               # that reading a file may take
 LONGEST = 1.8               # longest side of the bounding box, as of the built-in shapes
 DETAIL = 1 / 16             # of the longest side: the size of a triangle that gets its colour from a texture
+EXTENSIONS = (              # of glTF, that a file may require; the names of those that are read begin like this
+    "KHR_draco_", "KHR_materials_", "KHR_mesh_quantization", "KHR_texture_transform", "KHR_lights_", "EXT_texture_webp")
 MATERIALS = {               # materials that old files name and do not define
     "black": "0.1 0.1 0.1", "dkgrey": ".3 .3 .3", "dkgray": ".3 .3 .3", "grey": ".5 .5 .5", "gray": ".5 .5 .5",
     "ltgrey": ".75 .75 .75", "silver": ".75 .75 .78", "steel": ".6 .6 .62", "white": ".92 .92 .92", "bone": ".85 .8 .7",
@@ -177,8 +179,8 @@ def load_meshes(raw, suffix, side_files):
     if suffix in GLTF:
         header = json.loads(raw[20:20 + int.from_bytes(raw[12:16], "little")] if raw[:4] == b"glTF" else raw)
         needed = header.get("extensionsRequired", [])
-        if "EXT_meshopt_compression" in needed:
-            raise UserError("it is compressed by meshopt; write it again without")
+        if unknown := [str(name) for name in needed if not str(name).startswith(EXTENSIONS)]:
+            raise UserError(f"it needs the glTF extension {unknown[0][:40]!r}, which is not read here; leave it out")
         if "KHR_draco_mesh_compression" in needed and not find_spec("DracoPy"):
             raise UserError("it is compressed by Draco; pip install DracoPy==2.2.0 reads it")
         if len(header.get("nodes", [])) > MOST_PARTS:
