@@ -38,7 +38,7 @@ class Sampler:
         self.folder = find(folder)
         if self.folder is None:
             raise UserError(f"there is no folder {folder}; "
-                            "--checkpoint takes checkpoints/tiny or a folder that train.py made")
+                            "--checkpoint takes checkpoints/tiny, checkpoints/assets, or a folder that train.py made")
         self.device, self.autocast, self.reason = pick_device(device, precision)
         self.name = model_in(self.folder, wanted)
         module = models[self.name]
@@ -46,7 +46,7 @@ class Sampler:
         self.encoders = encoders.load(self.folder, module.LAST, self.device)
 
     def load_heads(self, *reps):
-        """Loads what decodes these representations: what is missing is an error now, not later."""
+        """Loads the heads of these representations; a missing one is an error at once."""
         self.model.load_heads(*reps)
         return self
 
@@ -56,8 +56,8 @@ class Sampler:
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, **options):
-        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: those of its SAMPLING
-        that are to differ; None leaves one as it is."""
+        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: those of its
+        SAMPLING; None stands for the default."""
         options = {option: value for option, value in options.items() if value is not None}
         if unknown := options.keys() - MODELS[self.name].SAMPLING.keys():
             flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
@@ -120,7 +120,7 @@ def arguments():
     flag("--faces", type=between(12, 100_000), help="how many faces a mesh has at most: the surface, simplified "
          "(default: the mesh head decides, up to 256)")
     flag("--turntable", action="store_true", help="also a GIF of each shape turning")
-    flag("--model", choices=list(MODELS), help="with --checkpoint: what has to be in it; else, whose shipped weights")
+    flag("--model", choices=list(MODELS), help="the model that --checkpoint has to hold; alone: its shipped weights")
     flag("--checkpoint", help="folder of trained weights (default: the shipped ones that know the noun of --text)")
     add_device_flags(parser)
     flag("--out", default="out", help="folder to write to")

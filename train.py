@@ -38,7 +38,7 @@ def arguments(generators):
     defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in stages.items()) for i in range(3)]
     everyday = parser.add_argument_group("everyday")
     flag = everyday.add_argument
-    flag("--model", choices=list(MODELS), default="ltm3d", help="what to train (models.py)")
+    flag("--model", choices=list(MODELS), help="what to train, models.py (default: ltm3d, or the model of --stage)")
     flag("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations")
     flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
@@ -72,6 +72,7 @@ def arguments(generators):
     flag("--shard", action="store_true", help="every process holds a share of the backbone: for large models")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     args = parser.parse_args()
+    args.model = args.model or next(name for name in MODELS if args.stage in (None, *MODELS[name].STAGES))
     model = MODELS[args.model]
     for name, known in (("stage", model.STAGES), ("size", model.SIZES)):
         if getattr(args, name) not in (None, *known):

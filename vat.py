@@ -14,7 +14,7 @@ The decoder also predicts colours, because our prompts name them.
     python vat.py compress chair.glb chair.vat            # a shape in 299 bytes
     python vat.py decompress chair.vat chair.glb
 
-Letters: n latents of c channels, s the side of a scale, v codes of the codebook, k points, r the side of a plane.
+Letters: n latents of c channels, N codes of a shape, s the side of a scale, v codes of the codebook, k points.
 """
 from functools import partial
 
@@ -88,7 +88,7 @@ class Quantiser(nn.Module):
     """Residual quantisation over scales. f_k is what the codes of the first k scales say of the latents z:
 
         q_k = argmin_v | Down_k(z - f_(k-1)) - code_v |^2       s_k^3 whole numbers
-        f_k = f_(k-1) + phi_k(Up(code[q_k]))                    phi_k: a convolution
+        f_k = f_(k-1) + phi_k(Up(code[q_k]))                    phi_k(x) = (x + conv_k(x)) / 2
     """
 
     def __init__(self, side, channels, codes, scales):
@@ -96,7 +96,7 @@ class Quantiser(nn.Module):
         self.side, self.scales = side, [int(s) for s in scales.split()]
         self.code = nn.Parameter(torch.randn(codes, channels) * .5)               # v c
         self.phi = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1) for _ in self.scales)
-        self.register_buffer("use", torch.ones(codes))        # how often a code was chosen of late, 1: as all others
+        self.register_buffer("use", torch.ones(codes))        # how often a code was chosen lately; 1: the mean
 
     def up(self, indices, k):                                 # b s^3 -> what scale k adds, b c s s s
         x = rearrange(self.code[indices], "b (x y z) c -> b c x y z", x=self.scales[k], y=self.scales[k])
@@ -152,8 +152,8 @@ class Quantiser(nn.Module):
 class Decoder(heads_.SdfHead):
     """Latents -> three planes of 8 x 8 -> convolutions -> three mip levels, 16, 32 and 64 wide -> distance and colour.
 
-    The output y is a distance in truncations, and 2 y TRUNCATION / SOFT the logit of "outside": at the surface it is as
-    steep as the semi-continuous occupancy, which is all that the paper has. The surface is refined by the distance."""
+    The paper has an occupancy alone. Here the output y is a distance in truncations, and 2 y TRUNCATION / SOFT is the
+    logit of "outside", at the surface as steep as the semi-continuous occupancy. The distance refines the surface."""
 
     def errors(self, y, batch):
         """Cross-entropy of the semi-continuous occupancy, L1 of the clipped distance, squared error of colours."""
@@ -180,7 +180,7 @@ class Tokenizer(nn.Module):
         return sequence(self.quantiser.decode(indices)[-1])
 
     def loss(self, cloud, samples, quantised):
-        """L = reconstruction + KL [ KL(N(mean, variance) | N(0, 1)) ] + CODEBOOK L_quantiser."""
+        """L = reconstruction + KL D(N(mean, variance) | N(0, 1)) + CODEBOOK L_quantiser."""
         mean, log_variance = self.encoder.posterior(*cloud)                       # b n c each
         kl = reduce(mean ** 2 + log_variance.exp() - 1 - log_variance, "b n c -> b n", "sum").mean() / 2
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
@@ -193,8 +193,8 @@ class Tokenizer(nn.Module):
 # ---------------------------------------------------------------------------- next-scale generator
 
 class Generator(nn.Module):
-    """[prefix, scale 1, scale 2 ...]: a scale sees the prefix, earlier scales and itself. Its tokens are what earlier
-    scales say of it, Down_k(f_(k-1)), or for the first the pooled prompt. -> logits of all its codes at once."""
+    """[prefix, scale 1, scale 2 ...]: a scale sees the prefix, earlier scales and itself. Its tokens are
+    Down_k(f_(k-1)), or for the first the pooled prompt. Its output are the logits of all its codes at once."""
 
     def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, prefix):
         super().__init__()

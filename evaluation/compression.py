@@ -1,4 +1,4 @@
-"""compression.py - a shape in a few hundred bytes: the codes of vat.py, packed; and how near is what comes back.
+"""compression.py - a shape in a few hundred bytes: the codes of vat.py, packed; and how much is lost.
 
     python vat.py compress chair.glb chair.vat
     python vat.py decompress chair.vat chair.glb
@@ -44,5 +44,5 @@ def main(load_tokenizer, shipped):
         return mesh.save(args.target)
     x, y = mesh.surface(100_000, rng)[0], shape.surface(100_000, rng)[0]
     overlap = grid_iou(model.decoder, latents, shape, nullcontext)
-    print(f"{args.target}: {args.target.stat().st_size} bytes; what comes back has an F-score at .02 of "
-          f"{fscore(x, y, .02):.3f} and an IoU of {overlap:.3f}")
+    print(f"{args.target}: {args.target.stat().st_size} bytes; what comes back has an F-score (at .02) of "
+          f"{fscore(x, y, .02):.3f}, an IoU of {overlap:.3f}")

@@ -1,9 +1,9 @@
-"""memory.py - are samples copies of training shapes? How far are they from these, held-out shapes being 1?
+"""memory.py - are samples copies? How far they are from training shapes, over how far held-out shapes are.
 
-    python evaluate.py generate         # built-in shapes; prints it among other scores
-    python evaluate.py names            # files; and draws samples beside their nearest training shapes
+    python evaluate.py generate                                                  # built-in shapes, among other scores
+    python evaluate.py names --data path/to/meshes --checkpoint runs/meshes      # files; draws the nearest, too
 
-LTM3D's tokenizer says how near two surfaces are: so every model is asked alike.
+The distance of two surfaces is that of their tokens, by LTM3D's tokenizer: the folder's own, if it has one.
 """
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Memory:
             tokens = [self.encoder(*(x.to(self.device) for x in chunk)).float().cpu() for chunk in chunks]
         return torch.cat(tokens).flatten(1)
 
-    def share(self, x, new):
+    def ratio(self, x, new):
         """Distance of vectors s (n c) to their nearest training shapes, over that of held-out shapes."""
         return metrics.memorisation(x, new, self.known)
 
@@ -66,8 +66,8 @@ class Memory:
 
 
 def score_memorisation(train, args, model, samples, new):
-    """`memorisation` of samples, beside held-out shapes; and of copies: training shapes, by other points. A set is
-    points, normals, colours: s k 3 each."""
+    """`memorisation` of samples, by held-out shapes `new`; and of copies: training shapes, with other points drawn. A
+    set of s shapes is points, normals, colours: s k 3 each."""
     if train is None:
         return {"memorisation": "", "of copies": ""}
     own = "tokenizer" in trained_stages(model.folder)
@@ -76,4 +76,4 @@ def score_memorisation(train, args, model, samples, new):
     copies = [train.shape(row).surface(points, np.random.default_rng(row)) for row in range(min(len(train), BATCH))]
     copies = [np.float32(x) for x in map(np.stack, zip(*copies))]                 # b k 3 each
     samples, copies, new = map(memory.vectors, (samples, copies, new))            # s (n c) each
-    return {"memorisation": memory.share(samples, new), "of copies": memory.share(copies, new)}
+    return {"memorisation": memory.ratio(samples, new), "of copies": memory.ratio(copies, new)}

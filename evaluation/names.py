@@ -36,7 +36,7 @@ def evaluate_names(args):
         vectors = {what: memory.vectors(cloud) for what, cloud in clouds.items()}                         # r (n c) each
         held_out = memory.vectors(new)                                            # h (n c)
         tables[label] = [{"": what, "R-precision": metrics.r_precision(prompts, scorer.clouds(*cloud), own),
-                          "memorisation": memory.share(vectors[what], held_out)} for what, cloud in clouds.items()]
+                          "memorisation": memory.ratio(vectors[what], held_out)} for what, cloud in clouds.items()]
         draw(args, label, model, jobs, results["tokens"], train, memory.nearest(vectors["samples"]))
     print(f"{len(names)} names. R-precision: the share whose nearest name, of all of these, is its own. memorisation: "
           "the distance to the nearest training shape, in tokens of surfaces, over that of held-out shapes")

@@ -4,8 +4,8 @@
     python -m prompts.reading                                   # all nouns: what can be made
 
 A word that is not in the vocabulary may be a plural or a slip of the keyboard: then its known form is read. Another
-word is left out, with a warning; but the noun that a prompt is about has to be known, and is never guessed. Of the
-shipped weights, those that know it are chosen.
+word is left out, with a warning; but another noun is an error. Of the shipped weights that know the noun, those with
+fewest warnings are chosen.
 """
 import difflib
 import re
@@ -22,6 +22,7 @@ NEIGHBOURS = {pair for row in ROWS for pair in zip(row, row[1:])} | {
     pair for upper, lower in zip(ROWS, ROWS[1:]) for i in (0, 1) for pair in zip(upper[i:], lower)}
 POLITE = {"please", "thanks", "thank", "you"}
 LINKS = {"with", "without", "that", "which", "has", "having", "and", "in", "on", "under", "beside", "for", "from"}
+SILENT = (FILLERS | LINKS) - {"without"}                       # words that say nothing of a shape
 
 
 def plain(prompt):
@@ -87,7 +88,7 @@ def is_slip(word, known):
             pair = word[wrong[0]], known[wrong[0]]
             return pair in NEIGHBOURS or pair[::-1] in NEIGHBOURS
         return False
-    if len(word) + 1 == len(known) > 3:
+    if len(word) + 1 == len(known) > 4:
         return word[:1] == known[0] and any(word == known[:i] + known[i + 1:] for i in range(1, len(known)))
     if len(word) == len(known) + 1 > 3:
         return any(word == known[:i] + known[i - 1] + known[i:] for i in range(1, len(known) + 1))
@@ -95,7 +96,7 @@ def is_slip(word, known):
 
 
 def known_form(word, vocabulary):
-    """The word of the vocabulary that `word` is, a plural of or a slip for; None if there is none or more than one."""
+    """The one word of the vocabulary that `word` is, or is a plural of, or a slip for; None: there is no such one."""
     if word in vocabulary:
         return word
     for found in ([single for single in singulars(word) if single in vocabulary],
@@ -114,8 +115,8 @@ def known_words(prompt, vocabulary):
 
 
 def remarks_on(prompt, vocabulary, nouns):
-    """The warnings about a prompt: words that are not taken as they stand, or were never said of its noun. A prompt
-    that is not about one of `nouns` (nouns_of) is an error, which names the nearest."""
+    """The warnings about a prompt: words that are changed, left out, or were never said of its noun. A prompt that is
+    not about one of `nouns` (nouns_of) is an error, which names the nearest."""
     prompt = plain(prompt)
     if not prompt.strip():
         raise UserError(f"the prompt is empty; {some_of(nouns)}")
@@ -135,7 +136,7 @@ def remarks_on(prompt, vocabulary, nouns):
         remarks.append(f"one shape is made, of '{' '.join(about[0])}' and '{' '.join(about[1])}' together")
     else:
         noun = [forms[word] for word in about[0] if forms[word] in nouns][-1]
-        strange = set(forms.values()) - {None, *nouns[noun].split()} - ((FILLERS | LINKS) - {"without"})
+        strange = {*forms.values()} - {None, *nouns[noun].split(), *SILENT}
         remarks += [f"'{word}' was said of no {noun} in training; it may be ignored" for word in sorted(strange)]
     for word in [word for word, known in forms.items() if known is None and word not in POLITE]:
         near = ", ".join(difflib.get_close_matches(word, vocabulary)) or "none is spelt like it"
