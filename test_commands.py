@@ -164,6 +164,15 @@ def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
 
 # ---------------------------------------------------------------------------- README
 
+def test_a_reader_that_has_enough_ends_a_command_without_a_word():
+    """As in `python -m prompts.reading | head -1`: nobody reads the pipe any more."""
+    end, pipe = os.pipe()
+    os.close(end)
+    done = subprocess.run([sys.executable, "-m", "prompts.reading"], stdout=pipe, stderr=subprocess.PIPE, cwd=HERE)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def readme_command(script):
     """The README's first command that calls this script, as a list; the installation before it is left out."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)

@@ -47,10 +47,15 @@ def between(low, high=2 ** 63 - 1, kind=int):
 
 
 def command(main):
-    """Runs a script. A user's mistake is one line and exit status 2; Ctrl-C or kill is one word and 130."""
+    """Runs a script. A user's mistake is one line and exit status 2; Ctrl-C or kill is one word and 130; a reader of
+    its output that has enough, like `head`, ends it without a word."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # else Python writes into the pipe again
+        raise SystemExit(0) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

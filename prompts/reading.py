@@ -4,8 +4,8 @@
     python -m prompts.reading                                   # all nouns: what can be made
 
 A word that is not in the vocabulary may be a plural or a slip of the keyboard: then its known form is read. Another
-word is left out, with a warning; but another noun is an error. Of the shipped weights that know the noun, those with
-fewest warnings are chosen.
+word is left out, with a warning; but another noun is an error. Of the shipped weights that know the noun, those are
+chosen that know most of the other words.
 """
 import difflib
 import re
@@ -54,18 +54,19 @@ def shipped():
 
 
 def choose(text):
-    """The shipped folder that knows the noun of a text, and of several the one with fewest warnings; without a text,
-    the first. If none knows it, that is an error, which names the nearest noun of all."""
-    folders, vocabulary, nouns, warnings = shipped(), [], {}, {}
+    """The shipped folder that knows the noun of a text; of several, the one that lacks fewest of its words, then with
+    fewest warnings. Without a text, the first. If none knows it, that is an error, which names the nearest noun of all."""
+    folders, vocabulary, nouns, faults = shipped(), [], {}, {}
     for folder in folders if text is not None else []:
         entry = read_stage(find(folder), "encoders")
         try:
-            warnings[folder] = len(remarks_on(text, entry["vocabulary"], entry["nouns"]))
+            remarks = remarks_on(text, entry["vocabulary"], entry["nouns"])
+            faults[folder] = -len(known_words(text, entry["vocabulary"])), len(remarks)
         except UserError:
             vocabulary, nouns = vocabulary + entry["vocabulary"], nouns | entry["nouns"]
-    if nouns and not warnings:
+    if nouns and not faults:
         remarks_on(text, vocabulary, nouns)
-    return min(warnings, key=warnings.get, default=folders[0])
+    return min(faults, key=faults.get, default=folders[0])
 
 
 # ---------------------------------------------------------------------------- one word
@@ -84,11 +85,11 @@ def is_slip(word, known):
         if len(wrong) == 2 and wrong[1] == wrong[0] + 1:
             i, j = wrong
             return word[i] == known[j] and word[j] == known[i]
-        if len(wrong) == 1 and wrong != [0] and len(word) > 4:
+        if len(wrong) == 1 and wrong != [0] and len(word) > 5:
             pair = word[wrong[0]], known[wrong[0]]
             return pair in NEIGHBOURS or pair[::-1] in NEIGHBOURS
         return False
-    if len(word) + 1 == len(known) > 4:
+    if len(word) + 1 == len(known) > 5:
         return word[:1] == known[0] and any(word == known[:i] + known[i + 1:] for i in range(1, len(known)))
     if len(word) == len(known) + 1 > 3:
         return any(word == known[:i] + known[i - 1] + known[i:] for i in range(1, len(known) + 1))
@@ -126,7 +127,7 @@ def remarks_on(prompt, vocabulary, nouns):
     unknown = unknown_noun(phrases, forms, nouns)
     if unknown or not about:
         noun = unknown or next((word for phrase in phrases for word in phrase[::-1] if not forms[word]), None)
-        fault = f"'{noun}' is nothing that can be made" if noun else f"'{' '.join(prompt.split())[:60]}' names no shape"
+        fault = f"'{noun[:60]}' is nothing that can be made" if noun else f"'{' '.join(prompt.split())[:60]}' names no shape"
         near = noun and difflib.get_close_matches(noun, nouns, cutoff=.5)
         raise UserError(f"{fault}; nearest: {', '.join(near)}" if near else f"{fault}; {some_of(nouns)}")
 
