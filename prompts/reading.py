@@ -54,8 +54,8 @@ def shipped():
 
 
 def choose(text):
-    """The shipped folder that knows the noun of a text; of several, the one that lacks fewest of its words, then with
-    fewest warnings. Without a text, the first. If none knows it, that is an error, which names the nearest noun of all."""
+    """The shipped folder that knows the noun of a text; of several, the one that knows most of its words, then with
+    fewest warnings. Without a text, the first. If none knows it, that is an error, which names the nearest noun."""
     folders, vocabulary, nouns, faults = shipped(), [], {}, {}
     for folder in folders if text is not None else []:
         entry = read_stage(find(folder), "encoders")
@@ -127,7 +127,8 @@ def remarks_on(prompt, vocabulary, nouns):
     unknown = unknown_noun(phrases, forms, nouns)
     if unknown or not about:
         noun = unknown or next((word for phrase in phrases for word in phrase[::-1] if not forms[word]), None)
-        fault = f"'{noun[:60]}' is nothing that can be made" if noun else f"'{' '.join(prompt.split())[:60]}' names no shape"
+        named = f"'{(noun or ' '.join(prompt.split()))[:60]}'"
+        fault = f"{named} is nothing that can be made" if noun else f"{named} names no shape"
         near = noun and difflib.get_close_matches(noun, nouns, cutoff=.5)
         raise UserError(f"{fault}; nearest: {', '.join(near)}" if near else f"{fault}; {some_of(nouns)}")
 
