@@ -85,11 +85,11 @@ def is_slip(word, known):
         if len(wrong) == 2 and wrong[1] == wrong[0] + 1:
             i, j = wrong
             return word[i] == known[j] and word[j] == known[i]
-        if len(wrong) == 1 and wrong != [0] and len(word) > 5:
+        if len(wrong) == 1 and wrong != [0] and len(word) > 4:
             pair = word[wrong[0]], known[wrong[0]]
             return pair in NEIGHBOURS or pair[::-1] in NEIGHBOURS
         return False
-    if len(word) + 1 == len(known) > 5:
+    if len(word) + 1 == len(known) > 4:
         return word[:1] == known[0] and any(word == known[:i] + known[i + 1:] for i in range(1, len(known)))
     if len(word) == len(known) + 1 > 3:
         return any(word == known[:i] + known[i - 1] + known[i:] for i in range(1, len(known) + 1))
