@@ -162,8 +162,6 @@ def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
     assert_one_line(capsys.readouterr().err, "empty")
 
 
-# ---------------------------------------------------------------------------- README
-
 def test_a_reader_that_has_enough_ends_a_command_without_a_word():
     """As in `python -m prompts.reading | head -1`: nobody reads the pipe any more."""
     end, pipe = os.pipe()
@@ -172,6 +170,8 @@ def test_a_reader_that_has_enough_ends_a_command_without_a_word():
     os.close(pipe)
     assert (done.returncode, done.stderr) == (0, b"")
 
+
+# ---------------------------------------------------------------------------- README
 
 def readme_command(script):
     """The README's first command that calls this script, as a list; the installation before it is left out."""

@@ -194,7 +194,7 @@ class Tokenizer(nn.Module):
 
 class Generator(nn.Module):
     """[prefix, scale 1, scale 2 ...]: a scale sees the prefix, earlier scales and itself. Its tokens are
-    Down_k(f_(k-1)), or for the first the pooled prompt. Its output are the logits of all its codes at once."""
+    Down_k(f_(k-1)), or for the first the pooled prompt. Its output: the logits of all its codes at once."""
 
     def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, prefix):
         super().__init__()

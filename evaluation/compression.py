@@ -44,5 +44,5 @@ def main(load_tokenizer, shipped):
         return mesh.save(args.target)
     x, y = mesh.surface(100_000, rng)[0], shape.surface(100_000, rng)[0]
     overlap = grid_iou(model.decoder, latents, shape, nullcontext)
-    print(f"{args.target}: {args.target.stat().st_size} bytes; what comes back has an F-score (at .02) of "
-          f"{fscore(x, y, .02):.3f}, an IoU of {overlap:.3f}")
+    print(f"{args.target}: {args.target.stat().st_size} bytes; what comes back has F-score "
+          f"{fscore(x, y, .02):.3f} (at .02) and IoU {overlap:.3f}")

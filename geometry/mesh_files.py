@@ -180,7 +180,7 @@ def load_meshes(raw, suffix, side_files):
         header = json.loads(raw[20:20 + int.from_bytes(raw[12:16], "little")] if raw[:4] == b"glTF" else raw)
         needed = header.get("extensionsRequired", [])
         if unknown := [str(name) for name in needed if not str(name).startswith(EXTENSIONS)]:
-            raise UserError(f"it needs the glTF extension {unknown[0][:40]!r}, which is not read here; leave it out")
+            raise UserError(f"it needs the glTF extension {unknown[0][:40]!r}, which is not read; export it without")
         if "KHR_draco_mesh_compression" in needed and not find_spec("DracoPy"):
             raise UserError("it is compressed by Draco; pip install DracoPy==2.2.0 reads it")
         if len(header.get("nodes", [])) > MOST_PARTS:

@@ -73,14 +73,17 @@ def test_a_kind_of_samples_is_named_by_what_it_depends_on(monkeypatch):
         assert [fingerprint(kind) == old for kind, old in zip(kinds, before)] == same
 
 
+def four_boxes(folder):
+    folder.mkdir()
+    for i in range(4):
+        trimesh.creation.box((1, 1 + i, 1)).export(folder / f"box{i}.obj")
+    return folder
+
+
 def test_shards_are_the_whole(tmp_path, monkeypatch, in_threads):
     """Two shares prepared one after the other = all at once; the first alone lacks the shapes of the other."""
     monkeypatch.setattr(prepare, "CHUNK", 2)
-    source = tmp_path / "source"
-    source.mkdir()
-    for i in range(4):
-        trimesh.creation.box((1, 1 + i, 1)).export(source / f"box{i}.obj")
-    arguments = dict(data=source, workers=1)
+    arguments = dict(data=four_boxes(tmp_path / "source"), workers=1)
     whole = data.prepare(out=tmp_path / "whole", **arguments)
     second = data.prepare(out=tmp_path / "shares", shard=(1, 2), **arguments)
     both = data.prepare(out=tmp_path / "shares", shard=(0, 2), **arguments)
@@ -94,11 +97,7 @@ def test_shards_are_the_whole(tmp_path, monkeypatch, in_threads):
 def test_held_out_shapes_are_prepared_without_the_others(tmp_path, monkeypatch, in_threads):
     """Chunks of a shape each: those of training shapes and of their copies are left out."""
     monkeypatch.setattr(prepare, "CHUNK", 1)
-    source = tmp_path / "source"
-    source.mkdir()
-    for i in range(4):
-        trimesh.creation.box((1, 1 + i, 1)).export(source / f"box{i}.obj")
-    split = data.prepare("test", out=tmp_path / "cache", data=source, workers=1)
+    split = data.prepare("test", out=tmp_path / "cache", data=four_boxes(tmp_path / "source"), workers=1)
     assert len(split) == len([*split.folders["surface"].glob("?????.json")]) == 2
 
 

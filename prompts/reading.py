@@ -4,8 +4,8 @@
     python -m prompts.reading                                   # all nouns: what can be made
 
 A word that is not in the vocabulary may be a plural or a slip of the keyboard: then its known form is read. Another
-word is left out, with a warning; but another noun is an error. Of the shipped weights that know the noun, those are
-chosen that know most of the other words.
+word is left out, with a warning; but an unknown noun is an error. Of the shipped weights that know the noun, those that
+know most of the other words are chosen.
 """
 import difflib
 import re
@@ -97,7 +97,7 @@ def is_slip(word, known):
 
 
 def known_form(word, vocabulary):
-    """The one word of the vocabulary that `word` is, or is a plural of, or a slip for; None: there is no such one."""
+    """The one word of the vocabulary that `word` is, or is a plural of, or a slip for. None: no such one."""
     if word in vocabulary:
         return word
     for found in ([single for single in singulars(word) if single in vocabulary],
