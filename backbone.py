@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from engine.commands import UserError
-from engine.files import load_model, read_stage
+from engine.files import load_stage
 from engine.networks import Block, time_embedding
 from prefix import Prefix
 
@@ -312,10 +311,6 @@ def schedule(n, steps):
     return pairs
 
 
-def load(folder):
+def load(folder, variants={}):
     """The backbone of a checkpoint folder, frozen."""
-    entry = read_stage(folder, "backbone")
-    if entry.get("generator", "masked") != "masked":
-        raise UserError(f"the backbone in {folder} is a peer of LTM3D's ({entry['generator']}); "
-                        "python evaluate.py versus samples those")
-    return load_model(Backbone, f"{folder}/backbone.safetensors", **entry["settings"])
+    return load_stage(folder, "backbone", Backbone, variants)

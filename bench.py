@@ -27,6 +27,7 @@ import backbone
 import data
 import heads
 import tokenizer
+import vat
 from engine.commands import Parser, add_device_flags, between, cast_once, command, pick_device
 from engine.files import make_folder
 from engine.loop import recompute_blocks
@@ -59,6 +60,14 @@ class Bench:
         settings = dict(tokens=sizes["side"] ** 3, channels=sizes["channels"], widths={"text": 128}, denoiser=denoiser)
         with torch.device(device or self.device):
             return backbone.Backbone(**backbone.SIZES[self.args.size] | settings | changes)
+
+    def next_scale(self):
+        """The generator of vat.py with random weights, ready to sample."""
+        torch.manual_seed(0)
+        sizes = vat.SIZES[self.args.size]
+        settings = {key: sizes[key] for key in ("side", "channels", "codes", "scales")} | vat.GENERATORS[self.args.size]
+        model = vat.Generator(**settings, widths={"text": 128}).eval().requires_grad_(False)
+        return cast_once(model.to(self.device), self.autocast)
 
     def sampler(self, *args, **changes):
         """The same, ready to sample."""
@@ -110,7 +119,7 @@ def bench_sample(bench):
     the difference of the branches of guidance in every other step: a quarter less work, a dozen lines more. DiSA
     denoises later tokens in fewer steps: with four steps that is hardly faster."""
     generate, rows = backbone.Backbone.generate, []
-    ways = {  # name: function, denoiser, options
+    ways = {  # name: function, denoiser (none: a model of vat.py), options
         "as published: 64 steps, 100 of ddpm, two passes": (published, "ddpm", PUBLISHED),
         "guidance in one batch": (generate, "ddpm", PUBLISHED),
         "flow": (generate, "flow", dict(steps=PUBLISHED["steps"])),
@@ -118,14 +127,20 @@ def bench_sample(bench):
         "as sample.py does it: parts of a batch in turn": (sample_in_chunks, "flow", {})}
     if bench.args.ends:
         ways = dict(list(ways.items())[::4])
+    if bench.args.size in vat.SIZES:
+        ways["vat.py, scale by scale"] = vat.Generator.generate, None, {}
 
     def sample(name, b, model, **more):
         function, _, options = ways[name]
         with bench.autocast():
-            function(model, random_condition(b, model.unknown.device), [(0, i) for i in range(b)], **options | more)
+            condition = random_condition(b, next(model.parameters()).device)
+            function(model, condition, [(0, i) for i in range(b)], **options | more)
 
     models, flops = {}, {}
     for name, (_, denoiser, options) in ways.items():
+        if denoiser is None:
+            models[name] = bench.next_scale()
+            continue
         models[name] = bench.sampler(denoiser=denoiser)
         # operations of one shape are linear in the denoising steps; to count all steps would take minutes
         on_meta = lambda meta: bench.backbone(meta, denoiser).requires_grad_(False)

@@ -77,11 +77,11 @@ def prompted(b=3):
     return {"text": (torch.randn(b, 5, 32), mask[:b]), "image": (torch.randn(b, 4, 16), torch.ones(b, 4).bool())}
 
 
-def small_backbone(denoiser="flow", generator="masked"):
+def small_backbone(denoiser="flow", variant=None):
     """-> a generator with random weights everywhere, also where training starts with zeros, and a condition."""
     torch.manual_seed(0)
     settings = dict(tokens=27, channels=8, widths=WIDTHS, denoiser=denoiser) | SMALL[backbone]
-    model = peers.GENERATORS[generator](**settings).eval()
+    model = peers.GENERATORS.get(variant, backbone.Backbone)(**settings).eval()
     for p in (model.net if isinstance(model.net, nn.Module) else model.time).parameters():
         nn.init.normal_(p, std=.15)
     return model, prompted()
@@ -123,7 +123,7 @@ def prepared(tmp_path_factory):
     return prepare(once(tmp_path_factory, "prepared", prepare))
 
 
-def train_small(patch, folder, count, *args, watched=False, generators=train.GENERATORS):
+def train_small(patch, folder, count, *args, watched=False, variants=peers.VARIANTS):
     """train.py at the size SMALL, trained and tested on the same `count` shapes -> exit status.
     Only if `watched`, it draws pictures and measures, which takes longer than a few steps."""
     if not watched:
@@ -137,7 +137,7 @@ def train_small(patch, folder, count, *args, watched=False, generators=train.GEN
     patch.setattr(data, "prepare", lambda split, _, *rest, **more: PREPARE("train", count, *rest, **more))
     patch.setattr(progress, "CLASSES", ("table", "chair"))
     flags = "--size", "small", "--shapes", count, "--out", folder, "--cache", folder.parent / "cache"
-    return run(lambda: train.main(generators), *flags, *args)
+    return run(lambda: train.main(variants), *flags, *args)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
     python evaluate.py names --data FILES        # of files: does a sample fit its name, and is it new?
     python evaluate.py cross-view --rep sdf      # eight views of one shape: is it the same shape eight times?
     python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its rules and weights
+    python evaluate.py scales --checkpoint VAT   # of vat.py: bytes, and what they keep of a shape
+    python evaluate.py ablate-vat                # of vat.py: trains it with parts in another way
     python evaluate.py versus                    # and overfit, ablate-prefix, ablate-encoder, ablate-denoiser,
                                                  # latent-spaces, data-scaling: these train (evaluation/experiments.py)
 
@@ -45,6 +47,7 @@ from evaluation.low_poly import evaluate_low_poly
 from evaluation.metrics import chamfer, chamfer_matrix, emd, fscore
 from evaluation.names import evaluate_names
 from evaluation.results import labels, mean, write_table, write_tables
+from evaluation.scales import compare_tokenizers, evaluate_scales
 from evaluation.words import evaluate_words, show_asked
 from geometry import training_pictures, training_samples
 from geometry.render import contact_sheet, save_png
@@ -252,7 +255,7 @@ COMMANDS = {
     "tokenizer": evaluate_tokenizer, "cross": evaluate_cross, "joint": evaluate_joint, "low-poly": evaluate_low_poly,
     "generate": evaluate_generate, "attributes": evaluate_attributes, "words": evaluate_words, "asked": show_asked,
     "retrieval": evaluate_retrieval, "images": evaluate_images, "names": evaluate_names, "cross-view": evaluate_views,
-    "ablate-rgs": ablate_rgs,
+    "ablate-rgs": ablate_rgs, "scales": evaluate_scales, "ablate-vat": compare_tokenizers,
     **dict.fromkeys(VARIANTS, compare_variants), "overfit": overfit}
 
 
@@ -280,7 +283,7 @@ def arguments():
     files = ["tokenizer", "cross", "generate", "retrieval", "images", "cross-view"]
     flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=reps, default="sdf", help="what to judge")
     flag(["cross"], "--reps", nargs="+", type=heads.spelling, choices=reps, default=reps, help="to compare")
-    for names, least, count in ((["tokenizer"], 1, 260), (["cross", "images", "low-poly"], 1, 208),
+    for names, least, count in ((["tokenizer"], 1, 260), (["cross", "images", "low-poly", "scales"], 1, 208),
                                 (["generate"], 2, 208), (["joint"], 1, 52), (["cross-view", "ablate-rgs"], 1, 26),
                                 (TRAINED, 2, 104)):
         flag(names, "--shapes", type=between(least, 520), default=count, help="held-out shapes, of all classes alike")
@@ -296,7 +299,7 @@ def arguments():
          help=f"{RGS_FORMS} (default: what the weights remember, else auto)")
     flag(["cross-view"], "--rules", nargs="+", default=["none", "auto"], metavar="RULE", help=f"of RGS: {RGS_FORMS}")
     flag(["words"], "--count", type=between(2, 10_000), default=200, help="prompts, and pairs; half as many variants")
-    flag(["tokenizer"], "--points", type=between(100, 10 ** 7), default=100_000, help="of the F-score, each side")
+    flag(["tokenizer", "scales"], "--points", type=between(100, 10 ** 7), default=100_000, help="of F-scores, a side")
     flag(["generate"], "--quick", action="store_true", help="three eighths of it: --n 4 --shapes 104")
     flag(["generate"], "--split", choices=["test", "validation"], default="test", help="held-out shapes: "
          "choose settings on validation, report numbers on test")
@@ -305,6 +308,7 @@ def arguments():
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)
     parsers["overfit"].set_defaults(train_shapes=10, steps=400)
+    parsers["ablate-vat"].set_defaults(points=0)              # no F-score
     return parser.parse_args()
 
 

@@ -195,8 +195,8 @@ def train_backbone(run):
 
     # model
     settings = backbone_.SIZES[run.size] | sizes | {"denoiser": run.denoiser}
-    model = run.generators[run.generator](**settings)
-    start(run, "backbone", {"backbone": model}, settings=settings, generator=run.generator, towers=run.encoder_names)
+    model = run.part("backbone", backbone_.Backbone)(**settings)
+    start(run, "backbone", {"backbone": model}, settings=settings, variant=run.variant, towers=run.encoder_names)
 
     # loss: in training at a random moment of generation, of held-out shapes the mean of eight
     def loss_of(model, batch):
@@ -205,7 +205,7 @@ def train_backbone(run):
         return sum(model.loss(x, condition, moment) for moment in moments) / len(moments), {}
 
     # save
-    fit_generator(run, "backbone", model, draw, loss_of, encoders, heads, generator=run.generator, settings=settings)
+    fit_generator(run, "backbone", model, draw, loss_of, encoders, heads, variant=run.variant, settings=settings)
 
 
 def fit_generator(run, stage, model, draw, loss_of, encoders, heads, **entries):
@@ -287,13 +287,13 @@ def stages(reps):
 class LTM3D:
     """The stages of a checkpoint folder that sampling needs. Reconstructor and heads are loaded when needed."""
 
-    def __init__(self, folder, device, autocast, load_backbone=backbone_.load):
+    def __init__(self, folder, device, autocast, variants={}):
         self.folder, self.device, self.autocast, self.heads = folder, device, autocast, {}
         self.sampling = dict(read_stage(folder, "backbone").get("sampling", {}))
         if unknown := self.sampling.keys() - SAMPLING.keys():
             raise UserError(f"{folder}/config.json: the backbone's sampling has no {', '.join(sorted(unknown))}, but "
                             f"{', '.join(SAMPLING)}")
-        self.backbone = cast_once(load_backbone(folder).to(device), autocast)
+        self.backbone = cast_once(backbone_.load(folder, variants).to(device), autocast)
 
     @functools.cached_property
     def reconstruct(self):

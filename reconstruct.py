@@ -18,7 +18,7 @@ from einops import repeat
 from torch import nn
 
 from engine.commands import UserError
-from engine.files import load_model, read_stage
+from engine.files import load_stage
 from engine.networks import Block
 from prefix import Conditions
 
@@ -109,5 +109,4 @@ def steering(model, condition, rgs):
 
 def load(folder):
     """The reconstructor of a checkpoint folder, frozen."""
-    settings = read_stage(folder, "reconstruct")["settings"]
-    return load_model(Reconstructor, f"{folder}/reconstruct.safetensors", **settings)
+    return load_stage(folder, "reconstruct", Reconstructor)

@@ -339,13 +339,13 @@ def test_branches_share_their_noise():
 
 # ---------------------------------------------------------------------------- samples
 
-MODELS = [("ddpm", "masked")] + [("flow", name) for name in peers.GENERATORS]
+MODELS = [("ddpm", None)] + [("flow", name) for name in (None, *peers.GENERATORS)]
 
 
-@pytest.mark.parametrize("denoiser, generator", MODELS)
-def test_a_sample_does_not_depend_on_its_batch(denoiser, generator, monkeypatch):
+@pytest.mark.parametrize("denoiser, variant", MODELS)
+def test_a_sample_does_not_depend_on_its_batch(denoiser, variant, monkeypatch):
     """Three samples together = each alone = two and one, whatever was drawn before; another seed is another sample."""
-    model, condition = small_backbone(denoiser, generator)
+    model, condition = small_backbone(denoiser, variant)
     sampled = functools.partial(model.generate, steps=5, denoise_steps=4, cfg=1.5)             # more amplifies rounding
     together = sampled(condition, [7, 8, 9])
     assert torch.equal(together, sampled(condition, [7, 8, 9]))
@@ -357,10 +357,10 @@ def test_a_sample_does_not_depend_on_its_batch(denoiser, generator, monkeypatch)
         assert torch.allclose(together, torch.cat([sampled(*chunk) for chunk in chunks]), atol=.01)
 
 
-@pytest.mark.parametrize("denoiser, generator", MODELS)
-def test_a_model_makes_nothing_on_another_device(denoiser, generator):
+@pytest.mark.parametrize("denoiser, variant", MODELS)
+def test_a_model_makes_nothing_on_another_device(denoiser, variant):
     """Losses and samples of a model on "meta", which mixes with a CPU as little as a GPU does."""
-    model, condition = small_backbone(denoiser, generator)
+    model, condition = small_backbone(denoiser, variant)
     model, condition = model.to("meta"), {kind: [x.to("meta") for x in pair] for kind, pair in condition.items()}
     model.loss(torch.zeros(3, 27, 8, device="meta"), condition).backward()
     assert all(weight.grad.is_meta for weight in model.parameters() if weight.grad is not None)

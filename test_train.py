@@ -87,19 +87,19 @@ BACKBONE = "--stage", "backbone", "--steps", 2, "--batch", 2
 
 def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypatch, capsys):
     """--from copies all stages but the backbone; the new backbone may be of another kind, which sample.py refuses."""
-    flags, folder = ("--from", overfitted, "--generator", "diffusion", *BACKBONE), tmp_path / "peer"
-    assert train_small(monkeypatch, folder, 2, *flags, generators=peers.GENERATORS) == 0
+    flags, folder = ("--from", overfitted, "--variant", "diffusion", *BACKBONE), tmp_path / "peer"
+    assert train_small(monkeypatch, folder, 2, *flags) == 0
     config, source = files.read_config(folder), files.read_config(overfitted)
-    assert config["backbone"]["generator"] == "diffusion"
+    assert config["backbone"]["variant"] == "diffusion"
     assert {**config, "backbone": 0} == {**source, "backbone": 0}
     assert same_weights(folder, overfitted, [stage for stage in source if stage != "backbone"])
 
     capsys.readouterr()
     assert run(sample.main, "--text", "a table", "--checkpoint", folder, "--out", tmp_path / "out") == 2
-    assert_one_line(capsys.readouterr().err, "is a peer of LTM3D")
+    assert_one_line(capsys.readouterr().err, "is a variant, diffusion")
     assert train_small(monkeypatch, folder, 2, *BACKBONE) == 2
-    assert_one_line(capsys.readouterr().err, "--generator diffusion; give that")
-    model = sample.load(folder, models={"ltm3d": peers.WithPeers})
+    assert_one_line(capsys.readouterr().err, "--variant diffusion; give that")
+    model = sample.load(folder, models=peers.MODELS)
     assert model.tokens(["a table"], [0]).shape == (1, 64, 8)
     with pytest.raises(UserError, match="give --rgs none"):
         model.tokens(["a table"], [0], rgs="sampled=.1")
@@ -136,7 +136,7 @@ def test_what_stands_on_a_finetuned_tokenizer_is_not_copied(overfitted, tmp_path
 def test_finetuning_refuses_a_backbone_of_another_kind(overfitted, tmp_path, monkeypatch, capsys):
     flags = "--from", overfitted, "--finetune", "--denoiser", "ddpm", *BACKBONE
     assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
-    assert "its size, denoiser, encoder or generator is another" in capsys.readouterr().err
+    assert "its size, denoiser, encoder or variant is another" in capsys.readouterr().err
     assert train_small(monkeypatch, tmp_path / "run", 2, "--finetune", *BACKBONE) == 2
     assert_one_line(capsys.readouterr().err, "name their folder")
 

@@ -14,8 +14,9 @@ import vat
 from conftest import assert_one_line, run, train_small
 from engine import codes
 from engine.commands import UserError
+from evaluation import tokenizers
 
-SIZE = dict(side=4, channels=8, codes=64, scales="1 2 3 4", dim=32, heads=4, depth=1)
+SIZE = dict(side=4, channels=8, codes=64, scales="1 2 3 4", features=6, dim=32, heads=4, depth=1)
 PARTS = {key: SIZE[key] for key in ("side", "channels", "codes", "scales")}
 
 
@@ -71,6 +72,49 @@ def test_codes_out_of_use_are_revived(tokenizer):
         quantiser.use.fill_(.02)
     quantiser(torch.randn(4, 64, 8))
     assert (quantiser.code.abs() < 10).all()
+
+
+# ---------------------------------------------------------------------------- variants
+
+@pytest.mark.parametrize("variant", tokenizers.TOKENIZERS)
+def test_every_variant_learns(variant):
+    """After some steps on one batch, the loss of each is lower."""
+    torch.manual_seed(0)
+    model, losses = tokenizers.TOKENIZERS[variant](**SIZE), []
+    cloud = torch.rand(2, 300, 3) * 2 - 1, torch.randn(2, 300, 3), torch.rand(2, 300, 3)
+    samples = {"points": cloud[0], "colours": cloud[2], "queries": cloud[0], "distance": torch.rand(2, 300) * .2 - .1}
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(20):
+        loss, _ = model.loss(cloud, samples, quantised=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < .9 * losses[0]
+
+
+def test_a_plain_tokenizer_has_no_noise():
+    _, log_variance = tokenizers.Plain(**SIZE).encoder.posterior(*torch.rand(3, 1, 100, 3))
+    assert (log_variance == -10).all()
+
+
+def test_dropped_scales_are_those_of_the_codes():
+    """In training, the latents are what the first codes say, of one or more scales; else what all say."""
+    quantiser, z = tokenizers.ScaleDropout(**SIZE).quantiser, torch.randn(40, 64, 8)
+    latents, _, indices = quantiser(z)
+    levels = torch.stack([vat.sequence(f) for f in quantiser.decode(indices)[1:]])            # k b n c
+    found = (levels - latents).abs().amax((2, 3)).argmin(0)                       # b
+    assert {*found.tolist()} == {0, 1, 2, 3}
+    assert (levels[found, torch.arange(40)] - latents).abs().max() < 1e-5
+    whole, _, indices = quantiser.eval()(z)
+    assert torch.allclose(whole, vat.sequence(quantiser.decode(indices)[-1]), atol=1e-5)
+
+
+def test_pooled_latents_read_features_near_them():
+    """Features that are alike everywhere give latents that differ by their learnt part alone."""
+    encoder = tokenizers.PoolingEncoder(4, 8, 6, 32, 4, depth=0)
+    latents = encoder.mix(torch.ones(1, 216, 32))
+    assert torch.allclose(latents - encoder.latent, torch.ones(1, 64, 32), atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- generator
@@ -148,6 +192,9 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     assert back.is_file()
 
     flags = "--checkpoint", folder, "--shapes", 2, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"
+    assert run(evaluate.main, "scales", *flags, "--points", 1000) == 0
+    rows = list(csv.DictReader((tmp_path / "exams" / "scales.csv").open()))
+    assert [row["bytes"] for row in rows] == ["15", "21", "41", "89"]             # of 6 bits a code, and 14 bytes more
     assert run(evaluate.main, "tokenizer", *flags, "--points", 1000) == 0
     assert run(evaluate.main, "generate", *flags, "--n", 2, "--resolution", 32, "--scorer", overfitted) == 0
     held_out, own = csv.DictReader((tmp_path / "exams" / "generate-sdf.csv").open())

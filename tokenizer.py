@@ -15,7 +15,7 @@ from einops import repeat
 from torch import nn
 from tqdm import tqdm
 
-from engine.files import atomic_write, digest, load_model, read_stage
+from engine.files import atomic_write, digest, load_stage
 from engine.networks import BANDS, Block, FromCells, fourier, from_patches, grid_points, to_patches
 
 # n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads look features up in a grid, of
@@ -105,4 +105,4 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
 
 def load(folder):
     """The encoder of a checkpoint folder, frozen."""
-    return load_model(Tokenizer, f"{folder}/tokenizer.safetensors", **read_stage(folder, "tokenizer")["settings"])
+    return load_stage(folder, "tokenizer", Tokenizer)

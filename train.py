@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-import backbone as backbone_
 import encoders as encoders_
 import heads as heads_
 import tokenizer as tokenizer_
+from backbone import DENOISERS
 from data import kinds_of, training_sets
 from engine import processes
 from engine.commands import Parser, UserError, add_device_flags, between, command
@@ -29,10 +29,8 @@ from geometry.shapes import CLASSES
 from heads import HEADS
 from models import MODELS
 
-GENERATORS = {"masked": backbone_.Backbone}
 
-
-def arguments(generators):
+def arguments(variants):
     parser = Parser(__doc__.split("\n")[0])
     stages = {stage: values for model in MODELS.values() for stage, values in model.DEFAULTS.items()}
     defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in stages.items()) for i in range(3)]
@@ -62,8 +60,10 @@ def arguments(generators):
     for kind, simplest in (("text", "bag"), ("image", "pixels")):
         flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers (prompts/pretrained.py): "
              f"a name in the hub's cache, or a folder; or {simplest} (default: the built-in one, trained here)")
-    flag("--generator", choices=list(generators), default="masked", help="the backbone, or one of evaluation/peers.py")
-    flag("--denoiser", choices=list(backbone_.DENOISERS), default="flow", help="formulation of the DenoiseNet")
+    known = list(dict.fromkeys(name for names in variants.values() for name in names))
+    if known:
+        flag("--variant", choices=known, help="in place of a part of the model, one of these (evaluation/peers.py)")
+    flag("--denoiser", choices=list(DENOISERS), default="flow", help="formulation of the DenoiseNet")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")
     flag("--seed", type=between(0), default=0, help="of weights, batches and noise")
 
@@ -71,10 +71,12 @@ def arguments(generators):
     flag("--micro-batches", type=between(1), help="shares of a batch: more need less memory (default: one a process)")
     flag("--shard", action="store_true", help="every process holds a share of the backbone: for large models")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
+    parser.set_defaults(variant=None)
     args = parser.parse_args()
     args.model = args.model or next(name for name in MODELS if args.stage in (None, *MODELS[name].STAGES))
     model = MODELS[args.model]
-    for name, known in (("stage", model.STAGES), ("size", model.SIZES)):
+    others = [name for stage in model.DEFAULTS for name in variants.get(stage, {})]
+    for name, known in (("stage", model.STAGES), ("size", model.SIZES), ("variant", others)):
         if getattr(args, name) not in (None, *known):
             parser.error(f"{args.model} has no {name} {getattr(args, name)}, but {', '.join(known)}")
     if missing := {*args.rep} - {*model.REPS, "all"}:
@@ -82,14 +84,14 @@ def arguments(generators):
     return args
 
 
-def chain(args, generators, reps, first, folder):
+def chain(args, variants, reps, first, folder):
     """All stages that are not done, or one."""
     with processes.first_process_ahead():
         model = MODELS[args.model]
         settings = {stage: (args.steps or s, args.batch or b, args.lr or r)
                     for stage, (s, b, r) in model.DEFAULTS.items()}
         run = Run(args, settings, reps, first, folder)
-        run.generators, run.last = generators, model.LAST
+        run.variants, run.last = variants, model.LAST
         encoders_.load_pretrained(**run.encoder_names, device=run.device)         # if missing: an error now, not later
         if args.source:
             copy_stages(run, Path(args.source), name_begins(args.data), stages_of(args, reps) if args.stage else ())
@@ -115,7 +117,7 @@ def chain(args, generators, reps, first, folder):
                 continue
             torch.manual_seed(run.seed)                       # initial weights, whichever stages came before
             train(run)
-    if model.LAST in stages and args.generator == "masked":
+    if model.LAST in stages and not args.variant:
         print(f'next: python sample.py --checkpoint {run.folder} --rep {run.reps[-1]} --text "{run.prompts[0]}"')
 
 
@@ -128,17 +130,18 @@ def stages_of(args, reps):
             if args.stage is None or name == args.stage or name.startswith(f"{args.stage}-")}
 
 
-def main(generators=GENERATORS):
-    args = arguments(generators)
+def main(variants={}):
+    """variants: {stage: {name: a class in place of that of the model}}."""
+    args = arguments(variants)
     processes.start()
     folder = args.out or f"runs/{args.size if args.model == 'ltm3d' else args.model}"
     reps = heads_.with_needs(args.rep)
     if args.tokens == "own":
         for rep in HEADS if "all" in args.rep else args.rep:
             own = heads_.with_needs([rep])
-            chain(args, generators, own, own, f"{folder}-{rep}")
+            chain(args, variants, own, own, f"{folder}-{rep}")
     else:
-        chain(args, generators, reps, ["sdf"] if args.tokens == "shared" else reps, folder)
+        chain(args, variants, reps, ["sdf"] if args.tokens == "shared" else reps, folder)
     processes.end()
 
 

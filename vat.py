@@ -30,7 +30,7 @@ from backbone import grown, guidance_branches, guide
 from engine import processes
 from engine.codes import draw
 from engine.commands import UserError, cast_once, command
-from engine.files import load_model, read_stage, read_weights
+from engine.files import load_stage, read_stage, read_weights
 from engine.loop import fit
 from engine.networks import BANDS, Block, FromCells, GrowingBlock, fourier, grid_points
 from engine.state import start
@@ -45,10 +45,14 @@ STAGES = "encoders", "tokenizer", "vision", "vat-latents", "vat-codes", "vat-gen
 SEEING, LAST = {"vision", "vat-generator"}, "vat-generator"
 REPS, SHIPPED = ("sdf", "mesh"), "checkpoints/vat"
 SAMPLING = {"cfg": 2., "cfg_image": 2., "temperature": 1., "top_k": None, "top_p": 1.}
-SIZES = {"tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", dim=128, heads=4, depth=3)}
-GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, prefix=8)}
+LONG = "1 2 3 4 4 5 5 6 7 8 9"       # 2,214 codes, of 14 bits 3.9 KB; the paper has 2,220
+SIZES = {
+    "tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", features=6, dim=128, heads=4, depth=3),
+    "large": dict(side=9, channels=16, codes=16384, scales=LONG, features=14, dim=768, heads=12, depth=9)}
+GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, prefix=8), "large": dict(dim=1024, depth=24, heads=16, prefix=64)}
 SOFT = 1 / 64           # s of the semi-continuous occupancy: 1/128 of the cube's side
-KL, COMMIT, CODEBOOK = 1e-4, .25, .2                          # weights in the loss; the paper's
+OCCUPANCY = SOFT / (2 * TRUNCATION)     # its weight: no gradient is greater than that of the distance
+KL, COMMIT, CODEBOOK = 1e-4, .25, .2                          # the other weights in the loss; the paper's
 down = F.adaptive_avg_pool3d                                  # b c s s s, another s -> b c s s s
 sequence = partial(rearrange, pattern="b c x y z -> b (x y z) c")
 
@@ -60,23 +64,27 @@ class Encoder(nn.Module):
 
     points, patch = 4096, 1       # how many it reads, in training half as many; it makes no patches (encode_set asks)
 
-    def __init__(self, side, channels, dim, heads, depth, features=6, cells=4):
+    def __init__(self, side, channels, features, dim, heads, depth, cells=4):
         super().__init__()
         self.register_buffer("place", grid_points(side), persistent=False)                        # n 3
-        self.register_buffer("centre", grid_points(features), persistent=False)                   # 6^3 features, m 3
+        self.register_buffer("centre", grid_points(features), persistent=False)                   # of features, m 3
         self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, 32))
         self.feature = FromCells(features, cells, 32, dim)    # the paper has 3,072 features, of a point each
         self.latent = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * channels))
+        nn.init.constant_(self.out[-1].bias[channels:], -5.)  # begin with little noise
 
     def posterior(self, points, normals, colours):            # b k 3 each -> mean, log variance: b n c each
         features = self.feature(points, self.point(torch.cat([fourier(points, BANDS), normals, colours], -1)))
-        x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=len(points))], 1)          # b (m + n) d
-        place = repeat(torch.cat([self.centre, self.place]), "n i -> b n i", b=len(points))
+        return self.out(self.mix(features)).float().clamp(-10, 10).chunk(2, -1)
+
+    def mix(self, features):                                  # b m d -> b n d
+        x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=len(features))], 1)        # b (m + n) d
+        place = repeat(torch.cat([self.centre, self.place]), "n i -> b n i", b=len(features))
         for block in self.blocks:
             x = block(x, positions=(place, place))
-        return self.out(x[:, len(self.centre):]).float().clamp(-10, 10).chunk(2, -1)
+        return x[:, features.shape[1]:]
 
     def forward(self, *cloud):                                # the mean alone: b n c
         return self.posterior(*cloud)[0]
@@ -152,25 +160,26 @@ class Quantiser(nn.Module):
 class Decoder(heads_.SdfHead):
     """Latents -> three planes of 8 x 8 -> convolutions -> three mip levels, 16, 32 and 64 wide -> distance and colour.
 
-    The paper has an occupancy alone. Here the output y is a distance in truncations, and 2 y TRUNCATION / SOFT is the
-    logit of "outside", at the surface as steep as the semi-continuous occupancy. The distance refines the surface."""
+    The paper has an occupancy alone. Here the output y is a distance in truncations, and y / OCCUPANCY is the logit of
+    "outside", at the surface as steep as the semi-continuous occupancy. The distance refines the surface."""
 
     def errors(self, y, batch):
         """Cross-entropy of the semi-continuous occupancy, L1 of the clipped distance, squared error of colours."""
         true = F.pad(batch["distance"], (0, len(y[0]) - batch["distance"].shape[1]))      # b k; 0 on the surface
         outside = (.5 + true / (2 * SOFT)).clamp(0, 1)
-        occupancy = F.binary_cross_entropy_with_logits(y[..., 0] * (2 * TRUNCATION / SOFT), outside)
+        occupancy = F.binary_cross_entropy_with_logits(y[..., 0] / OCCUPANCY, outside)
         others, logs = super().errors(y, batch)
-        return occupancy + others, logs | {"occupancy": occupancy.detach()}
+        return OCCUPANCY * occupancy + others, logs | {"occupancy": occupancy.detach()}
 
 
 class Tokenizer(nn.Module):
     """Encoder, Quantiser, Decoder."""
+    Encoder, Quantiser, KL = Encoder, Quantiser, KL           # evaluation/tokenizers.py has others
 
-    def __init__(self, side, channels, codes, scales, dim, heads, depth):
+    def __init__(self, side, channels, codes, scales, features, dim, heads, depth):
         super().__init__()
-        self.encoder, self.points = Encoder(side, channels, dim, heads, depth), Encoder.points
-        self.quantiser = Quantiser(side, channels, codes, scales)
+        self.encoder, self.points = self.Encoder(side, channels, features, dim, heads, depth), Encoder.points
+        self.quantiser = self.Quantiser(side, channels, codes, scales)
         self.decoder = Decoder(side=side, channels=channels, dim=dim, heads=heads, planes=True)
 
     def forward(self, *cloud):                                # b k 3 each -> quantised latents b n c
@@ -187,7 +196,7 @@ class Tokenizer(nn.Module):
         latents, loss, _ = self.quantiser(z) if quantised else (z, torch.zeros(()), None)
         total, logs = self.decoder.loss(latents, samples)
         logs |= {"kl": kl.detach(), "codebook": loss.detach(), "in use": (self.quantiser.use > .03).float().mean()}
-        return total + KL * kl + CODEBOOK * loss, logs
+        return total + self.KL * kl + CODEBOOK * loss, logs
 
 
 # ---------------------------------------------------------------------------- next-scale generator
@@ -261,11 +270,11 @@ def train_tokenizer(run, stage):
     if processes.world() > 1:                                 # codes are revived from the batch of one process
         raise UserError(f"{stage} learns in one process; leave torchrun out, and train the generator with it")
     run, settings = run.turned(), SIZES[run.size]
-    model = Tokenizer(**settings)
+    model = run.part("vat-codes", Tokenizer)(**settings)
     if stage == "vat-codes":
         read_stage(run.folder, "vat-latents")
         model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
-    start(run, stage, {stage: model}, settings=settings)
+    start(run, stage, {stage: model}, settings=settings, variant=run.variant)
 
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size(stage))
@@ -280,24 +289,25 @@ def train_tokenizer(run, stage):
 
     model, seconds = fit(run, stage, model, draw, lambda model, batch: model.loss(*batch, stage == "vat-codes"), show)
     metrics = progress.head_metrics(run, {"sdf": model.decoder}, latents_of(model), "sdf")
-    run.finish(stage, seconds, {stage: model}, settings=settings, metrics=metrics)
+    run.finish(stage, seconds, {stage: model}, settings=settings, variant=run.variant, metrics=metrics)
 
 
 def train_generator(run):
     """On frozen codes and frozen encoders."""
-    tokenizer = load_tokenizer(run.folder).to(run.device)
+    tokenizer = load_stage(run.folder, "vat-codes", Tokenizer, run.variants).to(run.device)
     encoders, _, draw = ltm3d.tokens_and_prompts(run, "vat-generator", lambda _: tokenizer.encoder, "vat-codes")
     parts = {key: SIZES[run.size][key] for key in ("side", "channels", "codes", "scales")}
     settings = parts | GENERATORS[run.size] | {"widths": encoders.widths}
-    model = Generator(**settings)
+    model = run.part("vat-generator", Generator)(**settings)
     model.quantiser.load_state_dict(tokenizer.quantiser.state_dict())
-    start(run, "vat-generator", {"vat-generator": model}, settings=settings, towers=run.encoder_names)
+    start(run, "vat-generator", {"vat-generator": model}, settings=settings, variant=run.variant,
+          towers=run.encoder_names)
 
     def loss_of(model, batch):
         return model.loss(tokenizer.quantiser(batch[0])[2], encoders.encode_drawn(batch[1]))
 
     ltm3d.fit_generator(run, "vat-generator", model, draw, loss_of, encoders, {"sdf": tokenizer.decoder},
-                        settings=settings)
+                        settings=settings, variant=run.variant)
 
 
 def stages(reps):
@@ -308,24 +318,19 @@ def stages(reps):
 
 # ---------------------------------------------------------------------------- sampling
 
-def load_tokenizer(folder):
-    settings = read_stage(folder, "vat-codes")["settings"]
-    return load_model(Tokenizer, f"{folder}/vat-codes.safetensors", **settings)
-
-
-def open_tokenizer(folder, reps, device):
-    model = load_tokenizer(folder).to(device)
+def open_tokenizer(folder, reps, device, variants={}):
+    model = load_stage(folder, "vat-codes", Tokenizer, variants).to(device)
     return model, {"sdf": model.decoder, "mesh": heads_.SimplifiedMesh()}
 
 
 class VAT:
     """The stages of a checkpoint folder that sampling needs."""
 
-    def __init__(self, folder, device, autocast):
-        self.device, self.autocast, settings = device, autocast, read_stage(folder, "vat-generator")["settings"]
-        generator = load_model(Generator, f"{folder}/vat-generator.safetensors", **settings)
-        self.generator = cast_once(generator.to(device), autocast)
-        _, self.heads = open_tokenizer(folder, REPS, device)
+    def __init__(self, folder, device, autocast, variants={}):
+        self.device, self.autocast = device, autocast
+        self.generator = load_stage(folder, "vat-generator", Generator, variants).to(device)
+        self.generator = cast_once(self.generator, autocast)
+        _, self.heads = open_tokenizer(folder, REPS, device, variants)
 
     def load_heads(self, *reps):
         if other := {*reps} - {*REPS}:
@@ -341,10 +346,7 @@ class VAT:
         return head.decode(latents.to(self.device), self.heads, rng, self.autocast, resolution)
 
 
-load = VAT
-
-
-main = partial(compression.main, load_tokenizer, SHIPPED)     # compress, decompress
+load, main = VAT, partial(compression.main, partial(load_stage, stage="vat-codes", part=Tokenizer), SHIPPED)
 
 if __name__ == "__main__":
     command(main)

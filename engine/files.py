@@ -118,7 +118,7 @@ def is_words(value):
 
 
 FORMS = {  # a field of config.json: its form, in words and as a test
-    **dict.fromkeys(("size", "data", "generator"), ("a word", lambda x: type(x) is str)),
+    **dict.fromkeys(("size", "data", "variant"), ("a word", lambda x: type(x) is str)),
     **dict.fromkeys(("vocabulary", "heads"), ("a list of words", is_words)),
     "steps": ("a whole number", lambda x: type(x) is int),
     "seconds": ("a number", lambda x: type(x) in (int, float) and math.isfinite(x)),
@@ -178,6 +178,15 @@ def read_stage(folder, stage):
             raise UserError(f"the {stage} in {folder} was trained with another {name}; remove '{stage}' from its "
                              f"config.json and run: python train.py --stage {stage} --out {folder}")
     return entry
+
+
+def load_stage(folder, stage, part, variants={}):
+    """What a stage trained, an object of the class `part`, or of that of its variant {stage: {name: class}}; frozen."""
+    entry = read_stage(folder, stage)
+    name, known = entry.get("variant"), variants.get(stage, {})
+    if name not in (None, *known):
+        raise UserError(f"the {stage} in {folder} is a variant, {name}; evaluate.py reads those, other commands do not")
+    return load_model(known.get(name, part), f"{folder}/{stage}.safetensors", **entry["settings"])
 
 
 def trained_stages(folder):

@@ -221,20 +221,22 @@ class ToCells(nn.Module):
 
 
 class ToPlanes(nn.Module):
-    """Tokens -> three planes (xy, yz, zx) of features, in levels: each has twice the side of the level before."""
+    """side^3 tokens -> three planes (xy, yz, zx) of features, in levels: each has twice the side of the level before.
+    A cell of a plane reads the column of tokens that it stands for."""
 
-    def __init__(self, dim, heads, side=8, features=(64, 32, 16)):    # features: of each level
+    def __init__(self, side, dim, features=(64, 32, 16)):     # features: of each level
         super().__init__()
         self.side, self.features = side, sum(features)
-        self.query = nn.Parameter(torch.randn(3 * side ** 2, dim) * .02)          # of the cells of a first level
-        self.cross, self.mix = Block(dim, heads, context_dim=dim), Block(dim, heads)
-        widths = dim, *features
+        self.into = nn.ModuleList(nn.Linear(side * dim, 4 * features[0]) for _ in range(3))
+        widths = features[0], *features
         self.norm = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[:-1])
         self.conv = nn.ModuleList(nn.Conv2d(width, out, 3, padding=1) for width, out in zip(widths, widths[1:]))
 
     def forward(self, tokens):                                # b n d -> levels of (b 3) f s s
-        x = self.cross(repeat(self.query, "q d -> b q d", b=len(tokens)), tokens)
-        x = rearrange(self.mix(x), "b (i u v) d -> (b i) d u v", i=3, u=self.side)
+        x = rearrange(tokens, "b (x y z) d -> b x y z d", x=self.side, y=self.side)
+        columns = [rearrange(x, f"b x y z d -> b {axes} d)") for axes in ("x y (z", "y z (x", "z x (y")]
+        x = torch.stack([into(column) for into, column in zip(self.into, columns)], 1)            # b 3 side side 4f
+        x = rearrange(x, "b i u v (j k f) -> (b i) f (u j) (v k)", j=2, k=2)
         levels = []
         for norm, conv in zip(self.norm, self.conv):
             x = F.gelu(conv(F.interpolate(norm(x), scale_factor=2, mode="bilinear", align_corners=False)))
@@ -264,7 +266,7 @@ class QueryDecoder(nn.Module):
         self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(3))
         grids = [ToCells(side, cells // 2, 32, dim), ToCells(side, cells, 16, dim)] if cells else []
-        self.grids = nn.ModuleList([ToPlanes(dim, heads)] if planes else grids)
+        self.grids = nn.ModuleList([ToPlanes(side, dim)] if planes else grids)
         self.point = nn.Linear(3 + 6 * BANDS + sum(grid.features for grid in self.grids), dim)
         self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(0 if self.grids else 2))
         self.feed = nn.ModuleList(FeedForward(dim) for _ in range(2 if self.grids else 0))

@@ -48,7 +48,7 @@ def locked(folder):
 
 
 class Run:
-    """What every stage is given. train.py adds `train` and `test`, `classes` and `prompts`, `generators`, `last`.
+    """What every stage is given. train.py adds `train` and `test`, `classes` and `prompts`, `variants`, `last`.
 
     settings: {stage: (steps, batch, peak learning rate)}; reps: those to decode; first: the heads that the tokenizer
     is trained with.
@@ -56,7 +56,7 @@ class Run:
 
     def __init__(self, args, settings, reps, first, folder):
         self.folder, self.size, self.seed, self.settings = Path(folder), args.size, args.seed, settings
-        self.generator, self.denoiser = args.generator, args.denoiser
+        self.variant, self.denoiser = args.variant, args.denoiser
         self.reps, self.first = reps, first
         self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}
         self.micro_batches = args.micro_batches or processes.world()
@@ -71,6 +71,10 @@ class Run:
             raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
+
+    def part(self, stage, own):
+        """The class of what a stage trains: the model's own, or that of --variant."""
+        return self.variants.get(stage, {}).get(self.variant, own)
 
     def turned(self):
         """The same run, on files in eight positions (data.py): for stages that see no prompts. A prompt does not say
@@ -93,13 +97,14 @@ class Run:
             self.check_stage(self.folder, stage, entry, begin)
 
     def check_stage(self, folder, stage, entry, begin):
-        """A stage has to be of the same size, generator, heads and encoders, and of a prepared set whose name starts
+        """A stage has to be of the same size, variant, heads and encoders, and of a prepared set whose name starts
         with `begin`."""
-        flags = {"--size": (self.size, entry["size"]),
-                 "--generator": (self.generator, entry.get("generator", self.generator))}
-        for flag, (value, found) in flags.items():
-            if value != found:
-                raise UserError(f"{stage} in {folder}: {flag} {found}; give that, or another folder")
+        if self.size != entry["size"]:
+            raise UserError(f"{stage} in {folder}: --size {entry['size']}; give that, or another folder")
+        variant = entry.get("variant", None if stage == self.last else self.variant)
+        if self.variant != variant:
+            found = f"--variant {variant}; give that" if variant else "no --variant; leave it out"
+            raise UserError(f"{stage} in {folder}: {found}, or give another folder")
         if entry.get("heads", self.first) != self.first:
             raise UserError(f"the tokenizer in {folder} was trained for {', '.join(entry['heads'])}; "
                             "give the same --tokens, or another folder")
@@ -124,6 +129,7 @@ class Run:
         stages = ("tokenizer",) if stage.startswith("head-") else BEFORE.get(stage, ())
         weights = {name: self.folder / f"{name}.safetensors" for name in stages}
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
+        entries = {key: value for key, value in entries.items() if value is not None}         # no variant: no entry
         if self.finetune:
             before = read_config(self.source).get(stage, {})
             entries["finetuned"] = {key: before.get(key) for key in ("steps", "revision")}
@@ -144,17 +150,18 @@ class Run:
 def copy_stages(run, source, begin, training):
     """Copies the stages of a trained folder that fit. Not copied: the generator; stages in `training`; those of other
     models; those that stand on other encoders of transformers, or on other weights than those in the folder."""
-    if "tokenizer" not in trained_stages(source):
+    if not {"tokenizer", "vat-codes"} & {*trained_stages(source)}:
         raise UserError(f"there is no trained tokenizer in {source}; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
-    training = {*training} - {f"head-{rep}" for rep in config["tokenizer"]["heads"]}        # goes on from the copy
+    tokenizer = source / "tokenizer.safetensors"
+    training = {*training} - {f"head-{rep}" for rep in config.get("tokenizer", {}).get("heads", [])}      # they go on
     wanted = [stage for stage in trained_stages(source)
               if stage in run.settings and stage not in (run.last, *training, *trained_stages(folder))
               and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
     for stage in config.keys() & wanted:
         run.check_stage(source, stage, config[stage], begin)
-    with_encoder = {"made_with": {"tokenizer": digest(source / "tokenizer.safetensors")}}       # a head in no config
+    with_encoder = {"made_with": {"tokenizer": digest(tokenizer)}} if tokenizer.is_file() else {}       # no config
     made_with = {stage: config.get(stage, with_encoder).get("made_with", {}) for stage in wanted}
     for stage in sorted(wanted, key=lambda stage: len(made_with[stage])):         # what others were trained on first
         others = [name for name, weights in made_with[stage].items() if name in training

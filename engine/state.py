@@ -43,7 +43,7 @@ def start(run, stage, files, **settings):
         return
     entry = read_stage(run.source, stage)
     if any(entry.get(name, value) != value for name, value in settings.items()):
-        raise UserError(f"the {stage} of {run.source} cannot go on: its size, denoiser, encoder or generator is "
+        raise UserError(f"the {stage} of {run.source} cannot go on: its size, denoiser, encoder or variant is "
                         "another; give the flags that it was trained with")
     for name, module in files.items():
         path = f"{run.source}/{name}.safetensors"

@@ -142,3 +142,17 @@ def test_a_patch_is_a_cube_of_neighbours():
 def test_patches_become_the_same_tokens_again():
     x = torch.randn(2, 216, 5)
     assert torch.equal(networks.from_patches(networks.to_patches(x, 3), 3), x)
+
+
+def test_a_plane_reads_columns():
+    """A token that changes is seen in each plane in the cells that stand for its column, and in those beside them."""
+    torch.manual_seed(0)
+    planes, tokens = networks.ToPlanes(4, 16, (8, 8, 8)), torch.randn(1, 64, 16)
+    planes.norm = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))      # those see everything
+    changed = tokens.clone()
+    changed[0, (0 * 4 + 1) * 4 + 3] += 1                      # x 0, y 1, z 3
+    moved = [(planes(tokens)[0] - planes(changed)[0])[i].abs().amax(0) for i in range(3)]         # 16 16 each
+    for plane, (u, v) in zip(moved, ((0, 1), (1, 3), (3, 0))):                    # xy, yz, zx: 4 x 4 cells a token
+        assert plane[4 * u:4 * u + 4, 4 * v:4 * v + 4].min() > 0
+        plane[max(0, 4 * u - 2):4 * u + 6, max(0, 4 * v - 2):4 * v + 6] = 0
+        assert plane.max() == 0

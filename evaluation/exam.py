@@ -18,7 +18,7 @@ from evaluation.metrics import chamfer, chamfer_matrix
 from evaluation.results import ResultCache, mean, weights
 from geometry.prepare import Files
 from geometry.shapes import CLASSES
-from models import MODELS, model_in
+from models import model_in
 from prompts import text_tower
 from sample import Sampler
 
@@ -36,14 +36,14 @@ CODE = [ROOT / name for name in (                             # the files that d
     "geometry/training_samples.py", "geometry/training_pictures.py", "engine/networks.py", "engine/commands.py",
     "evaluation/exam.py", "evaluation/peers.py", "evaluation/judges.py", "evaluation/metrics.py",
     "evaluation/attributes.py", "evaluation/words.py", "evaluation/low_poly.py", "evaluation/memory.py",
-    "engine/codes.py")]
+    "evaluation/tokenizers.py", "evaluation/scales.py", "engine/codes.py")]
 
 
 # ---------------------------------------------------------------------------- models and data
 
 def open_model(args, folder):
-    """A trained folder, whichever model is in it, and whichever generator an LTM3D's backbone is."""
-    model = Sampler(folder, args.device, args.precision, models=MODELS | {"ltm3d": peers.WithPeers})
+    """A trained folder, whichever model is in it, or variant of one."""
+    model = Sampler(folder, args.device, args.precision, models=peers.MODELS)
     print(f"{folder}, running on {model.reason}")
     return model
 
@@ -143,7 +143,7 @@ def judge_reconstructions(args, folder, reps, cache, judge, kinds=()):
     samples of these kinds and those that the heads learn from."""
     device, autocast, reason = pick_device(args.device, args.precision)
     print(f"{folder}, running on {reason}")
-    encoder, decoders = MODELS[model_in(folder)].open_tokenizer(folder, reps, device)
+    encoder, decoders = peers.MODELS[model_in(folder)].open_tokenizer(folder, reps, device)
     test = held_out(args, list(dict.fromkeys(["surface", *kinds, *kinds_of(heads.HEADS[rep] for rep in reps)])))
     results = []
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import backbone
+import models
 import tokenizer
 from data import TRAIN_SHAPES, prepare
 from engine.commands import UserError, between
@@ -36,16 +37,17 @@ from geometry.shapes import CLASSES
 from prompts import image_tower
 
 VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, options of sampling)})
-    "versus": ("LTM3D against other generators: same shape tokens and number of parameters, equal steps or FLOPs", {
+    "versus": ("LTM3D against others of as many parameters: equal steps or FLOPs, the same tokens but for VAT", {
         "LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, RGS": ("", {"rgs": "sampled=.1"}),
-        "LTM3D, RGS within 1.5 sigma": ("", {"rgs": "within=1.5"}), "latent diffusion": ("--generator diffusion", {}),
-        "autoregressive": ("--generator autoregressive", {}),
-        "latent diffusion, equal FLOPs": ("--generator diffusion --steps equal", {}),
-        "autoregressive, equal FLOPs": ("--generator autoregressive --steps equal", {})}),
+        "LTM3D, RGS within 1.5 sigma": ("", {"rgs": "within=1.5"}), "latent diffusion": ("--variant diffusion", {}),
+        "autoregressive": ("--variant autoregressive", {}),
+        "VAT": ("--model vat --variant large --from checkpoints/vat", {}),
+        "latent diffusion, equal FLOPs": ("--variant diffusion --steps equal", {}),
+        "autoregressive, equal FLOPs": ("--variant autoregressive --steps equal", {})}),
     "ablate-prefix": ("the prefix; without its mean in c_i: the same, the paper's, cross-attention, mean-pooled", {
-        "prefix": ("", {}), "without its mean in c_i": ("--generator unpooled", {}),
-        "queries alone, the paper's": ("--generator queries", {}),
-        "cross-attention": ("--generator cross", {}), "mean-pooled": ("--generator pooled", {})}),
+        "prefix": ("", {}), "without its mean in c_i": ("--variant unpooled", {}),
+        "queries alone, the paper's": ("--variant queries", {}),
+        "cross-attention": ("--variant cross", {}), "mean-pooled": ("--variant pooled", {})}),
     "ablate-encoder": ("the built-in towers against a bag of words and plain pixels, and encoders of transformers", {
         "built-in towers": ("", {}), "text: a bag of words": ("--text-encoder bag", {}),
         "picture: plain pixels": ("--image-encoder pixels", {})}),
@@ -54,7 +56,7 @@ VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, opt
         **{f"ddpm, {steps} steps": ("--denoiser ddpm", {"denoise_steps": steps}) for steps in (25, 50, 100)}}),
     "latent-spaces": ("one backbone for one latent space, and for four: each turned in a way of its own", {
         "one space": ("", {}), "one space, a quarter of the steps": ("--steps quarter", {}),
-        "four spaces": ("--generator spaces", {})}),
+        "four spaces": ("--variant spaces", {})}),
     "data-scaling": ("the number of training shapes: are samples new, or copies?", {
         "130 shapes": ("--shapes 130", {}), "1300 shapes": ("--shapes 1300", {}), "all shapes": ("", {})}),
 }
@@ -73,14 +75,14 @@ def launch(flags):
                 child.send_signal(signal.SIGINT)
 
 
-def training_flops(generator):
+def training_flops(variant=None):
     """Operations of a backbone's training step at tiny, for one shape with a caption of twenty words and a picture."""
     side, channels = tokenizer.SIZES["tiny"]["side"], tokenizer.SIZES["tiny"]["channels"]
     settings = dict(tokens=side ** 3, channels=channels, widths={"text": 128, "image": 128}, **backbone.SIZES["tiny"])
 
     def step(meta):
         with meta:
-            model, x = peers.GENERATORS[generator](**settings), torch.zeros(1, side ** 3, channels)
+            model, x = peers.GENERATORS.get(variant, backbone.Backbone)(**settings), torch.zeros(1, side ** 3, channels)
             condition = {kind: (torch.zeros(1, t, 128), torch.ones(1, t, dtype=torch.bool))
                          for kind, t in (("text", 20), ("image", 16))}
         for i in range(8):
@@ -89,34 +91,42 @@ def training_flops(generator):
 
 
 def train(args, variant, seed):
-    """A backbone on the other stages of --checkpoint, with the flags of a variant; -> its folder."""
+    """The last stage of a model on the others of --checkpoint, with the flags of a variant; -> its folder."""
     name = re.sub(r"[^\w.]+", "-", variant).strip("-") or "ltm3d"
-    folder, source = Path(args.runs) / f"{name}-{seed}", args.checkpoint[0]
     words = variant.split()                                   # --flag value --flag value ...
-    flags = {"--from": source, "--stage": "backbone", "--shapes": args.train_shapes, "--steps": args.steps,
-             "--batch": args.batch, "--seed": seed, "--cache": args.cache, "--out": folder, "--device": args.device,
-             "--precision": args.precision} | dict(zip(words[::2], words[1::2]))
-    if flags["--steps"] == "equal":                           # FLOPs
-        flags["--steps"] = round(args.steps * training_flops("masked") / training_flops(flags["--generator"]))
-    if flags["--steps"] == "quarter":
+    flags = dict(zip(words[::2], words[1::2]))
+    if flags.get("--steps") == "equal":                       # FLOPs
+        flags["--steps"] = round(args.steps * training_flops() / training_flops(flags["--variant"]))
+    if flags.get("--steps") == "quarter":
         flags["--steps"] = -(-args.steps // 4)
-    entry = read_config(folder).get("backbone")
-    if entry is None:
-        print(f"training {folder}")
-        status = launch([str(word) for flag in flags.items() if flag[1] is not None for word in flag])
-        if status == 130:
-            raise KeyboardInterrupt
-        if status:
-            raise UserError(f"training {folder} ended with status {status}; see above")
-        return folder
+    return train_stages(args, f"{name}-{seed}", seed, flags, [models.MODELS[flags.get("--model", "ltm3d")].LAST])
 
-    shapes = entry["data"].split("-")[2]                                          # shapes-train-COUNT-...
-    trained = f"--train-shapes {shapes} --steps {entry['steps']} --batch {entry['batch']}"
-    if trained != f"--train-shapes {flags['--shapes']} --steps {flags['--steps']} --batch {flags['--batch']}":
-        raise UserError(f"{folder} was trained with {trained}; give these flags, or another --runs")
-    for stage, digest in entry["made_with"].items():
-        if weights(source, stage) != {stage: digest}:
-            raise UserError(f"{folder} was trained with another {stage} than that in {source}; give another --runs")
+
+def train_stages(args, name, seed, flags, stages):
+    """Trains what is not trained yet in a folder of this name; -> the folder."""
+    folder = Path(args.runs) / name
+    flags = {"--from": args.checkpoint[0], "--shapes": args.train_shapes, "--steps": args.steps, "--batch": args.batch,
+             "--seed": seed, "--cache": args.cache, "--out": folder, "--device": args.device,
+             "--precision": args.precision} | flags
+    for stage in stages:
+        entry = read_config(folder).get(stage)
+        if entry is None:
+            print(f"training {stage} in {folder}")
+            command = flags | {"--stage": stage}
+            status = launch([str(word) for flag in command.items() if flag[1] is not None for word in flag])
+            if status == 130:
+                raise KeyboardInterrupt
+            if status:
+                raise UserError(f"training {folder} ended with status {status}; see above")
+            continue
+        shapes = entry["data"].split("-")[2]                                      # shapes-train-COUNT-...
+        trained = f"--train-shapes {shapes} --steps {entry['steps']} --batch {entry['batch']}"
+        if trained != f"--train-shapes {flags['--shapes']} --steps {flags['--steps']} --batch {flags['--batch']}":
+            raise UserError(f"{folder} was trained with {trained}; give these flags, or another --runs")
+        for other, digest in entry["made_with"].items():
+            source = folder if other in stages else flags["--from"]
+            if weights(source, other) != {other: digest}:
+                raise UserError(f"{folder} was trained with another {other} than that in {source}; give another --runs")
     return folder
 
 
@@ -163,11 +173,12 @@ def compare_variants(args):
                 plain = {"rgs": "none"}                       # guidance of their own; no reconstructor
                 cache = variant_cache(args, "variants", folder, plain)
                 scores[-1] |= benchmark.picture_scores(model, cache, **plain)
-        stages = ["backbone", "reconstruct"] if "rgs" in options else ["backbone"]
+        last = models.MODELS[models.model_in(folders[name][0])].LAST
+        stages = [last, "reconstruct"] if "rgs" in options else [last]
         files = [read_weights(folders[name][0] / f"{stage}.safetensors") for stage in stages]
         seconds = [sum(read_config(folder)[stage]["seconds"] for stage in stages) for folder in folders[name]]
         parameters = sum(x.numel() for file in files for x in file.values()) / 1e6
-        steps = read_config(folders[name][0])["backbone"]["steps"]
+        steps = read_config(folders[name][0])[last]["steps"]
         rows.append({"variant": name, "guidance": f"{guided['cfg']:g}", "steps": str(steps),
                      "M parameters": parameters, "minutes": np.mean(seconds) / 60})
         numbers = [key for key, value in scores[0].items() if not isinstance(value, str)]
@@ -179,8 +190,8 @@ def compare_variants(args):
     print(f"{several if args.seeds > 1 else 'one training'}; else as evaluate.py generate says")
     real = {"variant": "held-out shapes"} | benchmark.real()
     write_table(args.out, args.command, [{key: real.get(key, "") for key in rows[0]}, *rows])
-    curves = {name: [(f"seed {i}", folder / "backbone.csv", "held_out") for i, folder in enumerate(paths)]
-              for paths, name in panels.items()}
+    curves = {name: [(f"seed {i}", folder / f"{models.MODELS[models.model_in(folder)].LAST}.csv", "held_out")
+                     for i, folder in enumerate(paths)] for paths, name in panels.items()}
     plot_losses(curves, Path(args.out) / f"{args.command}-losses.png")
     print(f"{args.out}/{args.command}-losses.png")
 
@@ -311,7 +322,7 @@ def draw_rgs(plt, rows):
     return figure
 
 
-TRAINED = [*VARIANTS, "overfit"]
+TRAINED = [*VARIANTS, "overfit", "ablate-vat"]           # the last: evaluation/scales.py
 
 
 def add_flags(flag):
@@ -322,7 +333,8 @@ def add_flags(flag):
     flag(rgs, "--alphas", nargs="*", type=share, default=[0, .05, .1, .15, .2, .3, .9], help="weights of samples")
     flag(rgs, "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .5], help="besides .75, at a = .1")
     flag(rgs, "--within", nargs="*", type=reach, default=[1, 1.5, 2], help="reaches of our rule, standard deviations")
-    flag([*rgs, *VARIANTS], "--seeds", type=between(1, 100), default=3, help="samplings or trainings of each variant")
+    flag([*rgs, "ablate-vat", *VARIANTS], "--seeds", type=between(1, 100), default=3,
+         help="samplings or trainings of each variant")
     flag(TRAINED, "--train-shapes", type=between(2), default=TRAIN_SHAPES, help="built-in shapes to learn from")
     flag(TRAINED, "--steps", type=between(1), default=400, help="training steps of every variant")
     flag(TRAINED, "--batch", type=between(1), default=32, help="shapes a training step")

@@ -16,10 +16,11 @@ And a harder task for it, the paper's reason for a backbone per representation:
 
     spaces           four latent spaces, each turned in a way of its own
 
-    python -m evaluation.peers --from checkpoints/tiny --generator diffusion --out runs/diffusion    # flags of train.py
+    python -m evaluation.peers --from checkpoints/tiny --variant diffusion --out runs/diffusion      # flags of train.py
     python evaluate.py versus                                                                       # compares all
 """
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,11 +29,13 @@ from einops import rearrange, reduce, repeat
 from torch import nn
 
 import ltm3d
+import models
 import train
+import vat
 from backbone import DENOISERS, DRAWS, Backbone, DenoiseNet, draw_noise, grown, guidance_branches
 from engine.commands import UserError, command
-from engine.files import load_model, read_stage
 from engine.networks import Block, time_embedding
+from evaluation import tokenizers
 from prefix import Conditions, Prefix
 
 STEPS = 64    # of denoising all tokens at once
@@ -281,22 +284,16 @@ class Spaces(Backbone):
         return super().generate(condition, seeds, **options) @ self.rotation[self.space].mT
 
 
-GENERATORS = {
-    "masked": Backbone, "diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries,
-    "unpooled": Unpooled, "pooled": Pooled, "cross": Cross, "spaces": Spaces}
+# ---------------------------------------------------------------------------- all of them
 
-
-def load(folder):
-    """The backbone of a checkpoint folder, whichever generator it is, frozen."""
-    entry = read_stage(folder, "backbone")
-    generator = GENERATORS[entry.get("generator", "masked")]
-    return load_model(generator, f"{folder}/backbone.safetensors", **entry["settings"])
-
-
-class WithPeers:
-    """LTM3D's row of models.py, whichever generator a backbone is."""
-    LAST, load = ltm3d.LAST, partial(ltm3d.LTM3D, load_backbone=load)
+GENERATORS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "unpooled": Unpooled,
+              "pooled": Pooled, "cross": Cross, "spaces": Spaces}
+VARIANTS = {"backbone": GENERATORS, **tokenizers.VARIANTS}                        # stage: {variant: class}
+MODELS = models.MODELS | {                                    # rows that know them
+    "ltm3d": SimpleNamespace(**vars(ltm3d) | {"load": partial(ltm3d.LTM3D, variants=VARIANTS)}),
+    "vat": SimpleNamespace(**vars(vat) | {"load": partial(vat.VAT, variants=VARIANTS),
+                                          "open_tokenizer": partial(vat.open_tokenizer, variants=VARIANTS)})}
 
 
 if __name__ == "__main__":
-    command(lambda: train.main(GENERATORS))
+    command(lambda: train.main(VARIANTS))

@@ -22,7 +22,7 @@ import evaluate
 import sample
 from conftest import SMALL, TrueHead, assert_one_line, run, train_small
 from engine import files
-from evaluation import exam, experiments, memory, peers, words
+from evaluation import exam, experiments, memory, words
 from evaluation.judges import grid_iou
 from geometry import shapes
 
@@ -263,7 +263,7 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
         command.trainings.append(flags)
         folder = Path(flags[flags.index("--out") + 1])
         with pytest.MonkeyPatch.context() as patch:
-            return train_small(patch, folder, 2, *flags, generators=peers.GENERATORS)
+            return train_small(patch, folder, 2, *flags)
 
     command.trainings = []
     monkeypatch.setattr(experiments, "launch", launch)
@@ -272,7 +272,7 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
 
 def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, monkeypatch, capsys):
     """versus: two variants share a training, a second run trains nothing, other settings are an error."""
-    variants = {"LTM3D": ("", {}), "fewer steps": ("", {"steps": 8}), "pooled": ("--generator pooled", {})}
+    variants = {"LTM3D": ("", {}), "fewer steps": ("", {"steps": 8}), "pooled": ("--variant pooled", {})}
     monkeypatch.setitem(experiments.VARIANTS, "versus", ("", variants))
     small = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted, "--guidance", 1, 3
     assert experiment("versus", *small) == 0
@@ -350,7 +350,7 @@ def test_a_stopped_experiment_lets_training_save(tmp_path, monkeypatch):
 def test_training_is_launched_from_any_folder(tmp_path, monkeypatch, capfd):
     """A user's relative folders keep their meaning: training runs in the user's folder, not in ours."""
     monkeypatch.chdir(tmp_path)
-    assert experiments.launch(["--generator", "none"]) == 2
+    assert experiments.launch(["--variant", "none"]) == 2
     assert "invalid choice: 'none'" in capfd.readouterr().err
 
 

@@ -69,5 +69,5 @@ def take_turns(ways, bench, flops=None):
         rows.append({"way": name, "seconds": median[name], "spread": (max(values) - min(values)) / median[name],
                      "times as fast": median[next(iter(ways))] / median[name], "peak MB": max(memory[name])})
         if flops:
-            rows[-1]["share of matmul peak"] = flops[name] / median[name] / bench.peak
+            rows[-1]["share of matmul peak"] = flops[name] / median[name] / bench.peak if name in flops else ""
     return rows

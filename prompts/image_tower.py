@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import nn
 
-from engine.files import load_model, read_stage
+from engine.files import load_stage
 from engine.networks import Block
 from geometry.training_pictures import SIZE
 from prompts.text_tower import POINTS
@@ -168,4 +168,4 @@ def retrieval(vision, encoders, prepared, count=200):
 
 def load(folder):
     """The image tower of a checkpoint folder, frozen."""
-    return load_model(ImageTower, f"{folder}/vision.safetensors", **read_stage(folder, "vision")["settings"])
+    return load_stage(folder, "vision", ImageTower)

@@ -1,0 +1,130 @@
+"""scales.py - what the codes of vat.py keep of a shape, and which parts of its tokenizer it takes.
+
+    python evaluate.py scales --checkpoint checkpoints/vat     # scale after scale: bytes, IoU, F-score; code use
+    python evaluate.py ablate-vat                              # trains the variants of evaluation/tokenizers.py
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import vat
+from engine.codes import HEAD
+from engine.commands import UserError, pick_device
+from engine.files import load_stage, read_config, trained_stages
+from evaluation import exam
+from evaluation.experiments import train_stages
+from evaluation.judges import grid_iou
+from evaluation.metrics import fscore
+from evaluation.results import interval, labels, write_table, write_tables
+from evaluation.tokenizers import SECOND_PHASE, VARIANTS
+
+
+def file_sizes(quantiser):
+    """How many codes the first scales have, of one, of two ...; and the bytes of a file of them."""
+    codes = np.cumsum([s ** 3 for s in quantiser.scales])
+    return codes, HEAD.size + -(-codes * (len(quantiser.code) - 1).bit_length() // 8)
+
+
+@torch.no_grad()
+def judge_scales(args, label, folder):
+    """The codes of held-out shapes, r N; and what the first scales keep of each: {IoU, F-score: r scales}."""
+    if "vat-codes" not in trained_stages(folder):
+        raise UserError(f"{folder} holds no codes of vat.py; --checkpoint takes checkpoints/vat")
+    device, autocast, reason = pick_device(args.device, args.precision)
+    print(f"{folder}, running on {reason}")
+    model, test = load_stage(folder, "vat-codes", vat.Tokenizer, VARIANTS).to(device), exam.held_out(args)
+    cache, results = exam.result_cache(args, label, folder, "vat-codes", what="scales", points=args.points), []
+    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):
+        if str(row) not in cache:
+            rng, shape = np.random.default_rng((args.seed, row)), test.shape(row)
+            with autocast():
+                z = model.encoder(*(x.to(device) for x in test.cloud([row], model.points, rng)))      # 1 n c
+            _, _, indices = model.quantiser(z)                                    # 1 N
+            kept = [vat.sequence(f)[0] for f in model.quantiser.decode(indices)[1:]]                  # scales times n c
+            overlaps = [grid_iou(model.decoder, x, shape, autocast) for x in kept]
+            result = {"codes": indices[0].cpu().numpy(), "IoU": overlaps}
+            if args.points:
+                true = shape.surface(args.points, rng)[0]                         # k 3
+                meshes = [model.decoder.decode(x, {}, rng, autocast) for x in kept]
+                result["F-score"] = [fscore(mesh.surface(args.points, rng)[0], true, .02) for mesh in meshes]
+            cache.write(str(row), result)
+        results.append(cache.read(str(row)))
+    return {key: np.stack([result[key] for result in results]) for key in results[0]}, model.quantiser
+
+
+def code_use(codes, count):
+    """Of codes r N: the share of all codes that occurs; the perplexity, e^entropy: how many equally frequent codes have
+    their entropy."""
+    share = np.bincount(codes.flatten(), minlength=count) / codes.size
+    seen = share[share > 0]
+    return {"code use": len(seen) / count, "perplexity": np.exp(-(seen * np.log(seen)).sum())}
+
+
+def evaluate_scales(args):
+    """Of codes: what is left of a shape when those beyond scale s are dropped, and the bytes of its file."""
+    tables, use = {}, []
+    for folder, label in labels(args.checkpoint).items():
+        found, quantiser = judge_scales(args, label, folder)
+        codes, sizes = file_sizes(quantiser)
+        tables[label] = [{"scales": " ".join(map(str, quantiser.scales[:k + 1])), "codes": str(codes[k]),
+                          "bytes": str(sizes[k])} | {key: found[key][:, k].mean() for key in found if key != "codes"}
+                         for k in range(len(codes))]
+        use.append({"checkpoint": label, "CS-IoU": found["IoU"].mean()} | code_use(found["codes"], len(quantiser.code)))
+    print("bytes: of a file. IoU on a 64^3 grid; F-score at .02. CS-IoU: mean IoU of all scales. code use: share of\n"
+          "the codes that occur in these shapes; perplexity: so many codes, all as frequent, have their entropy")
+    write_tables(args.out, "scales", tables, means=False)
+    write_table(args.out, "scales-use", use)
+    curve = [{"checkpoint": label} | row for label, rows in tables.items() for row in rows]
+    write_table(args.out, "scales-curve", curve, draw=draw_curve)
+
+
+def draw_curve(plt, rows):
+    """Bytes to the right, IoU and F-score upwards; a line a checkpoint."""
+    keys = [key for key in ("IoU", "F-score") if key in rows[0]]
+    figure, axes = plt.subplots(1, len(keys), figsize=(4.5 * len(keys), 3.5), squeeze=False, layout="constrained")
+    for axis, key in zip(axes[0], keys):
+        for label in dict.fromkeys(row["checkpoint"] for row in rows):
+            own = [row for row in rows if row["checkpoint"] == label]
+            axis.plot([int(row["bytes"]) for row in own], [row[key] for row in own], "o-", label=label, markersize=4)
+        axis.set(xlabel="bytes", title=key, xscale="log")
+        axis.grid(linewidth=.3)
+    axes[0, 0].legend(fontsize="small")
+    return figure
+
+
+# ---------------------------------------------------------------------------- variants
+
+PARTS = {"": "in context, VVQ, three planes", "pooling": "features pooled", "q-former": "a Q-Former of one layer",
+         "plain": "plain residual quantiser", "scale-dropout": "VVQ with scale dropout",
+         "cross-attention": "decoder: cross-attention"}
+GENERATED = "", "plain", "scale-dropout"                      # of these, generators are trained, too
+
+
+def compare_tokenizers(args):
+    """Trains vat.py with a part in another way, with every seed: what do its codes keep, what does it generate?"""
+    rows, benchmark = [], exam.Exam(args, args.n, args.shapes)
+    for variant, title in PARTS.items():
+        stages = ["vat-codes"] if variant in SECOND_PHASE else ["vat-latents", "vat-codes"]
+        stages += ["vat-generator"] * (variant in GENERATED)
+        scores = []
+        for seed in range(args.seeds):
+            flags = {"--model": "vat", "--variant": variant or None}
+            if variant in SECOND_PHASE:                       # the first is that of vat.py itself
+                flags["--from"] = Path(args.runs) / f"vat-{seed}"
+            folder = train_stages(args, f"{variant or 'vat'}-{seed}", seed, flags, stages)
+            found, quantiser = judge_scales(args, folder.name, folder)
+            scores.append({"IoU": found["IoU"][:, -1].mean(), "CS-IoU": found["IoU"].mean()}
+                          | code_use(found["codes"], len(quantiser.code)))
+            if variant in GENERATED:
+                model = exam.open_model(args, folder)
+                cache = exam.result_cache(args, folder.name, folder, *exam.stages_of(args.rep), what="variants")
+                made, _, _ = benchmark.scores(model, cache)
+                scores[-1] |= {key: made[key] for key in ("prompt score", "R-precision", "Chamfer to described",
+                                                          "kernel", "right class", "one piece")}
+        minutes = sum(read_config(folder)[stage]["seconds"] for stage in ("vat-latents", "vat-codes")) / 60
+        rows.append({"tokenizer": title, "minutes": minutes}
+                    | {key: interval([score[key] for score in scores], 1) for key in scores[0]})
+    keys = max(rows, key=len)
+    write_table(args.out, args.command, [{key: row.get(key, "") for key in keys} for row in rows])

@@ -1,0 +1,103 @@
+"""tokenizers.py - the other ways to build the parts of vat.py that its paper compares.
+
+Table 4, how features of the surface become latents (ours: in one sequence with learnt latents, three blocks deep):
+
+    pooling            three blocks over the features alone; a latent is the mean of those near it
+    q-former           two blocks over the features, then learnt latents attend to them, once
+
+Quantisers (ours: VVQ, the latents are a Gaussian, sampled while it learns):
+
+    plain              the latents are a point: no variance, no noise, no KL
+    scale-dropout      as ours; in training, half of the shapes keep the codes of their first scales alone
+
+Table 5, the decoder (ours: three planes):
+
+    cross-attention    a point attends to the latents, in two layers
+
+And a generator on ours, `large`, with as many parameters as LTM3D's backbone (evaluate.py versus).
+
+    python -m evaluation.peers --model vat --variant plain --from checkpoints/tiny --out runs/plain
+    python evaluate.py scales --checkpoint checkpoints/vat runs/plain
+"""
+import torch
+from einops import rearrange, repeat
+
+import vat
+from engine.networks import Block
+
+# ---------------------------------------------------------------------------- features -> latents
+
+class PoolingEncoder(vat.Encoder):
+    def mix(self, features):                                  # b m d -> b n d
+        place = repeat(self.centre, "m i -> b m i", b=len(features))
+        for block in self.blocks:
+            features = block(features, positions=(place, place))
+        s = round(len(self.centre) ** (1 / 3))
+        grid = rearrange(features, "b (x y z) d -> b d x y z", x=s, y=s)
+        return vat.sequence(vat.down(grid, round(len(self.place) ** (1 / 3)))) + self.latent
+
+
+class QFormerEncoder(vat.Encoder):
+    def __init__(self, side, channels, features, dim, heads, depth):
+        super().__init__(side, channels, features, dim, heads, depth - 1)
+        self.cross = Block(dim, heads, context_dim=dim)
+
+    def mix(self, features):                                  # b m d -> b n d
+        centre, place = (repeat(x, "n i -> b n i", b=len(features)) for x in (self.centre, self.place))
+        for block in self.blocks:
+            features = block(features, positions=(centre, centre))
+        latents = repeat(self.latent, "n d -> b n d", b=len(features))
+        return self.cross(latents, features, positions=(place, centre))
+
+
+def with_encoder(encoder):
+    class Tokenizer(vat.Tokenizer):
+        Encoder = encoder
+    return Tokenizer
+
+
+# ---------------------------------------------------------------------------- quantisers
+
+class Plain(vat.Tokenizer):
+    """Without the Gaussian: e^-5 of noise is none to speak of."""
+    KL = 0.
+
+    class Encoder(vat.Encoder):
+        def posterior(self, *cloud):
+            mean, _ = super().posterior(*cloud)
+            return mean, torch.full_like(mean, -10.)
+
+
+class ScaleDropout(vat.Tokenizer):
+    """In training, half of the shapes keep the codes of all scales, the others those of the first k, a random k."""
+
+    class Quantiser(vat.Quantiser):
+        def forward(self, z):
+            latents, loss, indices = super().forward(z)
+            if self.training:
+                f = torch.stack(self.decode(indices)[1:], 1)                      # b k c s s s
+                k = torch.randint(2 * len(self.scales), (len(z),), device=z.device).clamp(max=len(self.scales) - 1)
+                kept = vat.sequence(f[torch.arange(len(z)), k])                   # b n c
+                latents = z + (kept - z).detach()
+            return latents, loss, indices
+
+
+# ---------------------------------------------------------------------------- decoder, generator
+
+class CrossAttention(vat.Tokenizer):
+    def __init__(self, side, channels, dim, heads, **rest):
+        super().__init__(side=side, channels=channels, dim=dim, heads=heads, **rest)
+        self.decoder = vat.Decoder(side=side, channels=channels, dim=dim, heads=heads)
+
+
+class Large(vat.Generator):
+    """With as many parameters as LTM3D's backbone."""
+
+    def __init__(self, dim, depth, heads, **rest):
+        super().__init__(dim=256, depth=9, heads=8, **rest)
+
+
+SECOND_PHASE = {"scale-dropout"}                              # variants whose first phase of training is that of vat.py
+TOKENIZERS = {"pooling": with_encoder(PoolingEncoder), "q-former": with_encoder(QFormerEncoder), "plain": Plain,
+              "scale-dropout": ScaleDropout, "cross-attention": CrossAttention}
+VARIANTS = {"vat-codes": TOKENIZERS, "vat-generator": dict.fromkeys(TOKENIZERS, vat.Generator) | {"large": Large}}
