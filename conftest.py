@@ -1,4 +1,5 @@
 """conftest.py - what the tests share: small models, trained once in a temporary folder, and prepared shapes."""
+import csv
 import fcntl
 import os
 import re
@@ -13,12 +14,13 @@ from torch import nn
 
 import backbone
 import data
+import evaluate
 import reconstruct
 import tokenizer
 import train
 from engine import run as run_folder
 from engine.commands import command
-from evaluation import peers, progress
+from evaluation import exam, experiments, peers, progress, words
 from geometry.surface import TRUNCATION
 from geometry.training_samples import KINDS
 from prompts import image_tower, text_tower
@@ -169,3 +171,29 @@ def four(overfitted, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             assert train_small(patch, folder, 2, "--rep", "all", "--steps", 2, "--batch", 2) == 0
     return once(tmp_path_factory, "four", fill)
+
+
+# ---------------------------------------------------------------------------- exams
+
+@pytest.fixture
+def examined(tmp_path_factory, monkeypatch):
+    """The held-out shapes are four tables and four chairs, and so are the training shapes; few points of each."""
+    def prepare(split="test", count=None, *_, kinds=("surface",), **flags):
+        other, folder = "test" if split == "train" else "train", tmp_path_factory.getbasetemp() / "examined"
+        return data.prepare(other, 8, folder, kinds=kinds, classes=["table", "chair"], workers=1)
+
+    monkeypatch.setattr(exam, "POINTS", 64)
+    for module in (exam, experiments):
+        monkeypatch.setattr(module, "prepare", prepare)
+    for module in (exam, evaluate, words):
+        monkeypatch.setattr(module, "CLASSES", ("table", "chair"))
+
+
+def rows_of(path):
+    """The rows of a table, which is there in all three forms; its numbers are finite."""
+    assert path.with_suffix(".md").is_file()
+    assert path.with_suffix(".png").is_file()
+    rows = list(csv.DictReader(path.with_suffix(".csv").open()))
+    texts = {list(rows[0])[0], "rep", "checkpoint", "reconstruction", "prompt", "rule", "what"}
+    assert all(np.isfinite(float(value)) for row in rows for key, value in row.items() if value and key not in texts)
+    return rows
