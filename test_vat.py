@@ -12,7 +12,7 @@ import evaluate
 import sample
 import vat
 from conftest import assert_one_line, run, train_small
-from engine import codes
+from engine import codes, files
 from engine.commands import UserError
 from evaluation import tokenizers
 
@@ -52,7 +52,7 @@ def test_codes_are_what_was_quantised(tokenizer):
 def test_the_nearest_code_is_chosen(tokenizer):
     """The first scale is a mean over all latents; of all codes, its code is the nearest to it."""
     z = torch.randn(5, 64, 8)
-    distance = (z.mean(1)[:, None] - tokenizer.quantiser.code).norm(dim=-1)       # b v
+    distance = (z.mean(1)[:, None] - tokenizer.quantiser.book.code).norm(dim=-1)       # b v
     assert (tokenizer.quantiser(z)[2][:, 0] == distance.argmin(1)).all()
 
 
@@ -65,13 +65,13 @@ def test_gradients_pass_the_quantiser(tokenizer):
 
 def test_codes_out_of_use_are_revived(tokenizer):
     """A code that no vector is near becomes a vector of the batch."""
-    quantiser = tokenizer.quantiser.train()
+    quantiser, book = tokenizer.quantiser.train(), tokenizer.quantiser.book
     with torch.no_grad():
-        quantiser.code.fill_(100.)
-        quantiser.code[0] = 0.
-        quantiser.use.fill_(.02)
+        book.code.fill_(100.)
+        book.code[0] = 0.
+        book.use.fill_(.02)
     quantiser(torch.randn(4, 64, 8))
-    assert (quantiser.code.abs() < 10).all()
+    assert (book.code.abs() < 10).all()
 
 
 # ---------------------------------------------------------------------------- variants
@@ -80,12 +80,13 @@ def test_codes_out_of_use_are_revived(tokenizer):
 def test_every_variant_learns(variant):
     """After some steps on one batch, the loss of each is lower."""
     torch.manual_seed(0)
+    decoder = tokenizers.VARIANTS["vat-decoder"].get(variant, vat.Decoder)(**SIZE)
     model, losses = tokenizers.TOKENIZERS[variant](**SIZE), []
     cloud = torch.rand(2, 300, 3) * 2 - 1, torch.randn(2, 300, 3), torch.rand(2, 300, 3)
     samples = {"points": cloud[0], "colours": cloud[2], "queries": cloud[0], "distance": torch.rand(2, 300) * .2 - .1}
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    optimizer = torch.optim.Adam([*model.parameters(), *decoder.parameters()], 3e-3)
     for _ in range(20):
-        loss, _ = model.loss(cloud, samples, quantised=True)
+        loss, _ = model.loss(decoder, cloud, samples, quantised=True)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -178,7 +179,7 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     flags = "--model", "vat", "--from", overfitted, "--steps", 30, "--batch", 2
     assert train_small(monkeypatch, folder, 2, *flags) == 0
-    assert {"vat-latents", "vat-codes", "vat-generator"} < {path.stem for path in folder.glob("*.safetensors")}
+    assert {*vat.STAGES} <= {*files.trained_stages(folder)}
 
     flags = "--checkpoint", folder, "--resolution", 32
     assert run(sample.main, "--text", "a table", "--top-k", 5, "--out", tmp_path / "out", *flags) == 0

@@ -5,9 +5,8 @@ The opposite bet to LTM3D, whose tokens are continuous and have no order:
     shape  -> Encoder -> latents -> Quantiser -> codes of the scales 1^3, 2^3, 3^3, 4^3 ... -> Decoder -> shape
     prompt -> Generator -> the codes of one scale after another
 
-Data, text and image towers, blocks, training loop, surfaces and exams are those of LTM3D. Departures from the paper:
-its latents are a sequence without a place; here they stand on a grid, because Down and Up between scales need an order.
-The decoder also predicts colours, because our prompts name them.
+Data, text and image towers, blocks, training loop, surfaces and exams are those of LTM3D. docs/VAT.md lists where this
+departs from the paper.
 
     python train.py --model vat                           # trains it
     python sample.py --model vat --text "table"
@@ -28,9 +27,9 @@ import heads as heads_
 import ltm3d
 from backbone import grown, guidance_branches, guide
 from engine import processes
-from engine.codes import draw
+from engine.codes import Codebook, draw
 from engine.commands import UserError, cast_once, command
-from engine.files import load_stage, read_stage, read_weights
+from engine.files import load_model, load_stage, read_stage, read_weights
 from engine.loop import fit
 from engine.networks import BANDS, Block, FromCells, GrowingBlock, fourier, grid_points
 from engine.state import start
@@ -40,10 +39,10 @@ from prefix import Prefix
 from tokenizer import encode_set
 
 DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in ("encoders", "tokenizer", "vision", "head-sdf")} | {
-    "vat-latents": (1500, 32, 2e-3), "vat-codes": (1500, 32, 1e-3), "vat-generator": (1700, 64, 2e-3)}
-STAGES = "encoders", "tokenizer", "vision", "vat-latents", "vat-codes", "vat-generator"
-SEEING, LAST = {"vision", "vat-generator"}, "vat-generator"
-REPS, SHIPPED = ("sdf", "mesh"), "checkpoints/vat"
+    "vat-latents": (1500, 32, 2e-3), "vat-codes": (4500, 16, 1e-3),
+    "vat-generator": (5000, 32, 2e-3), "vat-decoder": (2500, 16, 1e-3)}
+STAGES = "encoders", "tokenizer", "vision", "vat-latents", "vat-codes", "vat-decoder", "vat-generator"
+SEEING, LAST, REPS, SHIPPED = {"vision", "vat-generator"}, "vat-generator", ("sdf", "mesh"), "checkpoints/vat"
 SAMPLING = {"cfg": 2., "cfg_image": 2., "temperature": 1., "top_k": None, "top_p": 1.}
 LONG = "1 2 3 4 4 5 5 6 7 8 9"       # 2,214 codes, of 14 bits 3.9 KB; the paper has 2,220
 SIZES = {
@@ -61,7 +60,6 @@ sequence = partial(rearrange, pattern="b c x y z -> b (x y z) c")
 
 class Encoder(nn.Module):
     """Features of the surface and learnt latents, one sequence: they attend to each other. Only the latents leave."""
-
     points, patch = 4096, 1       # how many it reads, in training half as many; it makes no patches (encode_set asks)
 
     def __init__(self, side, channels, features, dim, heads, depth, cells=4):
@@ -102,18 +100,17 @@ class Quantiser(nn.Module):
     def __init__(self, side, channels, codes, scales):
         super().__init__()
         self.side, self.scales = side, [int(s) for s in scales.split()]
-        self.code = nn.Parameter(torch.randn(codes, channels) * .5)               # v c
+        self.book = Codebook(codes, channels)
         self.phi = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1) for _ in self.scales)
-        self.register_buffer("use", torch.ones(codes))        # how often a code was chosen lately; 1: the mean
 
     def up(self, indices, k):                                 # b s^3 -> what scale k adds, b c s s s
-        x = rearrange(self.code[indices], "b (x y z) c -> b c x y z", x=self.scales[k], y=self.scales[k])
+        x = rearrange(self.book(indices), "b (x y z) c -> b c x y z", x=self.scales[k], y=self.scales[k])
         x = F.interpolate(x, size=(self.side,) * 3, mode="trilinear", align_corners=False)
         return (x + self.phi[k](x)) / 2
 
     def decode(self, indices):
         """Codes b N of all scales, or of the first -> [f_0 = 0, f_1, ...], b c s s s each."""
-        f = [torch.zeros(len(indices), self.code.shape[1], *[self.side] * 3, device=indices.device)]
+        f = [torch.zeros(len(indices), self.book.code.shape[1], *[self.side] * 3, device=indices.device)]
         for k, s in enumerate(self.scales):
             if indices.shape[1]:
                 f.append(f[-1] + self.up(indices[:, :s ** 3], k))
@@ -124,10 +121,7 @@ class Quantiser(nn.Module):
     def encode(self, z):                                      # b c s s s -> codes b N
         f, indices = torch.zeros_like(z), []
         for k, s in enumerate(self.scales):
-            rest = sequence(down(z - f, s))
-            indices.append(torch.cdist(rest, self.code).argmin(-1))
-            if self.training:
-                self.revive(rest, indices[-1])
+            indices.append(self.book.nearest(sequence(down(z - f, s))))
             f = f + self.up(indices[-1], k)
         return torch.cat(indices, 1)
 
@@ -144,24 +138,17 @@ class Quantiser(nn.Module):
             f = z + (f[-1] - z).detach()
         return sequence(f), loss, indices
 
-    @torch.no_grad()
-    def revive(self, rest, chosen):
-        """Codes that are hardly ever chosen become vectors of the batch, rest b s^3 c."""
-        count = torch.bincount(chosen.flatten(), minlength=len(self.use)) * len(self.use) / chosen.numel()
-        self.use.lerp_(count.float(), .01)
-        dead = self.use < .03
-        rest = rearrange(rest, "b s c -> (b s) c")
-        self.code[dead] = rest[torch.randint(len(rest), (int(dead.sum()),), device=rest.device)]
-        self.use[dead] = 1.
-
 
 # ---------------------------------------------------------------------------- triplane decoder
 
 class Decoder(heads_.SdfHead):
     """Latents -> three planes of 8 x 8 -> convolutions -> three mip levels, 16, 32 and 64 wide -> distance and colour.
 
-    The paper has an occupancy alone. Here the output y is a distance in truncations, and y / OCCUPANCY is the logit of
-    "outside", at the surface as steep as the semi-continuous occupancy. The distance refines the surface."""
+    The output y is a distance in truncations; y / OCCUPANCY is the logit of the paper's semi-continuous occupancy."""
+    planes = True
+
+    def __init__(self, side, channels, dim, heads, **_):
+        super().__init__(side=side, channels=channels, dim=dim, heads=heads, planes=self.planes)
 
     def errors(self, y, batch):
         """Cross-entropy of the semi-continuous occupancy, L1 of the clipped distance, squared error of colours."""
@@ -173,14 +160,13 @@ class Decoder(heads_.SdfHead):
 
 
 class Tokenizer(nn.Module):
-    """Encoder, Quantiser, Decoder."""
+    """Encoder and Quantiser."""
     Encoder, Quantiser, KL = Encoder, Quantiser, KL           # evaluation/tokenizers.py has others
 
     def __init__(self, side, channels, codes, scales, features, dim, heads, depth):
         super().__init__()
         self.encoder, self.points = self.Encoder(side, channels, features, dim, heads, depth), Encoder.points
         self.quantiser = self.Quantiser(side, channels, codes, scales)
-        self.decoder = Decoder(side=side, channels=channels, dim=dim, heads=heads, planes=True)
 
     def forward(self, *cloud):                                # b k 3 each -> quantised latents b n c
         return self.quantiser(self.encoder(*cloud))[0]
@@ -188,14 +174,14 @@ class Tokenizer(nn.Module):
     def latents(self, indices):                               # codes b N -> b n c
         return sequence(self.quantiser.decode(indices)[-1])
 
-    def loss(self, cloud, samples, quantised):
+    def loss(self, decoder, cloud, samples, quantised):
         """L = reconstruction + KL D(N(mean, variance) | N(0, 1)) + CODEBOOK L_quantiser."""
         mean, log_variance = self.encoder.posterior(*cloud)                       # b n c each
         kl = reduce(mean ** 2 + log_variance.exp() - 1 - log_variance, "b n c -> b n", "sum").mean() / 2
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
         latents, loss, _ = self.quantiser(z) if quantised else (z, torch.zeros(()), None)
-        total, logs = self.decoder.loss(latents, samples)
-        logs |= {"kl": kl.detach(), "codebook": loss.detach(), "in use": (self.quantiser.use > .03).float().mean()}
+        total, logs = decoder.loss(latents, samples)
+        logs |= {"kl": kl.detach(), "codebook": loss.detach(), "in use": self.quantiser.book.share_in_use()}
         return total + self.KL * kl + CODEBOOK * loss, logs
 
 
@@ -237,8 +223,7 @@ class Generator(nn.Module):
         prefix, seen, start, modulation = self.begin(condition)
         p, levels = prefix.shape[1], self.quantiser.decode(indices)[:-1]
         x = torch.cat([prefix, *(self.tokens(k, f, start) for k, f in enumerate(levels))], 1)     # b (p + N) d
-        scale = [0] * p + [k + 1 for k, s in enumerate(self.scales) for _ in range(s ** 3)]
-        scale = torch.tensor(scale, device=x.device)          # of every token
+        scale = torch.tensor([0] * p + [i for i, s in enumerate(self.scales, 1) for _ in range(s ** 3)]).to(x.device)
         seen = F.pad(seen, (0, len(scale) - p), value=True)
         mask = (scale <= scale[:, None]) & rearrange(seen, "b k -> b 1 k")                        # b q k
         logits = self.logits(x, modulation, mask, [None] * len(self.blocks))[:, p:]               # b N v
@@ -266,61 +251,75 @@ class Generator(nn.Module):
 # ---------------------------------------------------------------------------- training: data, model, loss, save
 
 def train_tokenizer(run, stage):
-    """Phase 1, "vat-latents", without the quantiser; phase 2, "vat-codes", with it."""
+    """Phase 1, "vat-latents", without the quantiser; 2, "vat-codes", with it; 3, "vat-decoder": the decoder goes on."""
     if processes.world() > 1:                                 # codes are revived from the batch of one process
         raise UserError(f"{stage} learns in one process; leave torchrun out, and train the generator with it")
     run, settings = run.turned(), SIZES[run.size]
-    model = run.part("vat-codes", Tokenizer)(**settings)
+    model = nn.ModuleDict({name: run.part(name, own)(**settings)
+                           for name, own in (("vat-codes", Tokenizer), ("vat-decoder", Decoder))})
     if stage == "vat-codes":
-        read_stage(run.folder, "vat-latents")
         model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
-    start(run, stage, {stage: model}, settings=settings, variant=run.variant)
+    if stage == "vat-decoder":
+        model.update(zip(model, load_tokenizer(run.folder, run.variants)))        # frozen
+        model[stage].requires_grad_()
+    files = {"vat-latents": lambda x: {stage: x}, "vat-codes": dict, "vat-decoder": lambda x: {stage: x[stage]}}
+    start(run, stage, files[stage](model), settings=settings, variant=run.variant)
 
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size(stage))
-        return split.cloud(rows, model.points // 2, rng), split.samples(rows, heads_.SdfHead.reads, rng)
+        return split.cloud(rows, Encoder.points // 2, rng), split.samples(rows, heads_.SdfHead.reads, rng)
+
+    def loss_of(model, batch):
+        return model["vat-codes"].loss(model["vat-decoder"], *batch, quantised=stage != "vat-latents")
 
     def latents_of(model):                                    # of the first held-out shapes
-        latents = encode_set(model.encoder, run.test, run.device, run.autocast, limit=ltm3d.JUDGED).to(run.device)
-        return model.quantiser(latents)[0] if stage == "vat-codes" else latents
+        encoder = model["vat-codes"].encoder if stage == "vat-latents" else model["vat-codes"]
+        return encode_set(encoder, run.test, run.device, run.autocast, limit=ltm3d.JUDGED).to(run.device)
 
     def show(model, path):
-        ltm3d.save_picture(path, progress.reconstructions(run, {"sdf": model.decoder}, latents_of(model)[:14], "sdf"))
+        heads, latents = {"sdf": model["vat-decoder"]}, latents_of(model)[:14]
+        ltm3d.save_picture(path, progress.reconstructions(run, heads, latents, "sdf"))
 
-    model, seconds = fit(run, stage, model, draw, lambda model, batch: model.loss(*batch, stage == "vat-codes"), show)
-    metrics = progress.head_metrics(run, {"sdf": model.decoder}, latents_of(model), "sdf")
-    run.finish(stage, seconds, {stage: model}, settings=settings, variant=run.variant, metrics=metrics)
+    model, seconds = fit(run, stage, model, draw, loss_of, show)
+    metrics = progress.head_metrics(run, {"sdf": model["vat-decoder"]}, latents_of(model), "sdf")
+    run.finish(stage, seconds, files[stage](model), settings=settings, variant=run.variant, metrics=metrics)
 
 
 def train_generator(run):
     """On frozen codes and frozen encoders."""
-    tokenizer = load_stage(run.folder, "vat-codes", Tokenizer, run.variants).to(run.device)
+    tokenizer, decoder = (part.to(run.device) for part in load_tokenizer(run.folder, run.variants))
     encoders, _, draw = ltm3d.tokens_and_prompts(run, "vat-generator", lambda _: tokenizer.encoder, "vat-codes")
-    parts = {key: SIZES[run.size][key] for key in ("side", "channels", "codes", "scales")}
-    settings = parts | GENERATORS[run.size] | {"widths": encoders.widths}
+    settings = {key: SIZES[run.size][key] for key in ("side", "channels", "codes", "scales")}
+    settings |= GENERATORS[run.size] | {"widths": encoders.widths}
     model = run.part("vat-generator", Generator)(**settings)
     model.quantiser.load_state_dict(tokenizer.quantiser.state_dict())
-    start(run, "vat-generator", {"vat-generator": model}, settings=settings, variant=run.variant,
-          towers=run.encoder_names)
+    entries = dict(settings=settings, variant=run.variant)
+    start(run, "vat-generator", {"vat-generator": model}, towers=run.encoder_names, **entries)
 
     def loss_of(model, batch):
         return model.loss(tokenizer.quantiser(batch[0])[2], encoders.encode_drawn(batch[1]))
 
-    ltm3d.fit_generator(run, "vat-generator", model, draw, loss_of, encoders, {"sdf": tokenizer.decoder},
-                        settings=settings, variant=run.variant)
+    ltm3d.fit_generator(run, "vat-generator", model, draw, loss_of, encoders, {"sdf": decoder}, **entries)
 
 
 def stages(reps):
     shared = {stage: train for stage, train in ltm3d.stages([]).items() if stage in STAGES}
-    phases = {stage: partial(train_tokenizer, stage=stage) for stage in ("vat-latents", "vat-codes")}
+    phases = {stage: partial(train_tokenizer, stage=stage) for stage in ("vat-latents", "vat-codes", "vat-decoder")}
     return shared | phases | {"vat-generator": train_generator}
 
 
 # ---------------------------------------------------------------------------- sampling
 
+def load_tokenizer(folder, variants={}):
+    """-> Tokenizer and Decoder, which is trained with it, and perhaps goes on."""
+    tokenizer, entry = load_stage(folder, "vat-codes", Tokenizer, variants), read_stage(folder, "vat-codes")
+    decoder = variants.get("vat-decoder", {}).get(entry.get("variant"), Decoder)
+    return tokenizer, load_model(decoder, f"{folder}/vat-decoder.safetensors", **entry["settings"])
+
+
 def open_tokenizer(folder, reps, device, variants={}):
-    model = load_stage(folder, "vat-codes", Tokenizer, variants).to(device)
-    return model, {"sdf": model.decoder, "mesh": heads_.SimplifiedMesh()}
+    tokenizer, decoder = (part.to(device) for part in load_tokenizer(folder, variants))
+    return tokenizer, {"sdf": decoder, "mesh": heads_.SimplifiedMesh()}
 
 
 class VAT:
@@ -328,8 +327,7 @@ class VAT:
 
     def __init__(self, folder, device, autocast, variants={}):
         self.device, self.autocast = device, autocast
-        self.generator = load_stage(folder, "vat-generator", Generator, variants).to(device)
-        self.generator = cast_once(self.generator, autocast)
+        self.generator = cast_once(load_stage(folder, "vat-generator", Generator, variants).to(device), autocast)
         _, self.heads = open_tokenizer(folder, REPS, device, variants)
 
     def load_heads(self, *reps):
@@ -346,7 +344,7 @@ class VAT:
         return head.decode(latents.to(self.device), self.heads, rng, self.autocast, resolution)
 
 
-load, main = VAT, partial(compression.main, partial(load_stage, stage="vat-codes", part=Tokenizer), SHIPPED)
+load, main = VAT, partial(compression.main, load_tokenizer, SHIPPED)              # compress, decompress
 
 if __name__ == "__main__":
     command(main)

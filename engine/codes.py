@@ -1,4 +1,4 @@
-"""codes.py - whole numbers: drawn from logits; in a small file, a few bits each, that belongs to one codebook.
+"""codes.py - whole numbers: nearest vectors of a codebook; drawn from logits; in a small file, a few bits each.
 
     magic "VAT1"    fingerprint of the codebook, 6 bytes    CRC-32 of what follows, 4 bytes    the numbers, packed
 """
@@ -8,12 +8,41 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
+from torch import nn
 
 from engine.commands import UserError
 from engine.files import atomic_write
 
 HEAD = struct.Struct("<4s6sI")
 MAGIC = b"VAT1"                                               # with the version
+
+
+class Codebook(nn.Module):
+    """v vectors of c numbers. In training, codes that are hardly ever chosen become vectors of the batch."""
+    RARE = .03                                                # of the mean frequency
+
+    def __init__(self, codes, channels):
+        super().__init__()
+        self.code = nn.Parameter(torch.randn(codes, channels) * .5)               # v c
+        self.register_buffer("use", torch.ones(codes))        # how often a code was chosen lately; 1: the mean
+
+    def forward(self, indices):
+        return self.code[indices]
+
+    @torch.no_grad()
+    def nearest(self, x):                                     # b s c -> b s
+        chosen = torch.cdist(x, self.code).argmin(-1)
+        if self.training and self.code.requires_grad:
+            count = torch.bincount(chosen.flatten(), minlength=len(self.use)) * len(self.use) / chosen.numel()
+            self.use.lerp_(count.float(), .01)
+            dead, x = self.use < self.RARE, rearrange(x, "b s c -> (b s) c")
+            self.code[dead] = x[torch.randint(len(x), (int(dead.sum()),), device=x.device)]
+            self.use[dead] = 1.
+        return chosen
+
+    def share_in_use(self):
+        return (self.use > self.RARE).float().mean()
 
 
 def draw(logits, randoms, top_k, top_p, temperature):

@@ -19,7 +19,7 @@ except ImportError:                                           # Windows has none
 BEFORE = {  # stage -> the stages that it is trained on, if they are in the folder; a head: the tokenizer
     "vision": ("encoders",),                                  # it learns to predict shape tokens, but never reads them
     "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision"),
-    "vat-generator": ("encoders", "vision", "vat-codes")}
+    "vat-decoder": ("vat-codes",), "vat-generator": ("encoders", "vision", "vat-codes")}
 
 
 @contextlib.contextmanager

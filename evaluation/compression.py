@@ -27,9 +27,9 @@ def main(load_tokenizer, shipped):
     flag("--checkpoint", default=shipped, help="folder of trained weights, the same for both")
     flag("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="cells along a side of the grid")
     args = parser.parse_args()
-    model = load_tokenizer(args.checkpoint)
+    model, decoder = load_tokenizer(args.checkpoint)
     quantiser, book = model.quantiser, digest(f"{args.checkpoint}/vat-codes.safetensors")
-    bits, count = (len(quantiser.code) - 1).bit_length(), sum(s ** 3 for s in quantiser.scales)
+    bits, count = (len(quantiser.book.code) - 1).bit_length(), sum(s ** 3 for s in quantiser.scales)
     if args.command == "compress":
         (item, *_), _ = real.list_items(args.source)
         shape, rng = mesh_files.shape(item), np.random.default_rng(0)
@@ -39,10 +39,10 @@ def main(load_tokenizer, shipped):
     else:
         indices = torch.from_numpy(read_codes(args.source, bits, count, book))[None]
     latents, = model.latents(indices)                         # n c
-    mesh = model.decoder.decode(latents, {}, None, resolution=args.resolution)
+    mesh = decoder.decode(latents, {}, None, resolution=args.resolution)
     if args.command == "decompress":
         return mesh.save(args.target)
     x, y = mesh.surface(100_000, rng)[0], shape.surface(100_000, rng)[0]
-    overlap = grid_iou(model.decoder, latents, shape, nullcontext)
+    overlap = grid_iou(decoder, latents, shape, nullcontext)
     print(f"{args.target}: {args.target.stat().st_size} bytes; what comes back has F-score "
           f"{fscore(x, y, .02):.3f} (at .02) and IoU {overlap:.3f}")

@@ -71,12 +71,12 @@ def head_stages(reps):
 
 def tokenizer_stages(reps):
     """The stages that reconstruct a shape, of any model: a folder has those of one."""
-    return "tokenizer", "vat-codes", *head_stages(reps)
+    return "tokenizer", "vat-codes", "vat-decoder", *head_stages(reps)
 
 
 def stages_of(rep):
     """The stages that make a sample of a representation, of any model."""
-    return "encoders", "backbone", "reconstruct", "vat-generator", "vat-codes", *head_stages([rep])
+    return "encoders", "backbone", "reconstruct", "vat-generator", "vat-codes", "vat-decoder", *head_stages([rep])
 
 
 def result_cache(args, label, folder, *stages, what=None, **settings):

@@ -155,6 +155,9 @@ def compare_variants(args):
     variants = dict(VARIANTS[args.command][1])
     if args.command == "ablate-encoder":
         variants |= {name: (f"--text-encoder {name}", {}) for name in args.text_encoders}
+    if unknown := {*args.only} - {*variants}:
+        raise UserError(f"{args.command} has no variant {', '.join(sorted(unknown))}, but {'; '.join(variants)}")
+    variants = {name: variants[name] for name in args.only or variants}
     if any("rgs" in options for _, options in variants.values()):
         read_stage(args.checkpoint[0], "reconstruct")         # a missing one is an error now, not after hours
     benchmark, rows, panels = exam.Exam(args, args.n, args.shapes), [], {}
@@ -340,6 +343,7 @@ def add_flags(flag):
     flag(TRAINED, "--batch", type=between(1), default=32, help="shapes a training step")
     flag(VARIANTS, "--guidance", nargs="+", type=between(0, 100, float), default=[1.5, 2., 3., 4.],
          help="to choose from, for each variant the best one for captions of validation shapes")
+    flag(VARIANTS, "--only", nargs="+", default=[], metavar="VARIANT", help="leave out the others")
     flag(TRAINED, "--runs", default="runs/experiments", help="folder of the trained variants")
     flag(["ablate-encoder"], "--text-encoders", nargs="+", default=[], metavar="NAME", help="of transformers, to add")
     flag(["overfit"], "--of", choices=CLASSES, default="chair", help="the class")

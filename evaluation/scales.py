@@ -12,7 +12,7 @@ from tqdm import tqdm
 import vat
 from engine.codes import HEAD
 from engine.commands import UserError, pick_device
-from engine.files import load_stage, read_config, trained_stages
+from engine.files import read_config, trained_stages
 from evaluation import exam
 from evaluation.experiments import train_stages
 from evaluation.judges import grid_iou
@@ -24,7 +24,7 @@ from evaluation.tokenizers import SECOND_PHASE, VARIANTS
 def file_sizes(quantiser):
     """How many codes the first scales have, of one, of two ...; and the bytes of a file of them."""
     codes = np.cumsum([s ** 3 for s in quantiser.scales])
-    return codes, HEAD.size + -(-codes * (len(quantiser.code) - 1).bit_length() // 8)
+    return codes, HEAD.size + -(-codes * (len(quantiser.book.code) - 1).bit_length() // 8)
 
 
 @torch.no_grad()
@@ -34,8 +34,10 @@ def judge_scales(args, label, folder):
         raise UserError(f"{folder} holds no codes of vat.py; --checkpoint takes checkpoints/vat")
     device, autocast, reason = pick_device(args.device, args.precision)
     print(f"{folder}, running on {reason}")
-    model, test = load_stage(folder, "vat-codes", vat.Tokenizer, VARIANTS).to(device), exam.held_out(args)
-    cache, results = exam.result_cache(args, label, folder, "vat-codes", what="scales", points=args.points), []
+    model, decoder = (part.to(device) for part in vat.load_tokenizer(folder, VARIANTS))
+    test = exam.held_out(args)
+    stages, results = ("vat-codes", "vat-decoder"), []
+    cache = exam.result_cache(args, label, folder, *stages, what="scales", points=args.points)
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):
         if str(row) not in cache:
             rng, shape = np.random.default_rng((args.seed, row)), test.shape(row)
@@ -43,23 +45,23 @@ def judge_scales(args, label, folder):
                 z = model.encoder(*(x.to(device) for x in test.cloud([row], model.points, rng)))      # 1 n c
             _, _, indices = model.quantiser(z)                                    # 1 N
             kept = [vat.sequence(f)[0] for f in model.quantiser.decode(indices)[1:]]                  # scales times n c
-            overlaps = [grid_iou(model.decoder, x, shape, autocast) for x in kept]
+            overlaps = [grid_iou(decoder, x, shape, autocast) for x in kept]
             result = {"codes": indices[0].cpu().numpy(), "IoU": overlaps}
             if args.points:
                 true = shape.surface(args.points, rng)[0]                         # k 3
-                meshes = [model.decoder.decode(x, {}, rng, autocast) for x in kept]
+                meshes = [decoder.decode(x, {}, rng, autocast) for x in kept]
                 result["F-score"] = [fscore(mesh.surface(args.points, rng)[0], true, .02) for mesh in meshes]
             cache.write(str(row), result)
         results.append(cache.read(str(row)))
     return {key: np.stack([result[key] for result in results]) for key in results[0]}, model.quantiser
 
 
-def code_use(codes, count):
+def code_use(codes, quantiser):
     """Of codes r N: the share of all codes that occurs; the perplexity, e^entropy: how many equally frequent codes have
     their entropy."""
-    share = np.bincount(codes.flatten(), minlength=count) / codes.size
-    seen = share[share > 0]
-    return {"code use": len(seen) / count, "perplexity": np.exp(-(seen * np.log(seen)).sum())}
+    count = np.unique(codes, return_counts=True)[1]
+    share = count / count.sum()
+    return {"code use": len(share) / len(quantiser.book.code), "perplexity": np.exp(-(share * np.log(share)).sum())}
 
 
 def evaluate_scales(args):
@@ -71,7 +73,7 @@ def evaluate_scales(args):
         tables[label] = [{"scales": " ".join(map(str, quantiser.scales[:k + 1])), "codes": str(codes[k]),
                           "bytes": str(sizes[k])} | {key: found[key][:, k].mean() for key in found if key != "codes"}
                          for k in range(len(codes))]
-        use.append({"checkpoint": label, "CS-IoU": found["IoU"].mean()} | code_use(found["codes"], len(quantiser.code)))
+        use.append({"checkpoint": label, "CS-IoU": found["IoU"].mean()} | code_use(found["codes"], quantiser))
     print("bytes: of a file. IoU on a 64^3 grid; F-score at .02. CS-IoU: mean IoU of all scales. code use: share of\n"
           "the codes that occur in these shapes; perplexity: so many codes, all as frequent, have their entropy")
     write_tables(args.out, "scales", tables, means=False)
@@ -116,7 +118,7 @@ def compare_tokenizers(args):
             folder = train_stages(args, f"{variant or 'vat'}-{seed}", seed, flags, stages)
             found, quantiser = judge_scales(args, folder.name, folder)
             scores.append({"IoU": found["IoU"][:, -1].mean(), "CS-IoU": found["IoU"].mean()}
-                          | code_use(found["codes"], len(quantiser.code)))
+                          | code_use(found["codes"], quantiser))
             if variant in GENERATED:
                 model = exam.open_model(args, folder)
                 cache = exam.result_cache(args, folder.name, folder, *exam.stages_of(args.rep), what="variants")

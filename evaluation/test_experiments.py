@@ -57,6 +57,7 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
             (("--steps", 3), "was trained with --train-shapes 2 --steps 2 --batch 2; give these flags"),
             (("--checkpoint", overfitted, overfitted), "versus takes one --checkpoint"),
             (("--checkpoint", other), "was trained with another tokenizer than that in"),
+            (("--only", "pooled", "dinner"), "has no variant dinner, but LTM3D; fewer steps; pooled"),
             (("--scorer", "none.py"), "gives no features")):
         assert experiment("versus", *small, *flags) == 2
         assert complaint in capsys.readouterr().err

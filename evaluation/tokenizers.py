@@ -84,10 +84,8 @@ class ScaleDropout(vat.Tokenizer):
 
 # ---------------------------------------------------------------------------- decoder, generator
 
-class CrossAttention(vat.Tokenizer):
-    def __init__(self, side, channels, dim, heads, **rest):
-        super().__init__(side=side, channels=channels, dim=dim, heads=heads, **rest)
-        self.decoder = vat.Decoder(side=side, channels=channels, dim=dim, heads=heads)
+class CrossAttention(vat.Decoder):
+    planes = False
 
 
 class Large(vat.Generator):
@@ -99,5 +97,6 @@ class Large(vat.Generator):
 
 SECOND_PHASE = {"scale-dropout"}                              # variants whose first phase of training is that of vat.py
 TOKENIZERS = {"pooling": with_encoder(PoolingEncoder), "q-former": with_encoder(QFormerEncoder), "plain": Plain,
-              "scale-dropout": ScaleDropout, "cross-attention": CrossAttention}
-VARIANTS = {"vat-codes": TOKENIZERS, "vat-generator": dict.fromkeys(TOKENIZERS, vat.Generator) | {"large": Large}}
+              "scale-dropout": ScaleDropout, "cross-attention": vat.Tokenizer}
+VARIANTS = {"vat-codes": TOKENIZERS, "vat-decoder": {"cross-attention": CrossAttention},
+            "vat-generator": dict.fromkeys(TOKENIZERS, vat.Generator) | {"large": Large}}
