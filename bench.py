@@ -115,9 +115,9 @@ def sample_in_chunks(model, condition, seeds, **options):
 
 
 def bench_sample(bench):
-    """Sampling tokens: one trick after the other, or all of them against none. Two tricks are left out. LazyMAR reuses
-    the difference of the branches of guidance in every other step: a quarter less work, a dozen lines more. DiSA
-    denoises later tokens in fewer steps: with four steps that is hardly faster."""
+    """Sampling tokens: one trick after the other, or all of them against none; and sampling codes, as vat.py does it.
+    Two tricks are left out. LazyMAR reuses the difference of the branches of guidance in every other step: a quarter
+    less work, a dozen lines more. DiSA denoises later tokens in fewer steps: with four steps that is hardly faster."""
     generate, rows = backbone.Backbone.generate, []
     ways = {  # name: function, denoiser (none: a model of vat.py), options
         "as published: 64 steps, 100 of ddpm, two passes": (published, "ddpm", PUBLISHED),

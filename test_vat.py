@@ -14,7 +14,7 @@ import vat
 from conftest import assert_one_line, run, train_small
 from engine import codes, files
 from engine.commands import UserError
-from evaluation import tokenizers
+from evaluation import scales, tokenizers
 
 SIZE = dict(side=4, channels=8, codes=64, scales="1 2 3 4", features=6, dim=32, heads=4, depth=1)
 PARTS = {key: SIZE[key] for key in ("side", "channels", "codes", "scales")}
@@ -72,6 +72,25 @@ def test_codes_out_of_use_are_revived(tokenizer):
         book.use.fill_(.02)
     quantiser(torch.randn(4, 64, 8))
     assert (book.code.abs() < 10).all()
+
+
+@pytest.mark.parametrize("size, codes, size_of_file", [("tiny", 228, 299), ("large", 2214, 3889)])
+def test_files_are_as_large_as_we_say(size, codes, size_of_file):
+    quantiser = vat.Quantiser(*(vat.SIZES[size][key] for key in ("side", "channels", "codes", "scales")))
+    counts, sizes = scales.file_sizes(quantiser)
+    assert (counts[-1], sizes[-1]) == (codes, size_of_file)
+
+
+@pytest.mark.parametrize("size", vat.SIZES)
+def test_every_size_can_be_built(size):
+    with torch.device("meta"):
+        parts = vat.SIZES[size]
+        vat.Tokenizer(**parts)
+        decoder = vat.Decoder(**parts)
+        latents = torch.zeros(1, parts["side"] ** 3, parts["channels"])
+        levels, = decoder.read(latents)
+        vat.Generator(**{key: parts[key] for key in PARTS}, **vat.GENERATORS[size], widths={"text": 128})
+    assert [level.shape[-1] for level in levels] == [4 * parts["side"] * k for k in (1, 2, 4)]
 
 
 # ---------------------------------------------------------------------------- variants

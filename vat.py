@@ -5,8 +5,7 @@ The opposite bet to LTM3D, whose tokens are continuous and have no order:
     shape  -> Encoder -> latents -> Quantiser -> codes of the scales 1^3, 2^3, 3^3, 4^3 ... -> Decoder -> shape
     prompt -> Generator -> the codes of one scale after another
 
-Data, text and image towers, blocks, training loop, surfaces and exams are those of LTM3D. docs/VAT.md lists where this
-departs from the paper.
+Data, towers, blocks, training loop, surfaces and exams are those of LTM3D. Departures from the paper: docs/VAT.md.
 
     python train.py --model vat                           # trains it
     python sample.py --model vat --text "table"
@@ -29,7 +28,7 @@ from backbone import grown, guidance_branches, guide
 from engine import processes
 from engine.codes import Codebook, draw
 from engine.commands import UserError, cast_once, command
-from engine.files import load_model, load_stage, read_stage, read_weights
+from engine.files import load_model, load_stage, read_stage, read_weights, trained_stages
 from engine.loop import fit
 from engine.networks import BANDS, Block, FromCells, GrowingBlock, fourier, grid_points
 from engine.state import start
@@ -142,7 +141,7 @@ class Quantiser(nn.Module):
 # ---------------------------------------------------------------------------- triplane decoder
 
 class Decoder(heads_.SdfHead):
-    """Latents -> three planes of 8 x 8 -> convolutions -> three mip levels, 16, 32 and 64 wide -> distance and colour.
+    """Latents -> three planes -> convolutions -> three mip levels, each twice as wide -> distance and colour.
 
     The output y is a distance in truncations; y / OCCUPANCY is the logit of the paper's semi-continuous occupancy."""
     planes = True
@@ -311,8 +310,9 @@ def stages(reps):
 # ---------------------------------------------------------------------------- sampling
 
 def load_tokenizer(folder, variants={}):
-    """-> Tokenizer and Decoder, which is trained with it, and perhaps goes on."""
-    tokenizer, entry = load_stage(folder, "vat-codes", Tokenizer, variants), read_stage(folder, "vat-codes")
+    """-> Tokenizer, and Decoder, which is trained with it; where it went on, that was on these codes."""
+    tokenizer = load_stage(folder, "vat-codes", Tokenizer, variants)
+    entry = read_stage(folder, "vat-decoder" if "vat-decoder" in trained_stages(folder) else "vat-codes")
     decoder = variants.get("vat-decoder", {}).get(entry.get("variant"), Decoder)
     return tokenizer, load_model(decoder, f"{folder}/vat-decoder.safetensors", **entry["settings"])
 

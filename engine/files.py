@@ -181,7 +181,8 @@ def read_stage(folder, stage):
 
 
 def load_stage(folder, stage, part, variants={}):
-    """What a stage trained, an object of the class `part`, or of that of its variant {stage: {name: class}}; frozen."""
+    """What a stage trained, frozen: a `part` or, if the stage is a variant, the class of it in `variants`, {stage:
+    {variant: class}}."""
     entry = read_stage(folder, stage)
     name, known = entry.get("variant"), variants.get(stage, {})
     if name not in (None, *known):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 import vat
 from engine.codes import HEAD
 from engine.commands import UserError, pick_device
-from engine.files import read_config, trained_stages
+from engine.files import trained_stages
 from evaluation import exam
 from evaluation.experiments import train_stages
 from evaluation.judges import grid_iou
@@ -101,6 +101,7 @@ def draw_curve(plt, rows):
 PARTS = {"": "in context, VVQ, three planes", "pooling": "features pooled", "q-former": "a Q-Former of one layer",
          "plain": "plain residual quantiser", "scale-dropout": "VVQ with scale dropout",
          "cross-attention": "decoder: cross-attention"}
+SHARES = {"IoU", "CS-IoU", "code use", *exam.SHARES}          # columns that end at 1
 GENERATED = "", "plain", "scale-dropout"                      # of these, generators are trained, too
 
 
@@ -125,8 +126,10 @@ def compare_tokenizers(args):
                 made, _, _ = benchmark.scores(model, cache)
                 scores[-1] |= {key: made[key] for key in ("prompt score", "R-precision", "Chamfer to described",
                                                           "kernel", "right class", "one piece")}
-        minutes = sum(read_config(folder)[stage]["seconds"] for stage in ("vat-latents", "vat-codes")) / 60
-        rows.append({"tokenizer": title, "minutes": minutes}
-                    | {key: interval([score[key] for score in scores], 1) for key in scores[0]})
+        rows.append({"tokenizer": title}
+                    | {key: interval([score[key] for score in scores], 1 if key in SHARES else np.inf)
+                       for key in scores[0]})
+    several = f"means of {args.seeds} trainings, with 95 % confidence intervals" if args.seeds > 1 else "one training"
+    print(f"{several}. The columns are those of evaluate.py scales and evaluate.py generate")
     keys = max(rows, key=len)
     write_table(args.out, args.command, [{key: row.get(key, "") for key in keys} for row in rows])

@@ -14,7 +14,7 @@ Table 5, the decoder (ours: three planes):
 
     cross-attention    a point attends to the latents, in two layers
 
-And a generator on ours, `large`, with as many parameters as LTM3D's backbone (evaluate.py versus).
+And a generator on ours, `large`, with as many parameters as LTM3D's backbone.
 
     python -m evaluation.peers --model vat --variant plain --from checkpoints/tiny --out runs/plain
     python evaluate.py scales --checkpoint checkpoints/vat runs/plain
