@@ -91,6 +91,9 @@ def draw_curve(plt, rows):
             own = [row for row in rows if row["checkpoint"] == label]
             axis.plot([int(row["bytes"]) for row in own], [row[key] for row in own], "o-", label=label, markersize=4)
         axis.set(xlabel="bytes", title=key, xscale="log")
+        sizes = sorted({int(row["bytes"]) for row in rows})
+        axis.set_xticks(sizes, labels=map(str, sizes))
+        axis.minorticks_off()
         axis.grid(linewidth=.3)
     axes[0, 0].legend(fontsize="small")
     return figure
