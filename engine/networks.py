@@ -124,13 +124,12 @@ class GrowingBlock(nn.Module):
         rows -> b q d, all keys and values."""
         shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(modulation + self.offset, "b i d -> i b 1 d")
         y = self.qkv(self.norm(x) * (1 + scale1) + shift1)
-        q, k, v = rearrange(y, "b q (i h w) -> i b h q w", i=3, h=self.heads).contiguous()
+        q, k, v = rearrange(y, "b q (i h w) -> i b h q w", i=3, h=self.heads)
         q, k = F.normalize(q, dim=-1) * self.sharpness.exp(), F.normalize(k, dim=-1)
         if before is not None:
             k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
-        hidden = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)             # b q k
-        scores = q @ k.mT + rearrange(hidden, "b q k -> b 1 q k")                     # b h q k; to add is fastest
-        y = rearrange(scores.softmax(-1).to(v.dtype) @ v, "b h q w -> b q (h w)")
+        y = F.scaled_dot_product_attention(q, k, v, rearrange(mask, "b q k -> b 1 q k"), scale=1.)
+        y = rearrange(y, "b h q w -> b q (h w)")
         x = x + (1 + gate1) * self.merge(y)
         return x + (1 + gate2) * self.feed(self.norm(x) * (1 + scale2) + shift2), (k, v)
 
