@@ -18,6 +18,9 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
     python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its rules and weights
     python evaluate.py scales --checkpoint VAT   # of vat.py: bytes, and what they keep of a shape
     python evaluate.py ablate-vat                # of vat.py: trains it with parts in another way
+    python evaluate.py registers --checkpoint LOST      # of lost.py: what the first registers say of a shape
+    python evaluate.py search --checkpoint LOST         # of lost.py: do its features find shapes that are alike?
+    python evaluate.py ablate-rida               # of lost.py: trains it with RIDA and without
     python evaluate.py versus                    # and overfit, ablate-prefix, ablate-encoder, ablate-denoiser,
                                                  # latent-spaces, data-scaling: these train (evaluation/experiments.py)
 
@@ -46,6 +49,7 @@ from evaluation.judges import JUDGES
 from evaluation.low_poly import evaluate_low_poly
 from evaluation.metrics import chamfer, chamfer_matrix, emd, fscore
 from evaluation.names import evaluate_names
+from evaluation.registers import compare_rida, evaluate_registers, evaluate_search
 from evaluation.results import labels, mean, write_table, write_tables
 from evaluation.scales import compare_tokenizers, evaluate_scales
 from evaluation.words import evaluate_words, show_asked
@@ -256,6 +260,7 @@ COMMANDS = {
     "generate": evaluate_generate, "attributes": evaluate_attributes, "words": evaluate_words, "asked": show_asked,
     "retrieval": evaluate_retrieval, "images": evaluate_images, "names": evaluate_names, "cross-view": evaluate_views,
     "ablate-rgs": ablate_rgs, "scales": evaluate_scales, "ablate-vat": compare_tokenizers,
+    "registers": evaluate_registers, "search": evaluate_search, "ablate-rida": compare_rida,
     **dict.fromkeys(VARIANTS, compare_variants), "overfit": overfit}
 
 
@@ -283,8 +288,9 @@ def arguments():
     files = ["tokenizer", "cross", "generate", "retrieval", "images", "cross-view"]
     flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=reps, default="sdf", help="what to judge")
     flag(["cross"], "--reps", nargs="+", type=heads.spelling, choices=reps, default=reps, help="to compare")
-    for names, least, count in ((["tokenizer"], 1, 260), (["cross", "images", "low-poly", "scales"], 1, 208),
-                                (["generate"], 2, 208), (["joint"], 1, 52), (["cross-view", "ablate-rgs"], 1, 26),
+    for names, least, count in ((["tokenizer"], 1, 260), (["cross", "images", "low-poly"], 1, 208),
+                                (["scales", "registers"], 1, 208), (["generate"], 2, 208), (["joint"], 1, 52),
+                                (["cross-view", "ablate-rgs"], 1, 26),
                                 (TRAINED, 2, 104)):
         flag(names, "--shapes", type=between(least, 520), default=count, help="held-out shapes, of all classes alike")
     for names, count in ((["generate"], 16), (["attributes"], 8), (["joint", "ablate-rgs", *TRAINED], 4)):
@@ -293,8 +299,9 @@ def arguments():
     flag(["names"], "--names", type=between(2), default=200, help="how many names, evenly spread")
     flag(["joint", *sampled], "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     flag(files, "--data", help="the files that it was trained on, a tenth held out (default: the built-in shapes)")
-    flag(["generate", "ablate-rgs", *TRAINED], "--scorer", default="checkpoints/tiny", help="gives features of clouds "
-         "and prompts: a trained folder, or a Python file with cloud(points, normals, colours) and text(prompts)")
+    flag(["generate", "ablate-rgs", "registers", "search", *TRAINED], "--scorer", default="checkpoints/tiny",
+         help="gives features of clouds and prompts: a trained folder, or a Python file with "
+         "cloud(points, normals, colours) and text(prompts)")
     flag(["generate", "attributes", "words", "images"], "--rgs", metavar="RULE",
          help=f"{RGS_FORMS} (default: what the weights remember, else auto)")
     flag(["cross-view"], "--rules", nargs="+", default=["none", "auto"], metavar="RULE", help=f"of RGS: {RGS_FORMS}")

@@ -208,15 +208,19 @@ def train_backbone(run):
     fit_generator(run, "backbone", model, draw, loss_of, encoders, heads, variant=run.variant, settings=settings)
 
 
-def fit_generator(run, stage, model, draw, loss_of, encoders, heads, **entries):
+def of_model(model, condition, seeds):
+    return model.generate(condition, seeds)
+
+
+def fit_generator(run, stage, model, draw, loss_of, encoders, heads, generate=of_model, **entries):
     """Trains and saves what makes shape tokens from prompts. It shows samples while it learns, and judges some."""
     def show(model, path):
         with run.autocast():
-            x = model.generate(encoders.encode(run.prompts), seeds=[(0, i) for i in range(len(run.prompts))])
+            x = generate(model, encoders.encode(run.prompts), [(0, i) for i in range(len(run.prompts))])
         save_picture(path, progress.samples(run, heads, x))
 
     model, seconds = fit(run, stage, model, draw, loss_of, show)
-    metrics = progress.class_accuracy(run, encoders, model, heads)
+    metrics = progress.class_accuracy(run, encoders, functools.partial(generate, model), heads)
     run.finish(stage, seconds, {stage: model}, towers=run.encoder_names, metrics=metrics, **entries)
 
 

@@ -16,12 +16,13 @@
         decode(tokens, rep, rng, resolution, points, faces) -> a shape (geometry/export.py)
         load_heads(*reps), heads: {rep: what decodes it}
 """
+import lost
 import ltm3d
 import vat
 from engine.commands import UserError
 from engine.files import read_config
 
-MODELS = {"ltm3d": ltm3d, "vat": vat}
+MODELS = {"ltm3d": ltm3d, "vat": vat, "lost": lost}
 
 
 def model_in(folder, wanted=None):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from engine.networks import Block
+from engine.networks import Block, GrowingBlock
 
 
 class Conditions(nn.Module):
@@ -58,3 +58,29 @@ class Prefix(nn.Module):
         """Prefix tokens b p d and their mask -> b 1 d, to be added to every context vector."""
         shown = rearrange(mask, "b p -> b p 1").to(tokens.dtype)
         return self.pool(reduce(tokens * shown, "b p d -> b 1 d", "sum") / reduce(shown, "b p 1 -> b 1 1", "sum"))
+
+
+class Sequence(nn.Module):
+    """A transformer whose sequence begins with a prefix and then grows: what vat.py and lost.py generate with."""
+
+    def __init__(self, prefix, widths, dim, depth, heads):
+        super().__init__()
+        self.prefix = Prefix(prefix, dim, heads, widths)
+        self.pooled, self.start = nn.Linear(dim, 6 * dim), nn.Linear(dim, dim)
+        self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        nn.init.zeros_(self.pooled.weight)
+
+    def begin(self, condition):
+        """-> prefix b p d, which of it is there b p, the token that comes next b 1 d, the numbers of adaLN b 6 d; the
+        last two are made of the pooled prompt."""
+        prefix, seen = self.prefix(condition)
+        pooled = self.prefix.summary(prefix, seen)            # b 1 d
+        return prefix, seen, self.start(pooled), rearrange(self.pooled(pooled), "b 1 (i d) -> b i d", i=6)
+
+    def read(self, x, modulation, mask, cache):
+        """New rows b q d, which rows each sees b q k, the cache: a list with keys and values of each block, or None ->
+        b q d; the cache has those of the new rows, too."""
+        for i, block in enumerate(self.blocks):
+            x, cache[i] = block(x, modulation, mask, cache[i])
+        return self.norm(x)

@@ -30,8 +30,9 @@ from prefix import Prefix
 
 LAYERS = (  # of rooms and modules; each imports only from its own layer and from those before it
     {"engine"}, {"geometry"}, {"data", "prompts"}, {"encoders"}, {"tokenizer", "heads", "prefix"}, {"reconstruct"},
-    {"backbone"}, {"evaluation.metrics", "evaluation.judges", "evaluation.progress", "evaluation.compression"},
-    {"ltm3d"}, {"vat"}, {"models"}, {"sample", "train"}, {"evaluation"}, {"evaluate", "bench"})
+    {"backbone"}, {"evaluation.metrics", "evaluation.judges", "evaluation.progress", "evaluation.compression",
+                    "evaluation.search"},
+    {"ltm3d"}, {"vat", "lost"}, {"models"}, {"sample", "train"}, {"evaluation"}, {"evaluate", "bench"})
 
 
 def layer(module):

@@ -30,11 +30,11 @@ from engine.codes import Codebook, draw
 from engine.commands import UserError, cast_once, command
 from engine.files import load_model, load_stage, read_stage, read_weights, trained_stages
 from engine.loop import fit
-from engine.networks import BANDS, Block, FromCells, GrowingBlock, fourier, grid_points
+from engine.networks import BANDS, Block, FromCells, fourier, grid_points
 from engine.state import start
 from evaluation import compression, progress
 from geometry.surface import TRUNCATION
-from prefix import Prefix
+from prefix import Sequence
 from tokenizer import encode_set
 
 DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in ("encoders", "tokenizer", "vision", "head-sdf")} | {
@@ -186,36 +186,21 @@ class Tokenizer(nn.Module):
 
 # ---------------------------------------------------------------------------- next-scale generator
 
-class Generator(nn.Module):
+class Generator(Sequence):
     """[prefix, scale 1, scale 2 ...]: a scale sees the prefix, earlier scales and itself. Its tokens are
     Down_k(f_(k-1)), or for the first the pooled prompt. Its output: the logits of all its codes at once."""
 
     def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, prefix):
-        super().__init__()
+        super().__init__(prefix, widths, dim, depth, heads)
         self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)
-        self.scales = self.quantiser.scales
-        self.prefix = Prefix(prefix, dim, heads, widths)      # condition tokens, and q answers to learnt queries
-        self.pooled, self.start, self.token = nn.Linear(dim, 6 * dim), nn.Linear(dim, dim), nn.Linear(channels, dim)
+        self.scales, self.token = self.quantiser.scales, nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(sum(s ** 3 for s in self.scales), dim) * .02)
-        self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(depth))
-        self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, codes)
-        nn.init.zeros_(self.pooled.weight)
+        self.out = nn.Linear(dim, codes)
         nn.init.zeros_(self.out.weight)
-
-    def begin(self, condition):
-        """-> prefix b p d, which of it is there b p, the first scale's token b 1 d, the numbers of adaLN b 6 d."""
-        prefix, seen = self.prefix(condition)
-        pooled = self.prefix.summary(prefix, seen)            # b 1 d
-        return prefix, seen, self.start(pooled), rearrange(self.pooled(pooled), "b 1 (i d) -> b i d", i=6)
 
     def tokens(self, k, f, start):                            # f_(k-1), b c s s s -> the tokens of scale k, b s^3 d
         place = self.place.split([s ** 3 for s in self.scales])[k]
         return place + (self.token(sequence(down(f, self.scales[k]))) if k else start)
-
-    def logits(self, x, modulation, mask, cache):             # b q d -> b q v; keys and values go into the cache
-        for i, block in enumerate(self.blocks):
-            x, cache[i] = block(x, modulation, mask, cache[i])
-        return self.out(self.norm(x)).float()
 
     def loss(self, indices, condition):
         """Codes b N and their condition -> cross-entropy, and the share of codes that is guessed right."""
@@ -225,7 +210,7 @@ class Generator(nn.Module):
         scale = torch.tensor([0] * p + [i for i, s in enumerate(self.scales, 1) for _ in range(s ** 3)]).to(x.device)
         seen = F.pad(seen, (0, len(scale) - p), value=True)
         mask = (scale <= scale[:, None]) & rearrange(seen, "b k -> b 1 k")                        # b q k
-        logits = self.logits(x, modulation, mask, [None] * len(self.blocks))[:, p:]               # b N v
+        logits = self.out(self.read(x, modulation, mask, [None] * len(self.blocks))[:, p:]).float()           # b N v
         right = (logits.argmax(-1) == indices).float().mean()
         return F.cross_entropy(rearrange(logits, "b n v -> b v n"), indices), {"right": right}
 
@@ -236,13 +221,13 @@ class Generator(nn.Module):
         condition, strengths = guidance_branches(condition, cfg)                  # r branches of b samples
         prefix, seen, start, modulation = self.begin(condition)
         cache, known = [None] * len(self.blocks), 0
-        self.logits(prefix, modulation, repeat(seen, "b k -> b q k", q=prefix.shape[1]), cache)
+        self.read(prefix, modulation, repeat(seen, "b k -> b q k", q=prefix.shape[1]), cache)
         f, = self.quantiser.decode(torch.zeros(len(seeds), 0, dtype=torch.long, device=prefix.device))
         for k, s in enumerate(self.scales):
             x = self.tokens(k, f.repeat(len(strengths) + 1, 1, 1, 1, 1), start)   # (r b) s^3 d
             seen = F.pad(seen, (0, s ** 3), value=True)
-            logits = self.logits(x, modulation, repeat(seen, "b k -> b q k", q=s ** 3), cache)    # (r b) s^3 v
-            logits = guide(logits, grown(strengths, known, len(self.place)))                      # b s^3 v
+            logits = self.out(self.read(x, modulation, repeat(seen, "b k -> b q k", q=s ** 3), cache)).float()
+            logits = guide(logits, grown(strengths, known, len(self.place)))      # (r b) s^3 v -> b s^3 v
             f, known = f + self.quantiser.up(draw(logits, randoms, top_k, top_p, temperature), k), known + s ** 3
         return sequence(f)
 

@@ -19,7 +19,9 @@ except ImportError:                                           # Windows has none
 BEFORE = {  # stage -> the stages that it is trained on, if they are in the folder; a head: the tokenizer
     "vision": ("encoders",),                                  # it learns to predict shape tokens, but never reads them
     "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision"),
-    "vat-decoder": ("vat-codes",), "vat-generator": ("encoders", "vision", "vat-codes")}
+    "vat-decoder": ("vat-codes",), "vat-generator": ("encoders", "vision", "vat-codes"),
+    "lost-student": ("encoders", "tokenizer"), "lost-registers": ("tokenizer", "lost-student"),
+    "lost-generator": ("encoders", "vision", "lost-registers")}
 
 
 @contextlib.contextmanager

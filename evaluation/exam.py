@@ -29,14 +29,15 @@ SOUNDNESS = "one piece", "watertight", "closed edges"         # what a represent
 SHARES = "R-precision", "COV", "1-NNA", "right class", *SOUNDNESS     # columns that end at 1
 ROOT = Path(__file__).parent.parent
 CODE = [ROOT / name for name in (                             # the files that decide what a result is
-    "sample.py", "models.py", "ltm3d.py", "vat.py", "backbone.py", "prefix.py", "encoders.py", "reconstruct.py",
-    "tokenizer.py", "heads.py", "bench.py", "prompts/reading.py", "prompts/text_tower.py", "prompts/image_tower.py",
+    "sample.py", "models.py", "ltm3d.py", "vat.py", "lost.py", "backbone.py", "prefix.py", "encoders.py",
+    "reconstruct.py", "tokenizer.py", "heads.py", "bench.py", "prompts/reading.py", "prompts/text_tower.py",
+    "prompts/image_tower.py", "prompts/relations.py",
     "geometry/surface.py", "geometry/meshes.py", "geometry/export.py", "geometry/render.py", "geometry/light.py",
     "geometry/solids.py", "geometry/shapes.py", "geometry/captions.py", "geometry/camera.py",
     "geometry/training_samples.py", "geometry/training_pictures.py", "engine/networks.py", "engine/commands.py",
     "evaluation/exam.py", "evaluation/peers.py", "evaluation/judges.py", "evaluation/metrics.py",
     "evaluation/attributes.py", "evaluation/words.py", "evaluation/low_poly.py", "evaluation/memory.py",
-    "evaluation/tokenizers.py", "evaluation/scales.py", "engine/codes.py")]
+    "evaluation/tokenizers.py", "evaluation/scales.py", "engine/codes.py", "evaluation/registers.py")]
 
 
 # ---------------------------------------------------------------------------- models and data
@@ -71,12 +72,13 @@ def head_stages(reps):
 
 def tokenizer_stages(reps):
     """The stages that reconstruct a shape, of any model: a folder has those of one."""
-    return "tokenizer", "vat-codes", "vat-decoder", *head_stages(reps)
+    return "tokenizer", "vat-codes", "vat-decoder", "lost-registers", *head_stages(reps)
 
 
 def stages_of(rep):
     """The stages that make a sample of a representation, of any model."""
-    return "encoders", "backbone", "reconstruct", "vat-generator", "vat-codes", "vat-decoder", *head_stages([rep])
+    own = "backbone", "reconstruct", "vat-generator", "vat-codes", "vat-decoder", "lost-generator", "lost-registers"
+    return "encoders", *own, *head_stages([rep])
 
 
 def result_cache(args, label, folder, *stages, what=None, **settings):

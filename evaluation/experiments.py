@@ -324,7 +324,7 @@ def draw_rgs(plt, rows):
     return figure
 
 
-TRAINED = [*VARIANTS, "overfit", "ablate-vat"]           # the last: evaluation/scales.py
+TRAINED = [*VARIANTS, "overfit", "ablate-vat", "ablate-rida"]           # the last two: scales.py, registers.py
 
 
 def add_flags(flag):
@@ -335,7 +335,7 @@ def add_flags(flag):
     flag(rgs, "--alphas", nargs="*", type=share, default=[0, .05, .1, .15, .2, .3, .9], help="weights of samples")
     flag(rgs, "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .5], help="besides .75, at a = .1")
     flag(rgs, "--within", nargs="*", type=reach, default=[1, 1.5, 2], help="reaches of our rule, standard deviations")
-    flag([*rgs, "ablate-vat", *VARIANTS], "--seeds", type=between(1, 100), default=3,
+    flag([*rgs, "ablate-vat", "ablate-rida", *VARIANTS], "--seeds", type=between(1, 100), default=3,
          help="samplings or trainings of each variant")
     flag(TRAINED, "--train-shapes", type=between(2), default=TRAIN_SHAPES, help="built-in shapes to learn from")
     flag(TRAINED, "--steps", type=between(1), default=400, help="training steps of every variant")

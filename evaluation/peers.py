@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
+import lost
 import ltm3d
 import models
 import train
@@ -284,15 +285,25 @@ class Spaces(Backbone):
         return super().generate(condition, seeds, **options) @ self.rotation[self.space].mT
 
 
+# ---------------------------------------------------------------------------- parts of lost.py
+
+class WithoutRIDA(lost.Codec):
+    """Its decoder learns nothing of what shapes mean."""
+    MEANING = 0.
+
+
 # ---------------------------------------------------------------------------- all of them
 
 GENERATORS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "unpooled": Unpooled,
               "pooled": Pooled, "cross": Cross, "spaces": Spaces}
-VARIANTS = {"backbone": GENERATORS, **tokenizers.VARIANTS}                        # stage: {variant: class}
+VARIANTS = {"backbone": GENERATORS, **tokenizers.VARIANTS,                        # stage: {variant: class}
+            "lost-registers": {"without-rida": WithoutRIDA}}
 MODELS = models.MODELS | {                                    # rows that know them
     "ltm3d": SimpleNamespace(**vars(ltm3d) | {"load": partial(ltm3d.LTM3D, variants=VARIANTS)}),
     "vat": SimpleNamespace(**vars(vat) | {"load": partial(vat.VAT, variants=VARIANTS),
-                                          "open_tokenizer": partial(vat.open_tokenizer, variants=VARIANTS)})}
+                                          "open_tokenizer": partial(vat.open_tokenizer, variants=VARIANTS)}),
+    "lost": SimpleNamespace(**vars(lost) | {"load": partial(lost.LoST, variants=VARIANTS),
+                                            "open_tokenizer": partial(lost.open_tokenizer, variants=VARIANTS)})}
 
 
 if __name__ == "__main__":

@@ -22,14 +22,14 @@ def classes_and_prompts(train, test, built_in):
     return [name for name in common if name in {*test.classes}], [article(name) for name in common]
 
 
-def class_accuracy(run, encoders, model, heads, n=4, points=1024):
+def class_accuracy(run, encoders, generate, heads, n=4, points=1024):
     """n samples of every class name: the share whose nearest held-out shape (Chamfer distance) is of that class; none,
     if no class of the training set is among the held-out shapes."""
     if not run.classes:
         return {}
     names, rng = [name for name in run.classes for _ in range(n)], np.random.default_rng(0)
     with run.autocast():
-        tokens = model.generate(encoders.encode(names), seeds=[(0, i) for i in range(len(names))])         # b n c
+        tokens = generate(encoders.encode(names), [(0, i) for i in range(len(names))])        # b n c
     clouds = torch.stack([torch.from_numpy(decode(run, heads, x).surface(points, rng)[0]) for x in tokens])      # b k 3
     references = run.test.cloud(range(len(run.test)), points, np.random.default_rng(0))[0]                 # r k 3
     nearest = chamfer_matrix(clouds, references).argmin(1)                        # b

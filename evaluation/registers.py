@@ -1,0 +1,168 @@
+"""registers.py - what the first registers of lost.py say of a shape, what RIDA brings, and how well its features find.
+
+    python evaluate.py registers --checkpoint checkpoints/lost     # of 1, 2, 4, ... registers; a picture of some
+    python evaluate.py search --checkpoint checkpoints/lost        # R@1, R@3 of several features
+    python evaluate.py ablate-rida                                 # trained with it and without
+"""
+import numpy as np
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+import heads
+import lost
+import tokenizer
+from engine.commands import UserError, pick_device
+from engine.files import load_stage, trained_stages
+from evaluation import exam
+from evaluation.experiments import train_stages
+from evaluation.metrics import chamfer_matrix, cosine
+from evaluation.peers import VARIANTS
+from evaluation.results import interval, labels, write_table, write_tables
+from geometry.render import contact_sheet, render_mesh, save_png
+from geometry.shapes import CLASSES
+from geometry.training_samples import vertex_coloured
+from prompts import relations
+
+STAGES = "lost-student", "lost-registers"
+SEEDS = 3           # of one prefix, in a picture
+
+
+class Opened:
+    """The stages of a folder that registers need, and held-out shapes."""
+
+    def __init__(self, args, folder):
+        if missing := {*STAGES} - {*trained_stages(folder)}:
+            raise UserError(f"{folder} holds no {', '.join(sorted(missing))}; --checkpoint takes checkpoints/lost")
+        self.device, self.autocast, reason = pick_device(args.device, args.precision)
+        print(f"{folder}, running on {reason}")
+        self.tokenizer = tokenizer.load(folder).to(self.device)
+        self.codec = lost.load_codec(folder, VARIANTS).to(self.device)
+        self.student = load_stage(folder, "lost-student", lost.Student).to(self.device)
+        self.heads, self.test = heads.load(folder, ["sdf"], self.device), exam.held_out(args)
+
+    @torch.no_grad()
+    def tokens(self, row, seed):                              # of a held-out shape: 1 n c
+        cloud = self.test.cloud([row], self.tokenizer.points, np.random.default_rng((seed, row)))
+        with self.autocast():
+            return self.tokenizer(*(x.to(self.device) for x in cloud)).float()
+
+    @torch.no_grad()
+    def made(self, tokens, k, seed):
+        """1 n c -> the same from their first k registers; k None: as they are."""
+        if k is None:
+            return tokens
+        with self.autocast():
+            return self.codec.decode(self.codec(tokens)[:, :k], [seed]).float()
+
+    def mesh(self, tokens, rng):
+        return self.heads["sdf"].decode(tokens[0], self.heads, rng, self.autocast, resolution=64)
+
+
+def judge_registers(args, label, folder):
+    """{number of registers, or None for the tokens themselves: scores}, means over held-out shapes."""
+    model, scorer = Opened(args, folder), exam.Scorer(args.scorer, args.device or "cpu")
+    cache = exam.result_cache(args, label, folder, "tokenizer", "head-sdf", *STAGES, what="registers")
+    lengths, results = [*model.codec.lengths, None], []
+    count = min(args.shapes, len(model.test))
+    for row in tqdm(range(count), unit="shape"):
+        if str(row) not in cache:
+            tokens, rng = model.tokens(row, args.seed), np.random.default_rng((args.seed, row))
+            meshes = [model.mesh(model.made(tokens, k, (args.seed, row)), rng) for k in lengths]
+            clouds = [mesh.surface(exam.POINTS, rng) for mesh in meshes]
+            cache.write(str(row), {name: np.float32(x) for name, x in zip(exam.CLOUD, map(np.stack, zip(*clouds)))})
+        results.append(cache.read(str(row)))
+    true = model.test.cloud(range(len(model.test)), exam.POINTS, np.random.default_rng(args.seed))        # r k 3 each
+    features, classes = scorer.clouds(*(x[:count] for x in true)), np.array(model.test.classes)
+    scores = {}
+    for i, k in enumerate(lengths):
+        made = [torch.from_numpy(np.stack([result[name][i] for result in results])) for name in exam.CLOUD]
+        distance = chamfer_matrix(made[0], true[0])                               # s r
+        near = distance[range(count), range(count)].mean().item()
+        distance[range(count), range(count)] = torch.inf      # another shape of its class is to be the nearest
+        scores[k] = {"similarity": np.diag(cosine(features, scorer.clouds(*made))).mean(),
+                     "right class": np.mean(classes[distance.argmin(1)] == classes[:count]), "Chamfer": near}
+    return scores, model
+
+
+def evaluate_registers(args):
+    """What the first registers of a shape keep of it."""
+    tables = {}
+    for folder, label in labels(args.checkpoint).items():
+        scores, model = judge_registers(args, label, folder)
+        tables[label] = [{"registers": str(k) if k else "(its tokens)"} | row for k, row in scores.items()]
+        draw_prefixes(args, label, model)
+    print("similarity: cosine of the features of the shape and of what its first registers give. right class: is the\n"
+          "nearest of the other held-out shapes of its class? Chamfer: to the shape, 1024 points")
+    write_tables(args.out, args.command, tables, means=False)
+
+
+def draw_prefixes(args, label, model):
+    """Four shapes, a row each: of 1, 2, 4, ... registers, and the shape. Then prefixes with several seeds."""
+    rng, pictures = np.random.default_rng(0), []
+    rows = [model.test.classes.index(name) for name in CLASSES if name in model.test.classes][:4]
+    for row in rows:
+        tokens = model.tokens(row, args.seed)
+        made = [model.mesh(model.made(tokens, k, row), rng) for k in model.codec.lengths]
+        pictures += [mesh.picture(160) for mesh in made]
+        pictures.append(render_mesh(*vertex_coloured(model.test.shape(row)), size=160))
+    names = [*map(str, model.codec.lengths), "the shape"]
+    sheets = {"": (pictures, len(names), names * len(rows))}
+    tokens, lengths = model.tokens(rows[0], args.seed), (1, 4, model.codec.count)
+    made = [model.mesh(model.made(tokens, k, seed), rng).picture(160) for k in lengths for seed in range(SEEDS)]
+    sheets["-seeds"] = made, SEEDS, [f"{k}, seed {seed}" for k in lengths for seed in range(SEEDS)]
+    for ending, sheet in sheets.items():
+        save_png(f"{args.out}/{args.command}-{label}{ending}.png", contact_sheet(*sheet))
+        print(f"{args.out}/{args.command}-{label}{ending}.png")
+
+
+# ---------------------------------------------------------------------------- search
+
+@torch.no_grad()
+def evaluate_search(args):
+    """Held-out shapes as queries: is one of the shapes that share most with it among the nearest k others?"""
+    tables = {}
+    for folder, label in labels(args.checkpoint).items():
+        model, scorer = Opened(args, folder), exam.Scorer(args.scorer, args.device or "cpu")
+        facts = relations.facts(model.test)
+        shared = np.array([[len(a & b) / len(a | b) for b in facts] for a in facts])                  # r r
+        tokens = torch.cat([model.tokens(row, args.seed) for row in tqdm(range(len(facts)), unit="shape")])
+        with model.autocast():
+            registers, student = model.codec(tokens).float(), model.student(tokens)
+        cloud = model.test.cloud(range(len(facts)), exam.POINTS, np.random.default_rng(args.seed))
+        features = {"shape tokens": rearrange(tokens, "r n c -> r (n c)"), "point tower": scorer.clouds(*cloud),
+                    "first register": registers[:, 0], "first four": rearrange(registers[:, :4], "r k w -> r (k w)"),
+                    "student": student}
+        tables[label] = [{"features": name} | {f"R@{k}": recall(np.asarray(x), shared, k) for k in (1, 3)}
+                         for name, x in features.items()]
+    print(f"{len(facts)} held-out shapes. R@k: the share of queries for which one of those that share most attributes\n"
+          "with it (class, form, colours; of all others) is among the k nearest, by the cosine of features")
+    write_tables(args.out, args.command, tables, means=False)
+
+
+def recall(x, shared, k):
+    """Features r e, shares of common attributes r r -> share of rows that find one of their best matches."""
+    same = np.eye(len(x), dtype=bool)
+    likeness, shared = np.where(same, -np.inf, cosine(x, x)), np.where(same, -1., shared)
+    nearest = np.argsort(-likeness, 1)[:, :k]                                     # r k
+    return np.mean(np.take_along_axis(shared, nearest, 1).max(1) >= shared.max(1) - 1e-9)
+
+
+# ---------------------------------------------------------------------------- RIDA
+
+def compare_rida(args):
+    """Trains registers with RIDA and without, with every seed."""
+    rows = []
+    for variant, title in (("", "with RIDA"), ("without-rida", "without")):
+        scores = []
+        for seed in range(args.seeds):
+            folder = train_stages(args, f"{variant or 'lost'}-{seed}", seed,
+                                  {"--model": "lost", "--variant": variant or None}, STAGES)
+            found, _ = judge_registers(args, folder.name, folder)
+            scores.append(found)
+        for k in (k for k in scores[0] if k):
+            rows.append({"decoder": title, "registers": str(k)} | {
+                key: interval([score[k][key] for score in scores], 1 if key == "right class" else np.inf)
+                for key in scores[0][k]})
+    print(f"means of {args.seeds} trainings, with 95 % confidence intervals; else as evaluate.py registers says")
+    write_table(args.out, args.command, rows)

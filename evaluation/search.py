@@ -1,0 +1,84 @@
+"""search.py - the shapes of a folder that are most like a mesh, a picture or words, to the student of lost.py.
+
+    python lost.py search --query chair.glb --in path/to/meshes
+    python lost.py search --query "a red chair" --in path/to/meshes        # of words, shapes are made first
+
+Words and pictures have no features of their own: SAMPLES shapes are made of them, and the mean of theirs is taken.
+"""
+import re
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import encoders
+from engine.commands import Parser, UserError, between
+from geometry import mesh_files, real
+from geometry.render import contact_sheet, render_mesh, save_png
+from geometry.training_samples import vertex_coloured
+from prompts import picture_files
+
+SAMPLES = 4
+
+
+def read_shape(item, points):
+    """-> the shape of a file, and a cloud of it: 1 k 3 each."""
+    shape = mesh_files.shape(item)
+    return shape, [torch.from_numpy(np.float32(x))[None] for x in shape.surface(points, np.random.default_rng(0))]
+
+
+@torch.no_grad()
+def query_features(model, query, folder):
+    """A mesh, a picture or words -> features e."""
+    path = Path(query)
+    if path.suffix.lower() in real.SUFFIXES:
+        (item, *_), _ = real.list_items(path)
+        return model.features(read_shape(item, model.tokenizer.points)[1])[0]
+    towers, words, pictures = encoders.load(folder, "lost-generator"), [query] * SAMPLES, None
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        picture, _ = picture_files.load_picture(path)
+        words, pictures = None, picture.expand(SAMPLES, -1, -1, -1)
+    else:
+        for remark in towers.remarks(query):
+            print(f"warning: {remark}", file=sys.stderr)
+    tokens = model.generate(towers.encode(words, pictures), [(0, i) for i in range(SAMPLES)])
+    return F.normalize(model.student(tokens).mean(0), dim=-1)
+
+
+def main(load, shipped):
+    """The command of lost.py, which knows how a model is loaded, and from which folder by default."""
+    parser = Parser(__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("command", choices=["search"])
+    flag("--query", required=True, help="a mesh, a picture (png, jpg, webp), or words")
+    flag("--in", dest="source", required=True, help="folder of meshes, or whatever `data.py --data` takes")
+    flag("--n", type=between(1, 1000), default=12, help="how many shapes to show")
+    flag("--checkpoint", default=shipped, help="folder of trained weights")
+    flag("--out", default="out", help="folder of the contact sheet")
+    args = parser.parse_args()
+    model = load(args.checkpoint, torch.device("cpu"), nullcontext)
+    query = query_features(model, args.query, args.checkpoint)
+    found, skipped = [], []
+    items, _ = real.list_items(args.source)
+    for item in tqdm(items, unit="shape"):
+        try:
+            shape, cloud = read_shape(item, model.tokenizer.points)
+        except UserError as error:
+            skipped.append(f"skipped: {item.key}: {error}")
+            continue
+        found.append((float(model.features(cloud)[0] @ query), item, shape))
+    print(*skipped, sep="\n", end="\n" * bool(skipped))
+    if not found:
+        raise UserError(f"no shape of {args.source} could be read; --in takes a folder of meshes")
+    found = sorted(found, key=lambda entry: -entry[0])[:args.n]
+    for likeness, item, _ in found:
+        print(f"{likeness:.3f}  {item.key}")
+    pictures = [render_mesh(*vertex_coloured(shape), size=192) for _, _, shape in found]
+    name = re.sub(r"[^a-z0-9]+", "-", Path(args.query).stem.lower()).strip("-")[:60] or "shape"
+    sheet = Path(args.out) / f"search-{name}.png"
+    save_png(sheet, contact_sheet(pictures, min(6, len(pictures)), [item.captions[-1] for _, item, _ in found]))
+    print(sheet)

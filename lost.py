@@ -1,0 +1,377 @@
+"""lost.py - LoST (arXiv 2603.17995): a shape becomes registers, most meaning first, and a transformer continues them.
+
+The first register alone gives a whole chair; each further one brings it closer to *this* chair:
+
+    shape tokens    -> Registers -> r_1 ... r_m           of training, any prefix has to do (nested dropout)
+    r_1 ... r_k     -> PrefixDecoder, a flow -> shape tokens          what a prefix leaves open is sampled
+    shape tokens    -> Student -> which shapes are alike              RIDA, the teacher of meaning
+    prompt          -> Generator -> one register after another
+
+The shape tokens, frozen, are those of tokenizer.py, where the paper has patches of a triplane: all heads read them.
+Other departures: docs/LOST.md.
+
+    python train.py --model lost                          # trains it
+    python sample.py --model lost --text "table" --registers 8
+    python lost.py search --query chair.glb --in FOLDER   # the shapes that are most alike
+
+Letters: n shape tokens of c channels, m registers of w channels, k of which are there, e features.
+"""
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
+from torch import nn
+
+import heads as heads_
+import ltm3d
+import tokenizer as tokenizer_
+from backbone import DRAWS, DenoiseNet, Flow, draw_noise, grown, guidance_branches
+from engine.commands import UserError, cast_once, command
+from engine.files import load_stage
+from engine.loop import fit
+from engine.networks import Block, GrowingBlock, time_embedding
+from engine.state import start
+from evaluation import progress, search
+from prefix import Sequence
+from prompts import relations
+
+SHARED = "encoders", "tokenizer", "vision", "head-sdf", "head-pc", "head-gs", "head-mesh"         # with ltm3d.py
+DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in SHARED} | {
+    "lost-student": (1000, 128, 1e-3), "lost-registers": (5000, 64, 2e-3), "lost-generator": (5000, 64, 2e-3)}
+STAGES = "encoders", "tokenizer", "vision", "head", "lost-student", "lost-registers", "lost-generator"
+SEEING, LAST, REPS, SHIPPED = {"vision", "lost-generator"}, "lost-generator", ltm3d.REPS, "checkpoints/lost"
+SAMPLING = {"registers": None, "denoise_steps": 4, "cfg": 2., "cfg_image": 2., "temperature": 1.}
+SIZES = {
+    "tiny": dict(registers=64, width=16, dim=160, heads=5, encoder=3, decoder=6),
+    "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
+STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
+GENERATORS = {"tiny": dict(dim=192, depth=5, heads=6, prefix=8, head_dim=192, head_depth=3),
+              "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
+TEMPERATURE, POSITIVE, NEGATIVE = .07, .96, .92               # the last two: quantiles of the similarities
+WEIGHTS = {"contrast": 1., "rank": 1.}                        # of RIDA's losses; the paper's
+STEPS = 10                                                    # of the decoder's flow
+MEANING = .5                                                  # weight of RIDA in the loss of the decoder
+
+
+# ---------------------------------------------------------------------------- RIDA: relations of shapes
+
+class Student(nn.Module):
+    """Shape tokens -> features, b e on the unit sphere. It learns which shapes its teacher finds alike."""
+
+    def __init__(self, tokens, channels, dim, depth, heads):
+        super().__init__()
+        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+
+    def forward(self, x):                                     # b n c -> b e
+        x = self.token(x) + self.place
+        for block in self.blocks:
+            x = block(x)
+        return F.normalize(self.out(reduce(x, "b n d -> b d", "mean")).float(), dim=-1)
+
+
+def contrast(s, t, low, high):
+    """InfoNCE with several positives. s, t: b b, similarities of shapes by the student and by the teacher.
+
+        L = mean_i mean_{j in P(i)} -log( e^(s_ij / T) / (e^(s_ij / T) + sum_{k in N(i)} e^(s_ik / T)) )
+
+    P(i) = {j != i: t_ij > high}, N(i) = {k: t_ik < low}; shapes in between are neither."""
+    s, other = s / TEMPERATURE, ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    positive = (t > high) & other
+    negatives = s.masked_fill(t >= low, -1e4).logsumexp(1, keepdim=True)          # b 1
+    losses = F.softplus(negatives - s) * positive                                 # b b
+    return (losses.sum(1) / positive.sum(1).clamp(min=1)).sum() / positive.any(1).sum().clamp(min=1)
+
+
+def rank(s, t):
+    """Mean squared error of the rows of both matrices, each with mean 0 and deviation 1; not of the diagonal."""
+    other = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    s, t = (F.layer_norm(x[other].view(len(x), -1), [len(x) - 1]) for x in (s, t))            # b (b - 1) each
+    return F.mse_loss(s, t)
+
+
+# ---------------------------------------------------------------------------- registers
+
+class Registers(nn.Module):
+    """Shape tokens and learnt registers, one sequence. Tokens see tokens; register i sees tokens and registers 1 ... i.
+    Only the registers leave, each with mean 0 and deviation 1."""
+
+    def __init__(self, tokens, channels, registers, width, dim, heads, encoder):
+        super().__init__()
+        self.token = nn.Linear(channels, dim)
+        self.place = nn.Parameter(torch.randn(tokens, dim) * .02)
+        self.register = nn.Parameter(torch.randn(registers, dim) * .02)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
+        unit = nn.LayerNorm(width, elementwise_affine=False)
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), unit)
+        i = torch.arange(tokens + registers)                  # tokens come first
+        self.register_buffer("mask", (i < tokens) | (i <= i[:, None]) & (i[:, None] >= tokens), persistent=False)
+
+    def forward(self, x):                                     # b n c -> b m w
+        y = torch.cat([self.token(x) + self.place, repeat(self.register, "m d -> b m d", b=len(x))], 1)
+        for block in self.blocks:
+            y = block(y, mask=repeat(self.mask, "q k -> b q k", b=len(x)))
+        return self.out(y[:, x.shape[1]:]).float()
+
+
+class PrefixDecoder(nn.Module):
+    """The first k registers and noise -> shape tokens, by a flow. Tokens attend to each other and to the registers."""
+
+    def __init__(self, tokens, channels, registers, width, dim, heads, decoder):
+        super().__init__()
+        self.shape, self.dim, self.heads = (tokens, channels), dim, heads
+        self.token = nn.Linear(channels, dim)
+        self.place = nn.Parameter(torch.randn(tokens, dim) * .02)
+        self.register, self.order = nn.Linear(width, dim), nn.Parameter(torch.randn(registers, dim) * .02)
+        self.norm = nn.LayerNorm(dim)
+        self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(decoder))
+        self.cross = nn.ModuleList(nn.Linear(dim, 2 * dim, bias=False) for _ in range(decoder))
+        self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
+        nn.init.zeros_(self.time[-1].weight)
+        nn.init.zeros_(self.out[-1].weight)
+
+    def read(self, registers):                                # b k w -> keys and values of each block
+        y = self.norm(self.register(registers) + self.order[:registers.shape[1]])
+        pairs = (rearrange(into(y), "b k (i h w) -> i b h k w", i=2, h=self.heads) for into in self.cross)
+        return [(F.normalize(k, dim=-1), v) for k, v in pairs]
+
+    def velocity(self, x, t, memory, there):                  # b n c, b, `read`, which registers are there b k -> b n c
+        mask = repeat(F.pad(there, (0, x.shape[1]), value=True), "b k -> b n k", n=x.shape[1])
+        time = rearrange(self.time(time_embedding(t, self.dim)), "b (i d) -> b i d", i=6)
+        y = self.token(x) + self.place
+        for block, pair in zip(self.blocks, memory):
+            y, _ = block(y, time, mask, pair)
+        return self.out(y).float()
+
+    def loss(self, x, registers, there):
+        """x_t = (1 - t) noise + t x; the velocity is x - noise. -> mean squared error, and what x it points to."""
+        t, noise = torch.randn(len(x), device=x.device).sigmoid(), torch.randn_like(x)
+        t_ = rearrange(t, "b -> b 1 1")
+        noisy = (1 - t_) * noise + t_ * x
+        v = self.velocity(noisy, t, self.read(registers), there)
+        return F.mse_loss(v, x - noise), noisy + (1 - t_) * v
+
+    @torch.no_grad()
+    def generate(self, registers, noise, steps):
+        """Registers b k w, the first k of a shape, noise b n c -> shape tokens b n c."""
+        there = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
+        memory, flat = self.read(registers), partial(rearrange, pattern="b n c -> b (n c)")
+
+        def net(x, t, _):
+            return flat(self.velocity(x.view(noise.shape), t, memory, there))
+        return Flow.sample(net, noise, flat(noise)[:, None], steps).view(noise.shape)
+
+
+class Codec(nn.Module):
+    """Registers and PrefixDecoder, which are trained together."""
+    MEANING = MEANING                                         # evaluation/peers.py has one without RIDA
+
+    def __init__(self, registers, width, dim, heads, encoder, decoder, tokens, channels):
+        super().__init__()
+        sizes = dict(tokens=tokens, channels=channels, registers=registers, width=width, dim=dim, heads=heads)
+        self.encoder, self.decoder = Registers(**sizes, encoder=encoder), PrefixDecoder(**sizes, decoder=decoder)
+        self.count, self.width = registers, width
+        self.lengths = [2 ** i for i in range(registers.bit_length())]            # of prefixes: 1, 2, 4, ... m
+
+    def forward(self, x):                                     # b n c -> b m w
+        return self.encoder(x)
+
+    def loss(self, x, student):
+        """Nested dropout: of each shape the first k registers are left, a random power of two."""
+        r = self.encoder(x)
+        r = r + tokenizer_.NOISE * torch.randn_like(r) if self.training else r
+        k = torch.tensor(self.lengths, device=x.device)[torch.randint(len(self.lengths), (len(x), 1), device=x.device)]
+        flow, guess = self.decoder.loss(x, r, torch.arange(self.count, device=x.device) < k)
+        meaning = 1 - (student(guess) * student(x)).sum(-1).mean()
+        return flow + self.MEANING * meaning, {"flow": flow.detach(), "meaning": meaning.detach()}
+
+    def decode(self, registers, seeds, steps=STEPS):
+        """The first registers of b shapes, b k w, and a seed each -> shape tokens b n c."""
+        noise = draw_noise(map(np.random.default_rng, seeds), self.decoder.shape, registers.device)
+        return self.decoder.generate(registers, noise, steps)
+
+
+# ---------------------------------------------------------------------------- LoST-GPT
+
+class Generator(Sequence):
+    """[prefix, start, r_1 ... r_(m-1)] -> causal blocks -> context vectors c_1 ... c_m -> DenoiseNet."""
+
+    def __init__(self, registers, width, widths, dim, depth, heads, prefix, head_dim, head_depth):
+        super().__init__(prefix, widths, dim, depth, heads)
+        self.count, self.width, self.token = registers, width, nn.Linear(width, dim)
+        self.place = nn.Parameter(torch.randn(registers, dim) * .02)              # of the register that comes next
+        self.net = DenoiseNet(width, dim, head_dim, head_depth)
+
+    def loss(self, r, condition):                             # b m w
+        prefix, seen, start, modulation = self.begin(condition)
+        p = prefix.shape[1]
+        x = torch.cat([prefix, torch.cat([start, self.token(r[:, :-1])], 1) + self.place], 1)     # b (p + m) d
+        i = torch.arange(x.shape[1], device=x.device)
+        mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(seen, (0, self.count), value=True), "b k -> b 1 k")
+        c = self.read(x, modulation, mask, [None] * len(self.blocks))[:, p:]  # b m d
+        c, r = (repeat(y, "b m d -> (draws b m) d", draws=DRAWS) for y in (c, r))
+        return Flow.loss(self.net, r, c), {}
+
+    @torch.no_grad()
+    def generate(self, condition, seeds, registers=None, denoise_steps=4, cfg=2., temperature=1.):
+        """condition (prefix.py) and one seed per sample -> the first registers, b k w. Keys and values are kept."""
+        randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
+        noise = draw_noise(randoms, (self.count, 1, self.width), self.place.device)               # b m 1 w
+        condition, strengths = guidance_branches(condition, cfg)                  # r branches of b samples
+        prefix, seen, x, modulation = self.begin(condition)
+        cache, made = [None] * len(self.blocks), []
+        self.read(prefix, modulation, repeat(seen, "b k -> b q k", q=prefix.shape[1]), cache)
+        for i in range(registers or self.count):
+            seen = F.pad(seen, (0, 1), value=True)
+            c = self.read(x + self.place[i], modulation, rearrange(seen, "b k -> b 1 k"), cache)[:, 0]    # (r b) d
+            strength = grown(strengths, i, self.count)
+            made.append(Flow.sample(self.net, c, noise[:, i], denoise_steps, strength, temperature))          # b w
+            x = rearrange(self.token(made[-1]), "b d -> b 1 d").repeat(len(strengths) + 1, 1, 1)
+        return torch.stack(made, 1)
+
+
+# ---------------------------------------------------------------------------- training: data, model, loss, save
+
+def train_student(run):
+    """RIDA. The teacher knows captions; the student sees shape tokens, and learns which are alike."""
+    tokens, features = tokens_of(run), relations.features(run.folder, run.train, run.test)
+    t = features[run.train][:2000] @ features[run.train][-2000:].T
+    low, high = np.quantile(t.numpy(), (NEGATIVE, POSITIVE))
+
+    def draw(split, rng):
+        rows = rng.permutation(len(split))[:run.micro_batch_size("lost-student")]
+        return tokens[split][rows], features[split][rows]
+
+    settings = STUDENTS[run.size] | sizes_of(tokens[run.test])
+    model = Student(**settings)
+    start(run, "lost-student", {"lost-student": model}, settings=settings)
+
+    def loss_of(model, batch):
+        x, t = batch
+        own = model(x + tokenizer_.NOISE * torch.randn_like(x))
+        s, t = own @ own.T, t @ t.T
+        losses = {"contrast": contrast(s, t, low, high), "rank": rank(s, t)}
+        return sum(WEIGHTS[name] * loss for name, loss in losses.items()), {k: v.detach() for k, v in losses.items()}
+
+    model, seconds = fit(run, "lost-student", model, draw, loss_of)
+    run.finish("lost-student", seconds, {"lost-student": model}, settings=settings)
+
+
+def train_registers(run):
+    """Registers and decoder, on frozen tokens; the student says whether what comes out means the same."""
+    run = run.turned()
+    tokens, heads = tokens_of(run), heads_.load(run.folder, run.first, run.device)
+    student = load_stage(run.folder, "lost-student", Student).to(run.device)
+
+    def draw(split, rng):
+        return tokens[split][rng.integers(len(split), size=run.micro_batch_size("lost-registers"))]
+
+    settings = SIZES[run.size] | sizes_of(tokens[run.test])
+    model = run.part("lost-registers", Codec)(**settings)
+    start(run, "lost-registers", {"lost-registers": model}, settings=settings, variant=run.variant)
+
+    def show(model, path):                                    # a row for each shape: of 1, 2, 4, ... registers
+        x = tokens[run.test][:4].to(run.device)
+        with run.autocast():
+            made = torch.stack([model.decode(model(x)[:, :k], range(len(x))) for k in model.lengths], 1)       # b k n c
+        ltm3d.save_picture(path, progress.reconstructions(run, heads, made.flatten(0, 1), run.first[-1]))
+
+    model, seconds = fit(run, "lost-registers", model, draw, lambda model, x: model.loss(x, student), show)
+    run.finish("lost-registers", seconds, {"lost-registers": model}, settings=settings, variant=run.variant)
+
+
+def tokens_of(run):
+    tokenizer = tokenizer_.load(run.folder).to(run.device)
+    return {split: ltm3d.encode(run, tokenizer, split) for split in (run.train, run.test)}        # shapes n c
+
+
+def sizes_of(tokens):
+    return dict(zip(("tokens", "channels"), tokens.shape[1:]))
+
+
+def train_generator(run):
+    """On frozen registers and frozen encoders."""
+    codec = load_codec(run.folder, run.variants).to(run.device)
+    encoders, _, draw = ltm3d.tokens_and_prompts(run, "lost-generator", tokenizer_.load)
+    heads = heads_.load(run.folder, run.first, run.device)
+    settings = GENERATORS[run.size] | {"registers": codec.count, "width": codec.width, "widths": encoders.widths}
+    model = run.part("lost-generator", Generator)(**settings)
+    entries = dict(settings=settings, variant=run.variant)
+    start(run, "lost-generator", {"lost-generator": model}, towers=run.encoder_names, **entries)
+
+    def loss_of(model, batch):
+        with torch.no_grad():
+            r = codec(batch[0])
+        return model.loss(r, encoders.encode_drawn(batch[1]))
+
+    def generate(model, condition, seeds):
+        randoms = [*map(np.random.default_rng, seeds)]
+        return codec.decode(model.generate(condition, randoms), randoms)
+
+    ltm3d.fit_generator(run, "lost-generator", model, draw, loss_of, encoders, heads, generate, **entries)
+
+
+def stages(reps):
+    own = {"lost-student": train_student, "lost-registers": train_registers, "lost-generator": train_generator}
+    return {stage: train for stage, train in ltm3d.stages(reps).items() if stage in SHARED} | own
+
+
+# ---------------------------------------------------------------------------- sampling
+
+class Tokenizer(nn.Module):
+    """Clouds -> shape tokens -> the first k registers, or all -> shape tokens again."""
+
+    def __init__(self, tokenizer, codec, k=None):
+        super().__init__()
+        self.tokenizer, self.codec, self.points, self.k = tokenizer, codec, tokenizer.points, k
+
+    def forward(self, *cloud):                                # b k 3 each -> b n c
+        return self.codec.decode(self.codec(self.tokenizer(*cloud))[:, :self.k], [0] * len(cloud[0]))
+
+
+def load_codec(folder, variants={}):
+    return load_stage(folder, "lost-registers", Codec, variants)
+
+
+def open_tokenizer(folder, reps, device, variants={}):
+    return (Tokenizer(tokenizer_.load(folder), load_codec(folder, variants)).to(device),
+            heads_.load(folder, reps, device))
+
+
+class LoST(ltm3d.LTM3D):
+    """The stages of a checkpoint folder that sampling needs. Its heads are LTM3D's."""
+
+    def __init__(self, folder, device, autocast, variants={}):
+        self.folder, self.device, self.autocast, self.heads = folder, device, autocast, {}
+        generator = load_stage(folder, "lost-generator", Generator, variants)
+        self.generator, self.codec = (cast_once(part.to(device), autocast)
+                                      for part in (generator, load_codec(folder, variants)))
+
+    @cached_property
+    def student(self):
+        return load_stage(self.folder, "lost-student", Student).to(self.device)
+
+    @cached_property
+    def tokenizer(self):
+        return tokenizer_.load(self.folder).to(self.device)
+
+    def generate(self, condition, seeds, **options):
+        options = SAMPLING | options
+        cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
+        if options["registers"] not in (None, *range(1, self.codec.count + 1)):
+            raise UserError(f"{options['registers']} registers are not between 1 and {self.codec.count}")
+        randoms = [*map(np.random.default_rng, seeds)]
+        return self.codec.decode(self.generator.generate(condition, randoms, cfg=cfg, **options), randoms)
+
+    def features(self, cloud):                                # b k 3 each -> b e
+        return self.student(self.tokenizer(*cloud))
+
+
+load, main = LoST, partial(search.main, LoST, SHIPPED)        # search
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,179 @@
+"""test_lost.py - the tests of lost.py.
+
+    python -m pytest -q test_lost.py
+"""
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import evaluate
+import lost
+import sample
+from conftest import WIDTHS, assert_one_line, prompted, rows_of, run, train_small
+from engine import files
+from evaluation import registers
+
+SIZE = dict(registers=8, width=6, dim=32, heads=4, encoder=2, decoder=2)
+TOKENS = dict(tokens=27, channels=8)
+
+
+def awake(model):
+    """Random weights everywhere, also where training starts with zeros."""
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=.15)
+    return model.eval()
+
+
+@pytest.fixture
+def codec():
+    torch.manual_seed(0)
+    return awake(lost.Codec(**SIZE, **TOKENS))
+
+
+@pytest.fixture
+def generator():
+    torch.manual_seed(0)
+    return awake(lost.Generator(8, 6, WIDTHS, dim=32, depth=2, heads=4, prefix=2, head_dim=32, head_depth=2))
+
+
+# ---------------------------------------------------------------------------- RIDA
+
+def test_contrast_by_hand():
+    """Shapes 0 and 1 are alike, 2 is unlike both: of 0 and 1 the loss is -log(e^(s_01 / T) / (e^(s_01 / T) + e^(s_02 /
+    T))); 2 has no positive, so it does not count."""
+    t = torch.tensor([[1., .9, .1], [.9, 1., .1], [.1, .1, 1.]])
+    s = torch.tensor([[1., .2, .1], [.2, 1., .3], [.1, .3, 1.]])
+    rows = [math.log(1 + math.exp((other - .2) / lost.TEMPERATURE)) for other in (.1, .3)]
+    assert lost.contrast(s, t, low=.5, high=.8).item() == pytest.approx(np.mean(rows), rel=1e-5)
+
+
+def test_shapes_in_between_do_not_count():
+    """A similarity between the thresholds makes neither a positive nor a negative."""
+    t = torch.tensor([[1., .9, .6, .1], [.9, 1., .6, .1], [.6, .6, 1., .1], [.1, .1, .1, 1.]])
+    s = torch.rand(4, 4)
+    other = s.clone()
+    other[:2, 2] = 5.
+    assert torch.equal(lost.contrast(s, t, .5, .8), lost.contrast(other, t, .5, .8))
+
+
+def test_rank_by_hand():
+    """Rows that differ in mean and scale alone have no loss; of rows in opposite order each number is 1 and -1."""
+    t = torch.tensor([[1., .2, .4], [.2, 1., .6], [.4, .6, 1.]])
+    assert lost.rank(2 * t - .3, t).item() == pytest.approx(0, abs=1e-3)
+    assert lost.rank(-t, t).item() == pytest.approx(4, rel=.02)
+
+
+# ---------------------------------------------------------------------------- registers
+
+def test_registers_see_earlier_registers_alone(codec):
+    """Another register 5 changes registers 5 to 8, and no other."""
+    x = torch.randn(2, 27, 8)
+    before = codec(x)
+    with torch.no_grad():
+        codec.encoder.register[4] = torch.randn(32)
+    changed = (codec(x) - before).abs().amax((0, 2)) > 1e-6
+    assert changed.tolist() == [False] * 4 + [True] * 4
+
+
+def test_every_register_depends_on_the_shape(codec):
+    x = torch.randn(2, 27, 8)
+    assert ((codec(x) - codec(x + torch.randn(2, 27, 8))).abs().amax((0, 2)) > 1e-3).all()
+
+
+def test_absent_registers_are_not_seen(codec):
+    """The flow with three registers of eight is the flow with three."""
+    x, t, r = torch.randn(2, 27, 8), torch.tensor([.2, .7]), torch.randn(2, 8, 6)
+    there = (torch.arange(8) < 3).expand(2, 8)
+    masked = codec.decoder.velocity(x, t, codec.decoder.read(r), there)
+    short = codec.decoder.velocity(x, t, codec.decoder.read(r[:, :3]), there[:, :3])
+    assert torch.allclose(masked, short, atol=1e-5)
+
+
+def test_a_shape_of_registers_depends_on_its_seed_alone(codec):
+    r = torch.randn(1, 3, 6).expand(3, 3, 6)
+    one, same, other = codec.decode(r, [1, 1, 2])
+    assert torch.allclose(one, same, atol=1e-5)
+    assert not torch.allclose(one, other, atol=1e-2)
+    assert torch.allclose(codec.decode(r[:1], [2])[0], other, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", lost.SIZES)
+def test_every_size_can_be_built(size):
+    with torch.device("meta"):
+        codec = lost.Codec(**lost.SIZES[size], tokens=1000, channels=32)
+        lost.Student(**lost.STUDENTS[size], tokens=1000, channels=32)
+        lost.Generator(codec.count, codec.width, WIDTHS, **lost.GENERATORS[size])
+    assert codec.lengths[-1] == codec.count
+
+
+# ---------------------------------------------------------------------------- generator
+
+def test_cached_is_uncached(generator, monkeypatch):
+    """The context vectors of sampling, with the cache, are those of one pass over all registers."""
+    seen = []
+    monkeypatch.setattr(lost.Flow, "sample", lambda net, c, noise, *_: seen.append(c) or noise[:, 0])
+    condition = prompted()
+    r = generator.generate(condition, range(3), cfg=1.)
+    monkeypatch.setattr(lost.Flow, "loss", lambda net, x, c: c)
+    c, _ = generator.loss(r, condition)
+    assert torch.allclose(torch.stack(seen, 1).flatten(0, 1), c[:24], atol=1e-4)
+
+
+def test_fewer_registers_are_the_first(generator):
+    condition = prompted()
+    assert torch.allclose(generator.generate(condition, range(3), registers=3),
+                          generator.generate(condition, range(3))[:, :3], atol=1e-5)
+
+
+def test_a_sample_does_not_depend_on_its_batch(generator):
+    both = prompted(2)
+    one = {kind: (tokens[1:], mask[1:]) for kind, (tokens, mask) in both.items()}
+    assert torch.allclose(generator.generate(one, [5]), generator.generate(both, [4, 5])[1:], atol=1e-4)
+
+
+# ---------------------------------------------------------------------------- as a whole
+
+def test_search_finds_what_shares_most():
+    """Four shapes on a circle; the best match of each stands beside it, or is far away."""
+    x = np.array([[1, 0], [.9, .1], [0, 1], [.1, .9]])
+    shared = np.array([[1, .5, 0, 0], [.5, 1, 0, 0], [.5, 0, 1, .2], [0, 0, .5, 1]])
+    assert registers.recall(x, shared, 1) == .75
+    assert registers.recall(x, shared, 3) == 1
+
+
+def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
+    """The chain, with the tokenizer of another folder; a prompt becomes a mesh, of few registers or all; it sits the
+    exams; a search finds the mesh in its folder."""
+    monkeypatch.setitem(lost.SIZES, "small", SIZE | {"dim": 64})
+    monkeypatch.setitem(lost.STUDENTS, "small", dict(dim=64, depth=1, heads=4))
+    monkeypatch.setitem(lost.GENERATORS, "small", dict(dim=64, depth=1, heads=4, prefix=2, head_dim=64, head_depth=1))
+    folder = tmp_path / "run"
+    flags = "--model", "lost", "--from", overfitted, "--steps", 3, "--batch", 2
+    assert train_small(monkeypatch, folder, 2, *flags) == 0
+    assert {"lost-student", "lost-registers", "lost-generator"} <= {*files.trained_stages(folder)}
+
+    flags = "--checkpoint", folder, "--resolution", 32
+    out = tmp_path / "out"
+    assert run(sample.main, "--text", "a table", "--registers", 2, "--out", out, *flags) == 0
+    assert run(sample.main, "--text", "a table", "--top-k", 2, "--out", out, *flags) == 2
+    assert run(sample.main, "--text", "a table", "--registers", 9, "--out", out, *flags) == 2
+    assert "9 registers are not between 1 and 8" in capsys.readouterr().err
+
+    search = "search", "--in", out, "--checkpoint", folder, "--out", tmp_path / "found"
+    for query in (out / "a-table-0.glb", "a table", out / "a-table-0.png"):
+        assert run(lost.main, "--query", query, *search) == 0
+        assert (tmp_path / "found/search-a-table-0.png").is_file() or query == "a table"
+    assert run(lost.main, "--query", "a table", *search[:2], tmp_path / "none", *search[3:]) == 2
+
+    flags = "--checkpoint", folder, "--scorer", overfitted, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"
+    assert run(evaluate.main, "registers", *flags, "--shapes", 2) == 0
+    assert [row["registers"] for row in rows_of(tmp_path / "exams/registers")] == ["1", "2", "4", "8", "(its tokens)"]
+
+
+def test_without_weights_is_one_line(tmp_path, capsys):
+    assert run(lost.main, "search", "--query", "a table", "--in", tmp_path, "--checkpoint", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "holds no trained lost-generator")
