@@ -1,14 +1,14 @@
-"""lost.py - LoST (arXiv 2603.17995): a shape becomes registers, most meaning first, and a transformer continues them.
+"""lost.py - LoST (arXiv 2603.17995): a shape becomes registers, those with most meaning first.
 
 The first register alone gives a whole chair; each further one brings it closer to *this* chair:
 
-    shape tokens    -> Registers -> r_1 ... r_m           of training, any prefix has to do (nested dropout)
-    r_1 ... r_k     -> PrefixDecoder, a flow -> shape tokens          what a prefix leaves open is sampled
-    shape tokens    -> Student -> which shapes are alike              RIDA, the teacher of meaning
-    prompt          -> Generator -> one register after another
+    shape tokens   -> Registers -> r_1 ... r_m
+    r_1 ... r_k    -> PrefixDecoder, a flow -> shape tokens       for any k; what they leave open is sampled
+    shape tokens   -> Student -> which shapes are alike           RIDA: teaches the decoder what shapes mean
+    prompt         -> Generator -> one register after another
 
-The shape tokens, frozen, are those of tokenizer.py, where the paper has patches of a triplane: all heads read them.
-Other departures: docs/LOST.md.
+The shape tokens, frozen, are those of tokenizer.py; the paper has patches of a triplane. So all heads read what comes
+out. Other departures: docs/LOST.md.
 
     python train.py --model lost                          # trains it
     python sample.py --model lost --text "table" --registers 8
@@ -16,7 +16,7 @@ Other departures: docs/LOST.md.
 
 Letters: n shape tokens of c channels, m registers of w channels, k of which are there, e features.
 """
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -50,7 +50,6 @@ STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, dept
 GENERATORS = {"tiny": dict(dim=192, depth=5, heads=6, prefix=8, head_dim=192, head_depth=3),
               "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
 TEMPERATURE, POSITIVE, NEGATIVE = .07, .96, .92               # the last two: quantiles of the similarities
-WEIGHTS = {"contrast": 1., "rank": 1.}                        # of RIDA's losses; the paper's
 STEPS = 10                                                    # of the decoder's flow
 MEANING = .5                                                  # weight of RIDA in the loss of the decoder
 
@@ -58,7 +57,7 @@ MEANING = .5                                                  # weight of RIDA i
 # ---------------------------------------------------------------------------- RIDA: relations of shapes
 
 class Student(nn.Module):
-    """Shape tokens -> features, b e on the unit sphere. It learns which shapes its teacher finds alike."""
+    """Shape tokens -> features, of length 1. It learns which shapes its teacher finds alike."""
 
     def __init__(self, tokens, channels, dim, depth, heads):
         super().__init__()
@@ -101,8 +100,7 @@ class Registers(nn.Module):
 
     def __init__(self, tokens, channels, registers, width, dim, heads, encoder):
         super().__init__()
-        self.token = nn.Linear(channels, dim)
-        self.place = nn.Parameter(torch.randn(tokens, dim) * .02)
+        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
         self.register = nn.Parameter(torch.randn(registers, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
         unit = nn.LayerNorm(width, elementwise_affine=False)
@@ -118,13 +116,12 @@ class Registers(nn.Module):
 
 
 class PrefixDecoder(nn.Module):
-    """The first k registers and noise -> shape tokens, by a flow. Tokens attend to each other and to the registers."""
+    """A flow from noise to shape tokens, which attend to each other and to the first k registers."""
 
     def __init__(self, tokens, channels, registers, width, dim, heads, decoder):
         super().__init__()
-        self.shape, self.dim, self.heads = (tokens, channels), dim, heads
-        self.token = nn.Linear(channels, dim)
-        self.place = nn.Parameter(torch.randn(tokens, dim) * .02)
+        self.channels, self.dim, self.heads = channels, dim, heads
+        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
         self.register, self.order = nn.Linear(width, dim), nn.Parameter(torch.randn(registers, dim) * .02)
         self.norm = nn.LayerNorm(dim)
         self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(decoder))
@@ -139,31 +136,14 @@ class PrefixDecoder(nn.Module):
         pairs = (rearrange(into(y), "b k (i h w) -> i b h k w", i=2, h=self.heads) for into in self.cross)
         return [(F.normalize(k, dim=-1), v) for k, v in pairs]
 
-    def velocity(self, x, t, memory, there):                  # b n c, b, `read`, which registers are there b k -> b n c
+    def velocity(self, x, t, there, memory):                  # b (n c), b, which registers are there b k, `read`
+        x = rearrange(x, "b (n c) -> b n c", c=self.channels)
         mask = repeat(F.pad(there, (0, x.shape[1]), value=True), "b k -> b n k", n=x.shape[1])
         time = rearrange(self.time(time_embedding(t, self.dim)), "b (i d) -> b i d", i=6)
         y = self.token(x) + self.place
         for block, pair in zip(self.blocks, memory):
             y, _ = block(y, time, mask, pair)
-        return self.out(y).float()
-
-    def loss(self, x, registers, there):
-        """x_t = (1 - t) noise + t x; the velocity is x - noise. -> mean squared error, and what x it points to."""
-        t, noise = torch.randn(len(x), device=x.device).sigmoid(), torch.randn_like(x)
-        t_ = rearrange(t, "b -> b 1 1")
-        noisy = (1 - t_) * noise + t_ * x
-        v = self.velocity(noisy, t, self.read(registers), there)
-        return F.mse_loss(v, x - noise), noisy + (1 - t_) * v
-
-    @torch.no_grad()
-    def generate(self, registers, noise, steps):
-        """Registers b k w, the first k of a shape, noise b n c -> shape tokens b n c."""
-        there = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
-        memory, flat = self.read(registers), partial(rearrange, pattern="b n c -> b (n c)")
-
-        def net(x, t, _):
-            return flat(self.velocity(x.view(noise.shape), t, memory, there))
-        return Flow.sample(net, noise, flat(noise)[:, None], steps).view(noise.shape)
+        return rearrange(self.out(y).float(), "b n c -> b (n c)")
 
 
 class Codec(nn.Module):
@@ -174,25 +154,37 @@ class Codec(nn.Module):
         super().__init__()
         sizes = dict(tokens=tokens, channels=channels, registers=registers, width=width, dim=dim, heads=heads)
         self.encoder, self.decoder = Registers(**sizes, encoder=encoder), PrefixDecoder(**sizes, decoder=decoder)
-        self.count, self.width = registers, width
+        self.tokens, self.count, self.width = tokens, registers, width
         self.lengths = [2 ** i for i in range(registers.bit_length())]            # of prefixes: 1, 2, 4, ... m
 
     def forward(self, x):                                     # b n c -> b m w
         return self.encoder(x)
 
     def loss(self, x, student):
-        """Nested dropout: of each shape the first k registers are left, a random power of two."""
-        r = self.encoder(x)
+        """Nested dropout: of each shape the first k registers are left, a random power of two. A rectified flow:
+
+            x_t = (1 - t) noise + t x       v = x - noise       x' = x_t + (1 - t) v'
+            L = |v' - v|^2 + MEANING (1 - <S(x'), S(x)>)        v': the decoder's, S: the student
+        """
+        r, b = self(x), len(x)
         r = r + tokenizer_.NOISE * torch.randn_like(r) if self.training else r
-        k = torch.tensor(self.lengths, device=x.device)[torch.randint(len(self.lengths), (len(x), 1), device=x.device)]
-        flow, guess = self.decoder.loss(x, r, torch.arange(self.count, device=x.device) < k)
+        k = torch.tensor(self.lengths, device=x.device)[torch.randint(len(self.lengths), (b, 1), device=x.device)]
+        there = torch.arange(self.count, device=x.device) < k                     # b m
+        flat, t = rearrange(x, "b n c -> b (n c)"), torch.randn(b, 1, device=x.device).sigmoid()
+        noise = torch.randn_like(flat)
+        noisy = (1 - t) * noise + t * flat
+        v = self.decoder.velocity(noisy, t[:, 0], there, self.decoder.read(r))
+        flow, guess = F.mse_loss(v, flat - noise), (noisy + (1 - t) * v).view_as(x)
         meaning = 1 - (student(guess) * student(x)).sum(-1).mean()
         return flow + self.MEANING * meaning, {"flow": flow.detach(), "meaning": meaning.detach()}
 
+    @torch.no_grad()
     def decode(self, registers, seeds, steps=STEPS):
-        """The first registers of b shapes, b k w, and a seed each -> shape tokens b n c."""
-        noise = draw_noise(map(np.random.default_rng, seeds), self.decoder.shape, registers.device)
-        return self.decoder.generate(registers, noise, steps)
+        """The first k registers of b shapes, b k w, and a seed each -> shape tokens b n c."""
+        there = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
+        noise = draw_noise(map(np.random.default_rng, seeds), (1, self.tokens * self.decoder.channels), there.device)
+        net = partial(self.decoder.velocity, memory=self.decoder.read(registers))
+        return rearrange(Flow.sample(net, there, noise, steps), "b (n c) -> b n c", n=self.tokens)
 
 
 # ---------------------------------------------------------------------------- LoST-GPT
@@ -238,7 +230,7 @@ class Generator(Sequence):
 
 def train_student(run):
     """RIDA. The teacher knows captions; the student sees shape tokens, and learns which are alike."""
-    tokens, features = tokens_of(run), relations.features(run.folder, run.train, run.test)
+    (tokens, sizes), features = tokens_of(run), relations.features(run.folder, run.train, run.test)
     t = features[run.train][:2000] @ features[run.train][-2000:].T
     low, high = np.quantile(t.numpy(), (NEGATIVE, POSITIVE))
 
@@ -246,7 +238,7 @@ def train_student(run):
         rows = rng.permutation(len(split))[:run.micro_batch_size("lost-student")]
         return tokens[split][rows], features[split][rows]
 
-    settings = STUDENTS[run.size] | sizes_of(tokens[run.test])
+    settings = STUDENTS[run.size] | sizes
     model = Student(**settings)
     start(run, "lost-student", {"lost-student": model}, settings=settings)
 
@@ -254,8 +246,8 @@ def train_student(run):
         x, t = batch
         own = model(x + tokenizer_.NOISE * torch.randn_like(x))
         s, t = own @ own.T, t @ t.T
-        losses = {"contrast": contrast(s, t, low, high), "rank": rank(s, t)}
-        return sum(WEIGHTS[name] * loss for name, loss in losses.items()), {k: v.detach() for k, v in losses.items()}
+        alike, order = contrast(s, t, low, high), rank(s, t)  # both have weight 1, as in the paper
+        return alike + order, {"contrast": alike.detach(), "rank": order.detach()}
 
     model, seconds = fit(run, "lost-student", model, draw, loss_of)
     run.finish("lost-student", seconds, {"lost-student": model}, settings=settings)
@@ -264,13 +256,13 @@ def train_student(run):
 def train_registers(run):
     """Registers and decoder, on frozen tokens; the student says whether what comes out means the same."""
     run = run.turned()
-    tokens, heads = tokens_of(run), heads_.load(run.folder, run.first, run.device)
-    student = load_stage(run.folder, "lost-student", Student).to(run.device)
+    (tokens, sizes), heads = tokens_of(run), heads_.load(run.folder, run.first, run.device)
+    student = load_student(run.folder).to(run.device)
 
     def draw(split, rng):
         return tokens[split][rng.integers(len(split), size=run.micro_batch_size("lost-registers"))]
 
-    settings = SIZES[run.size] | sizes_of(tokens[run.test])
+    settings = SIZES[run.size] | sizes
     model = run.part("lost-registers", Codec)(**settings)
     start(run, "lost-registers", {"lost-registers": model}, settings=settings, variant=run.variant)
 
@@ -285,12 +277,10 @@ def train_registers(run):
 
 
 def tokens_of(run):
+    """{set: shape tokens of all its shapes, n c each}, and the sizes of those."""
     tokenizer = tokenizer_.load(run.folder).to(run.device)
-    return {split: ltm3d.encode(run, tokenizer, split) for split in (run.train, run.test)}        # shapes n c
-
-
-def sizes_of(tokens):
-    return dict(zip(("tokens", "channels"), tokens.shape[1:]))
+    tokens = {split: ltm3d.encode(run, tokenizer, split) for split in (run.train, run.test)}
+    return tokens, dict(zip(("tokens", "channels"), tokens[run.test].shape[1:]))
 
 
 def train_generator(run):
@@ -323,18 +313,22 @@ def stages(reps):
 # ---------------------------------------------------------------------------- sampling
 
 class Tokenizer(nn.Module):
-    """Clouds -> shape tokens -> the first k registers, or all -> shape tokens again."""
+    """Clouds -> shape tokens -> registers -> shape tokens."""
 
-    def __init__(self, tokenizer, codec, k=None):
+    def __init__(self, tokenizer, codec):
         super().__init__()
-        self.tokenizer, self.codec, self.points, self.k = tokenizer, codec, tokenizer.points, k
+        self.tokenizer, self.codec, self.points = tokenizer, codec, tokenizer.points
 
     def forward(self, *cloud):                                # b k 3 each -> b n c
-        return self.codec.decode(self.codec(self.tokenizer(*cloud))[:, :self.k], [0] * len(cloud[0]))
+        return self.codec.decode(self.codec(self.tokenizer(*cloud)), [0] * len(cloud[0]))
 
 
 def load_codec(folder, variants={}):
     return load_stage(folder, "lost-registers", Codec, variants)
+
+
+def load_student(folder):
+    return load_stage(folder, "lost-student", Student)
 
 
 def open_tokenizer(folder, reps, device, variants={}):
@@ -351,14 +345,6 @@ class LoST(ltm3d.LTM3D):
         self.generator, self.codec = (cast_once(part.to(device), autocast)
                                       for part in (generator, load_codec(folder, variants)))
 
-    @cached_property
-    def student(self):
-        return load_stage(self.folder, "lost-student", Student).to(self.device)
-
-    @cached_property
-    def tokenizer(self):
-        return tokenizer_.load(self.folder).to(self.device)
-
     def generate(self, condition, seeds, **options):
         options = SAMPLING | options
         cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
@@ -367,11 +353,8 @@ class LoST(ltm3d.LTM3D):
         randoms = [*map(np.random.default_rng, seeds)]
         return self.codec.decode(self.generator.generate(condition, randoms, cfg=cfg, **options), randoms)
 
-    def features(self, cloud):                                # b k 3 each -> b e
-        return self.student(self.tokenizer(*cloud))
 
-
-load, main = LoST, partial(search.main, LoST, SHIPPED)        # search
+load, main = LoST, partial(search.main, LoST, load_student, SHIPPED)              # search
 
 if __name__ == "__main__":
     command(main)

@@ -86,10 +86,10 @@ def test_every_register_depends_on_the_shape(codec):
 
 def test_absent_registers_are_not_seen(codec):
     """The flow with three registers of eight is the flow with three."""
-    x, t, r = torch.randn(2, 27, 8), torch.tensor([.2, .7]), torch.randn(2, 8, 6)
+    x, t, r = torch.randn(2, 27 * 8), torch.tensor([.2, .7]), torch.randn(2, 8, 6)
     there = (torch.arange(8) < 3).expand(2, 8)
-    masked = codec.decoder.velocity(x, t, codec.decoder.read(r), there)
-    short = codec.decoder.velocity(x, t, codec.decoder.read(r[:, :3]), there[:, :3])
+    masked = codec.decoder.velocity(x, t, there, codec.decoder.read(r))
+    short = codec.decoder.velocity(x, t, there[:, :3], codec.decoder.read(r[:, :3]))
     assert torch.allclose(masked, short, atol=1e-5)
 
 
@@ -176,4 +176,4 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
 
 def test_without_weights_is_one_line(tmp_path, capsys):
     assert run(lost.main, "search", "--query", "a table", "--in", tmp_path, "--checkpoint", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "holds no trained lost-generator")
+    assert_one_line(capsys.readouterr().err, "holds no trained lost-student")

@@ -13,7 +13,7 @@ import heads
 import lost
 import tokenizer
 from engine.commands import UserError, pick_device
-from engine.files import load_stage, trained_stages
+from engine.files import trained_stages
 from evaluation import exam
 from evaluation.experiments import train_stages
 from evaluation.metrics import chamfer_matrix, cosine
@@ -38,7 +38,7 @@ class Opened:
         print(f"{folder}, running on {reason}")
         self.tokenizer = tokenizer.load(folder).to(self.device)
         self.codec = lost.load_codec(folder, VARIANTS).to(self.device)
-        self.student = load_stage(folder, "lost-student", lost.Student).to(self.device)
+        self.student = lost.load_student(folder).to(self.device)
         self.heads, self.test = heads.load(folder, ["sdf"], self.device), exam.held_out(args)
 
     @torch.no_grad()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import encoders
+import tokenizer
 from engine.commands import Parser, UserError, between
 from geometry import mesh_files, real
 from geometry.render import contact_sheet, render_mesh, save_png
@@ -32,12 +33,12 @@ def read_shape(item, points):
 
 
 @torch.no_grad()
-def query_features(model, query, folder):
+def query_features(query, load, folder, student, encoder):
     """A mesh, a picture or words -> features e."""
     path = Path(query)
     if path.suffix.lower() in real.SUFFIXES:
         (item, *_), _ = real.list_items(path)
-        return model.features(read_shape(item, model.tokenizer.points)[1])[0]
+        return student(encoder(*read_shape(item, encoder.points)[1]))[0]
     towers, words, pictures = encoders.load(folder, "lost-generator"), [query] * SAMPLES, None
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
         picture, _ = picture_files.load_picture(path)
@@ -45,11 +46,12 @@ def query_features(model, query, folder):
     else:
         for remark in towers.remarks(query):
             print(f"warning: {remark}", file=sys.stderr)
+    model = load(folder, torch.device("cpu"), nullcontext)
     tokens = model.generate(towers.encode(words, pictures), [(0, i) for i in range(SAMPLES)])
-    return F.normalize(model.student(tokens).mean(0), dim=-1)
+    return F.normalize(student(tokens).mean(0), dim=-1)
 
 
-def main(load, shipped):
+def main(load, load_student, shipped):
     """The command of lost.py, which knows how a model is loaded, and from which folder by default."""
     parser = Parser(__doc__.split("\n")[0])
     flag = parser.add_argument
@@ -60,17 +62,17 @@ def main(load, shipped):
     flag("--checkpoint", default=shipped, help="folder of trained weights")
     flag("--out", default="out", help="folder of the contact sheet")
     args = parser.parse_args()
-    model = load(args.checkpoint, torch.device("cpu"), nullcontext)
-    query = query_features(model, args.query, args.checkpoint)
+    student, encoder = load_student(args.checkpoint), tokenizer.load(args.checkpoint)
+    query = query_features(args.query, load, args.checkpoint, student, encoder)
     found, skipped = [], []
     items, _ = real.list_items(args.source)
     for item in tqdm(items, unit="shape"):
         try:
-            shape, cloud = read_shape(item, model.tokenizer.points)
+            shape, cloud = read_shape(item, encoder.points)
         except UserError as error:
             skipped.append(f"skipped: {item.key}: {error}")
             continue
-        found.append((float(model.features(cloud)[0] @ query), item, shape))
+        found.append((float(student(encoder(*cloud))[0] @ query), item, shape))
     print(*skipped, sep="\n", end="\n" * bool(skipped))
     if not found:
         raise UserError(f"no shape of {args.source} could be read; --in takes a folder of meshes")
