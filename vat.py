@@ -24,7 +24,7 @@ from torch import nn
 
 import heads as heads_
 import ltm3d
-from backbone import grown, guidance_branches, guide
+from backbone import guidance_branches, guide
 from engine import processes
 from engine.codes import Codebook, draw
 from engine.commands import UserError, cast_once, command
@@ -220,15 +220,15 @@ class Generator(Sequence):
         randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
         condition, strengths = guidance_branches(condition, cfg)                  # r branches of b samples
         prefix, seen, start, modulation = self.begin(condition)
-        cache, known = [None] * len(self.blocks), 0
+        cache = [None] * len(self.blocks)
         self.read(prefix, modulation, repeat(seen, "b k -> b q k", q=prefix.shape[1]), cache)
         f, = self.quantiser.decode(torch.zeros(len(seeds), 0, dtype=torch.long, device=prefix.device))
         for k, s in enumerate(self.scales):
             x = self.tokens(k, f.repeat(len(strengths) + 1, 1, 1, 1, 1), start)   # (r b) s^3 d
             seen = F.pad(seen, (0, s ** 3), value=True)
             logits = self.out(self.read(x, modulation, repeat(seen, "b k -> b q k", q=s ** 3), cache)).float()
-            logits = guide(logits, grown(strengths, known, len(self.place)))      # (r b) s^3 v -> b s^3 v
-            f, known = f + self.quantiser.up(draw(logits, randoms, top_k, top_p, temperature), k), known + s ** 3
+            logits = guide(logits, strengths)                 # (r b) s^3 v -> b s^3 v; the first code decides the class
+            f = f + self.quantiser.up(draw(logits, randoms, top_k, top_p, temperature), k)
         return sequence(f)
 
 
