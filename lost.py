@@ -1,4 +1,4 @@
-"""lost.py - LoST (arXiv 2603.17995): a shape becomes registers, those with most meaning first.
+"""lost.py - LoST (arXiv 2603.17995): a shape becomes registers; the first ones carry the most meaning.
 
 The first register alone gives a whole chair; each further one brings it closer to *this* chair:
 
@@ -7,14 +7,14 @@ The first register alone gives a whole chair; each further one brings it closer 
     shape tokens   -> Student -> which shapes are alike           RIDA: teaches the decoder what shapes mean
     prompt         -> Generator -> one register after another
 
-The shape tokens, frozen, are those of tokenizer.py; the paper has patches of a triplane. So all heads read what comes
-out. Other departures: docs/LOST.md.
+What goes in and comes out are the frozen shape tokens of tokenizer.py, so LTM3D's heads decode it. The paper has
+patches of a triplane. Other departures: docs/LOST.md.
 
     python train.py --model lost                          # trains it
     python sample.py --model lost --text "table" --registers 8
     python lost.py search --query chair.glb --in FOLDER   # the shapes that are most alike
 
-Letters: n shape tokens of c channels, m registers of w channels, k of which are there, e features.
+Letters: n shape tokens of c channels; m registers of w channels, k of which are there; e features.
 """
 from functools import partial
 
@@ -27,7 +27,7 @@ from torch import nn
 import heads as heads_
 import ltm3d
 import tokenizer as tokenizer_
-from backbone import DRAWS, DenoiseNet, Flow, draw_noise, grown, guidance_branches
+from backbone import DRAWS, DenoiseNet, Flow, draw_noise, guidance_branches
 from engine.commands import UserError, cast_once, command
 from engine.files import load_stage
 from engine.loop import fit
@@ -50,8 +50,6 @@ STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, dept
 GENERATORS = {"tiny": dict(dim=192, depth=5, heads=6, prefix=8, head_dim=192, head_depth=3),
               "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
 TEMPERATURE, POSITIVE, NEGATIVE = .07, .96, .92               # the last two: quantiles of the similarities
-STEPS = 10                                                    # of the decoder's flow
-MEANING = .5                                                  # weight of RIDA in the loss of the decoder
 
 
 # ---------------------------------------------------------------------------- RIDA: relations of shapes
@@ -75,18 +73,17 @@ class Student(nn.Module):
 def contrast(s, t, low, high):
     """InfoNCE with several positives. s, t: b b, similarities of shapes by the student and by the teacher.
 
-        L = mean_i mean_{j in P(i)} -log( e^(s_ij / T) / (e^(s_ij / T) + sum_{k in N(i)} e^(s_ik / T)) )
+        L = mean_i mean_{j in P(i)} -log( e^(s_ij / T) / (e^(s_ij / T) + sum_{l in N(i)} e^(s_il / T)) )
 
-    P(i) = {j != i: t_ij > high}, N(i) = {k: t_ik < low}; shapes in between are neither."""
-    s, other = s / TEMPERATURE, ~torch.eye(len(s), dtype=torch.bool, device=s.device)
-    positive = (t > high) & other
-    negatives = s.masked_fill(t >= low, -1e4).logsumexp(1, keepdim=True)          # b 1
-    losses = F.softplus(negatives - s) * positive                                 # b b
+    P(i) = {j != i: t_ij > high}, N(i) = {l: t_il < low}; shapes in between are neither. i: those with some positive."""
+    positive = (t > high) & ~torch.eye(len(t), dtype=torch.bool, device=t.device)
+    negatives = (s / TEMPERATURE).masked_fill(t >= low, -1e4).logsumexp(1, keepdim=True)      # b 1
+    losses = F.softplus(negatives - s / TEMPERATURE) * positive                   # b b
     return (losses.sum(1) / positive.sum(1).clamp(min=1)).sum() / positive.any(1).sum().clamp(min=1)
 
 
 def rank(s, t):
-    """Mean squared error of the rows of both matrices, each with mean 0 and deviation 1; not of the diagonal."""
+    """The paper's rank distillation: mean squared error of the rows of both, standardised; without the diagonal."""
     other = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
     s, t = (F.layer_norm(x[other].view(len(x), -1), [len(x) - 1]) for x in (s, t))            # b (b - 1) each
     return F.mse_loss(s, t)
@@ -106,12 +103,12 @@ class Registers(nn.Module):
         unit = nn.LayerNorm(width, elementwise_affine=False)
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), unit)
         i = torch.arange(tokens + registers)                  # tokens come first
-        self.register_buffer("mask", (i < tokens) | (i <= i[:, None]) & (i[:, None] >= tokens), persistent=False)
+        self.register_buffer("mask", ((i < tokens) | (i <= i[:, None]))[None], persistent=False)             # 1 q k
 
     def forward(self, x):                                     # b n c -> b m w
         y = torch.cat([self.token(x) + self.place, repeat(self.register, "m d -> b m d", b=len(x))], 1)
         for block in self.blocks:
-            y = block(y, mask=repeat(self.mask, "q k -> b q k", b=len(x)))
+            y = block(y, mask=self.mask)
         return self.out(y[:, x.shape[1]:]).float()
 
 
@@ -131,12 +128,13 @@ class PrefixDecoder(nn.Module):
         nn.init.zeros_(self.time[-1].weight)
         nn.init.zeros_(self.out[-1].weight)
 
-    def read(self, registers):                                # b k w -> keys and values of each block
+    def read(self, registers):                                # b k w -> keys and values for each block, at any time
         y = self.norm(self.register(registers) + self.order[:registers.shape[1]])
         pairs = (rearrange(into(y), "b k (i h w) -> i b h k w", i=2, h=self.heads) for into in self.cross)
         return [(F.normalize(k, dim=-1), v) for k, v in pairs]
 
-    def velocity(self, x, t, there, memory):                  # b (n c), b, which registers are there b k, `read`
+    def velocity(self, x, t, there, memory):
+        """Noisy tokens b (n c), time b, which registers are there b k, and what `read` says of them -> b (n c)."""
         x = rearrange(x, "b (n c) -> b n c", c=self.channels)
         mask = repeat(F.pad(there, (0, x.shape[1]), value=True), "b k -> b n k", n=x.shape[1])
         time = rearrange(self.time(time_embedding(t, self.dim)), "b (i d) -> b i d", i=6)
@@ -148,7 +146,7 @@ class PrefixDecoder(nn.Module):
 
 class Codec(nn.Module):
     """Registers and PrefixDecoder, which are trained together."""
-    MEANING = MEANING                                         # evaluation/peers.py has one without RIDA
+    MEANING = .5                                              # weight of RIDA; evaluation/peers.py has one without
 
     def __init__(self, registers, width, dim, heads, encoder, decoder, tokens, channels):
         super().__init__()
@@ -157,18 +155,15 @@ class Codec(nn.Module):
         self.tokens, self.count, self.width = tokens, registers, width
         self.lengths = [2 ** i for i in range(registers.bit_length())]            # of prefixes: 1, 2, 4, ... m
 
-    def forward(self, x):                                     # b n c -> b m w
-        return self.encoder(x)
-
     def loss(self, x, student):
-        """Nested dropout: of each shape the first k registers are left, a random power of two. A rectified flow:
+        """Nested dropout: of each shape only the first k registers are there; k is a random power of two. A flow:
 
             x_t = (1 - t) noise + t x       v = x - noise       x' = x_t + (1 - t) v'
             L = |v' - v|^2 + MEANING (1 - <S(x'), S(x)>)        v': the decoder's, S: the student
         """
-        r, b = self(x), len(x)
+        r, b = self.encoder(x), len(x)                                            # b m w
         r = r + tokenizer_.NOISE * torch.randn_like(r) if self.training else r
-        k = torch.tensor(self.lengths, device=x.device)[torch.randint(len(self.lengths), (b, 1), device=x.device)]
+        k = 2 ** torch.randint(len(self.lengths), (b, 1), device=x.device)
         there = torch.arange(self.count, device=x.device) < k                     # b m
         flat, t = rearrange(x, "b n c -> b (n c)"), torch.randn(b, 1, device=x.device).sigmoid()
         noise = torch.randn_like(flat)
@@ -179,12 +174,13 @@ class Codec(nn.Module):
         return flow + self.MEANING * meaning, {"flow": flow.detach(), "meaning": meaning.detach()}
 
     @torch.no_grad()
-    def decode(self, registers, seeds, steps=STEPS):
-        """The first k registers of b shapes, b k w, and a seed each -> shape tokens b n c."""
+    def decode(self, registers, seeds, steps=10):
+        """The first k registers of b shapes, b k w, and one seed per shape -> shape tokens b n c."""
         there = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
         noise = draw_noise(map(np.random.default_rng, seeds), (1, self.tokens * self.decoder.channels), there.device)
         net = partial(self.decoder.velocity, memory=self.decoder.read(registers))
-        return rearrange(Flow.sample(net, there, noise, steps), "b (n c) -> b n c", n=self.tokens)
+        x = Flow.sample(net, there, noise, steps)             # hands `there` on to the net, as it does context vectors
+        return rearrange(x, "b (n c) -> b n c", n=self.tokens)
 
 
 # ---------------------------------------------------------------------------- LoST-GPT
@@ -198,15 +194,15 @@ class Generator(Sequence):
         self.place = nn.Parameter(torch.randn(registers, dim) * .02)              # of the register that comes next
         self.net = DenoiseNet(width, dim, head_dim, head_depth)
 
-    def loss(self, r, condition):                             # b m w
-        prefix, seen, start, modulation = self.begin(condition)
+    def loss(self, registers, condition):                     # b m w
+        prefix, shown, start, modulation = self.begin(condition)
         p = prefix.shape[1]
-        x = torch.cat([prefix, torch.cat([start, self.token(r[:, :-1])], 1) + self.place], 1)     # b (p + m) d
+        x = torch.cat([prefix, torch.cat([start, self.token(registers[:, :-1])], 1) + self.place], 1)         # b p+m d
         i = torch.arange(x.shape[1], device=x.device)
-        mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(seen, (0, self.count), value=True), "b k -> b 1 k")
-        c = self.read(x, modulation, mask, [None] * len(self.blocks))[:, p:]  # b m d
-        c, r = (repeat(y, "b m d -> (draws b m) d", draws=DRAWS) for y in (c, r))
-        return Flow.loss(self.net, r, c), {}
+        mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(shown, (0, self.count), value=True), "b k -> b 1 k")
+        c = self.read(x, modulation, mask)[:, p:]                                 # b m d
+        c, x = (repeat(y, "b m d -> (draws b m) d", draws=DRAWS) for y in (c, registers))
+        return Flow.loss(self.net, x, c), {}
 
     @torch.no_grad()
     def generate(self, condition, seeds, registers=None, denoise_steps=4, cfg=2., temperature=1.):
@@ -214,25 +210,33 @@ class Generator(Sequence):
         randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
         noise = draw_noise(randoms, (self.count, 1, self.width), self.place.device)               # b m 1 w
         condition, strengths = guidance_branches(condition, cfg)                  # r branches of b samples
-        prefix, seen, x, modulation = self.begin(condition)
+        prefix, shown, x, modulation = self.begin(condition)
         cache, made = [None] * len(self.blocks), []
-        self.read(prefix, modulation, repeat(seen, "b k -> b q k", q=prefix.shape[1]), cache)
+        self.read(prefix, modulation, repeat(shown, "b k -> b q k", q=prefix.shape[1]), cache)
         for i in range(registers or self.count):
-            seen = F.pad(seen, (0, 1), value=True)
-            c = self.read(x + self.place[i], modulation, rearrange(seen, "b k -> b 1 k"), cache)[:, 0]    # (r b) d
-            strength = grown(strengths, i, self.count)
-            made.append(Flow.sample(self.net, c, noise[:, i], denoise_steps, strength, temperature))          # b w
+            shown = F.pad(shown, (0, 1), value=True)
+            c = self.read(x + self.place[i], modulation, rearrange(shown, "b k -> b 1 k"), cache)[:, 0]       # (r b) d
+            made.append(Flow.sample(self.net, c, noise[:, i], denoise_steps, strengths, temperature))         # b w
             x = rearrange(self.token(made[-1]), "b d -> b 1 d").repeat(len(strengths) + 1, 1, 1)
         return torch.stack(made, 1)
 
 
 # ---------------------------------------------------------------------------- training: data, model, loss, save
 
+def tokens_of(run):
+    """{set: shape tokens of all its shapes, n c each}, and the sizes of those."""
+    tokenizer = tokenizer_.load(run.folder).to(run.device)
+    tokens = {split: ltm3d.encode(run, tokenizer, split) for split in (run.train, run.test)}
+    return tokens, dict(zip(("tokens", "channels"), tokens[run.test].shape[1:]))
+
+
 def train_student(run):
-    """RIDA. The teacher knows captions; the student sees shape tokens, and learns which are alike."""
-    (tokens, sizes), features = tokens_of(run), relations.features(run.folder, run.train, run.test)
-    t = features[run.train][:2000] @ features[run.train][-2000:].T
-    low, high = np.quantile(t.numpy(), (NEGATIVE, POSITIVE))
+    """RIDA. The teacher knows class, attributes and captions; the student reads shape tokens."""
+    run = run.turned()
+    tokens, sizes = tokens_of(run)
+    features = relations.features(run.folder, run.train, run.test)
+    some = features[run.train][:2000]
+    low, high = np.quantile((some @ some.T)[~torch.eye(len(some), dtype=torch.bool)], (NEGATIVE, POSITIVE))
 
     def draw(split, rng):
         rows = rng.permutation(len(split))[:run.micro_batch_size("lost-student")]
@@ -243,10 +247,11 @@ def train_student(run):
     start(run, "lost-student", {"lost-student": model}, settings=settings)
 
     def loss_of(model, batch):
-        x, t = batch
+        x, known = batch
         own = model(x + tokenizer_.NOISE * torch.randn_like(x))
-        s, t = own @ own.T, t @ t.T
-        alike, order = contrast(s, t, low, high), rank(s, t)  # both have weight 1, as in the paper
+        with torch.autocast(x.device.type, enabled=False):
+            s, t = own @ own.T, known @ known.T
+            alike, order = contrast(s, t, low, high), rank(s, t)                  # both have weight 1, as in the paper
         return alike + order, {"contrast": alike.detach(), "rank": order.detach()}
 
     model, seconds = fit(run, "lost-student", model, draw, loss_of)
@@ -254,54 +259,44 @@ def train_student(run):
 
 
 def train_registers(run):
-    """Registers and decoder, on frozen tokens; the student says whether what comes out means the same."""
+    """Registers and decoder, on frozen tokens; the student says whether what is decoded still means the same."""
     run = run.turned()
-    (tokens, sizes), heads = tokens_of(run), heads_.load(run.folder, run.first, run.device)
+    tokens, sizes = tokens_of(run)
+    heads = heads_.load(run.folder, run.first, run.device)
     student = load_student(run.folder).to(run.device)
 
-    def draw(split, rng):
-        return tokens[split][rng.integers(len(split), size=run.micro_batch_size("lost-registers"))]
-
+    draw = lambda split, rng: tokens[split][rng.integers(len(split), size=run.micro_batch_size("lost-registers"))]
     settings = SIZES[run.size] | sizes
     model = run.part("lost-registers", Codec)(**settings)
     start(run, "lost-registers", {"lost-registers": model}, settings=settings, variant=run.variant)
 
-    def show(model, path):                                    # a row for each shape: of 1, 2, 4, ... registers
-        x = tokens[run.test][:4].to(run.device)
+    def show(model, path):                                    # at tiny a row for each shape: of 1, 2, 4 ... registers
         with run.autocast():
-            made = torch.stack([model.decode(model(x)[:, :k], range(len(x))) for k in model.lengths], 1)       # b k n c
+            r = model.encoder(tokens[run.test][:4].to(run.device))
+            made = torch.stack([model.decode(r[:, :k], range(len(r))) for k in model.lengths], 1)              # b k n c
         ltm3d.save_picture(path, progress.reconstructions(run, heads, made.flatten(0, 1), run.first[-1]))
 
     model, seconds = fit(run, "lost-registers", model, draw, lambda model, x: model.loss(x, student), show)
     run.finish("lost-registers", seconds, {"lost-registers": model}, settings=settings, variant=run.variant)
 
 
-def tokens_of(run):
-    """{set: shape tokens of all its shapes, n c each}, and the sizes of those."""
-    tokenizer = tokenizer_.load(run.folder).to(run.device)
-    tokens = {split: ltm3d.encode(run, tokenizer, split) for split in (run.train, run.test)}
-    return tokens, dict(zip(("tokens", "channels"), tokens[run.test].shape[1:]))
-
-
 def train_generator(run):
     """On frozen registers and frozen encoders."""
-    codec = load_codec(run.folder, run.variants).to(run.device)
+    codec = load_codec(run.folder, variants=run.variants).to(run.device)
     encoders, _, draw = ltm3d.tokens_and_prompts(run, "lost-generator", tokenizer_.load)
-    heads = heads_.load(run.folder, run.first, run.device)
     settings = GENERATORS[run.size] | {"registers": codec.count, "width": codec.width, "widths": encoders.widths}
     model = run.part("lost-generator", Generator)(**settings)
     entries = dict(settings=settings, variant=run.variant)
     start(run, "lost-generator", {"lost-generator": model}, towers=run.encoder_names, **entries)
 
     def loss_of(model, batch):
-        with torch.no_grad():
-            r = codec(batch[0])
-        return model.loss(r, encoders.encode_drawn(batch[1]))
+        return model.loss(codec.encoder(batch[0]), encoders.encode_drawn(batch[1]))
 
     def generate(model, condition, seeds):
         randoms = [*map(np.random.default_rng, seeds)]
         return codec.decode(model.generate(condition, randoms), randoms)
 
+    heads = heads_.load(run.folder, run.first, run.device)
     ltm3d.fit_generator(run, "lost-generator", model, draw, loss_of, encoders, heads, generate, **entries)
 
 
@@ -312,7 +307,7 @@ def stages(reps):
 
 # ---------------------------------------------------------------------------- sampling
 
-class Tokenizer(nn.Module):
+class ThereAndBack(nn.Module):
     """Clouds -> shape tokens -> registers -> shape tokens."""
 
     def __init__(self, tokenizer, codec):
@@ -320,20 +315,16 @@ class Tokenizer(nn.Module):
         self.tokenizer, self.codec, self.points = tokenizer, codec, tokenizer.points
 
     def forward(self, *cloud):                                # b k 3 each -> b n c
-        return self.codec.decode(self.codec(self.tokenizer(*cloud)), [0] * len(cloud[0]))
+        return self.codec.decode(self.codec.encoder(self.tokenizer(*cloud)), [0] * len(cloud[0]))
 
 
-def load_codec(folder, variants={}):
-    return load_stage(folder, "lost-registers", Codec, variants)
-
-
-def load_student(folder):
-    return load_stage(folder, "lost-student", Student)
+load_student = partial(load_stage, stage="lost-student", part=Student)
+load_codec = partial(load_stage, stage="lost-registers", part=Codec)
 
 
 def open_tokenizer(folder, reps, device, variants={}):
-    return (Tokenizer(tokenizer_.load(folder), load_codec(folder, variants)).to(device),
-            heads_.load(folder, reps, device))
+    both_ways = ThereAndBack(tokenizer_.load(folder), load_codec(folder, variants=variants)).to(device)
+    return both_ways, heads_.load(folder, reps, device)
 
 
 class LoST(ltm3d.LTM3D):
@@ -341,14 +332,13 @@ class LoST(ltm3d.LTM3D):
 
     def __init__(self, folder, device, autocast, variants={}):
         self.folder, self.device, self.autocast, self.heads = folder, device, autocast, {}
-        generator = load_stage(folder, "lost-generator", Generator, variants)
-        self.generator, self.codec = (cast_once(part.to(device), autocast)
-                                      for part in (generator, load_codec(folder, variants)))
+        self.generator = cast_once(load_stage(folder, "lost-generator", Generator, variants).to(device), autocast)
+        self.codec = cast_once(load_codec(folder, variants=variants).to(device), autocast)
 
     def generate(self, condition, seeds, **options):
         options = SAMPLING | options
         cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
-        if options["registers"] not in (None, *range(1, self.codec.count + 1)):
+        if (options["registers"] or 1) > self.codec.count:
             raise UserError(f"{options['registers']} registers are not between 1 and {self.codec.count}")
         randoms = [*map(np.random.default_rng, seeds)]
         return self.codec.decode(self.generator.generate(condition, randoms, cfg=cfg, **options), randoms)

@@ -72,15 +72,16 @@ class Sequence(nn.Module):
         nn.init.zeros_(self.pooled.weight)
 
     def begin(self, condition):
-        """-> prefix b p d, which of it is there b p, the token that comes next b 1 d, the numbers of adaLN b 6 d; the
-        last two are made of the pooled prompt."""
-        prefix, seen = self.prefix(condition)
-        pooled = self.prefix.summary(prefix, seen)            # b 1 d
-        return prefix, seen, self.start(pooled), rearrange(self.pooled(pooled), "b 1 (i d) -> b i d", i=6)
+        """-> prefix b p d, its mask b p, the first token b 1 d, shifts, scales and gates of all blocks b 6 d. The last
+        two come from the mean of the prefix."""
+        prefix, mask = self.prefix(condition)
+        mean = self.prefix.summary(prefix, mask)              # b 1 d
+        return prefix, mask, self.start(mean), rearrange(self.pooled(mean), "b 1 (i d) -> b i d", i=6)
 
-    def read(self, x, modulation, mask, cache):
-        """New rows b q d, which rows each sees b q k, the cache: a list with keys and values of each block, or None ->
-        b q d; the cache has those of the new rows, too."""
+    def read(self, x, modulation, mask, cache=None):
+        """New rows x: b q d, mask: b q k, which rows each may attend to -> b q d. cache: a list, of each block the keys
+        and values of earlier rows, at first None; those of the new rows are added to it."""
+        cache = [None] * len(self.blocks) if cache is None else cache
         for i, block in enumerate(self.blocks):
             x, cache[i] = block(x, modulation, mask, cache[i])
         return self.norm(x)

@@ -46,7 +46,7 @@ def test_codes_are_what_was_quantised(tokenizer):
     """The latents that leave the quantiser are those that its codes say."""
     latents, _, indices = tokenizer.quantiser(torch.randn(3, 64, 8))
     assert indices.shape == (3, 1 + 8 + 27 + 64)
-    assert torch.allclose(vat.sequence(tokenizer.quantiser.decode(indices)[-1]), latents, atol=1e-5)
+    assert torch.allclose(vat.as_rows(tokenizer.quantiser.decode(indices)[-1]), latents, atol=1e-5)
 
 
 def test_the_nearest_code_is_chosen(tokenizer):
@@ -122,12 +122,12 @@ def test_dropped_scales_are_those_of_the_codes():
     """In training, the latents are what the first codes say, of one or more scales; else what all say."""
     quantiser, z = tokenizers.ScaleDropout(**SIZE).quantiser, torch.randn(40, 64, 8)
     latents, _, indices = quantiser(z)
-    levels = torch.stack([vat.sequence(f) for f in quantiser.decode(indices)[1:]])            # k b n c
+    levels = torch.stack([vat.as_rows(f) for f in quantiser.decode(indices)[1:]])            # k b n c
     found = (levels - latents).abs().amax((2, 3)).argmin(0)                       # b
     assert {*found.tolist()} == {0, 1, 2, 3}
     assert (levels[found, torch.arange(40)] - latents).abs().max() < 1e-5
     whole, _, indices = quantiser.eval()(z)
-    assert torch.allclose(whole, vat.sequence(quantiser.decode(indices)[-1]), atol=1e-5)
+    assert torch.allclose(whole, vat.as_rows(quantiser.decode(indices)[-1]), atol=1e-5)
 
 
 def test_pooled_latents_read_features_near_them():
@@ -159,7 +159,7 @@ def test_a_sample_does_not_depend_on_its_batch(generator):
 @pytest.mark.parametrize("options, allowed", [(dict(top_k=1), {2}), (dict(top_p=.6), {1, 2}), ({}, {0, 1, 2})])
 def test_only_the_likeliest_codes_are_drawn(options, allowed):
     logits = torch.log(torch.tensor([.1, .4, .5])).expand(1, 500, 3)
-    found = codes.draw(logits, [np.random.default_rng(0)], **dict(top_k=None, top_p=1., temperature=1.) | options)
+    found = codes.draw_codes(logits, [np.random.default_rng(0)], **dict(top_k=None, top_p=1., temperature=1.) | options)
     assert {*found.flatten().tolist()} == allowed
 
 
@@ -176,7 +176,7 @@ def test_codes_survive_a_file(tmp_path):
     (lambda raw: raw[:50], "truncated"), (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "altered"),
     (lambda raw: raw + b"0", "truncated"), (lambda raw: b"", "no file of"),
     (lambda raw: b"RIFF" + raw[4:], "no file of"),
-    (lambda raw: raw[:4] + b"\0" + raw[5:], "codebook")])
+    (lambda raw: raw[:4] + b"\0" + raw[5:], "was written with weights")])
 def test_a_damaged_file_of_codes_is_one_line(damage, complaint, tmp_path):
     path = tmp_path / "a.vat"
     codes.write_codes(path, np.arange(100), 10, "0123456789ab")

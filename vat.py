@@ -2,7 +2,8 @@
 
 The opposite bet to LTM3D, whose tokens are continuous and have no order:
 
-    shape  -> Encoder -> latents -> Quantiser -> codes of the scales 1^3, 2^3, 3^3, 4^3 ... -> Decoder -> shape
+    shape  -> Encoder -> latents z -> Quantiser.encode -> codes of the scales 1^3, 2^3, 3^3, 4^3 ...
+    codes  -> Quantiser.decode -> f, nearly z -> Decoder -> shape
     prompt -> Generator -> the codes of one scale after another
 
 Data, towers, blocks, training loop, surfaces and exams are those of LTM3D. Departures from the paper: docs/VAT.md.
@@ -12,7 +13,8 @@ Data, towers, blocks, training loop, surfaces and exams are those of LTM3D. Depa
     python vat.py compress chair.glb chair.vat            # a shape in 299 bytes
     python vat.py decompress chair.vat chair.glb
 
-Letters: n latents of c channels, N codes of a shape, s the side of a scale, v codes of the codebook, k points.
+A code is a whole number; it stands for a vector of the codebook. Letters: n latents of c channels, on a grid S S S; N
+codes of a shape; v vectors of the codebook; s the side of a scale; k points, or the number of a scale, from 0.
 """
 from functools import partial
 
@@ -26,7 +28,7 @@ import heads as heads_
 import ltm3d
 from backbone import guidance_branches, guide
 from engine import processes
-from engine.codes import Codebook, draw
+from engine.codes import Codebook, code_use, draw_codes
 from engine.commands import UserError, cast_once, command
 from engine.files import load_model, load_stage, read_stage, read_weights, trained_stages
 from engine.loop import fit
@@ -37,22 +39,23 @@ from geometry.surface import TRUNCATION
 from prefix import Sequence
 from tokenizer import encode_set
 
+# the image tower learns from the tokens of LTM3D's tokenizer, which is trained with a head; then come our own stages
 DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in ("encoders", "tokenizer", "vision", "head-sdf")} | {
     "vat-latents": (1500, 32, 2e-3), "vat-codes": (4500, 16, 1e-3),
     "vat-generator": (5000, 32, 2e-3), "vat-decoder": (2500, 16, 1e-3)}
 STAGES = "encoders", "tokenizer", "vision", "vat-latents", "vat-codes", "vat-decoder", "vat-generator"
 SEEING, LAST, REPS, SHIPPED = {"vision", "vat-generator"}, "vat-generator", ("sdf", "mesh"), "checkpoints/vat"
 SAMPLING = {"cfg": 2., "cfg_image": 2., "temperature": 1., "top_k": None, "top_p": 1.}
-LONG = "1 2 3 4 4 5 5 6 7 8 9"       # 2,214 codes, of 14 bits 3.9 KB; the paper has 2,220
+LONG = "1 2 3 4 4 5 5 6 7 8 9"       # 2,214 codes of 14 bits: 3.9 KB; the paper has 2,220
 SIZES = {
     "tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", features=6, dim=128, heads=4, depth=3),
     "large": dict(side=9, channels=16, codes=16384, scales=LONG, features=14, dim=768, heads=12, depth=9)}
 GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, prefix=8), "large": dict(dim=1024, depth=24, heads=16, prefix=64)}
-SOFT = 1 / 64           # s of the semi-continuous occupancy: 1/128 of the cube's side
-OCCUPANCY = SOFT / (2 * TRUNCATION)     # its weight: no gradient is greater than that of the distance
+SOFT = 1 / 64           # so near the surface, occupancy falls from 1 to 0: the paper's s, 1/128 of the cube's side
+OCCUPANCY = SOFT / (2 * TRUNCATION)     # weight of its loss: so no gradient is greater than that of the distance
 KL, COMMIT, CODEBOOK = 1e-4, .25, .2                          # the other weights in the loss; the paper's
-down = F.adaptive_avg_pool3d                                  # b c s s s, another s -> b c s s s
-sequence = partial(rearrange, pattern="b c x y z -> b (x y z) c")
+down = F.adaptive_avg_pool3d                                  # b c S S S, s -> b c s s s
+as_rows = partial(rearrange, pattern="b c x y z -> b (x y z) c")
 
 
 # ---------------------------------------------------------------------------- in-context transformer
@@ -74,7 +77,8 @@ class Encoder(nn.Module):
 
     def posterior(self, points, normals, colours):            # b k 3 each -> mean, log variance: b n c each
         features = self.feature(points, self.point(torch.cat([fourier(points, BANDS), normals, colours], -1)))
-        return self.out(self.mix(features)).float().clamp(-10, 10).chunk(2, -1)
+        mean, log_variance = self.out(self.mix(features)).float().chunk(2, -1)
+        return mean, log_variance.clamp(-10, 10)
 
     def mix(self, features):                                  # b m d -> b n d
         x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=len(features))], 1)        # b (m + n) d
@@ -90,60 +94,60 @@ class Encoder(nn.Module):
 # ---------------------------------------------------------------------------- variational vector quantiser
 
 class Quantiser(nn.Module):
-    """Residual quantisation over scales. f_k is what the codes of the first k scales say of the latents z:
+    """Residual quantisation over scales. f_k is what the codes of the first k scales say of the latents z, f_0 = 0:
 
-        q_k = argmin_v | Down_k(z - f_(k-1)) - code_v |^2       s_k^3 whole numbers
+        q_k = argmin_v | Down_k(z - f_(k-1)) - code_v |^2       s_k^3 codes
         f_k = f_(k-1) + phi_k(Up(code[q_k]))                    phi_k(x) = (x + conv_k(x)) / 2
     """
 
     def __init__(self, side, channels, codes, scales):
         super().__init__()
-        self.side, self.scales = side, [int(s) for s in scales.split()]
+        self.side, self.channels, self.scales = side, channels, [int(s) for s in scales.split()]
         self.book = Codebook(codes, channels)
         self.phi = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1) for _ in self.scales)
 
-    def up(self, indices, k):                                 # b s^3 -> what scale k adds, b c s s s
+    def nothing(self, b):                                     # f_0
+        return torch.zeros(b, self.channels, *[self.side] * 3, device=self.book.code.device)
+
+    def up(self, indices, k):                                 # codes b s^3 -> what scale k adds, b c S S S
         x = rearrange(self.book(indices), "b (x y z) c -> b c x y z", x=self.scales[k], y=self.scales[k])
         x = F.interpolate(x, size=(self.side,) * 3, mode="trilinear", align_corners=False)
-        return (x + self.phi[k](x)) / 2
+        with torch.autocast(x.device.type, enabled=False):    # f is the same wherever it is computed
+            return (x + self.phi[k](x)) / 2
 
-    def decode(self, indices):
-        """Codes b N of all scales, or of the first -> [f_0 = 0, f_1, ...], b c s s s each."""
-        f = [torch.zeros(len(indices), self.book.code.shape[1], *[self.side] * 3, device=indices.device)]
-        for k, s in enumerate(self.scales):
-            if indices.shape[1]:
-                f.append(f[-1] + self.up(indices[:, :s ** 3], k))
-            indices = indices[:, s ** 3:]
+    def decode(self, indices):                                # codes b N -> [f_0, f_1, ...], b c S S S each
+        f = [self.nothing(len(indices))]
+        for k, codes in enumerate(indices.split([s ** 3 for s in self.scales], 1)):
+            f.append(f[-1] + self.up(codes, k))
         return f
 
     @torch.no_grad()
-    def encode(self, z):                                      # b c s s s -> codes b N
-        f, indices = torch.zeros_like(z), []
+    def encode(self, z):                                      # b n c -> codes b N
+        z = rearrange(z.float(), "b (x y z) c -> b c x y z", x=self.side, y=self.side)
+        f, indices = self.nothing(len(z)), []
         for k, s in enumerate(self.scales):
-            indices.append(self.book.nearest(sequence(down(z - f, s))))
+            indices.append(self.book.nearest(as_rows(down(z - f, s))))
             f = f + self.up(indices[-1], k)
         return torch.cat(indices, 1)
 
     def forward(self, z):
-        """z b n c -> quantised b n c, loss, codes b N. With sg, stop-gradient, over the scales k:
+        """z b n c -> quantised b n c, loss, codes b N. sg: stop-gradient; the mean is over the scales k, too:
 
-            L = mean_k |f_k - sg(z)|^2 + COMMIT |sg(f_k) - z|^2         gradients pass from f to z as if f = z
-        """
-        with torch.autocast(z.device.type, enabled=False):
-            z = rearrange(z.float(), "b (x y z) c -> b c x y z", x=self.side, y=self.side)
-            indices = self.encode(z)
-            f = torch.stack(self.decode(indices)[1:])                             # k b c s s s
-            loss = F.mse_loss(f, z.detach().expand_as(f)) + COMMIT * F.mse_loss(z.expand_as(f), f.detach())
-            f = z + (f[-1] - z).detach()
-        return sequence(f), loss, indices
+            L = mean( |f_k - sg(z)|^2 + COMMIT |sg(f_k) - z|^2 )
+
+        Gradients of what is quantised pass to z unchanged (straight-through)."""
+        z, indices = z.float(), self.encode(z)
+        f = torch.stack([as_rows(f) for f in self.decode(indices)[1:]])           # k b n c
+        loss = F.mse_loss(f, z.detach().expand_as(f)) + COMMIT * F.mse_loss(z.expand_as(f), f.detach())
+        return z + (f[-1] - z).detach(), loss, indices
 
 
 # ---------------------------------------------------------------------------- triplane decoder
 
 class Decoder(heads_.SdfHead):
-    """Latents -> three planes -> convolutions -> three mip levels, each twice as wide -> distance and colour.
+    """Latents -> three planes -> convolutions -> three mip levels, each of twice the side -> distance and colour.
 
-    The output y is a distance in truncations; y / OCCUPANCY is the logit of the paper's semi-continuous occupancy."""
+    The output y is a distance in truncations, and -y / OCCUPANCY the logit of the paper's semi-continuous occupancy."""
     planes = True
 
     def __init__(self, side, channels, dim, heads, **_):
@@ -164,31 +168,34 @@ class Tokenizer(nn.Module):
 
     def __init__(self, side, channels, codes, scales, features, dim, heads, depth):
         super().__init__()
-        self.encoder, self.points = self.Encoder(side, channels, features, dim, heads, depth), Encoder.points
+        self.encoder = self.Encoder(side, channels, features, dim, heads, depth)
+        self.points = self.encoder.points
         self.quantiser = self.Quantiser(side, channels, codes, scales)
 
     def forward(self, *cloud):                                # b k 3 each -> quantised latents b n c
         return self.quantiser(self.encoder(*cloud))[0]
 
     def latents(self, indices):                               # codes b N -> b n c
-        return sequence(self.quantiser.decode(indices)[-1])
+        return as_rows(self.quantiser.decode(indices)[-1])
 
     def loss(self, decoder, cloud, samples, quantised):
         """L = reconstruction + KL D(N(mean, variance) | N(0, 1)) + CODEBOOK L_quantiser."""
         mean, log_variance = self.encoder.posterior(*cloud)                       # b n c each
         kl = reduce(mean ** 2 + log_variance.exp() - 1 - log_variance, "b n c -> b n", "sum").mean() / 2
         z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
-        latents, loss, _ = self.quantiser(z) if quantised else (z, torch.zeros(()), None)
+        latents, loss, indices = self.quantiser(z) if quantised else (z, torch.zeros(()), None)
         total, logs = decoder.loss(latents, samples)
-        logs |= {"kl": kl.detach(), "codebook": loss.detach(), "in use": self.quantiser.book.share_in_use()}
+        logs |= {"kl": kl.detach(), "codebook": loss.detach()}
+        if quantised:
+            logs |= code_use(indices, len(self.quantiser.book.code))              # of this batch
         return total + self.KL * kl + CODEBOOK * loss, logs
 
 
 # ---------------------------------------------------------------------------- next-scale generator
 
 class Generator(Sequence):
-    """[prefix, scale 1, scale 2 ...]: a scale sees the prefix, earlier scales and itself. Its tokens are
-    Down_k(f_(k-1)), or for the first the pooled prompt. Its output: the logits of all its codes at once."""
+    """[prefix, scale 0, scale 1 ...]: a scale attends to the prefix, earlier scales and itself. Its tokens: the pooled
+    prompt, or else Down of what earlier scales say. Its output: the logits of all its codes at once."""
 
     def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, prefix):
         super().__init__(prefix, widths, dim, depth, heads)
@@ -198,44 +205,43 @@ class Generator(Sequence):
         self.out = nn.Linear(dim, codes)
         nn.init.zeros_(self.out.weight)
 
-    def tokens(self, k, f, start):                            # f_(k-1), b c s s s -> the tokens of scale k, b s^3 d
+    def tokens(self, k, f, start):                            # f of the scales before k, b c S S S -> b s^3 d
         place = self.place.split([s ** 3 for s in self.scales])[k]
-        return place + (self.token(sequence(down(f, self.scales[k]))) if k else start)
+        return place + (self.token(as_rows(down(f, self.scales[k]))) if k else start)
 
     def loss(self, indices, condition):
         """Codes b N and their condition -> cross-entropy, and the share of codes that is guessed right."""
-        prefix, seen, start, modulation = self.begin(condition)
+        prefix, shown, start, modulation = self.begin(condition)
         p, levels = prefix.shape[1], self.quantiser.decode(indices)[:-1]
         x = torch.cat([prefix, *(self.tokens(k, f, start) for k, f in enumerate(levels))], 1)     # b (p + N) d
         scale = torch.tensor([0] * p + [i for i, s in enumerate(self.scales, 1) for _ in range(s ** 3)]).to(x.device)
-        seen = F.pad(seen, (0, len(scale) - p), value=True)
-        mask = (scale <= scale[:, None]) & rearrange(seen, "b k -> b 1 k")                        # b q k
-        logits = self.out(self.read(x, modulation, mask, [None] * len(self.blocks))[:, p:]).float()           # b N v
+        shown = F.pad(shown, (0, len(scale) - p), value=True)
+        mask = (scale <= scale[:, None]) & rearrange(shown, "b k -> b 1 k")                       # b q k
+        logits = self.out(self.read(x, modulation, mask)[:, p:]).float()          # b N v
         right = (logits.argmax(-1) == indices).float().mean()
-        return F.cross_entropy(rearrange(logits, "b n v -> b v n"), indices), {"right": right}
+        return F.cross_entropy(logits.flatten(0, 1), indices.flatten()), {"right": right}
 
     @torch.no_grad()
     def generate(self, condition, seeds, cfg=2., top_k=None, top_p=1., temperature=1.):
         """condition (prefix.py) and one seed per sample -> latents b n c. Keys and values are kept."""
         randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
         condition, strengths = guidance_branches(condition, cfg)                  # r branches of b samples
-        prefix, seen, start, modulation = self.begin(condition)
-        cache = [None] * len(self.blocks)
-        self.read(prefix, modulation, repeat(seen, "b k -> b q k", q=prefix.shape[1]), cache)
-        f, = self.quantiser.decode(torch.zeros(len(seeds), 0, dtype=torch.long, device=prefix.device))
+        prefix, shown, start, modulation = self.begin(condition)
+        cache, f = [None] * len(self.blocks), self.quantiser.nothing(len(seeds))
+        self.read(prefix, modulation, repeat(shown, "b k -> b q k", q=prefix.shape[1]), cache)
         for k, s in enumerate(self.scales):
             x = self.tokens(k, f.repeat(len(strengths) + 1, 1, 1, 1, 1), start)   # (r b) s^3 d
-            seen = F.pad(seen, (0, s ** 3), value=True)
-            logits = self.out(self.read(x, modulation, repeat(seen, "b k -> b q k", q=s ** 3), cache)).float()
-            logits = guide(logits, strengths)                 # (r b) s^3 v -> b s^3 v; the first code decides the class
-            f = f + self.quantiser.up(draw(logits, randoms, top_k, top_p, temperature), k)
-        return sequence(f)
+            shown = F.pad(shown, (0, s ** 3), value=True)
+            logits = self.out(self.read(x, modulation, repeat(shown, "b k -> b q k", q=s ** 3), cache)).float()
+            logits = guide(logits, strengths)                 # b s^3 v; in full from the first code, which decides most
+            f = f + self.quantiser.up(draw_codes(logits, randoms, top_k, top_p, temperature), k)
+        return as_rows(f)
 
 
 # ---------------------------------------------------------------------------- training: data, model, loss, save
 
 def train_tokenizer(run, stage):
-    """Phase 1, "vat-latents", without the quantiser; 2, "vat-codes", with it; 3, "vat-decoder": the decoder goes on."""
+    """Phase 1, "vat-latents", without the quantiser; 2, "vat-codes", with it; 3, "vat-decoder", the decoder alone."""
     if processes.world() > 1:                                 # codes are revived from the batch of one process
         raise UserError(f"{stage} learns in one process; leave torchrun out, and train the generator with it")
     run, settings = run.turned(), SIZES[run.size]
@@ -244,10 +250,14 @@ def train_tokenizer(run, stage):
     if stage == "vat-codes":
         model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
     if stage == "vat-decoder":
-        model.update(zip(model, load_tokenizer(run.folder, run.variants)))        # frozen
+        model["vat-codes"], model[stage] = load_tokenizer(run.folder, run.variants)           # frozen, but for
         model[stage].requires_grad_()
-    files = {"vat-latents": lambda x: {stage: x}, "vat-codes": dict, "vat-decoder": lambda x: {stage: x[stage]}}
-    start(run, stage, files[stage](model), settings=settings, variant=run.variant)
+
+    def files(model):
+        if stage == "vat-codes":
+            return dict(model)
+        return {stage: model if stage == "vat-latents" else model[stage]}
+    start(run, stage, files(model), settings=settings, variant=run.variant)
 
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size(stage))
@@ -266,7 +276,7 @@ def train_tokenizer(run, stage):
 
     model, seconds = fit(run, stage, model, draw, loss_of, show)
     metrics = progress.head_metrics(run, {"sdf": model["vat-decoder"]}, latents_of(model), "sdf")
-    run.finish(stage, seconds, files[stage](model), settings=settings, variant=run.variant, metrics=metrics)
+    run.finish(stage, seconds, files(model), settings=settings, variant=run.variant, metrics=metrics)
 
 
 def train_generator(run):
@@ -281,7 +291,7 @@ def train_generator(run):
     start(run, "vat-generator", {"vat-generator": model}, towers=run.encoder_names, **entries)
 
     def loss_of(model, batch):
-        return model.loss(tokenizer.quantiser(batch[0])[2], encoders.encode_drawn(batch[1]))
+        return model.loss(tokenizer.quantiser.encode(batch[0]), encoders.encode_drawn(batch[1]))
 
     ltm3d.fit_generator(run, "vat-generator", model, draw, loss_of, encoders, {"sdf": decoder}, **entries)
 
@@ -295,7 +305,7 @@ def stages(reps):
 # ---------------------------------------------------------------------------- sampling
 
 def load_tokenizer(folder, variants={}):
-    """-> Tokenizer, and Decoder, which is trained with it; where it went on, that was on these codes."""
+    """-> Tokenizer and Decoder: that of phase 3, where it is done, else of phase 2."""
     tokenizer = load_stage(folder, "vat-codes", Tokenizer, variants)
     entry = read_stage(folder, "vat-decoder" if "vat-decoder" in trained_stages(folder) else "vat-codes")
     decoder = variants.get("vat-decoder", {}).get(entry.get("variant"), Decoder)
@@ -325,7 +335,7 @@ class VAT:
         return self.generator.generate(condition, seeds, cfg, **options)
 
     def decode(self, latents, rep, rng, resolution=128, points=None, faces=None):
-        head = heads_.SimplifiedMesh(faces) if faces else self.heads[rep]
+        head = heads_.SimplifiedMesh(faces) if rep == "mesh" and faces else self.heads[rep]
         return head.decode(latents.to(self.device), self.heads, rng, self.autocast, resolution)
 
 

@@ -1,6 +1,6 @@
 """codes.py - whole numbers: nearest vectors of a codebook; drawn from logits; in a small file, a few bits each.
 
-    magic "VAT1"    fingerprint of the codebook, 6 bytes    CRC-32 of what follows, 4 bytes    the numbers, packed
+    magic "VAT1"    fingerprint of the weights, 6 bytes    CRC-32 of what follows, 4 bytes    the numbers, packed
 """
 import struct
 import zlib
@@ -26,32 +26,37 @@ class Codebook(nn.Module):
         super().__init__()
         self.code = nn.Parameter(torch.randn(codes, channels) * .5)               # v c
         self.register_buffer("use", torch.ones(codes))        # how often a code was chosen lately; 1: the mean
+        self.bits = (codes - 1).bit_length()                  # of a number
 
     def forward(self, indices):
         return self.code[indices]
 
     @torch.no_grad()
-    def nearest(self, x):                                     # b s c -> b s
+    def nearest(self, x):                                     # b n c -> b n
         chosen = torch.cdist(x, self.code).argmin(-1)
         if self.training and self.code.requires_grad:
             count = torch.bincount(chosen.flatten(), minlength=len(self.use)) * len(self.use) / chosen.numel()
             self.use.lerp_(count.float(), .01)
-            dead, x = self.use < self.RARE, rearrange(x, "b s c -> (b s) c")
+            dead, x = self.use < self.RARE, rearrange(x, "b n c -> (b n) c")
             self.code[dead] = x[torch.randint(len(x), (int(dead.sum()),), device=x.device)]
             self.use[dead] = 1.
         return chosen
 
-    def share_in_use(self):
-        return (self.use > self.RARE).float().mean()
+
+def code_use(indices, codes):
+    """The share of all codes that occur in a tensor; perplexity, e^entropy: the effective number of codes."""
+    share = torch.bincount(indices.flatten(), minlength=codes) / indices.numel()
+    return {"code use": (share > 0).float().mean(), "perplexity": torch.special.entr(share).sum().exp()}
 
 
-def draw(logits, randoms, top_k, top_p, temperature):
-    """Logits b s v -> codes b s, each drawn with the random generator of its sample (Gumbel's trick)."""
+def draw_codes(logits, randoms, top_k, top_p, temperature):
+    """Logits b n v -> codes b n, each drawn with the random generator of its sample (Gumbel's trick)."""
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered > top_p         # the codes before it have that share already
+        beyond = ordered.cumsum(-1) - ordered > top_p         # likelier ones have that share already
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
     noise = torch.from_numpy(np.stack([rng.gumbel(size=logits.shape[1:]) for rng in randoms])).to(logits)
     return (logits + temperature * noise).argmax(-1)
@@ -66,6 +71,10 @@ def unpack(raw, bits, count):
     return (digits.astype(int) << np.arange(bits)).sum(1)
 
 
+def file_size(count, bits):
+    return HEAD.size + -(-count * bits // 8)
+
+
 def write_codes(path, numbers, bits, fingerprint):
     """Numbers n below 2^bits; fingerprint: twelve hex digits (files.digest)."""
     packed = pack(numbers, bits)
@@ -75,17 +84,17 @@ def write_codes(path, numbers, bits, fingerprint):
 
 def read_codes(path, bits, count, fingerprint):
     """-> the numbers, `count` of them. Files of strangers: each field is checked."""
-    longest = HEAD.size + -(-count * bits // 8)
+    length = file_size(count, bits)
     try:
         with Path(path).open("rb") as file:
-            raw = file.read(longest + 1)
+            raw = file.read(length + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; name a file of vat.py compress") from None
     if len(raw) < HEAD.size or not raw.startswith(MAGIC):
         raise UserError(f"{path} is no file of vat.py compress; make one: python vat.py compress chair.glb chair.vat")
     _, found, check = HEAD.unpack(raw[:HEAD.size])
     if found.hex() != fingerprint:
-        raise UserError(f"{path} was written with codebook {found.hex()}, not {fingerprint}; give its --checkpoint")
-    if len(raw) != longest or zlib.crc32(raw[HEAD.size:]) != check:
+        raise UserError(f"{path} was written with weights {found.hex()}, not {fingerprint}; give their --checkpoint")
+    if len(raw) != length or zlib.crc32(raw[HEAD.size:]) != check:
         raise UserError(f"{path} is truncated or was altered; compress the shape again")
     return unpack(raw[HEAD.size:], bits, count)

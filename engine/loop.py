@@ -20,7 +20,7 @@ from tqdm import tqdm
 from engine import processes
 from engine.commands import UserError
 from engine.files import make_folder
-from engine.networks import EMA, Block
+from engine.networks import EMA, Block, GrowingBlock
 from engine.state import Log, learning_rate, load_state, optimizers, save_state, stop_after_step
 
 SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
@@ -98,7 +98,7 @@ def set_up(run, stage, model):
 
 def recompute_blocks(model):
     """Activations inside a block are not stored for the backward pass but computed again: less memory, longer steps."""
-    for block in [module for module in model.modules() if isinstance(module, Block)]:
+    for block in [module for module in model.modules() if isinstance(module, (Block, GrowingBlock))]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 

@@ -108,14 +108,14 @@ class Block(nn.Module):
 
 
 class GrowingBlock(nn.Module):
-    """A block for a sequence that grows: keys and values of earlier rows are given back and taken again. Queries and
-    keys have unit length (QK-norm); shifts, scales and gates come from outside, for all rows alike (adaLN)."""
+    """A block with a key/value cache: it takes the keys and values of earlier rows, and returns all. QK-norm: queries
+    and keys are normalised. adaLN: shifts, scales and gates come from outside, for all rows alike; gates start at 1."""
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(dim, elementwise_affine=False)
         self.qkv, self.merge = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.sharpness = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))    # log of what cosines are times
+        self.sharpness = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))    # log of the factor of cosines
         self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.offset = nn.Parameter(torch.zeros(6, dim))
 
@@ -221,8 +221,8 @@ class ToCells(nn.Module):
 
 
 class ToPlanes(nn.Module):
-    """side^3 tokens -> three planes (xy, yz, zx) of features, in levels: each has twice the side of the level before.
-    A cell of a plane reads the column of tokens that it stands for."""
+    """side^3 tokens -> three planes (xy, yz, zx) of features, in levels of 4, 8 and 16 times the side. A cell of a
+    plane reads the column of tokens that it stands for."""
 
     def __init__(self, side, dim, features=(64, 32, 16)):     # features: of each level
         super().__init__()
@@ -234,7 +234,7 @@ class ToPlanes(nn.Module):
 
     def forward(self, tokens):                                # b n d -> levels of (b 3) f s s
         x = rearrange(tokens, "b (x y z) d -> b x y z d", x=self.side, y=self.side)
-        columns = [rearrange(x, f"b x y z d -> b {axes} d)") for axes in ("x y (z", "y z (x", "z x (y")]
+        columns = [rearrange(x, f"b x y z d -> {plane}") for plane in ("b x y (z d)", "b y z (x d)", "b z x (y d)")]
         x = torch.stack([into(column) for into, column in zip(self.into, columns)], 1)            # b 3 side side 4f
         x = rearrange(x, "b i u v (j k f) -> (b i) f (u j) (v k)", j=2, k=2)
         levels = []
@@ -245,9 +245,9 @@ class ToPlanes(nn.Module):
 
     def look_up(self, levels, points):
         """The features of points b k 3 in the planes of all levels: b k f, sums over the three planes."""
-        uv = torch.stack([points[..., [1, 0]], points[..., [2, 1]], points[..., [0, 2]]], 1).float()      # b 3 k 2
-        uv = rearrange(uv, "b i k j -> (b i) k 1 j")          # grid_sample: last axis first
-        found = [F.grid_sample(level.float(), uv, align_corners=False, padding_mode="border") for level in levels]
+        vu = torch.stack([points[..., [1, 0]], points[..., [2, 1]], points[..., [0, 2]]], 1).float()      # b 3 k 2
+        vu = rearrange(vu, "b i k j -> (b i) k 1 j")          # grid_sample: last axis first
+        found = [F.grid_sample(level.float(), vu, align_corners=False, padding_mode="border") for level in levels]
         return torch.cat([reduce(x, "(b i) f k 1 -> b k f", "sum", i=3) for x in found], -1)
 
 

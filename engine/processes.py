@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from engine.commands import UserError
-from engine.networks import Block
+from engine.networks import Block, GrowingBlock
 
 
 def start():
@@ -106,7 +106,7 @@ def shard(model, device):
     when it computes; gradients are added up in the backward pass."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second to import
     mesh = dist.init_device_mesh(device.type, (world(),))
-    blocks = [block for block in model.modules() if isinstance(block, Block)]
+    blocks = [block for block in model.modules() if isinstance(block, (Block, GrowingBlock))]
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.)                 # sums, not means

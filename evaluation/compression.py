@@ -16,6 +16,30 @@ from evaluation.judges import grid_iou
 from evaluation.metrics import fscore
 from geometry import mesh_files, real
 
+POINTS = 100_000    # of each surface, for the F-score
+
+
+def compress(model, decoder, source, target, fingerprint):
+    """Writes the codes of a mesh, and prints how much of it they keep."""
+    (item, *_), _ = real.list_items(source)
+    shape, rng, book = mesh_files.shape(item), np.random.default_rng(0), model.quantiser.book
+    cloud = [torch.from_numpy(np.float32(x))[None] for x in shape.surface(model.points, rng)]         # 1 k 3 each
+    indices = model.quantiser.encode(model.encoder(*cloud))                       # 1 N
+    write_codes(target, indices[0], book.bits, fingerprint)
+    latents, = model.latents(indices)                                             # n c
+    mesh = decoder.decode(latents, {}, None)
+    x, y = mesh.surface(POINTS, rng)[0], shape.surface(POINTS, rng)[0]
+    print(f"{target}: {target.stat().st_size} bytes; what comes back has F-score {fscore(x, y, .02):.3f} (at .02) "
+          f"and IoU {grid_iou(decoder, latents, shape, nullcontext):.3f}")
+
+
+def decompress(model, decoder, source, target, fingerprint, resolution):
+    """Codes -> a mesh."""
+    quantiser = model.quantiser
+    codes = read_codes(source, quantiser.book.bits, sum(s ** 3 for s in quantiser.scales), fingerprint)
+    latents, = model.latents(torch.from_numpy(codes)[None])                       # n c
+    decoder.decode(latents, {}, None, resolution=resolution).save(target)
+
 
 def main(load_tokenizer, shipped):
     """The command of vat.py, which knows how a tokenizer is loaded, and from which folder by default."""
@@ -24,25 +48,12 @@ def main(load_tokenizer, shipped):
     flag("command", choices=["compress", "decompress"])
     flag("source", type=Path, help="a mesh (obj, glb, gltf, ply, stl, off), or a file that compress wrote")
     flag("target", type=Path, help="file to write: of codes, or a mesh (.glb, .obj, .stl, .ply)")
-    flag("--checkpoint", default=shipped, help="folder of trained weights, the same for both")
-    flag("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="cells along a side of the grid")
+    flag("--checkpoint", default=shipped, help="folder of trained weights, the same for both commands")
+    flag("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="of decompress: cells along a side")
     args = parser.parse_args()
     model, decoder = load_tokenizer(args.checkpoint)
-    quantiser, book = model.quantiser, digest(f"{args.checkpoint}/vat-codes.safetensors")
-    bits, count = (len(quantiser.book.code) - 1).bit_length(), sum(s ** 3 for s in quantiser.scales)
+    fingerprint = digest(f"{args.checkpoint}/vat-codes.safetensors")
     if args.command == "compress":
-        (item, *_), _ = real.list_items(args.source)
-        shape, rng = mesh_files.shape(item), np.random.default_rng(0)
-        cloud = [torch.from_numpy(np.float32(x))[None] for x in shape.surface(model.points, rng)]
-        _, _, indices = quantiser(model.encoder(*cloud))      # 1 N
-        write_codes(args.target, indices[0], bits, book)
+        compress(model, decoder, args.source, args.target, fingerprint)
     else:
-        indices = torch.from_numpy(read_codes(args.source, bits, count, book))[None]
-    latents, = model.latents(indices)                         # n c
-    mesh = decoder.decode(latents, {}, None, resolution=args.resolution)
-    if args.command == "decompress":
-        return mesh.save(args.target)
-    x, y = mesh.surface(100_000, rng)[0], shape.surface(100_000, rng)[0]
-    overlap = grid_iou(decoder, latents, shape, nullcontext)
-    print(f"{args.target}: {args.target.stat().st_size} bytes; what comes back has F-score "
-          f"{fscore(x, y, .02):.3f} (at .02) and IoU {overlap:.3f}")
+        decompress(model, decoder, args.source, args.target, fingerprint, args.resolution)

@@ -297,7 +297,7 @@ class WithoutRIDA(lost.Codec):
 GENERATORS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "unpooled": Unpooled,
               "pooled": Pooled, "cross": Cross, "spaces": Spaces}
 VARIANTS = {"backbone": GENERATORS, **tokenizers.VARIANTS,                        # stage: {variant: class}
-            "lost-registers": {"without-rida": WithoutRIDA}}
+            "lost-registers": {"without-rida": WithoutRIDA}, "lost-generator": {"without-rida": lost.Generator}}
 MODELS = models.MODELS | {                                    # rows that know them
     "ltm3d": SimpleNamespace(**vars(ltm3d) | {"load": partial(ltm3d.LTM3D, variants=VARIANTS)}),
     "vat": SimpleNamespace(**vars(vat) | {"load": partial(vat.VAT, variants=VARIANTS),

@@ -1,4 +1,4 @@
-"""registers.py - what the first registers of lost.py say of a shape, what RIDA brings, and how well its features find.
+"""registers.py - what the first registers of lost.py keep of a shape; what RIDA brings; do its features find likes?
 
     python evaluate.py registers --checkpoint checkpoints/lost     # of 1, 2, 4, ... registers; a picture of some
     python evaluate.py search --checkpoint checkpoints/lost        # R@1, R@3 of several features
@@ -26,6 +26,7 @@ from prompts import relations
 
 STAGES = "lost-student", "lost-registers"
 SEEDS = 3           # of one prefix, in a picture
+RESOLUTION = 64     # of surfaces
 
 
 class Opened:
@@ -37,7 +38,7 @@ class Opened:
         self.device, self.autocast, reason = pick_device(args.device, args.precision)
         print(f"{folder}, running on {reason}")
         self.tokenizer = tokenizer.load(folder).to(self.device)
-        self.codec = lost.load_codec(folder, VARIANTS).to(self.device)
+        self.codec = lost.load_codec(folder, variants=VARIANTS).to(self.device)
         self.student = lost.load_student(folder).to(self.device)
         self.heads, self.test = heads.load(folder, ["sdf"], self.device), exam.held_out(args)
 
@@ -49,18 +50,18 @@ class Opened:
 
     @torch.no_grad()
     def made(self, tokens, k, seed):
-        """1 n c -> the same from their first k registers; k None: as they are."""
+        """Tokens 1 n c, encoded and decoded with k registers; k None: unchanged."""
         if k is None:
             return tokens
         with self.autocast():
-            return self.codec.decode(self.codec(tokens)[:, :k], [seed]).float()
+            return self.codec.decode(self.codec.encoder(tokens)[:, :k], [seed]).float()
 
     def mesh(self, tokens, rng):
-        return self.heads["sdf"].decode(tokens[0], self.heads, rng, self.autocast, resolution=64)
+        return self.heads["sdf"].decode(tokens[0], self.heads, rng, self.autocast, RESOLUTION)
 
 
 def judge_registers(args, label, folder):
-    """{number of registers, or None for the tokens themselves: scores}, means over held-out shapes."""
+    """-> {number of registers, or None for the tokens themselves: mean scores of held-out shapes}, what was opened."""
     model, scorer = Opened(args, folder), exam.Scorer(args.scorer, args.device or "cpu")
     cache = exam.result_cache(args, label, folder, "tokenizer", "head-sdf", *STAGES, what="registers")
     lengths, results = [*model.codec.lengths, None], []
@@ -78,10 +79,10 @@ def judge_registers(args, label, folder):
     for i, k in enumerate(lengths):
         made = [torch.from_numpy(np.stack([result[name][i] for result in results])) for name in exam.CLOUD]
         distance = chamfer_matrix(made[0], true[0])                               # s r
-        near = distance[range(count), range(count)].mean().item()
-        distance[range(count), range(count)] = torch.inf      # another shape of its class is to be the nearest
+        to_own = distance[range(count), range(count)].mean().item()
+        distance[range(count), range(count)] = torch.inf      # a shape is not its own neighbour
         scores[k] = {"similarity": np.diag(cosine(features, scorer.clouds(*made))).mean(),
-                     "right class": np.mean(classes[distance.argmin(1)] == classes[:count]), "Chamfer": near}
+                     "right class": np.mean(classes[distance.argmin(1)] == classes[:count]), "Chamfer": to_own}
     return scores, model
 
 
@@ -103,7 +104,7 @@ def draw_prefixes(args, label, model):
     rows = [model.test.classes.index(name) for name in CLASSES if name in model.test.classes][:4]
     for row in rows:
         tokens = model.tokens(row, args.seed)
-        made = [model.mesh(model.made(tokens, k, row), rng) for k in model.codec.lengths]
+        made = [model.mesh(model.made(tokens, k, (args.seed, row)), rng) for k in model.codec.lengths]
         pictures += [mesh.picture(160) for mesh in made]
         pictures.append(render_mesh(*vertex_coloured(model.test.shape(row)), size=160))
     names = [*map(str, model.codec.lengths), "the shape"]
@@ -128,15 +129,17 @@ def evaluate_search(args):
         shared = np.array([[len(a & b) / len(a | b) for b in facts] for a in facts])                  # r r
         tokens = torch.cat([model.tokens(row, args.seed) for row in tqdm(range(len(facts)), unit="shape")])
         with model.autocast():
-            registers, student = model.codec(tokens).float(), model.student(tokens)
+            registers, student = model.codec.encoder(tokens).float(), model.student(tokens)
         cloud = model.test.cloud(range(len(facts)), exam.POINTS, np.random.default_rng(args.seed))
         features = {"shape tokens": rearrange(tokens, "r n c -> r (n c)"), "point tower": scorer.clouds(*cloud),
                     "first register": registers[:, 0], "first four": rearrange(registers[:, :4], "r k w -> r (k w)"),
                     "student": student}
-        tables[label] = [{"features": name} | {f"R@{k}": recall(np.asarray(x), shared, k) for k in (1, 3)}
+        features = {name: torch.as_tensor(x).cpu().numpy() for name, x in features.items()}
+        tables[label] = [{"features": name} | {f"R@{k}": recall(x, shared, k) for k in (1, 3)}
                          for name, x in features.items()]
     print(f"{len(facts)} held-out shapes. R@k: the share of queries for which one of those that share most attributes\n"
-          "with it (class, form, colours; of all others) is among the k nearest, by the cosine of features")
+          "with it (class, form, colours; of all others) is among the k nearest, by the cosine of features.\n"
+          "The student was taught these attributes, and the point tower captions, of other shapes")
     write_tables(args.out, args.command, tables, means=False)
 
 

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 import vat
-from engine.codes import HEAD
+from engine.codes import code_use, file_size
 from engine.commands import UserError, pick_device
 from engine.files import trained_stages
 from evaluation import exam
@@ -22,14 +22,14 @@ from evaluation.tokenizers import SECOND_PHASE, VARIANTS
 
 
 def file_sizes(quantiser):
-    """How many codes the first scales have, of one, of two ...; and the bytes of a file of them."""
-    codes = np.cumsum([s ** 3 for s in quantiser.scales])
-    return codes, HEAD.size + -(-codes * (len(quantiser.book.code) - 1).bit_length() // 8)
+    """How many codes the first scales have, of one, of two ...; and the bytes that a file of them would have."""
+    counts = np.cumsum([s ** 3 for s in quantiser.scales])
+    return counts, file_size(counts, quantiser.book.bits)
 
 
 @torch.no_grad()
 def judge_scales(args, label, folder):
-    """The codes of held-out shapes, r N; and what the first scales keep of each: {IoU, F-score: r scales}."""
+    """-> {"codes": of held-out shapes, r N; IoU, F-score of what the first scales keep: r scales}, the quantiser."""
     if "vat-codes" not in trained_stages(folder):
         raise UserError(f"{folder} holds no codes of vat.py; --checkpoint takes checkpoints/vat")
     device, autocast, reason = pick_device(args.device, args.precision)
@@ -43,8 +43,8 @@ def judge_scales(args, label, folder):
             rng, shape = np.random.default_rng((args.seed, row)), test.shape(row)
             with autocast():
                 z = model.encoder(*(x.to(device) for x in test.cloud([row], model.points, rng)))      # 1 n c
-            _, _, indices = model.quantiser(z)                                    # 1 N
-            kept = [vat.sequence(f)[0] for f in model.quantiser.decode(indices)[1:]]                  # scales times n c
+            indices = model.quantiser.encode(z)                                   # 1 N
+            kept = [vat.as_rows(f)[0] for f in model.quantiser.decode(indices)[1:]]   # of each scale, n c
             overlaps = [grid_iou(decoder, x, shape, autocast) for x in kept]
             result = {"codes": indices[0].cpu().numpy(), "IoU": overlaps}
             if args.points:
@@ -56,26 +56,24 @@ def judge_scales(args, label, folder):
     return {key: np.stack([result[key] for result in results]) for key in results[0]}, model.quantiser
 
 
-def code_use(codes, quantiser):
-    """Of codes r N: the share of all codes that occurs; the perplexity, e^entropy: how many equally frequent codes have
-    their entropy."""
-    count = np.unique(codes, return_counts=True)[1]
-    share = count / count.sum()
-    return {"code use": len(share) / len(quantiser.book.code), "perplexity": np.exp(-(share * np.log(share)).sum())}
+def use_of(found, quantiser):
+    """-> {"code use", "perplexity"} of the codes that judge_scales found."""
+    use = code_use(torch.from_numpy(found["codes"]), len(quantiser.book.code))
+    return {key: x.item() for key, x in use.items()}
 
 
 def evaluate_scales(args):
-    """Of codes: what is left of a shape when those beyond scale s are dropped, and the bytes of its file."""
+    """How good is a shape from its first scales of codes alone, and how many bytes would these take?"""
     tables, use = {}, []
     for folder, label in labels(args.checkpoint).items():
         found, quantiser = judge_scales(args, label, folder)
-        codes, sizes = file_sizes(quantiser)
-        tables[label] = [{"scales": " ".join(map(str, quantiser.scales[:k + 1])), "codes": str(codes[k]),
+        counts, sizes = file_sizes(quantiser)
+        tables[label] = [{"scales": " ".join(map(str, quantiser.scales[:k + 1])), "codes": str(counts[k]),
                           "bytes": str(sizes[k])} | {key: found[key][:, k].mean() for key in found if key != "codes"}
-                         for k in range(len(codes))]
-        use.append({"checkpoint": label, "CS-IoU": found["IoU"].mean()} | code_use(found["codes"], quantiser))
-    print("bytes: of a file. IoU on a 64^3 grid; F-score at .02. CS-IoU: mean IoU of all scales. code use: share of\n"
-          "the codes that occur in these shapes; perplexity: so many codes, all as frequent, have their entropy")
+                         for k in range(len(counts))]
+        use.append({"checkpoint": label, "CS-IoU": found["IoU"].mean()} | use_of(found, quantiser))
+    print("bytes: of a file. IoU on a 64^3 grid; F-score at .02. CS-IoU: mean IoU over the scales. code use: share of\n"
+          "all codes that occur in these shapes; perplexity: the effective number of codes")
     write_tables(args.out, "scales", tables, means=False)
     write_table(args.out, "scales-use", use)
     curve = [{"checkpoint": label} | row for label, rows in tables.items() for row in rows]
@@ -122,7 +120,7 @@ def compare_tokenizers(args):
             folder = train_stages(args, f"{variant or 'vat'}-{seed}", seed, flags, stages)
             found, quantiser = judge_scales(args, folder.name, folder)
             scores.append({"IoU": found["IoU"][:, -1].mean(), "CS-IoU": found["IoU"].mean()}
-                          | code_use(found["codes"], quantiser))
+                          | use_of(found, quantiser))
             if variant in GENERATED:
                 model = exam.open_model(args, folder)
                 cache = exam.result_cache(args, folder.name, folder, *exam.stages_of(args.rep), what="variants")

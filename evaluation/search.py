@@ -3,7 +3,7 @@
     python lost.py search --query chair.glb --in path/to/meshes
     python lost.py search --query "a red chair" --in path/to/meshes        # of words, shapes are made first
 
-Words and pictures have no features of their own: SAMPLES shapes are made of them, and the mean of theirs is taken.
+Words and pictures have no such features: SAMPLES shapes are generated, and the mean of their features is the query.
 """
 import re
 import sys
@@ -41,11 +41,12 @@ def query_features(query, load, folder, student, encoder):
         return student(encoder(*read_shape(item, encoder.points)[1]))[0]
     towers, words, pictures = encoders.load(folder, "lost-generator"), [query] * SAMPLES, None
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-        picture, _ = picture_files.load_picture(path)
-        words, pictures = None, picture.expand(SAMPLES, -1, -1, -1)
+        picture, warning = picture_files.load_picture(path)
+        words, pictures, remarks = None, picture.expand(SAMPLES, -1, -1, -1), [warning] * bool(warning)
     else:
-        for remark in towers.remarks(query):
-            print(f"warning: {remark}", file=sys.stderr)
+        remarks = towers.remarks(query)
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
     model = load(folder, torch.device("cpu"), nullcontext)
     tokens = model.generate(towers.encode(words, pictures), [(0, i) for i in range(SAMPLES)])
     return F.normalize(student(tokens).mean(0), dim=-1)
@@ -63,9 +64,9 @@ def main(load, load_student, shipped):
     flag("--out", default="out", help="folder of the contact sheet")
     args = parser.parse_args()
     student, encoder = load_student(args.checkpoint), tokenizer.load(args.checkpoint)
+    items, _ = real.list_items(args.source)
     query = query_features(args.query, load, args.checkpoint, student, encoder)
     found, skipped = [], []
-    items, _ = real.list_items(args.source)
     for item in tqdm(items, unit="shape"):
         try:
             shape, cloud = read_shape(item, encoder.points)

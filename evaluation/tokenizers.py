@@ -8,7 +8,7 @@ Table 4, how features of the surface become latents (ours: in one sequence with 
 Quantisers (ours: VVQ, the latents are a Gaussian, sampled while it learns):
 
     plain              the latents are a point: no variance, no noise, no KL
-    scale-dropout      as ours; in training, half of the shapes keep the codes of their first scales alone
+    scale-dropout      as ours; in training, some shapes keep the codes of their first scales alone
 
 Table 5, the decoder (ours: three planes):
 
@@ -34,7 +34,7 @@ class PoolingEncoder(vat.Encoder):
             features = block(features, positions=(place, place))
         s = round(len(self.centre) ** (1 / 3))
         grid = rearrange(features, "b (x y z) d -> b d x y z", x=s, y=s)
-        return vat.sequence(vat.down(grid, round(len(self.place) ** (1 / 3)))) + self.latent
+        return vat.as_rows(vat.down(grid, round(len(self.place) ** (1 / 3)))) + self.latent
 
 
 class QFormerEncoder(vat.Encoder):
@@ -59,7 +59,7 @@ def with_encoder(encoder):
 # ---------------------------------------------------------------------------- quantisers
 
 class Plain(vat.Tokenizer):
-    """Without the Gaussian: e^-5 of noise is none to speak of."""
+    """Without the Gaussian: noise of e^-5 = .007 is none to speak of."""
     KL = 0.
 
     class Encoder(vat.Encoder):
@@ -69,15 +69,15 @@ class Plain(vat.Tokenizer):
 
 
 class ScaleDropout(vat.Tokenizer):
-    """In training, half of the shapes keep the codes of all scales, the others those of the first k, a random k."""
+    """In training, a shape keeps all K scales with a chance of (K + 1) / 2K, else the first k: 1, 2 ... K - 1 alike."""
 
     class Quantiser(vat.Quantiser):
         def forward(self, z):
             latents, loss, indices = super().forward(z)
             if self.training:
-                f = torch.stack(self.decode(indices)[1:], 1)                      # b k c s s s
-                k = torch.randint(2 * len(self.scales), (len(z),), device=z.device).clamp(max=len(self.scales) - 1)
-                kept = vat.sequence(f[torch.arange(len(z)), k])                   # b n c
+                f = torch.stack(self.decode(indices)[1:], 1)                      # b k c S S S
+                last = torch.randint(2 * len(self.scales), (len(z),), device=z.device).clamp(max=len(self.scales) - 1)
+                kept = vat.as_rows(f[torch.arange(len(z)), last])                 # b n c
                 latents = z + (kept - z).detach()
             return latents, loss, indices
 

@@ -1,6 +1,7 @@
-"""relations.py - which shapes are alike: what is known of them, as features whose products say so.
+"""relations.py - which shapes are alike? A vector for each; the dot product of two says how much they are.
 
-lost.py teaches by it. The image tower is no such teacher: it was trained to name shapes, and to tell their tokens.
+The teacher of the student in lost.py. The image tower would be a circular one: it was trained to name shapes, and to
+predict their tokens.
 """
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ def table_of(rows, known):
 
 @torch.no_grad()
 def features(folder, train, test):
-    """{set: r e, of length 1}. Their products: half by facts, half by the text tower, of the longest captions."""
+    """{set: r e, of length 1}: half of it facts, the other half the text tower's vector of the longest caption."""
     tower, found = text_tower.load(folder), {}
     known = {fact: i for i, fact in enumerate(sorted(set().union(*facts(train)), key=str))}
     for split in (train, test):
