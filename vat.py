@@ -53,6 +53,7 @@ SIZES = {
 GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, prefix=8), "large": dict(dim=1024, depth=24, heads=16, prefix=64)}
 SOFT = 1 / 64           # so near the surface, occupancy falls from 1 to 0: the paper's s, 1/128 of the cube's side
 OCCUPANCY = SOFT / (2 * TRUNCATION)     # weight of its loss: so no gradient is greater than that of the distance
+LATER = .5              # factor of the temperature after the first code: parts that are drawn apart have to agree
 KL, COMMIT, CODEBOOK = 1e-4, .25, .2                          # the other weights in the loss; the paper's
 down = F.adaptive_avg_pool3d                                  # b c S S S, s -> b c s s s
 as_rows = partial(rearrange, pattern="b c x y z -> b (x y z) c")
@@ -75,10 +76,9 @@ class Encoder(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * channels))
         nn.init.constant_(self.out[-1].bias[channels:], -5.)  # begin with little noise
 
-    def posterior(self, points, normals, colours):            # b k 3 each -> mean, log variance: b n c each
+    def forward(self, points, normals, colours):              # b k 3 each -> mean and log variance: b n 2c
         features = self.feature(points, self.point(torch.cat([fourier(points, BANDS), normals, colours], -1)))
-        mean, log_variance = self.out(self.mix(features)).float().chunk(2, -1)
-        return mean, log_variance.clamp(-10, 10)
+        return self.out(self.mix(features)).float()
 
     def mix(self, features):                                  # b m d -> b n d
         x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=len(features))], 1)        # b (m + n) d
@@ -87,8 +87,10 @@ class Encoder(nn.Module):
             x = block(x, positions=(place, place))
         return x[:, features.shape[1]:]
 
-    def forward(self, *cloud):                                # the mean alone: b n c
-        return self.posterior(*cloud)[0]
+
+def latents_of(posterior, sampled=False):                     # what the encoder says, b n 2c -> latents z, b n c
+    mean, log_variance = posterior.chunk(2, -1)
+    return mean + (log_variance / 2).exp() * torch.randn_like(mean) if sampled else mean
 
 
 # ---------------------------------------------------------------------------- variational vector quantiser
@@ -146,7 +148,6 @@ class Quantiser(nn.Module):
 
 class Decoder(heads_.SdfHead):
     """Latents -> three planes -> convolutions -> three mip levels, each of twice the side -> distance and colour.
-
     The output y is a distance in truncations, and -y / OCCUPANCY the logit of the paper's semi-continuous occupancy."""
     planes = True
 
@@ -169,20 +170,23 @@ class Tokenizer(nn.Module):
     def __init__(self, side, channels, codes, scales, features, dim, heads, depth):
         super().__init__()
         self.encoder = self.Encoder(side, channels, features, dim, heads, depth)
-        self.points = self.encoder.points
-        self.quantiser = self.Quantiser(side, channels, codes, scales)
+        self.points, self.quantiser = self.encoder.points, self.Quantiser(side, channels, codes, scales)
+
+    def codes(self, *cloud):                                  # b k 3 each -> codes b N
+        return self.quantiser.encode(latents_of(self.encoder(*cloud)))
 
     def forward(self, *cloud):                                # b k 3 each -> quantised latents b n c
-        return self.quantiser(self.encoder(*cloud))[0]
+        return self.latents(self.codes(*cloud))
 
     def latents(self, indices):                               # codes b N -> b n c
         return as_rows(self.quantiser.decode(indices)[-1])
 
     def loss(self, decoder, cloud, samples, quantised):
         """L = reconstruction + KL D(N(mean, variance) | N(0, 1)) + CODEBOOK L_quantiser."""
-        mean, log_variance = self.encoder.posterior(*cloud)                       # b n c each
+        posterior = self.encoder(*cloud)                                          # b n 2c
+        mean, log_variance = posterior.chunk(2, -1)
         kl = reduce(mean ** 2 + log_variance.exp() - 1 - log_variance, "b n c -> b n", "sum").mean() / 2
-        z = mean + (log_variance / 2).exp() * torch.randn_like(mean) if self.training else mean
+        z = latents_of(posterior, sampled=self.training)
         latents, loss, indices = self.quantiser(z) if quantised else (z, torch.zeros(()), None)
         total, logs = decoder.loss(latents, samples)
         logs |= {"kl": kl.detach(), "codebook": loss.detach()}
@@ -234,7 +238,7 @@ class Generator(Sequence):
             shown = F.pad(shown, (0, s ** 3), value=True)
             logits = self.out(self.read(x, modulation, repeat(shown, "b k -> b q k", q=s ** 3), cache)).float()
             logits = guide(logits, strengths)                 # b s^3 v; in full from the first code, which decides most
-            f = f + self.quantiser.up(draw_codes(logits, randoms, top_k, top_p, temperature), k)
+            f = f + self.quantiser.up(draw_codes(logits, randoms, top_k, top_p, temperature * (LATER if k else 1)), k)
         return as_rows(f)
 
 
@@ -253,10 +257,9 @@ def train_tokenizer(run, stage):
         model["vat-codes"], model[stage] = load_tokenizer(run.folder, run.variants)           # frozen, but for
         model[stage].requires_grad_()
 
-    def files(model):
-        if stage == "vat-codes":
-            return dict(model)
-        return {stage: model if stage == "vat-latents" else model[stage]}
+    def files(model):                                         # {name of a file: what is in it}
+        decoder = model["vat-decoder"]
+        return {"vat-latents": {stage: model}, "vat-codes": dict(model), "vat-decoder": {stage: decoder}}[stage]
     start(run, stage, files(model), settings=settings, variant=run.variant)
 
     def draw(split, rng):
@@ -266,16 +269,17 @@ def train_tokenizer(run, stage):
     def loss_of(model, batch):
         return model["vat-codes"].loss(model["vat-decoder"], *batch, quantised=stage != "vat-latents")
 
-    def latents_of(model):                                    # of the first held-out shapes
-        encoder = model["vat-codes"].encoder if stage == "vat-latents" else model["vat-codes"]
-        return encode_set(encoder, run.test, run.device, run.autocast, limit=ltm3d.JUDGED).to(run.device)
+    def held_out(model):                                      # latents of the first held-out shapes
+        part = model["vat-codes"].encoder if stage == "vat-latents" else model["vat-codes"]
+        x = encode_set(part, run.test, run.device, run.autocast, limit=ltm3d.JUDGED).to(run.device)
+        return latents_of(x) if stage == "vat-latents" else x
 
     def show(model, path):
-        heads, latents = {"sdf": model["vat-decoder"]}, latents_of(model)[:14]
+        heads, latents = {"sdf": model["vat-decoder"]}, held_out(model)[:14]
         ltm3d.save_picture(path, progress.reconstructions(run, heads, latents, "sdf"))
 
     model, seconds = fit(run, stage, model, draw, loss_of, show)
-    metrics = progress.head_metrics(run, {"sdf": model["vat-decoder"]}, latents_of(model), "sdf")
+    metrics = progress.head_metrics(run, {"sdf": model["vat-decoder"]}, held_out(model), "sdf")
     run.finish(stage, seconds, files(model), settings=settings, variant=run.variant, metrics=metrics)
 
 
@@ -290,8 +294,9 @@ def train_generator(run):
     entries = dict(settings=settings, variant=run.variant)
     start(run, "vat-generator", {"vat-generator": model}, towers=run.encoder_names, **entries)
 
-    def loss_of(model, batch):
-        return model.loss(tokenizer.quantiser.encode(batch[0]), encoders.encode_drawn(batch[1]))
+    def loss_of(model, batch):                                # fresh codes at each step: they are not learnt by heart
+        codes = tokenizer.quantiser.encode(latents_of(batch[0], sampled=model.training))
+        return model.loss(codes, encoders.encode_drawn(batch[1]))
 
     ltm3d.fit_generator(run, "vat-generator", model, draw, loss_of, encoders, {"sdf": decoder}, **entries)
 

@@ -24,7 +24,7 @@ def compress(model, decoder, source, target, fingerprint):
     (item, *_), _ = real.list_items(source)
     shape, rng, book = mesh_files.shape(item), np.random.default_rng(0), model.quantiser.book
     cloud = [torch.from_numpy(np.float32(x))[None] for x in shape.surface(model.points, rng)]         # 1 k 3 each
-    indices = model.quantiser.encode(model.encoder(*cloud))                       # 1 N
+    indices = model.codes(*cloud)                                                 # 1 N
     write_codes(target, indices[0], book.bits, fingerprint)
     latents, = model.latents(indices)                                             # n c
     mesh = decoder.decode(latents, {}, None)

@@ -42,8 +42,7 @@ def judge_scales(args, label, folder):
         if str(row) not in cache:
             rng, shape = np.random.default_rng((args.seed, row)), test.shape(row)
             with autocast():
-                z = model.encoder(*(x.to(device) for x in test.cloud([row], model.points, rng)))      # 1 n c
-            indices = model.quantiser.encode(z)                                   # 1 N
+                indices = model.codes(*(x.to(device) for x in test.cloud([row], model.points, rng)))              # 1 N
             kept = [vat.as_rows(f)[0] for f in model.quantiser.decode(indices)[1:]]   # of each scale, n c
             overlaps = [grid_iou(decoder, x, shape, autocast) for x in kept]
             result = {"codes": indices[0].cpu().numpy(), "IoU": overlaps}

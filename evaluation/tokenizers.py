@@ -63,9 +63,9 @@ class Plain(vat.Tokenizer):
     KL = 0.
 
     class Encoder(vat.Encoder):
-        def posterior(self, *cloud):
-            mean, _ = super().posterior(*cloud)
-            return mean, torch.full_like(mean, -10.)
+        def forward(self, *cloud):
+            mean = vat.latents_of(super().forward(*cloud))
+            return torch.cat([mean, torch.full_like(mean, -10.)], -1)
 
 
 class ScaleDropout(vat.Tokenizer):
