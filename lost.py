@@ -11,8 +11,8 @@ What goes in and comes out are the frozen shape tokens of tokenizer.py, so LTM3D
 patches of a triplane. Other departures: docs/LOST.md.
 
     python train.py --model lost                          # trains it
-    python sample.py --model lost --text "table" --registers 8
-    python lost.py search --query chair.glb --in FOLDER   # the shapes that are most alike
+    python sample.py --checkpoint runs/lost --text "table" --registers 8
+    python lost.py search --query chair.glb --in FOLDER --checkpoint runs/lost
 
 Letters: n shape tokens of c channels; m registers of w channels, k of which are there; e features.
 """
@@ -85,7 +85,7 @@ def contrast(s, t, low, high):
 def rank(s, t):
     """The paper's rank distillation: mean squared error of the rows of both, standardised; without the diagonal."""
     other = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
-    s, t = (F.layer_norm(x[other].view(len(x), -1), [len(x) - 1]) for x in (s, t))            # b (b - 1) each
+    s, t = (F.layer_norm(rearrange(x[other], "(b j) -> b j", b=len(x)), [len(x) - 1]) for x in (s, t))    # j = b - 1
     return F.mse_loss(s, t)
 
 

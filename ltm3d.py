@@ -208,11 +208,8 @@ def train_backbone(run):
     fit_generator(run, "backbone", model, draw, loss_of, encoders, heads, variant=run.variant, settings=settings)
 
 
-def of_model(model, condition, seeds):
-    return model.generate(condition, seeds)
-
-
-def fit_generator(run, stage, model, draw, loss_of, encoders, heads, generate=of_model, **entries):
+def fit_generator(run, stage, model, draw, loss_of, encoders, heads,
+                  generate=lambda model, condition, seeds: model.generate(condition, seeds), **entries):
     """Trains and saves what makes shape tokens from prompts. It shows samples while it learns, and judges some."""
     def show(model, path):
         with run.autocast():

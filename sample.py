@@ -132,7 +132,7 @@ def arguments():
     flag("--cfg", type=between(0, 100, float), help="classifier-free guidance by the text; 1 is none")
     flag("--cfg-image", type=between(0, 100, float), help="the same by the picture")
     flag("--temperature", type=between(0, 10, float), help="of the noise; lower gives less variety")
-    flag("--registers", type=between(1), help="of lost: stop after so many, 1 to 64")
+    flag("--registers", type=between(1), help="of lost: stop after so many (default: all)")
     flag("--top-k", type=between(1, 10 ** 6), help="of vat: draw among the k likeliest codes")
     flag("--top-p", type=between(1e-6, 1, float), help="of vat: draw among the likeliest codes that have this share")
     flag("--rgs", metavar="RULE",

@@ -10,6 +10,7 @@ import torch
 
 import evaluate
 import sample
+import train
 import vat
 from conftest import assert_one_line, run, train_small
 from engine import codes, files
@@ -156,7 +157,8 @@ def test_a_sample_does_not_depend_on_its_batch(generator):
     assert torch.allclose(generator.generate(one, [5]), both[1:], atol=1e-4)
 
 
-@pytest.mark.parametrize("options, allowed", [(dict(top_k=1), {2}), (dict(top_p=.6), {1, 2}), ({}, {0, 1, 2})])
+@pytest.mark.parametrize("options, allowed", [(dict(top_k=1), {2}), (dict(top_p=.6), {1, 2}), ({}, {0, 1, 2}),
+                                              (dict(top_k=9), {0, 1, 2})])
 def test_only_the_likeliest_codes_are_drawn(options, allowed):
     logits = torch.log(torch.tensor([.1, .4, .5])).expand(1, 500, 3)
     found = codes.draw_codes(logits, [np.random.default_rng(0)], **dict(top_k=None, top_p=1., temperature=1.) | options)
@@ -202,6 +204,7 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
 
     flags = "--checkpoint", folder, "--resolution", 32
     assert run(sample.main, "--text", "a table", "--top-k", 5, "--out", tmp_path / "out", *flags) == 0
+    assert run(train.main, "--model", "vat", "--denoiser", "ddpm", "--out", tmp_path / "no") == 2
     assert run(sample.main, "--text", "a table", "--steps", 5, "--out", tmp_path / "no", *flags) == 2
     assert run(sample.main, "--text", "a table", "--model", "ltm3d", "--out", tmp_path / "no", *flags) == 2
     capsys.readouterr()

@@ -79,6 +79,8 @@ def arguments(variants):
     for name, known in (("stage", model.STAGES), ("size", model.SIZES), ("variant", others)):
         if getattr(args, name) not in (None, *known):
             parser.error(f"{args.model} has no {name} {getattr(args, name)}, but {', '.join(known)}")
+    if args.denoiser != "flow" and args.model != "ltm3d":
+        parser.error(f"{args.model} has no --denoiser; leave it out")
     if missing := {*args.rep} - {*model.REPS, "all"}:
         parser.error(f"{args.model} makes {', '.join(model.REPS)}, not {', '.join(sorted(missing))}")
     return args

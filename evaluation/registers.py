@@ -1,7 +1,7 @@
 """registers.py - what the first registers of lost.py keep of a shape; what RIDA brings; do its features find likes?
 
-    python evaluate.py registers --checkpoint checkpoints/lost     # of 1, 2, 4, ... registers; a picture of some
-    python evaluate.py search --checkpoint checkpoints/lost        # R@1, R@3 of several features
+    python evaluate.py registers --checkpoint runs/lost     # of 1, 2, 4, ... registers; a picture of some
+    python evaluate.py search --checkpoint runs/lost        # R@1, R@3 of several features
     python evaluate.py ablate-rida                                 # trained with it and without
 """
 import numpy as np
@@ -34,7 +34,8 @@ class Opened:
 
     def __init__(self, args, folder):
         if missing := {*STAGES} - {*trained_stages(folder)}:
-            raise UserError(f"{folder} holds no {', '.join(sorted(missing))}; --checkpoint takes checkpoints/lost")
+            raise UserError(f"{folder} holds no {', '.join(sorted(missing))}; "
+                            "--checkpoint takes a folder of train.py --model lost")
         self.device, self.autocast, reason = pick_device(args.device, args.precision)
         print(f"{folder}, running on {reason}")
         self.tokenizer = tokenizer.load(folder).to(self.device)
