@@ -198,7 +198,7 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(vat.SIZES, "small", SIZE | {"dim": 64})
     monkeypatch.setitem(vat.GENERATORS, "small", dict(dim=64, depth=2, heads=4, prefix=2))
     folder = tmp_path / "run"
-    flags = "--model", "vat", "--from", overfitted, "--steps", 30, "--batch", 2
+    flags = "--model", "vat", "--from", overfitted, "--steps", 60, "--batch", 2
     assert train_small(monkeypatch, folder, 2, *flags) == 0
     assert {*vat.STAGES} <= {*files.trained_stages(folder)}
 
