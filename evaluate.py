@@ -315,7 +315,6 @@ def arguments():
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)
     parsers["overfit"].set_defaults(train_shapes=10, steps=400)
-    parsers["scales"].set_defaults(points=20_000)             # of each scale: a fifth as many as of the tokenizer
     parsers["ablate-vat"].set_defaults(points=0)              # no F-score
     return parser.parse_args()
 
