@@ -37,14 +37,14 @@ def judge_scales(args, label, folder):
     model, decoder = (part.to(device) for part in vat.load_tokenizer(folder, VARIANTS))
     test = exam.held_out(args)
     stages, results = ("vat-codes", "vat-decoder"), []
-    cache = exam.result_cache(args, label, folder, *stages, what="scales", points=args.points)
+    cache = exam.result_cache(args, label, folder, *stages, what="scales", points=args.points, grid=args.grid)
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):
         if str(row) not in cache:
             rng, shape = np.random.default_rng((args.seed, row)), test.shape(row)
             with autocast():
                 indices = model.codes(*(x.to(device) for x in test.cloud([row], model.points, rng)))              # 1 N
             kept = [vat.as_rows(f)[0] for f in model.quantiser.decode(indices)[1:]]   # of each scale, n c
-            overlaps = [grid_iou(decoder, x, shape, autocast) for x in kept]
+            overlaps = [grid_iou(decoder, x, shape, autocast, args.grid) for x in kept]
             result = {"codes": indices[0].cpu().numpy(), "IoU": overlaps}
             if args.points:
                 true = shape.surface(args.points, rng)[0]                         # k 3
@@ -71,8 +71,8 @@ def evaluate_scales(args):
                           "bytes": str(sizes[k])} | {key: found[key][:, k].mean() for key in found if key != "codes"}
                          for k in range(len(counts))]
         use.append({"checkpoint": label, "CS-IoU": found["IoU"].mean()} | use_of(found, quantiser))
-    print("bytes: of a file. IoU on a 64^3 grid; F-score at .02. CS-IoU: mean IoU over the scales. code use: share of\n"
-          "all codes that occur in these shapes; perplexity: the effective number of codes")
+    print(f"bytes: of a file. IoU on a {args.grid}^3 grid; F-score at .02. CS-IoU: mean IoU over the scales.\n"
+          "code use: share of all codes that occur in these shapes; perplexity: the effective number of codes")
     write_tables(args.out, "scales", tables, means=False)
     write_table(args.out, "scales-use", use)
     curve = [{"checkpoint": label} | row for label, rows in tables.items() for row in rows]
@@ -130,6 +130,6 @@ def compare_tokenizers(args):
                     | {key: interval([score[key] for score in scores], 1 if key in SHARES else np.inf)
                        for key in scores[0]})
     several = f"means of {args.seeds} trainings, with 95 % confidence intervals" if args.seeds > 1 else "one training"
-    print(f"{several}. The columns are those of evaluate.py scales and evaluate.py generate")
+    print(f"{several}. The columns are those of evaluate.py scales, with IoU on a {args.grid}^3 grid, and of generate")
     keys = max(rows, key=len)
     write_table(args.out, args.command, [{key: row.get(key, "") for key in keys} for row in rows])
