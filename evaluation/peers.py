@@ -33,7 +33,7 @@ import ltm3d
 import models
 import train
 import vat
-from backbone import DENOISERS, DRAWS, Backbone, DenoiseNet, draw_noise, grown, guidance_branches
+from backbone import DENOISERS, Backbone, Flow, draw_noise, guidance_branches
 from engine.commands import UserError, command
 from engine.networks import Block, time_embedding
 from evaluation import tokenizers
@@ -103,59 +103,25 @@ class Diffusion(nn.Module):
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
-class Autoregressive(nn.Module):
-    """[prefix, start, x_1 ... x_(n-1)] -> causal blocks -> context vectors c_1 ... c_n -> DenoiseNet."""
+class Autoregressive(lost.Generator):
+    """The generator of lost.py, but of shape tokens, in the order of the grid."""
     takes_rgs = False
 
     def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
                  denoiser="flow"):
-        super().__init__()
-        self.tokens, self.channels, self.dim, self.denoiser = tokens, channels, dim, DENOISERS[denoiser]
-        self.prefix = Prefix(prefix, dim, heads, widths)
-        self.token = nn.Linear(channels, dim)
-        self.start = nn.Parameter(torch.randn(dim) * .02)                         # stands before x_1
-        self.place = nn.Parameter(torch.randn(tokens, dim) * .02)                 # n d, of the token that comes next
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(encoder + decoder))
-        self.norm = nn.LayerNorm(dim)
-        self.net = DenoiseNet(channels, dim, head_dim, head_depth)
-
-    def contexts(self, prefix, x):                            # prefix, b m c -> c_1 ... c_(m+1): b (m + 1) d
-        prefix, mask = prefix                                                     # b p d, b p
-        p, start = prefix.shape[1], repeat(self.start, "d -> b 1 d", b=len(x))
-        summary = self.prefix.summary(prefix, mask)                               # b 1 d
-        y = torch.cat([start, self.token(x)], 1) + self.place[:x.shape[1] + 1]    # b (m + 1) d
-        y = torch.cat([prefix, y], 1)                                             # b (p + m + 1) d
-        i = torch.arange(y.shape[1], device=x.device)
-        past = (i <= i[:, None]) | (i < p)                                        # q k, attend to prefix and past
-        mask = past & rearrange(F.pad(mask, (0, len(i) - p), value=True), "b k -> b 1 k")            # b q k
-        for block in self.blocks:
-            y = block(y, mask=mask)
-        return self.norm(y[:, p:]) + summary
+        super().__init__(tokens, channels, widths, dim, encoder + decoder, heads, prefix, head_dim, head_depth)
+        if denoiser != "flow":
+            raise UserError("--variant autoregressive takes no other --denoiser than flow")
 
     def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
-        prefix = self.prefix(condition)                                           # b p d, b p
-        c = self.contexts(prefix, x[:, :-1])                                      # b n d
-        c, x = repeat(c, "b n d -> (r b n) d", r=DRAWS), repeat(x, "b n c -> (r b n) c", r=DRAWS)
-        return self.denoiser.loss(self.net, x, c)
+        return super().loss(x, condition)[0]
 
-    @torch.no_grad()
     def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., steer=None, **_):
         """As Backbone.generate, in n steps of one token each."""
         if steer:
             raise UserError("RGS needs tokens in random order, this checkpoint samples them in turn; give --rgs none")
-        device, steps = self.place.device, denoise_steps or self.denoiser.steps
-        noise_shape = self.tokens, self.denoiser.draws(steps), self.channels
-        noise = draw_noise(map(np.random.default_rng, seeds), noise_shape, device)                   # b n s c
-
-        condition, strengths = guidance_branches(condition, cfg)
-        prefix = self.prefix(condition)                                           # (r b) p d, (r b) p
-        x = torch.zeros(len(seeds), 0, self.channels, device=device)              # b 0 c
-        for i in range(self.tokens):
-            c = self.contexts(prefix, x.repeat(len(strengths) + 1, 1, 1))[:, -1]  # (r b) d
-            strength = grown(strengths, i, self.tokens)
-            new = self.denoiser.sample(self.net, c, noise[:, i], steps, strength, temperature)       # b c
-            x = torch.cat([x, rearrange(new, "b c -> b 1 c")], 1)                 # b (i + 1) c
-        return x
+        return super().generate(condition, seeds, denoise_steps=denoise_steps or Flow.steps, cfg=cfg,
+                                temperature=temperature)
 
 
 # ---------------------------------------------------------------------------- other ways to condition the backbone
