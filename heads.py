@@ -295,7 +295,6 @@ def spelling(name):
 
 def with_needs(reps):
     """Representations -> these and the ones that they need, which come first."""
-    reps = HEADS if "all" in reps else reps
     return list(dict.fromkeys(name for rep in reps for name in (*HEADS[rep].needs, rep)))
 
 

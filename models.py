@@ -9,12 +9,13 @@
     SAMPLING      {option of `generate`: its default}; flags of sample.py
     SHIPPED       the folder of its trained weights
     stages(reps)  {stage: a function of a run (engine/run.py) that trains it}, in order
-    open_tokenizer(folder, reps, device) -> what turns clouds into tokens, and {rep: what decodes them}
+    open_tokenizer(folder, reps, device) -> what turns clouds of `points` points into tokens, {rep: what decodes them}
     load(folder, device, autocast) -> an object with
 
+        heads         {rep: what decodes it}
+        load_heads(*reps)
         generate(condition, seeds, **options) -> tokens, a row for each seed
         decode(tokens, rep, rng, resolution, points, faces) -> a shape (geometry/export.py)
-        load_heads(*reps), heads: {rep: what decodes it}
 """
 import lost
 import ltm3d
@@ -26,9 +27,12 @@ MODELS = {"ltm3d": ltm3d, "vat": vat, "lost": lost}
 
 
 def model_in(folder, wanted=None):
-    """The name of the model that a checkpoint folder holds. It has to be the wanted one, if one is named."""
-    config = read_config(folder)
-    name = next((name for name, model in MODELS.items() if model.LAST in config), "ltm3d")
+    """The name of the model that a folder holds, or begins to hold: one of its own stages is there. It has to be the
+    wanted one, if one is named."""
+    stages = read_config(folder).keys()
+    whole = [name for name, model in MODELS.items() if model.LAST in stages]
+    begun = [name for name, model in MODELS.items() if {*model.STAGES} - {*ltm3d.STAGES} & stages]
+    name = [*whole, *begun, "ltm3d"][0]
     if wanted and wanted != name:
         raise UserError(f"{folder} holds {name}, not {wanted}; give another --checkpoint")
     return name

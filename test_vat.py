@@ -65,14 +65,15 @@ def test_gradients_pass_the_quantiser(tokenizer):
 
 
 def test_codes_out_of_use_are_revived(tokenizer):
-    """A code that no vector is near becomes a vector of the batch."""
-    quantiser, book = tokenizer.quantiser.train(), tokenizer.quantiser.book
+    """Codes that no vector is near become vectors of the batch; the one that all are nearest to stays."""
+    book, x = tokenizer.quantiser.book.train(), torch.randn(4, 64, 8)
     with torch.no_grad():
         book.code.fill_(100.)
         book.code[0] = 0.
         book.use.fill_(.02)
-    quantiser(torch.randn(4, 64, 8))
-    assert (book.code.abs() < 10).all()
+    book.nearest(x)
+    assert not book.code[0].any()
+    assert torch.cdist(book.code[1:], x.flatten(0, 1)).min(1).values.max() < .01
 
 
 @pytest.mark.parametrize("size, codes, size_of_file", [("tiny", 228, 299), ("large", 2214, 3889)])
@@ -96,12 +97,12 @@ def test_every_size_can_be_built(size):
 
 # ---------------------------------------------------------------------------- variants
 
-@pytest.mark.parametrize("variant", tokenizers.TOKENIZERS)
+@pytest.mark.parametrize("variant", ["", *tokenizers.TOKENIZERS])
 def test_every_variant_learns(variant):
     """After some steps on one batch, the loss of each is lower."""
     torch.manual_seed(0)
     decoder = tokenizers.VARIANTS["vat-decoder"].get(variant, vat.Decoder)(**SIZE)
-    model, losses = tokenizers.TOKENIZERS[variant](**SIZE), []
+    model, losses = tokenizers.TOKENIZERS.get(variant, vat.Tokenizer)(**SIZE), []
     cloud = torch.rand(2, 300, 3) * 2 - 1, torch.randn(2, 300, 3), torch.rand(2, 300, 3)
     samples = {"points": cloud[0], "colours": cloud[2], "queries": cloud[0], "distance": torch.rand(2, 300) * .2 - .1}
     optimizer = torch.optim.Adam([*model.parameters(), *decoder.parameters()], 3e-3)
@@ -114,13 +115,16 @@ def test_every_variant_learns(variant):
     assert losses[-1] < .9 * losses[0]
 
 
-def test_a_plain_tokenizer_has_no_noise():
-    _, log_variance = tokenizers.Plain(**SIZE).encoder(*torch.rand(3, 1, 100, 3)).chunk(2, -1)
-    assert (log_variance == -10).all()
+@pytest.mark.parametrize("kind, same", [(vat.Tokenizer, False), (tokenizers.Plain, True)])
+def test_a_plain_tokenizer_has_no_noise(kind, same):
+    """In training, ours draws other latents each time."""
+    posterior = kind(**SIZE).encoder(*torch.rand(3, 1, 100, 3))
+    assert torch.equal(*(vat.latents_of(posterior, sampled=True) for _ in range(2))) == same
 
 
 def test_dropped_scales_are_those_of_the_codes():
     """In training, the latents are what the first codes say, of one or more scales; else what all say."""
+    torch.manual_seed(0)
     quantiser, z = tokenizers.ScaleDropout(**SIZE).quantiser, torch.randn(40, 64, 8)
     latents, _, indices = quantiser(z)
     levels = torch.stack([vat.as_rows(f) for f in quantiser.decode(indices)[1:]])            # k b n c
@@ -132,10 +136,11 @@ def test_dropped_scales_are_those_of_the_codes():
 
 
 def test_pooled_latents_read_features_near_them():
-    """Features that are alike everywhere give latents that differ by their learnt part alone."""
-    encoder = tokenizers.PoolingEncoder(4, 8, 6, 32, 4, depth=0)
-    latents = encoder.mix(torch.ones(1, 216, 32))
-    assert torch.allclose(latents - encoder.latent, torch.ones(1, 64, 32), atol=1e-6)
+    """The feature in a corner changes the latent in that corner, and no other."""
+    encoder, features = tokenizers.PoolingEncoder(4, 8, 6, 32, 4, depth=0), torch.zeros(1, 216, 32)
+    features[0, 0] = 1.
+    changed = (encoder.mix(features)[0] - encoder.latent).abs().amax(1) > 1e-6    # n
+    assert changed.nonzero().flatten().tolist() == [0]
 
 
 # ---------------------------------------------------------------------------- generator
@@ -148,7 +153,7 @@ def test_cached_is_uncached(generator, monkeypatch):
     indices = torch.cat(sampled, 1)                                               # b N
     generator.out.register_forward_hook(lambda module, inputs, out: guesses.append(out.argmax(-1)))
     generator.loss(indices, condition(3))
-    assert (guesses[0][:, -indices.shape[1]:] == indices).all()          # after the prefix
+    assert torch.equal(guesses[0], indices)
 
 
 def test_a_sample_does_not_depend_on_its_batch(generator):
@@ -167,16 +172,20 @@ def test_only_the_likeliest_codes_are_drawn(options, allowed):
 
 # ---------------------------------------------------------------------------- files of codes
 
+BOOK = codes.Codebook(1000, 8)
+
+
 def test_codes_survive_a_file(tmp_path):
-    numbers = np.random.default_rng(0).integers(1024, size=100)
+    numbers = np.random.default_rng(0).integers(1000, size=100)
     codes.write_codes(tmp_path / "a.vat", numbers, 10, "0123456789ab")
     assert (tmp_path / "a.vat").stat().st_size == 14 + 125
-    assert (codes.read_codes(tmp_path / "a.vat", 10, 100, "0123456789ab") == numbers).all()
+    assert (codes.read_codes(tmp_path / "a.vat", BOOK, 100, "0123456789ab") == numbers).all()
 
 
 @pytest.mark.parametrize("damage, complaint", [
-    (lambda raw: raw[:50], "truncated"), (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "altered"),
-    (lambda raw: raw + b"0", "truncated"), (lambda raw: b"", "no file of"),
+    (lambda raw: raw[:50], "altered"), (lambda raw: raw[:-1] + bytes([raw[-1] ^ 1]), "altered"),
+    (lambda raw: raw + b"0", "altered"), (lambda raw: raw[:10] + bytes([raw[10] ^ 1]) + raw[11:], "altered"),
+    (lambda raw: b"", "no file of"), (lambda raw: raw[:10], "no file of"),
     (lambda raw: b"RIFF" + raw[4:], "no file of"),
     (lambda raw: raw[:4] + b"\0" + raw[5:], "was written with weights")])
 def test_a_damaged_file_of_codes_is_one_line(damage, complaint, tmp_path):
@@ -184,7 +193,31 @@ def test_a_damaged_file_of_codes_is_one_line(damage, complaint, tmp_path):
     codes.write_codes(path, np.arange(100), 10, "0123456789ab")
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=complaint):
-        codes.read_codes(path, 10, 100, "0123456789ab")
+        codes.read_codes(path, BOOK, 100, "0123456789ab")
+
+
+def test_a_code_beyond_the_codebook_is_one_line(tmp_path):
+    """A file that is whole, of 1000 codes of ten bits; one of them is 1010."""
+    codes.write_codes(tmp_path / "a.vat", [*range(99), 1010], 10, "0123456789ab")
+    with pytest.raises(UserError, match="altered"):
+        codes.read_codes(tmp_path / "a.vat", BOOK, 100, "0123456789ab")
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["compress", "chair.glb", "chair.obj"], "ends in .vat"), (["compress", "nothing.glb", "a.vat"], "is no mesh"),
+    (["compress", "nothing.png", "a.vat"], "is no mesh"), (["decompress", "nothing.vat", "a.ply"], "ends in .glb or"),
+    (["compress", "chair.glb", "a.vat", "--resolution", 64], "unrecognized"),
+    (["decompress", "nothing.vat", "a.glb"], "cannot read")])
+def test_a_wrong_file_is_one_line(words, complaint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(vat.main, *words) == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+
+
+@pytest.mark.parametrize("scales", ["1 2 -1", "1 2 9999", "1 2 x", "1 2 0"])
+def test_impossible_scales_are_refused(scales):
+    with pytest.raises(ValueError):
+        vat.Quantiser(**PARTS | {"scales": scales})
 
 
 def test_vat_without_weights_is_one_line(tmp_path, capsys):
@@ -204,12 +237,18 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
 
     flags = "--checkpoint", folder, "--resolution", 32
     assert run(sample.main, "--text", "a table", "--top-k", 5, "--out", tmp_path / "out", *flags) == 0
-    assert run(train.main, "--model", "vat", "--denoiser", "ddpm", "--out", tmp_path / "no") == 2
-    assert run(sample.main, "--text", "a table", "--steps", 5, "--out", tmp_path / "no", *flags) == 2
-    assert run(sample.main, "--text", "a table", "--model", "ltm3d", "--out", tmp_path / "no", *flags) == 2
-    capsys.readouterr()
+    refused = "--text", "a table", "--out", tmp_path / "no", *flags
+    for main, words, complaint in ((train.main, ["--model", "vat", "--denoiser", "ddpm"], "vat has no --denoiser"),
+                                   (train.main, ["--model", "vat", "--tokens", "joint"], "vat has no --tokens"),
+                                   (train.main, ["--model", "vat", "--rep", "pc"], "vat makes sdf, mesh"),
+                                   (sample.main, [*refused, "--steps", 5], "--steps"),
+                                   (sample.main, [*refused, "--model", "ltm3d"], "holds vat, not ltm3d"),
+                                   (evaluate.main, ["tokenizer", "--rep", "gs", "--checkpoint", folder], "sdf, mesh")):
+        capsys.readouterr()
+        assert run(main, *words) == 2
+        assert_one_line(capsys.readouterr().err, complaint)
     mesh, codes_, back = tmp_path / "out" / "a-table-0.glb", tmp_path / "a.vat", tmp_path / "back.glb"
-    assert run(vat.main, "compress", mesh, codes_, *flags) == 0
+    assert run(vat.main, "compress", mesh, codes_, "--checkpoint", folder) == 0
     assert "what comes back" in capsys.readouterr().out
     assert run(vat.main, "decompress", codes_, back, *flags) == 0
     assert back.is_file()

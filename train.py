@@ -79,9 +79,11 @@ def arguments(variants):
     for name, known in (("stage", model.STAGES), ("size", model.SIZES), ("variant", others)):
         if getattr(args, name) not in (None, *known):
             parser.error(f"{args.model} has no {name} {getattr(args, name)}, but {', '.join(known)}")
-    if args.denoiser != "flow" and args.model != "ltm3d":
-        parser.error(f"{args.model} has no --denoiser; leave it out")
-    if missing := {*args.rep} - {*model.REPS, "all"}:
+    for name, usual in (("denoiser", "flow"), ("tokens", "shared")):
+        if getattr(args, name) != usual and args.model != "ltm3d":
+            parser.error(f"{args.model} has no --{name}; leave it out")
+    args.rep = model.REPS if "all" in args.rep else args.rep
+    if missing := {*args.rep} - {*model.REPS}:
         parser.error(f"{args.model} makes {', '.join(model.REPS)}, not {', '.join(sorted(missing))}")
     return args
 
@@ -112,7 +114,7 @@ def chain(args, variants, reps, first, folder):
             raise UserError("--image-encoder takes the place of the image tower; leave out --stage vision")
     with locked(run.folder):
         for name, train in stages.items():
-            goes_on = args.stage and {"all", name.removeprefix("head-")} & {*args.rep}  # trained with the tokenizer
+            goes_on = args.stage and name.removeprefix("head-") in args.rep     # trained with the tokenizer
             done = read_config(run.folder) if goes_on else trained_stages(run.folder)
             if name in done and not (args.stage and args.finetune and run.is_copied(name)):
                 print(f"{name}: already done in {run.folder}")
@@ -139,7 +141,7 @@ def main(variants={}):
     folder = args.out or f"runs/{args.size if args.model == 'ltm3d' else args.model}"
     reps = heads_.with_needs(args.rep)
     if args.tokens == "own":
-        for rep in HEADS if "all" in args.rep else args.rep:
+        for rep in args.rep:
             own = heads_.with_needs([rep])
             chain(args, variants, own, own, f"{folder}-{rep}")
     else:

@@ -10,11 +10,10 @@ Data, towers, blocks, training loop, surfaces and exams are those of LTM3D. Depa
 
     python train.py --model vat                           # trains it
     python sample.py --model vat --text "table"
-    python vat.py compress chair.glb chair.vat            # a shape in 299 bytes
-    python vat.py decompress chair.vat chair.glb
+    python vat.py compress chair.glb chair.vat            # a shape in 299 bytes; decompress brings it back
 
-A code is a whole number; it stands for a vector of the codebook. Letters: n latents of c channels, on a grid S S S; N
-codes of a shape; v vectors of the codebook; s the side of a scale; k points, or the number of a scale, from 0.
+A code is a whole number; it stands for a vector of the codebook. Letters: n latents of c channels, on a grid S S S; m
+features; N codes of a shape, of K scales; s the side of scale k = 0 ... K - 1; v vectors of the codebook; k points.
 """
 from functools import partial
 
@@ -51,9 +50,9 @@ SIZES = {
     "tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", features=6, dim=128, heads=4, depth=3),
     "large": dict(side=9, channels=16, codes=16384, scales=LONG, features=14, dim=768, heads=12, depth=9)}
 GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, prefix=8), "large": dict(dim=1024, depth=24, heads=16, prefix=64)}
-SOFT = 1 / 64           # so near the surface, occupancy falls from 1 to 0: the paper's s, 1/128 of the cube's side
-OCCUPANCY = SOFT / (2 * TRUNCATION)     # weight of its loss: so no gradient is greater than that of the distance
-LATER = .5              # factor of the temperature after the first code: parts that are drawn apart have to agree
+SOFT = 1 / 64           # occupancy falls from 1 to 0 between distances -SOFT and SOFT: s = 1/128 of the cube's side
+OCCUPANCY = SOFT / (2 * TRUNCATION)     # weight of its loss: as steep as that of the distance, never steeper
+LATER = .5              # factor of the temperature after scale 0: parts that are drawn apart have to agree
 KL, COMMIT, CODEBOOK = 1e-4, .25, .2                          # the other weights in the loss; the paper's
 down = F.adaptive_avg_pool3d                                  # b c S S S, s -> b c s s s
 as_rows = partial(rearrange, pattern="b c x y z -> b (x y z) c")
@@ -63,7 +62,7 @@ as_rows = partial(rearrange, pattern="b c x y z -> b (x y z) c")
 
 class Encoder(nn.Module):
     """Features of the surface and learnt latents, one sequence: they attend to each other. Only the latents leave."""
-    points, patch = 4096, 1       # how many it reads, in training half as many; it makes no patches (encode_set asks)
+    points, patch = 4096, 1       # points that it reads, in training half as many; encode_set asks for the patch
 
     def __init__(self, side, channels, features, dim, heads, depth, cells=4):
         super().__init__()
@@ -96,15 +95,17 @@ def latents_of(posterior, sampled=False):                     # what the encoder
 # ---------------------------------------------------------------------------- variational vector quantiser
 
 class Quantiser(nn.Module):
-    """Residual quantisation over scales. f_k is what the codes of the first k scales say of the latents z, f_0 = 0:
+    """Residual quantisation over scales. f_k is what the codes of the k scales before scale k say of the latents z:
 
-        q_k = argmin_v | Down_k(z - f_(k-1)) - code_v |^2       s_k^3 codes
-        f_k = f_(k-1) + phi_k(Up(code[q_k]))                    phi_k(x) = (x + conv_k(x)) / 2
+        f_0 = 0       q_k = argmin_v | Down_k(z - f_k) - code_v |^2             s_k^3 codes
+                      f_(k+1) = f_k + phi_k(Up(code[q_k]))                      phi_k(x) = (x + conv_k(x)) / 2
     """
 
     def __init__(self, side, channels, codes, scales):
         super().__init__()
         self.side, self.channels, self.scales = side, channels, [int(s) for s in scales.split()]
+        if not all(0 < s <= side for s in self.scales):
+            raise ValueError(f"scales {scales}")
         self.book = Codebook(codes, channels)
         self.phi = nn.ModuleList(nn.Conv3d(channels, channels, 3, padding=1) for _ in self.scales)
 
@@ -117,7 +118,7 @@ class Quantiser(nn.Module):
         with torch.autocast(x.device.type, enabled=False):    # f is the same wherever it is computed
             return (x + self.phi[k](x)) / 2
 
-    def decode(self, indices):                                # codes b N -> [f_0, f_1, ...], b c S S S each
+    def decode(self, indices):                                # codes b N -> [f_0, f_1 ... f_K], b c S S S each
         f = [self.nothing(len(indices))]
         for k, codes in enumerate(indices.split([s ** 3 for s in self.scales], 1)):
             f.append(f[-1] + self.up(codes, k))
@@ -133,13 +134,13 @@ class Quantiser(nn.Module):
         return torch.cat(indices, 1)
 
     def forward(self, z):
-        """z b n c -> quantised b n c, loss, codes b N. sg: stop-gradient; the mean is over the scales k, too:
+        """z b n c -> quantised b n c, loss, codes b N. The mean is over k = 1 ... K, too; sg: stop-gradient:
 
-            L = mean( |f_k - sg(z)|^2 + COMMIT |sg(f_k) - z|^2 )
+            L = mean( (f_k - sg(z))^2 + COMMIT (sg(f_k) - z)^2 )
 
         Gradients of what is quantised pass to z unchanged (straight-through)."""
         z, indices = z.float(), self.encode(z)
-        f = torch.stack([as_rows(f) for f in self.decode(indices)[1:]])           # k b n c
+        f = torch.stack([as_rows(f) for f in self.decode(indices)[1:]])           # K b n c
         loss = F.mse_loss(f, z.detach().expand_as(f)) + COMMIT * F.mse_loss(z.expand_as(f), f.detach())
         return z + (f[-1] - z).detach(), loss, indices
 
@@ -147,7 +148,7 @@ class Quantiser(nn.Module):
 # ---------------------------------------------------------------------------- triplane decoder
 
 class Decoder(heads_.SdfHead):
-    """Latents -> three planes -> convolutions -> three mip levels, each of twice the side -> distance and colour.
+    """Latents -> three planes -> convolutions -> three mip levels, each twice as fine -> distance and colour.
     The output y is a distance in truncations, and -y / OCCUPANCY the logit of the paper's semi-continuous occupancy."""
     planes = True
 
@@ -165,7 +166,7 @@ class Decoder(heads_.SdfHead):
 
 class Tokenizer(nn.Module):
     """Encoder and Quantiser."""
-    Encoder, Quantiser, KL = Encoder, Quantiser, KL           # evaluation/tokenizers.py has others
+    Encoder, Quantiser, KL = Encoder, Quantiser, KL           # those of the variants in evaluation/tokenizers.py differ
 
     def __init__(self, side, channels, codes, scales, features, dim, heads, depth):
         super().__init__()
@@ -198,18 +199,18 @@ class Tokenizer(nn.Module):
 # ---------------------------------------------------------------------------- next-scale generator
 
 class Generator(Sequence):
-    """[prefix, scale 0, scale 1 ...]: a scale attends to the prefix, earlier scales and itself. Its tokens: the pooled
-    prompt, or else Down of what earlier scales say. Its output: the logits of all its codes at once."""
+    """[prefix, scale 0, scale 1 ...]: a scale attends to the prefix, earlier scales and itself. The token of scale 0 is
+    the pooled prompt, those of scale k are Down_k(f_k). Its output: the logits of all its codes at once."""
 
     def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, prefix):
         super().__init__(prefix, widths, dim, depth, heads)
-        self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)
+        self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)           # a copy, it makes f
         self.scales, self.token = self.quantiser.scales, nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(sum(s ** 3 for s in self.scales), dim) * .02)
         self.out = nn.Linear(dim, codes)
         nn.init.zeros_(self.out.weight)
 
-    def tokens(self, k, f, start):                            # f of the scales before k, b c S S S -> b s^3 d
+    def tokens(self, k, f, start):                            # f_k b c S S S -> b s^3 d
         place = self.place.split([s ** 3 for s in self.scales])[k]
         return place + (self.token(as_rows(down(f, self.scales[k]))) if k else start)
 
@@ -237,7 +238,7 @@ class Generator(Sequence):
             x = self.tokens(k, f.repeat(len(strengths) + 1, 1, 1, 1, 1), start)   # (r b) s^3 d
             shown = F.pad(shown, (0, s ** 3), value=True)
             logits = self.out(self.read(x, modulation, repeat(shown, "b k -> b q k", q=s ** 3), cache)).float()
-            logits = guide(logits, strengths)                 # b s^3 v; in full from the first code, which decides most
+            logits = guide(logits, strengths)                 # b s^3 v; in full from scale 0, which decides most
             f = f + self.quantiser.up(draw_codes(logits, randoms, top_k, top_p, temperature * (LATER if k else 1)), k)
         return as_rows(f)
 
@@ -254,12 +255,11 @@ def train_tokenizer(run, stage):
     if stage == "vat-codes":
         model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
     if stage == "vat-decoder":
-        model["vat-codes"], model[stage] = load_tokenizer(run.folder, run.variants)           # frozen, but for
-        model[stage].requires_grad_()
+        model["vat-codes"], model[stage] = load_tokenizer(run.folder, run.variants)           # frozen ...
+        model[stage].requires_grad_()                                                         # ... but for the decoder
 
     def files(model):                                         # {name of a file: what is in it}
-        decoder = model["vat-decoder"]
-        return {"vat-latents": {stage: model}, "vat-codes": dict(model), "vat-decoder": {stage: decoder}}[stage]
+        return {"vat-latents": {stage: model}, "vat-decoder": {stage: model["vat-decoder"]}}.get(stage, dict(model))
     start(run, stage, files(model), settings=settings, variant=run.variant)
 
     def draw(split, rng):
@@ -275,8 +275,8 @@ def train_tokenizer(run, stage):
         return latents_of(x) if stage == "vat-latents" else x
 
     def show(model, path):
-        heads, latents = {"sdf": model["vat-decoder"]}, held_out(model)[:14]
-        ltm3d.save_picture(path, progress.reconstructions(run, heads, latents, "sdf"))
+        latents = held_out(model)[:14]
+        ltm3d.save_picture(path, progress.reconstructions(run, {"sdf": model["vat-decoder"]}, latents, "sdf"))
 
     model, seconds = fit(run, stage, model, draw, loss_of, show)
     metrics = progress.head_metrics(run, {"sdf": model["vat-decoder"]}, held_out(model), "sdf")
@@ -330,7 +330,7 @@ class VAT:
         self.generator = cast_once(load_stage(folder, "vat-generator", Generator, variants).to(device), autocast)
         _, self.heads = open_tokenizer(folder, REPS, device, variants)
 
-    def load_heads(self, *reps):
+    def load_heads(self, *reps):                              # they are there
         if other := {*reps} - {*REPS}:
             raise UserError(f"vat makes {', '.join(REPS)}, not {', '.join(sorted(other))}")
 
@@ -344,7 +344,7 @@ class VAT:
         return head.decode(latents.to(self.device), self.heads, rng, self.autocast, resolution)
 
 
-load, main = VAT, partial(compression.main, load_tokenizer, SHIPPED)              # compress, decompress
+load, main = VAT, partial(compression.main, load_tokenizer, SHIPPED)              # main: compress, decompress
 
 if __name__ == "__main__":
     command(main)

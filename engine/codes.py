@@ -1,6 +1,8 @@
-"""codes.py - whole numbers: nearest vectors of a codebook; drawn from logits; in a small file, a few bits each.
+"""codes.py - codes are whole numbers: found by a codebook, drawn from logits, packed into a small file.
 
-    magic "VAT1"    fingerprint of the weights, 6 bytes    CRC-32 of what follows, 4 bytes    the numbers, packed
+    magic "VAT1"    fingerprint of the weights, 6 bytes    CRC-32 of what follows, 4 bytes    the codes, packed
+
+The bits of a code follow each other, the lowest first; eight of them are a byte, the first is its highest.
 """
 import struct
 import zlib
@@ -19,14 +21,14 @@ MAGIC = b"VAT1"                                               # with the version
 
 
 class Codebook(nn.Module):
-    """v vectors of c numbers. In training, codes that are hardly ever chosen become vectors of the batch."""
-    RARE = .03                                                # of the mean frequency
+    """v vectors of c numbers. In training, those that are hardly ever chosen become vectors of the batch."""
+    RARE = .03                                                # of the mean frequency, scale by scale
 
     def __init__(self, codes, channels):
         super().__init__()
-        self.code = nn.Parameter(torch.randn(codes, channels) * .5)               # v c
+        self.code = nn.Parameter(torch.randn(codes, channels) * .5)               # v c: what the codes stand for
         self.register_buffer("use", torch.ones(codes))        # how often a code was chosen lately; 1: the mean
-        self.bits = (codes - 1).bit_length()                  # of a number
+        self.bits = (codes - 1).bit_length()                  # of a code
 
     def forward(self, indices):
         return self.code[indices]
@@ -62,8 +64,8 @@ def draw_codes(logits, randoms, top_k, top_p, temperature):
     return (logits + temperature * noise).argmax(-1)
 
 
-def pack(numbers, bits):                                      # whole numbers n -> bytes
-    return np.packbits((np.asarray(numbers)[:, None] >> np.arange(bits)) & 1).tobytes()
+def pack(codes, bits):                                        # n whole numbers -> bytes
+    return np.packbits((np.asarray(codes)[:, None] >> np.arange(bits)) & 1).tobytes()
 
 
 def unpack(raw, bits, count):
@@ -75,16 +77,16 @@ def file_size(count, bits):
     return HEAD.size + -(-count * bits // 8)
 
 
-def write_codes(path, numbers, bits, fingerprint):
-    """Numbers n below 2^bits; fingerprint: twelve hex digits (files.digest)."""
-    packed = pack(numbers, bits)
+def write_codes(path, codes, bits, fingerprint):
+    """n codes below 2^bits; fingerprint: twelve hex digits (files.digest)."""
+    packed = pack(codes, bits)
     with atomic_write(path) as part:
         part.write_bytes(HEAD.pack(MAGIC, bytes.fromhex(fingerprint), zlib.crc32(packed)) + packed)
 
 
-def read_codes(path, bits, count, fingerprint):
-    """-> the numbers, `count` of them. Files of strangers: each field is checked."""
-    length = file_size(count, bits)
+def read_codes(path, book, count, fingerprint):
+    """-> the codes of a file, `count` of them. It may come from a stranger: all is checked but spare bits."""
+    length = file_size(count, book.bits)
     try:
         with Path(path).open("rb") as file:
             raw = file.read(length + 1)
@@ -95,6 +97,7 @@ def read_codes(path, bits, count, fingerprint):
     _, found, check = HEAD.unpack(raw[:HEAD.size])
     if found.hex() != fingerprint:
         raise UserError(f"{path} was written with weights {found.hex()}, not {fingerprint}; give their --checkpoint")
-    if len(raw) != length or zlib.crc32(raw[HEAD.size:]) != check:
+    codes = unpack(raw[HEAD.size:], book.bits, count) if len(raw) == length else None
+    if codes is None or zlib.crc32(raw[HEAD.size:]) != check or codes.max() >= len(book.code):
         raise UserError(f"{path} is truncated or was altered; compress the shape again")
-    return unpack(raw[HEAD.size:], bits, count)
+    return codes

@@ -103,7 +103,7 @@ class Run:
         with `begin`."""
         if self.size != entry["size"]:
             raise UserError(f"{stage} in {folder}: --size {entry['size']}; give that, or another folder")
-        variant = entry.get("variant", None if stage == self.last else self.variant)
+        variant = entry.get("variant", None if self.variant in self.variants.get(stage, {}) else self.variant)
         if self.variant != variant:
             found = f"--variant {variant}; give that" if variant else "no --variant; leave it out"
             raise UserError(f"{stage} in {folder}: {found}, or give another folder")

@@ -1,4 +1,4 @@
-"""compression.py - a shape in a few hundred bytes: the codes of vat.py, packed; and how much is lost.
+"""compression.py - a shape in a few hundred bytes: packed codes, and how much of the shape they keep.
 
     python vat.py compress chair.glb chair.vat
     python vat.py decompress chair.vat chair.glb
@@ -10,19 +10,31 @@ import numpy as np
 import torch
 
 from engine.codes import read_codes, write_codes
-from engine.commands import Parser
+from engine.commands import Parser, UserError
 from engine.files import digest
 from evaluation.judges import grid_iou
 from evaluation.metrics import fscore
 from geometry import mesh_files, real
+from prompts.reading import find
 
 POINTS = 100_000    # of each surface, for the F-score
+WRITTEN = ".glb", ".obj", ".stl"        # meshes that decompress writes
+
+
+def read_mesh(path):
+    """The shape of a mesh file, moved to the middle and scaled to a longest side of 1.8, as all shapes here are."""
+    if path.suffix.lower() not in real.SUFFIXES or not path.is_file():
+        raise UserError(f"{path} is no mesh; name a file of {', '.join(real.SUFFIXES)}")
+    (item,), _ = real.list_items(path)
+    try:
+        return mesh_files.shape(item)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def compress(model, decoder, source, target, fingerprint):
-    """Writes the codes of a mesh, and prints how much of it they keep."""
-    (item, *_), _ = real.list_items(source)
-    shape, rng, book = mesh_files.shape(item), np.random.default_rng(0), model.quantiser.book
+    """Mesh -> a file of codes. Says how much of the mesh they keep; its size and place are not kept."""
+    shape, rng, book = read_mesh(source), np.random.default_rng(0), model.quantiser.book
     cloud = [torch.from_numpy(np.float32(x))[None] for x in shape.surface(model.points, rng)]         # 1 k 3 each
     indices = model.codes(*cloud)                                                 # 1 N
     write_codes(target, indices[0], book.bits, fingerprint)
@@ -34,26 +46,29 @@ def compress(model, decoder, source, target, fingerprint):
 
 
 def decompress(model, decoder, source, target, fingerprint, resolution):
-    """Codes -> a mesh."""
+    """A file of codes -> mesh."""
     quantiser = model.quantiser
-    codes = read_codes(source, quantiser.book.bits, sum(s ** 3 for s in quantiser.scales), fingerprint)
+    codes = read_codes(source, quantiser.book, sum(s ** 3 for s in quantiser.scales), fingerprint)
     latents, = model.latents(torch.from_numpy(codes)[None])                       # n c
     decoder.decode(latents, {}, None, resolution=resolution).save(target)
 
 
 def main(load_tokenizer, shipped):
-    """The command of vat.py, which knows how a tokenizer is loaded, and from which folder by default."""
-    parser = Parser(__doc__.split("\n")[0])
-    flag = parser.add_argument
-    flag("command", choices=["compress", "decompress"])
-    flag("source", type=Path, help="a mesh (obj, glb, gltf, ply, stl, off), or a file that compress wrote")
-    flag("target", type=Path, help="file to write: of codes, or a mesh (.glb, .obj, .stl, .ply)")
-    flag("--checkpoint", default=shipped, help="folder of trained weights, the same for both commands")
-    flag("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="of decompress: cells along a side")
+    """The commands of vat.py, which knows how a tokenizer is loaded, and from which folder by default."""
+    parser = Parser("a shape in a few hundred bytes")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for function, source, endings in ((compress, f"a mesh: {', '.join(real.SUFFIXES)}", [".vat"]),
+                                      (decompress, "a file that compress wrote", WRITTEN)):
+        own = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        own.set_defaults(function=function, endings=endings)
+        own.add_argument("source", type=Path, help=source)
+        own.add_argument("target", type=Path, help=f"file to write: {', '.join(endings)}")
+        own.add_argument("--checkpoint", default=shipped, help="folder of trained weights, the same for both commands")
+    own.add_argument("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="cells along a side")
     args = parser.parse_args()
-    model, decoder = load_tokenizer(args.checkpoint)
-    fingerprint = digest(f"{args.checkpoint}/vat-codes.safetensors")
-    if args.command == "compress":
-        compress(model, decoder, args.source, args.target, fingerprint)
-    else:
-        decompress(model, decoder, args.source, args.target, fingerprint, args.resolution)
+    if args.target.suffix.lower() not in args.endings:
+        raise UserError(f"{args.target}: give it a name that ends in {' or '.join(args.endings)}")
+    folder = find(args.checkpoint) or args.checkpoint
+    model, decoder = load_tokenizer(folder)
+    options = {"resolution": args.resolution} if args.function == decompress else {}
+    args.function(model, decoder, args.source, args.target, digest(f"{folder}/vat-codes.safetensors"), **options)

@@ -145,7 +145,10 @@ def judge_reconstructions(args, folder, reps, cache, judge, kinds=()):
     samples of these kinds and those that the heads learn from."""
     device, autocast, reason = pick_device(args.device, args.precision)
     print(f"{folder}, running on {reason}")
-    encoder, decoders = peers.MODELS[model_in(folder)].open_tokenizer(folder, reps, device)
+    model = peers.MODELS[model_in(folder)]
+    if other := {*reps} - {*model.REPS}:
+        raise UserError(f"the model in {folder} makes {', '.join(model.REPS)}, not {', '.join(sorted(other))}")
+    encoder, decoders = model.open_tokenizer(folder, reps, device)
     test = held_out(args, list(dict.fromkeys(["surface", *kinds, *kinds_of(heads.HEADS[rep] for rep in reps)])))
     results = []
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced

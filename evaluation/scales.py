@@ -1,4 +1,4 @@
-"""scales.py - what the codes of vat.py keep of a shape, and which parts of its tokenizer it takes.
+"""scales.py - what the codes of vat.py keep of a shape, and which parts of its tokenizer matter.
 
     python evaluate.py scales --checkpoint checkpoints/vat     # scale after scale: bytes, IoU, F-score; code use
     python evaluate.py ablate-vat                              # trains the variants of evaluation/tokenizers.py
@@ -22,14 +22,14 @@ from evaluation.tokenizers import SECOND_PHASE, VARIANTS
 
 
 def file_sizes(quantiser):
-    """How many codes the first scales have, of one, of two ...; and the bytes that a file of them would have."""
+    """How many codes the first 1, 2 ... K scales have together, and the bytes of a file of them."""
     counts = np.cumsum([s ** 3 for s in quantiser.scales])
     return counts, file_size(counts, quantiser.book.bits)
 
 
 @torch.no_grad()
 def judge_scales(args, label, folder):
-    """-> {"codes": of held-out shapes, r N; IoU, F-score of what the first scales keep: r scales}, the quantiser."""
+    """-> {"codes": of held-out shapes, r N; IoU, F-score of what the first 1, 2 ... K scales keep: r K}, quantiser."""
     if "vat-codes" not in trained_stages(folder):
         raise UserError(f"{folder} holds no codes of vat.py; --checkpoint takes checkpoints/vat")
     device, autocast, reason = pick_device(args.device, args.precision)
@@ -43,7 +43,7 @@ def judge_scales(args, label, folder):
             rng, shape = np.random.default_rng((args.seed, row)), test.shape(row)
             with autocast():
                 indices = model.codes(*(x.to(device) for x in test.cloud([row], model.points, rng)))              # 1 N
-            kept = [vat.as_rows(f)[0] for f in model.quantiser.decode(indices)[1:]]   # of each scale, n c
+            kept = [vat.as_rows(f)[0] for f in model.quantiser.decode(indices)[1:]]   # after each scale, n c
             overlaps = [grid_iou(decoder, x, shape, autocast, args.grid) for x in kept]
             result = {"codes": indices[0].cpu().numpy(), "IoU": overlaps}
             if args.points:
@@ -98,17 +98,17 @@ def draw_curve(plt, rows):
 
 # ---------------------------------------------------------------------------- variants
 
-PARTS = {"": "in context, VVQ, three planes", "pooling": "features pooled", "q-former": "a Q-Former of one layer",
-         "plain": "plain residual quantiser", "scale-dropout": "VVQ with scale dropout",
-         "cross-attention": "decoder: cross-attention"}
-SHARES = {"IoU", "CS-IoU", "code use", *exam.SHARES}          # columns that end at 1
+TITLES = {"": "in context, VVQ, three planes", "pooling": "features pooled", "q-former": "a Q-Former of one layer",
+          "plain": "plain residual quantiser", "scale-dropout": "VVQ with scale dropout",
+          "cross-attention": "decoder: cross-attention"}
+SHARES = {"IoU", "CS-IoU", "code use", *exam.SHARES}          # columns that never exceed 1
 GENERATED = "", "plain", "scale-dropout"                      # of these, generators are trained, too
 
 
 def compare_tokenizers(args):
     """Trains vat.py with a part in another way, with every seed: what do its codes keep, what does it generate?"""
     rows, benchmark = [], exam.Exam(args, args.n, args.shapes)
-    for variant, title in PARTS.items():
+    for variant, title in TITLES.items():
         stages = ["vat-codes"] if variant in SECOND_PHASE else ["vat-latents", "vat-codes"]
         stages += ["vat-generator"] * (variant in GENERATED)
         scores = []

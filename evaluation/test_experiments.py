@@ -143,7 +143,7 @@ def test_variants_of_vat_are_trained_and_compared(experiment, overfitted, tmp_pa
     small = dict(side=4, channels=8, codes=64, scales="1 2 3 4", features=6, dim=64, heads=4, depth=1)
     monkeypatch.setitem(vat.SIZES, "small", small)
     monkeypatch.setitem(vat.GENERATORS, "small", dict(dim=64, depth=1, heads=4, prefix=2))
-    monkeypatch.setattr(scales, "PARTS", {"": "ours", "scale-dropout": "dropout", "plain": "no Gaussian"})
+    monkeypatch.setattr(scales, "TITLES", {"": "ours", "scale-dropout": "dropout", "plain": "no Gaussian"})
     monkeypatch.setattr(scales, "GENERATED", {""})
     flags = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted
     assert experiment("ablate-vat", *flags) == 0

@@ -1,20 +1,20 @@
-"""tokenizers.py - the other ways to build the parts of vat.py that its paper compares.
+"""tokenizers.py - other ways to build the parts of vat.py.
 
-Table 4, how features of the surface become latents (ours: in one sequence with learnt latents, three blocks deep):
+Table 4 of the paper, how features of the surface become latents (ours: one sequence with learnt latents, three blocks):
 
     pooling            three blocks over the features alone; a latent is the mean of those near it
     q-former           two blocks over the features, then learnt latents attend to them, once
 
 Quantisers (ours: VVQ, the latents are a Gaussian, sampled while it learns):
 
-    plain              the latents are a point: no variance, no noise, no KL
+    plain              the latents are the mean: no noise, no KL
     scale-dropout      as ours; in training, some shapes keep the codes of their first scales alone
 
-Table 5, the decoder (ours: three planes):
+Table 5 of the paper, the decoder (ours: three planes):
 
     cross-attention    a point attends to the latents, in two layers
 
-And a generator on ours, `large`, with as many parameters as LTM3D's backbone.
+And a generator, `large`, with as many parameters as LTM3D's backbone at tiny.
 
     python -m evaluation.peers --model vat --variant plain --from checkpoints/tiny --out runs/plain
     python evaluate.py scales --checkpoint checkpoints/vat runs/plain
@@ -59,13 +59,13 @@ def with_encoder(encoder):
 # ---------------------------------------------------------------------------- quantisers
 
 class Plain(vat.Tokenizer):
-    """Without the Gaussian: noise of e^-5 = .007 is none to speak of."""
+    """Without the Gaussian: a deviation of e^-50 is none."""
     KL = 0.
 
     class Encoder(vat.Encoder):
         def forward(self, *cloud):
             mean = vat.latents_of(super().forward(*cloud))
-            return torch.cat([mean, torch.full_like(mean, -10.)], -1)
+            return torch.cat([mean, torch.full_like(mean, -100.)], -1)
 
 
 class ScaleDropout(vat.Tokenizer):
@@ -89,7 +89,7 @@ class CrossAttention(vat.Decoder):
 
 
 class Large(vat.Generator):
-    """With as many parameters as LTM3D's backbone."""
+    """With as many parameters as LTM3D's backbone at tiny, whatever the size of the run."""
 
     def __init__(self, dim, depth, heads, **rest):
         super().__init__(dim=256, depth=9, heads=8, **rest)
@@ -98,5 +98,6 @@ class Large(vat.Generator):
 SECOND_PHASE = {"scale-dropout"}                              # variants whose first phase of training is that of vat.py
 TOKENIZERS = {"pooling": with_encoder(PoolingEncoder), "q-former": with_encoder(QFormerEncoder), "plain": Plain,
               "scale-dropout": ScaleDropout, "cross-attention": vat.Tokenizer}
-VARIANTS = {"vat-codes": TOKENIZERS, "vat-decoder": {"cross-attention": CrossAttention},
+FIRST_PHASE = {name: own for name, own in TOKENIZERS.items() if name not in SECOND_PHASE}
+VARIANTS = {"vat-latents": FIRST_PHASE, "vat-codes": TOKENIZERS, "vat-decoder": {"cross-attention": CrossAttention},
             "vat-generator": dict.fromkeys(TOKENIZERS, vat.Generator) | {"large": Large}}
