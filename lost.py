@@ -44,10 +44,10 @@ STAGES = "encoders", "tokenizer", "vision", "head", "lost-student", "lost-regist
 SEEING, LAST, REPS, SHIPPED = {"vision", "lost-generator"}, "lost-generator", ltm3d.REPS, "checkpoints/lost"
 SAMPLING = {"registers": None, "denoise_steps": 4, "cfg": 2., "cfg_image": 2., "temperature": 1.}
 SIZES = {
-    "tiny": dict(registers=64, width=16, dim=160, heads=5, encoder=3, decoder=6),
+    "tiny": dict(registers=64, width=16, dim=128, heads=4, encoder=4, decoder=6),
     "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
-GENERATORS = {"tiny": dict(dim=192, depth=5, heads=6, prefix=8, head_dim=192, head_depth=3),
+GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),
               "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
 TEMPERATURE, POSITIVE, NEGATIVE = .07, .96, .92               # the last two: quantiles of the similarities
 

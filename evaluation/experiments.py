@@ -43,7 +43,8 @@ VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, opt
         "autoregressive": ("--variant autoregressive", {}),
         "latent diffusion, equal FLOPs": ("--variant diffusion --steps equal", {}),
         "autoregressive, equal FLOPs": ("--variant autoregressive --steps equal", {}),
-        "VAT": ("--model vat --variant large --from checkpoints/vat", {})}),
+        "VAT": ("--model vat --variant large --from checkpoints/vat", {}),
+        "LoST": ("--model lost --variant large --from checkpoints/lost", {})}),
     "ablate-prefix": ("the prefix; without its mean in c_i: the same, the paper's, cross-attention, mean-pooled", {
         "prefix": ("", {}), "without its mean in c_i": ("--variant unpooled", {}),
         "queries alone, the paper's": ("--variant queries", {}),
