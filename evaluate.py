@@ -284,7 +284,8 @@ def arguments():
             parsers[name].add_argument(flag_name, **settings)
 
     reps = list(heads.HEADS)
-    sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", *TRAINED]
+    generated = [name for name in TRAINED if name != "ablate-rida"]
+    sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", *generated]
     files = ["tokenizer", "cross", "generate", "retrieval", "images", "cross-view"]
     flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=reps, default="sdf", help="what to judge")
     flag(["cross"], "--reps", nargs="+", type=heads.spelling, choices=reps, default=reps, help="to compare")
@@ -293,7 +294,7 @@ def arguments():
                                 (["cross-view", "ablate-rgs"], 1, 26),
                                 (TRAINED, 2, 104)):
         flag(names, "--shapes", type=between(least, 520), default=count, help="held-out shapes, of all classes alike")
-    for names, count in ((["generate"], 16), (["attributes"], 8), (["joint", "ablate-rgs", *TRAINED], 4)):
+    for names, count in ((["generate"], 16), (["attributes"], 8), (["joint", "ablate-rgs", *generated], 4)):
         flag(names, "--n", type=between(2, 1000), default=count, help="samples of each prompt")
     flag(["names", "low-poly"], "--data", required=True, help="the files that it was trained on")
     flag(["names"], "--names", type=between(2), default=200, help="how many names, evenly spread")

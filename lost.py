@@ -7,14 +7,13 @@ The first register alone gives a whole chair; each further one brings it closer 
     shape tokens   -> Student -> which shapes are alike           RIDA: teaches the decoder what shapes mean
     prompt         -> Generator -> one register after another
 
-What goes in and comes out are the frozen shape tokens of tokenizer.py, so LTM3D's heads decode it. The paper has
-patches of a triplane. Other departures: docs/LOST.md.
+In and out go the frozen shape tokens of tokenizer.py: LTM3D's heads decode them. Departures: docs/LOST.md.
 
     python train.py --model lost                          # trains it
     python sample.py --checkpoint runs/lost --text "table" --registers 8
     python lost.py search --query chair.glb --in FOLDER --checkpoint runs/lost
 
-Letters: n shape tokens of c channels; m registers of w channels, k of which are there; e features.
+Letters: n shape tokens of c channels; m registers of w channels, the first k of which are there; e features.
 """
 from functools import partial
 
@@ -49,7 +48,7 @@ SIZES = {
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
 GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),
               "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
-TEMPERATURE, POSITIVE, NEGATIVE = .07, .96, .92               # the last two: quantiles of the similarities
+TEMPERATURE = .07                                             # of contrast; the paper's
 
 
 # ---------------------------------------------------------------------------- RIDA: relations of shapes
@@ -83,7 +82,7 @@ def contrast(s, t, low, high):
 
 
 def rank(s, t):
-    """The paper's rank distillation: mean squared error of the rows of both, standardised; without the diagonal."""
+    """Rank distillation: mean squared error between the rows of s and of t, standardised, without the diagonal."""
     other = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
     s, t = (F.layer_norm(rearrange(x[other], "(b j) -> b j", b=len(x)), [len(x) - 1]) for x in (s, t))    # j = b - 1
     return F.mse_loss(s, t)
@@ -117,10 +116,9 @@ class PrefixDecoder(nn.Module):
 
     def __init__(self, tokens, channels, registers, width, dim, heads, decoder):
         super().__init__()
-        self.channels, self.dim, self.heads = channels, dim, heads
+        self.channels, self.dim, self.heads, self.norm = channels, dim, heads, nn.LayerNorm(dim)
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
-        self.register, self.order = nn.Linear(width, dim), nn.Parameter(torch.randn(registers, dim) * .02)
-        self.norm = nn.LayerNorm(dim)
+        self.register, self.turn = nn.Linear(width, dim), nn.Parameter(torch.randn(registers, dim) * .02)
         self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(decoder))
         self.cross = nn.ModuleList(nn.Linear(dim, 2 * dim, bias=False) for _ in range(decoder))
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -128,42 +126,43 @@ class PrefixDecoder(nn.Module):
         nn.init.zeros_(self.time[-1].weight)
         nn.init.zeros_(self.out[-1].weight)
 
-    def read(self, registers):                                # b k w -> keys and values for each block, at any time
-        y = self.norm(self.register(registers) + self.order[:registers.shape[1]])
-        pairs = (rearrange(into(y), "b k (i h w) -> i b h k w", i=2, h=self.heads) for into in self.cross)
-        return [(F.normalize(k, dim=-1), v) for k, v in pairs]
+    def read(self, registers):                                # b k w -> b k d, and keys and values for each block
+        y = self.norm(self.register(registers) + self.turn[:registers.shape[1]])
+        pairs = (rearrange(into(y), "b k (i h j) -> i b h k j", i=2, h=self.heads) for into in self.cross)
+        return y, [(F.normalize(k, dim=-1), v) for k, v in pairs]
 
     def velocity(self, x, t, there, memory):
         """Noisy tokens b (n c), time b, which registers are there b k, and what `read` says of them -> b (n c)."""
-        x = rearrange(x, "b (n c) -> b n c", c=self.channels)
+        y, pairs = memory
+        mean = (y * rearrange(there, "b k -> b k 1")).sum(1) / there.sum(1, keepdim=True)         # b d
+        x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place
         mask = repeat(F.pad(there, (0, x.shape[1]), value=True), "b k -> b n k", n=x.shape[1])
-        time = rearrange(self.time(time_embedding(t, self.dim)), "b (i d) -> b i d", i=6)
-        y = self.token(x) + self.place
-        for block, pair in zip(self.blocks, memory):
-            y, _ = block(y, time, mask, pair)
-        return rearrange(self.out(y).float(), "b n c -> b (n c)")
+        time = rearrange(self.time(time_embedding(t, self.dim) + mean), "b (i d) -> b i d", i=6)
+        for block, pair in zip(self.blocks, pairs):
+            x, _ = block(x, time, mask, pair)
+        return rearrange(self.out(x).float(), "b n c -> b (n c)")
 
 
 class Codec(nn.Module):
     """Registers and PrefixDecoder, which are trained together."""
-    MEANING = .5                                              # weight of RIDA; evaluation/peers.py has one without
+    MEANING = .5                                              # weight of RIDA; 0 in evaluation/peers.py
 
     def __init__(self, registers, width, dim, heads, encoder, decoder, tokens, channels):
         super().__init__()
         sizes = dict(tokens=tokens, channels=channels, registers=registers, width=width, dim=dim, heads=heads)
         self.encoder, self.decoder = Registers(**sizes, encoder=encoder), PrefixDecoder(**sizes, decoder=decoder)
         self.tokens, self.count, self.width = tokens, registers, width
-        self.lengths = [2 ** i for i in range(registers.bit_length())]            # of prefixes: 1, 2, 4, ... m
+        self.lengths = [*(2 ** i for i in range((registers - 1).bit_length())), registers]        # 1, 2, 4 ... m
 
     def loss(self, x, student):
-        """Nested dropout: of each shape only the first k registers are there; k is a random power of two. A flow:
+        """Nested dropout: of each shape only the first k registers are there, k = 1, 2, 4 ... m at random. A flow:
 
             x_t = (1 - t) noise + t x       v = x - noise       x' = x_t + (1 - t) v'
-            L = |v' - v|^2 + MEANING (1 - <S(x'), S(x)>)        v': the decoder's, S: the student
+            L = mean (v' - v)^2 + MEANING (1 - <S(x'), S(x)>)   v': the decoder's, S: the student
         """
         r, b = self.encoder(x), len(x)                                            # b m w
         r = r + tokenizer_.NOISE * torch.randn_like(r) if self.training else r
-        k = 2 ** torch.randint(len(self.lengths), (b, 1), device=x.device)
+        k = torch.tensor(self.lengths)[torch.randint(len(self.lengths), (b, 1))].to(x.device)
         there = torch.arange(self.count, device=x.device) < k                     # b m
         flat, t = rearrange(x, "b n c -> b (n c)"), torch.randn(b, 1, device=x.device).sigmoid()
         noise = torch.randn_like(flat)
@@ -197,7 +196,8 @@ class Generator(Sequence):
     def loss(self, registers, condition):                     # b m w
         prefix, shown, start, modulation = self.begin(condition)
         p = prefix.shape[1]
-        x = torch.cat([prefix, torch.cat([start, self.token(registers[:, :-1])], 1) + self.place], 1)         # b p+m d
+        before = registers[:, :-1] + self.training * tokenizer_.NOISE * torch.randn_like(registers[:, :-1])
+        x = torch.cat([prefix, torch.cat([start, self.token(before)], 1) + self.place], 1)            # b p+m d
         i = torch.arange(x.shape[1], device=x.device)
         mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(shown, (0, self.count), value=True), "b k -> b 1 k")
         c = self.read(x, modulation, mask)[:, p:]                                 # b m d
@@ -233,15 +233,15 @@ def tokens_of(run):
 def train_student(run):
     """RIDA. The teacher knows class, attributes and captions; the student reads shape tokens."""
     run = run.turned()
+    if run.micro_batch_size("lost-student") < 3:
+        raise UserError("lost-student compares shapes; give --batch 3 or more for each micro-batch")
     tokens, sizes = tokens_of(run)
     features = relations.features(run.folder, run.train, run.test)
-    some = features[run.train][:2000]
-    low, high = np.quantile((some @ some.T)[~torch.eye(len(some), dtype=torch.bool)], (NEGATIVE, POSITIVE))
+    low, high = relations.thresholds(features[run.train])
 
     def draw(split, rng):
         rows = rng.permutation(len(split))[:run.micro_batch_size("lost-student")]
         return tokens[split][rows], features[split][rows]
-
     settings = STUDENTS[run.size] | sizes
     model = Student(**settings)
     start(run, "lost-student", {"lost-student": model}, settings=settings)
@@ -251,8 +251,8 @@ def train_student(run):
         own = model(x + tokenizer_.NOISE * torch.randn_like(x))
         with torch.autocast(x.device.type, enabled=False):
             s, t = own @ own.T, known @ known.T
-            alike, order = contrast(s, t, low, high), rank(s, t)                  # both have weight 1, as in the paper
-        return alike + order, {"contrast": alike.detach(), "rank": order.detach()}
+            alike, ranks = contrast(s, t, low, high), rank(s, t)                  # both have weight 1, as in the paper
+        return alike + ranks, {"contrast": alike.detach(), "rank": ranks.detach()}
 
     model, seconds = fit(run, "lost-student", model, draw, loss_of)
     run.finish("lost-student", seconds, {"lost-student": model}, settings=settings)
@@ -264,7 +264,6 @@ def train_registers(run):
     tokens, sizes = tokens_of(run)
     heads = heads_.load(run.folder, run.first, run.device)
     student = load_student(run.folder).to(run.device)
-
     draw = lambda split, rng: tokens[split][rng.integers(len(split), size=run.micro_batch_size("lost-registers"))]
     settings = SIZES[run.size] | sizes
     model = run.part("lost-registers", Codec)(**settings)
@@ -292,12 +291,8 @@ def train_generator(run):
     def loss_of(model, batch):
         return model.loss(codec.encoder(batch[0]), encoders.encode_drawn(batch[1]))
 
-    def generate(model, condition, seeds):
-        randoms = [*map(np.random.default_rng, seeds)]
-        return codec.decode(model.generate(condition, randoms), randoms)
-
     heads = heads_.load(run.folder, run.first, run.device)
-    ltm3d.fit_generator(run, "lost-generator", model, draw, loss_of, encoders, heads, generate, **entries)
+    ltm3d.fit_generator(run, "lost-generator", model, draw, loss_of, encoders, heads, partial(make, codec), **entries)
 
 
 def stages(reps):
@@ -306,6 +301,12 @@ def stages(reps):
 
 
 # ---------------------------------------------------------------------------- sampling
+
+def make(codec, generator, condition, seeds, **options):
+    """-> shape tokens b n c. Each sample has one stream of random numbers, for registers and then for the decoder."""
+    randoms = [*map(np.random.default_rng, seeds)]
+    return codec.decode(generator.generate(condition, randoms, **options), randoms)
+
 
 class ThereAndBack(nn.Module):
     """Clouds -> shape tokens -> registers -> shape tokens."""
@@ -338,10 +339,9 @@ class LoST(ltm3d.LTM3D):
     def generate(self, condition, seeds, **options):
         options = SAMPLING | options
         cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
-        if (options["registers"] or 1) > self.codec.count:
+        if options["registers"] not in (None, *range(1, self.codec.count + 1)):
             raise UserError(f"{options['registers']} registers are not between 1 and {self.codec.count}")
-        randoms = [*map(np.random.default_rng, seeds)]
-        return self.codec.decode(self.generator.generate(condition, randoms, cfg=cfg, **options), randoms)
+        return make(self.codec, self.generator, condition, seeds, cfg=cfg, **options)
 
 
 load, main = LoST, partial(search.main, LoST, load_student, SHIPPED)              # search

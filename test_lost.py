@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import trimesh
 from torch import nn
 
 import evaluate
@@ -111,15 +112,34 @@ def test_every_size_can_be_built(size):
 
 
 def test_the_true_velocity_has_no_loss(codec, monkeypatch):
-    """With v = x - noise, x' is x: no error, and the same meaning."""
-    x = torch.randn(4, 27, 8)
+    """With v = x - noise, x' is x: no error, and the same meaning. The registers that are there are the first 1, 2, 4
+    or 8."""
+    x, seen = torch.randn(40, 27, 8), []
 
     def true(noisy, t, there, memory):
+        seen.append(there)
         return (x.flatten(1) - noisy) / (1 - t[:, None])
     monkeypatch.setattr(codec.decoder, "velocity", true)
     _, logs = codec.loss(x, lambda x: nn.functional.normalize(x.flatten(1), dim=-1))
     assert logs["flow"].item() == pytest.approx(0, abs=1e-6)
     assert logs["meaning"].item() == pytest.approx(0, abs=1e-5)
+    counts = seen[0].sum(1)
+    assert {*counts.tolist()} == {1, 2, 4, 8}
+    assert torch.equal(seen[0], torch.arange(8) < counts[:, None])
+
+
+def test_the_student_teaches_the_decoder(codec, monkeypatch):
+    """RIDA changes the gradient of the decoder, and leaves the frozen student alone."""
+    student = lost.Student(**TOKENS, dim=32, depth=1, heads=4).requires_grad_(False)
+    x, gradients = torch.randn(4, 27, 8), []
+    for weight in (.5, 0.):
+        monkeypatch.setattr(lost.Codec, "MEANING", weight)
+        torch.manual_seed(0)
+        codec.zero_grad()
+        codec.loss(x, student)[0].backward()
+        gradients.append(codec.decoder.out[-1].weight.grad.clone())
+    assert not torch.allclose(*gradients, atol=1e-5)
+    assert all(p.grad is None for p in student.parameters())
 
 
 # ---------------------------------------------------------------------------- generator
@@ -194,9 +214,13 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     for query, sheet in (("a table", "search-a-table.png"), (out / "a-table-0.png", "search-a-table-0.png")):
         assert run(lost.main, "--query", query, *search) == 0
         assert (tmp_path / "found" / sheet).is_file()
+    trimesh.creation.icosphere(radius=.5).export(out / "a-ball.glb")
     capsys.readouterr()
-    assert run(lost.main, "--query", out / "a-table-0.glb", *search) == 0
-    assert "1.000  a-table-0.glb" in capsys.readouterr().out
+    assert run(lost.main, "--query", out / "a-ball.glb", *search) == 0
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first == "1.000  a-ball.glb" and second.endswith("a-table-0.glb")
+    assert run(lost.main, "--query", out / "none.glb", *search) == 2
+    assert_one_line(capsys.readouterr().err, "is no mesh")
     assert run(lost.main, "--query", "a table", *search[:2], tmp_path / "none", *search[3:]) == 2
 
     flags = "--checkpoint", folder, "--scorer", overfitted, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"

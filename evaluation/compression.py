@@ -14,27 +14,16 @@ from engine.commands import Parser, UserError
 from engine.files import digest
 from evaluation.judges import grid_iou
 from evaluation.metrics import fscore
-from geometry import mesh_files, real
+from geometry import real
 from prompts.reading import find
 
 POINTS = 100_000    # of each surface, for the F-score
 WRITTEN = ".glb", ".obj", ".stl"        # meshes that decompress writes
 
 
-def read_mesh(path):
-    """The shape of a mesh file, moved to the middle and scaled to a longest side of 1.8, as all shapes here are."""
-    if path.suffix.lower() not in real.SUFFIXES or not path.is_file():
-        raise UserError(f"{path} is no mesh; name a file of {', '.join(real.SUFFIXES)}")
-    (item,), _ = real.list_items(path)
-    try:
-        return mesh_files.shape(item)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def compress(model, decoder, source, target, fingerprint):
     """Mesh -> a file of codes. Says how much of the mesh they keep; its size and place are not kept."""
-    shape, rng, book = read_mesh(source), np.random.default_rng(0), model.quantiser.book
+    shape, rng, book = real.read_shape(source), np.random.default_rng(0), model.quantiser.book
     cloud = [torch.from_numpy(np.float32(x))[None] for x in shape.surface(model.points, rng)]         # 1 k 3 each
     indices = model.codes(*cloud)                                                 # 1 N
     write_codes(target, indices[0], book.bits, fingerprint)

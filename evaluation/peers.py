@@ -1,4 +1,4 @@
-"""peers.py - the peers of backbone.py: same shape tokens, same prompts, the same number of parameters.
+"""peers.py - the peers of backbone.py: same shape tokens, same prompts, the same number of parameters, to 8 %.
 
 A table without a peer says nothing. Two other ways to model all tokens x_1 ... x_n of a shape given a prompt T:
 
@@ -110,6 +110,7 @@ class Autoregressive(lost.Generator):
     def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
                  denoiser="flow"):
         super().__init__(tokens, channels, widths, dim, encoder + decoder, heads, prefix, head_dim, head_depth)
+        self.tokens, self.dim = tokens, dim
         if denoiser != "flow":
             raise UserError("--variant autoregressive takes no other --denoiser than flow")
 
@@ -254,7 +255,7 @@ class Spaces(Backbone):
 # ---------------------------------------------------------------------------- parts of lost.py
 
 class WithoutRIDA(lost.Codec):
-    """Its decoder learns nothing of what shapes mean."""
+    """Its decoder learns from the flow alone."""
     MEANING = 0.
 
 
@@ -273,7 +274,7 @@ GENERATORS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries
 VARIANTS = {"backbone": GENERATORS, **tokenizers.VARIANTS,                        # stage: {variant: class}
             "lost-registers": {"without-rida": WithoutRIDA},
             "lost-generator": {"without-rida": lost.Generator, "large": LargeLoST}}
-MODELS = models.MODELS | {                                    # rows that know them
+MODELS = models.MODELS | {                                    # the models, which load variants, too
     "ltm3d": SimpleNamespace(**vars(ltm3d) | {"load": partial(ltm3d.LTM3D, variants=VARIANTS)}),
     "vat": SimpleNamespace(**vars(vat) | {"load": partial(vat.VAT, variants=VARIANTS),
                                           "open_tokenizer": partial(vat.open_tokenizer, variants=VARIANTS)}),

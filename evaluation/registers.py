@@ -1,8 +1,8 @@
-"""registers.py - what the first registers of lost.py keep of a shape; what RIDA brings; do its features find likes?
+"""registers.py - what the first registers of lost.py keep of a shape; does its student find shapes that are alike?
 
     python evaluate.py registers --checkpoint runs/lost     # of 1, 2, 4, ... registers; a picture of some
     python evaluate.py search --checkpoint runs/lost        # R@1, R@3 of several features
-    python evaluate.py ablate-rida                                 # trained with it and without
+    python evaluate.py ablate-rida                          # trained with RIDA and without
 """
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from engine.commands import UserError, pick_device
 from engine.files import trained_stages
 from evaluation import exam
 from evaluation.experiments import train_stages
-from evaluation.metrics import chamfer_matrix, cosine
+from evaluation.metrics import chamfer, chamfer_matrix, cosine
 from evaluation.peers import VARIANTS
 from evaluation.results import interval, labels, write_table, write_tables
 from geometry.render import contact_sheet, render_mesh, save_png
@@ -27,6 +27,7 @@ from prompts import relations
 STAGES = "lost-student", "lost-registers"
 SEEDS = 3           # of one prefix, in a picture
 RESOLUTION = 64     # of surfaces
+POINTS = 8192       # for Chamfer distances; fewer would measure themselves
 
 
 class Opened:
@@ -62,7 +63,8 @@ class Opened:
 
 
 def judge_registers(args, label, folder):
-    """-> {number of registers, or None for the tokens themselves: mean scores of held-out shapes}, what was opened."""
+    """-> {number of registers, or None for the tokens themselves: mean scores of held-out shapes}, the distance of two
+    clouds of one shape, what was opened."""
     model, scorer = Opened(args, folder), exam.Scorer(args.scorer, args.device or "cpu")
     cache = exam.result_cache(args, label, folder, "tokenizer", "head-sdf", *STAGES, what="registers")
     lengths, results = [*model.codec.lengths, None], []
@@ -71,8 +73,11 @@ def judge_registers(args, label, folder):
         if str(row) not in cache:
             tokens, rng = model.tokens(row, args.seed), np.random.default_rng((args.seed, row))
             meshes = [model.mesh(model.made(tokens, k, (args.seed, row)), rng) for k in lengths]
-            clouds = [mesh.surface(exam.POINTS, rng) for mesh in meshes]
-            cache.write(str(row), {name: np.float32(x) for name, x in zip(exam.CLOUD, map(np.stack, zip(*clouds)))})
+            clouds = [mesh.surface(POINTS, rng) for mesh in meshes]
+            true, second = (model.test.shape(row).surface(POINTS, rng)[0] for _ in range(2))
+            result = {name: np.float32([x[:exam.POINTS] for x in xs]) for name, xs in zip(exam.CLOUD, zip(*clouds))}
+            distances = {"Chamfer": [chamfer(x, true) for x, *_ in clouds], "floor": chamfer(second, true)}
+            cache.write(str(row), result | distances)
         results.append(cache.read(str(row)))
     true = model.test.cloud(range(len(model.test)), exam.POINTS, np.random.default_rng(args.seed))        # r k 3 each
     features, classes = scorer.clouds(*(x[:count] for x in true)), np.array(model.test.classes)
@@ -80,22 +85,23 @@ def judge_registers(args, label, folder):
     for i, k in enumerate(lengths):
         made = [torch.from_numpy(np.stack([result[name][i] for result in results])) for name in exam.CLOUD]
         distance = chamfer_matrix(made[0], true[0])                               # s r
-        to_own = distance[range(count), range(count)].mean().item()
         distance[range(count), range(count)] = torch.inf      # a shape is not its own neighbour
         scores[k] = {"similarity": np.diag(cosine(features, scorer.clouds(*made))).mean(),
-                     "right class": np.mean(classes[distance.argmin(1)] == classes[:count]), "Chamfer": to_own}
-    return scores, model
+                     "right class": np.mean(classes[distance.argmin(1)] == classes[:count]),
+                     "Chamfer": np.mean([result["Chamfer"][i] for result in results])}
+    return scores, np.mean([result["floor"] for result in results]), model
 
 
 def evaluate_registers(args):
     """What the first registers of a shape keep of it."""
     tables = {}
     for folder, label in labels(args.checkpoint).items():
-        scores, model = judge_registers(args, label, folder)
+        scores, floor, model = judge_registers(args, label, folder)
         tables[label] = [{"registers": str(k) if k else "(its tokens)"} | row for k, row in scores.items()]
         draw_prefixes(args, label, model)
-    print("similarity: cosine of the features of the shape and of what its first registers give. right class: is the\n"
-          "nearest of the other held-out shapes of its class? Chamfer: to the shape, 1024 points")
+    print("similarity: cosine of the features of the shape and of what its first registers give.\n"
+          "right class: is the nearest of the other held-out shapes of its class?\n"
+          f"Chamfer: to the shape, {POINTS} points; of two samplings of the shape {floor:.3f}")
     write_tables(args.out, args.command, tables, means=False)
 
 
@@ -162,8 +168,7 @@ def compare_rida(args):
         for seed in range(args.seeds):
             folder = train_stages(args, f"{variant or 'lost'}-{seed}", seed,
                                   {"--model": "lost", "--variant": variant or None}, STAGES)
-            found, _ = judge_registers(args, folder.name, folder)
-            scores.append(found)
+            scores.append(judge_registers(args, folder.name, folder)[0])
         for k in (k for k in scores[0] if k):
             rows.append({"decoder": title, "registers": str(k)} | {
                 key: interval([score[k][key] for score in scores], 1 if key == "right class" else np.inf)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import encoders
 import tokenizer
 from engine.commands import Parser, UserError, between
+from engine.files import make_folder
 from geometry import mesh_files, real
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_samples import vertex_coloured
@@ -26,10 +27,8 @@ from prompts import picture_files
 SAMPLES = 4
 
 
-def read_shape(item, points):
-    """-> the shape of a file, and a cloud of it: 1 k 3 each."""
-    shape = mesh_files.shape(item)
-    return shape, [torch.from_numpy(np.float32(x))[None] for x in shape.surface(points, np.random.default_rng(0))]
+def cloud_of(shape, points):                                  # 1 k 3 each
+    return [torch.from_numpy(np.float32(x))[None] for x in shape.surface(points, np.random.default_rng(0))]
 
 
 @torch.no_grad()
@@ -37,8 +36,7 @@ def query_features(query, load, folder, student, encoder):
     """A mesh, a picture or words -> features e."""
     path = Path(query)
     if path.suffix.lower() in real.SUFFIXES:
-        (item, *_), _ = real.list_items(path)
-        return student(encoder(*read_shape(item, encoder.points)[1]))[0]
+        return student(encoder(*cloud_of(real.read_shape(path), encoder.points)))[0]
     towers, words, pictures = encoders.load(folder, "lost-generator"), [query] * SAMPLES, None
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
         picture, warning = picture_files.load_picture(path)
@@ -63,25 +61,26 @@ def main(load, load_student, shipped):
     flag("--checkpoint", default=shipped, help="folder of trained weights")
     flag("--out", default="out", help="folder of the contact sheet")
     args = parser.parse_args()
+    make_folder(args.out)
     student, encoder = load_student(args.checkpoint), tokenizer.load(args.checkpoint)
     items, _ = real.list_items(args.source)
     query = query_features(args.query, load, args.checkpoint, student, encoder)
     found, skipped = [], []
     for item in tqdm(items, unit="shape"):
         try:
-            shape, cloud = read_shape(item, encoder.points)
+            cloud = cloud_of(mesh_files.shape(item), encoder.points)
         except UserError as error:
             skipped.append(f"skipped: {item.key}: {error}")
             continue
-        found.append((float(student(encoder(*cloud))[0] @ query), item, shape))
+        found.append((float(student(encoder(*cloud))[0] @ query), item))
     print(*skipped, sep="\n", end="\n" * bool(skipped))
     if not found:
         raise UserError(f"no shape of {args.source} could be read; --in takes a folder of meshes")
     found = sorted(found, key=lambda entry: -entry[0])[:args.n]
-    for likeness, item, _ in found:
+    for likeness, item in found:
         print(f"{likeness:.3f}  {item.key}")
-    pictures = [render_mesh(*vertex_coloured(shape), size=192) for _, _, shape in found]
+    pictures = [render_mesh(*vertex_coloured(mesh_files.shape(item)), size=192) for _, item in found]
     name = re.sub(r"[^a-z0-9]+", "-", Path(args.query).stem.lower()).strip("-")[:60] or "shape"
     sheet = Path(args.out) / f"search-{name}.png"
-    save_png(sheet, contact_sheet(pictures, min(6, len(pictures)), [item.captions[-1] for _, item, _ in found]))
+    save_png(sheet, contact_sheet(pictures, min(6, len(pictures)), [item.captions[-1] for _, item in found]))
     print(sheet)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import evaluate
+import lost
 import vat
 from conftest import rows_of, run, train_small
 from engine import files
@@ -23,7 +24,7 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
     """experiment(name, flags) runs evaluate.py; experiment.trainings lists the flags of its trainings."""
     def command(name, *flags):
         folders = "--runs", tmp_path / "runs", "--cache", tmp_path / "cache", "--out", tmp_path / "out"
-        size = "--train-shapes", 2, "--steps", 2, "--batch", 2, "--resolution", 32
+        size = "--train-shapes", 2, "--steps", 2, "--batch", 2, *["--resolution", 32] * (name != "ablate-rida")
         return run(evaluate.main, name, "--checkpoint", overfitted, *folders, *size, *flags)
 
     def launch(flags):
@@ -153,3 +154,15 @@ def test_variants_of_vat_are_trained_and_compared(experiment, overfitted, tmp_pa
     assert ours["prompt score"] and not dropout["prompt score"]
     assert experiment("ablate-vat", *flags) == 0
     assert len(experiment.trainings) == 6
+
+
+def test_registers_are_trained_with_rida_and_without(experiment, overfitted, tmp_path, monkeypatch):
+    """ablate-rida: each variant trains a student and registers; a row for each number of registers."""
+    small = dict(registers=2, width=6, dim=64, heads=4, encoder=1, decoder=1)
+    monkeypatch.setitem(lost.SIZES, "small", small)
+    monkeypatch.setitem(lost.STUDENTS, "small", dict(dim=64, depth=1, heads=4))
+    assert experiment("ablate-rida", "--seeds", 1, "--shapes", 2, "--batch", 4, "--scorer", overfitted) == 0
+    rows = rows_of(tmp_path / "out/ablate-rida")
+    assert [(row["decoder"], row["registers"]) for row in rows] == [
+        (decoder, k) for decoder in ("with RIDA", "without") for k in ("1", "2")]
+    assert len(experiment.trainings) == 4

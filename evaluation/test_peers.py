@@ -39,6 +39,14 @@ def test_every_generator_learns_what_belongs_to_a_prompt(variant):
     assert min(distance[0, 1], distance[1, 0]) > .7
 
 
+@pytest.mark.parametrize("variant", peers.GENERATORS)
+def test_every_generator_is_sampled_in_parts(variant):
+    """A batch is cut by the size of the model, as ltm3d.py does it; every sample is a whole shape."""
+    model, condition = small_backbone(variant=variant)
+    samples = [model.generate(*part, steps=2) for part in backbone.cache_sized(model, condition, range(3))]
+    assert torch.cat(samples).shape == (3, model.tokens, 8)
+
+
 def test_shapes_are_turned_into_every_latent_space(monkeypatch):
     spaces, condition = small_backbone(variant="spaces")
     x, seen = torch.randn(3, 27, 8), []

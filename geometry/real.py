@@ -97,6 +97,17 @@ def list_items(path):
     return items, skipped
 
 
+def read_shape(path):
+    """The shape of one mesh file, in the middle of the cube and as large as all shapes are."""
+    if Path(path).suffix.lower() not in SUFFIXES or not Path(path).is_file():
+        raise UserError(f"{path} is no mesh; name a file of {', '.join(SUFFIXES)}")
+    (item,), _ = list_items(path)
+    try:
+        return mesh_files.shape(item)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def read_captions(table):
     """A CSV file of file,caption -> the pairs, without the heading."""
     try:

@@ -1,14 +1,16 @@
 """relations.py - which shapes are alike? A vector for each; the dot product of two says how much they are.
 
-The teacher of the student in lost.py. The image tower would be a circular one: it was trained to name shapes, and to
-predict their tokens.
+The teacher of the student in lost.py. The image tower would be a circular teacher: it was trained to name shapes, and
+to predict their tokens. Of files, the class is the caption, and there are no attributes: mostly the text tower teaches.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from prompts import text_tower
 
 BATCH = 256
+POSITIVE, NEGATIVE = .96, .92     # shapes are alike, or unlike, from these quantiles of the similarities on
 
 
 def facts(split):
@@ -35,3 +37,10 @@ def features(folder, train, test):
         text = [tower.embed_text(*tower.word_ids(captions[i:i + BATCH])) for i in range(0, len(captions), BATCH)]
         found[split] = torch.cat([table_of(facts(split), known), torch.cat(text)], 1) / 2 ** .5
     return found
+
+
+def thresholds(features):
+    """Features r e -> the similarities below which two shapes are unlike, and above which they are alike."""
+    some = features[:2000].unique(dim=0)                      # copies would be alike
+    similar = (some @ some.T)[~torch.eye(len(some), dtype=torch.bool)]
+    return np.quantile(similar.numpy(), (NEGATIVE, POSITIVE)) - 1e-4
