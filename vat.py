@@ -255,9 +255,9 @@ def train_tokenizer(run, stage):
     if stage == "vat-codes":
         model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
     if stage == "vat-decoder":
-        model["vat-codes"], model[stage] = load_tokenizer(run.folder, run.variants)           # frozen ...
-        model[stage].requires_grad_()                                                         # ... but for the decoder
-
+        model["vat-codes"] = load_stage(run.folder, "vat-codes", Tokenizer, run.variants)         # frozen
+        if (phase2 := run.folder / "vat-decoder.safetensors").is_file():
+            model[stage].load_state_dict(read_weights(phase2))
     def files(model):                                         # {name of a file: what is in it}
         return {"vat-latents": {stage: model}, "vat-decoder": {stage: model["vat-decoder"]}}.get(stage, dict(model))
     start(run, stage, files(model), settings=settings, variant=run.variant)
