@@ -15,7 +15,7 @@ import vat
 from conftest import assert_one_line, run, train_small
 from engine import codes, files
 from engine.commands import UserError
-from evaluation import scales, tokenizers
+from evaluation import scales, vat_parts
 
 SIZE = dict(side=4, channels=8, codes=64, scales="1 2 3 4", features=6, dim=32, heads=4, depth=1)
 PARTS = {key: SIZE[key] for key in ("side", "channels", "codes", "scales")}
@@ -97,12 +97,12 @@ def test_every_size_can_be_built(size):
 
 # ---------------------------------------------------------------------------- variants
 
-@pytest.mark.parametrize("variant", ["", *tokenizers.TOKENIZERS])
+@pytest.mark.parametrize("variant", ["", *vat_parts.TOKENIZERS])
 def test_every_variant_learns(variant):
     """After some steps on one batch, the loss of each is lower."""
     torch.manual_seed(0)
-    decoder = tokenizers.VARIANTS["vat-decoder"].get(variant, vat.Decoder)(**SIZE)
-    model, losses = tokenizers.TOKENIZERS.get(variant, vat.Tokenizer)(**SIZE), []
+    decoder = vat_parts.VARIANTS["vat-decoder"].get(variant, vat.Decoder)(**SIZE)
+    model, losses = vat_parts.TOKENIZERS.get(variant, vat.Tokenizer)(**SIZE), []
     cloud = torch.rand(2, 300, 3) * 2 - 1, torch.randn(2, 300, 3), torch.rand(2, 300, 3)
     samples = {"points": cloud[0], "colours": cloud[2], "queries": cloud[0], "distance": torch.rand(2, 300) * .2 - .1}
     optimizer = torch.optim.Adam([*model.parameters(), *decoder.parameters()], 3e-3)
@@ -115,7 +115,7 @@ def test_every_variant_learns(variant):
     assert losses[-1] < .9 * losses[0]
 
 
-@pytest.mark.parametrize("kind, same", [(vat.Tokenizer, False), (tokenizers.Plain, True)])
+@pytest.mark.parametrize("kind, same", [(vat.Tokenizer, False), (vat_parts.Plain, True)])
 def test_a_plain_tokenizer_has_no_noise(kind, same):
     """In training, ours draws other latents each time."""
     posterior = kind(**SIZE).encoder(*torch.rand(3, 1, 100, 3))
@@ -125,7 +125,7 @@ def test_a_plain_tokenizer_has_no_noise(kind, same):
 def test_dropped_scales_are_those_of_the_codes():
     """In training, the latents are what the first codes say, of one or more scales; else what all say."""
     torch.manual_seed(0)
-    quantiser, z = tokenizers.ScaleDropout(**SIZE).quantiser, torch.randn(40, 64, 8)
+    quantiser, z = vat_parts.ScaleDropout(**SIZE).quantiser, torch.randn(40, 64, 8)
     latents, _, indices = quantiser(z)
     levels = torch.stack([vat.as_rows(f) for f in quantiser.decode(indices)[1:]])            # k b n c
     found = (levels - latents).abs().amax((2, 3)).argmin(0)                       # b
@@ -137,7 +137,7 @@ def test_dropped_scales_are_those_of_the_codes():
 
 def test_pooled_latents_read_features_near_them():
     """The feature in a corner changes the latent in that corner, and no other."""
-    encoder, features = tokenizers.PoolingEncoder(4, 8, 6, 32, 4, depth=0), torch.zeros(1, 216, 32)
+    encoder, features = vat_parts.PoolingEncoder(4, 8, 6, 32, 4, depth=0), torch.zeros(1, 216, 32)
     features[0, 0] = 1.
     changed = (encoder.mix(features)[0] - encoder.latent).abs().amax(1) > 1e-6    # n
     assert changed.nonzero().flatten().tolist() == [0]

@@ -166,7 +166,7 @@ class Decoder(heads_.SdfHead):
 
 class Tokenizer(nn.Module):
     """Encoder and Quantiser."""
-    Encoder, Quantiser, KL = Encoder, Quantiser, KL           # those of the variants in evaluation/tokenizers.py differ
+    Encoder, Quantiser, KL = Encoder, Quantiser, KL           # those of the variants in evaluation/vat_parts.py differ
 
     def __init__(self, side, channels, codes, scales, features, dim, heads, depth):
         super().__init__()

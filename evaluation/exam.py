@@ -37,7 +37,7 @@ CODE = [ROOT / name for name in (                             # the files that d
     "geometry/training_samples.py", "geometry/training_pictures.py", "engine/networks.py", "engine/commands.py",
     "evaluation/exam.py", "evaluation/peers.py", "evaluation/judges.py", "evaluation/metrics.py",
     "evaluation/attributes.py", "evaluation/words.py", "evaluation/low_poly.py", "evaluation/memory.py",
-    "evaluation/tokenizers.py", "evaluation/scales.py", "engine/codes.py", "evaluation/registers.py")]
+    "evaluation/vat_parts.py", "evaluation/scales.py", "engine/codes.py", "evaluation/registers.py")]
 
 
 # ---------------------------------------------------------------------------- models and data

@@ -36,7 +36,7 @@ import vat
 from backbone import DENOISERS, SIZES, Backbone, Flow, draw_noise, guidance_branches
 from engine.commands import UserError, command
 from engine.networks import Block, time_embedding
-from evaluation import tokenizers
+from evaluation import vat_parts
 from prefix import Conditions, Prefix
 
 STEPS = 64    # of denoising all tokens at once
@@ -271,7 +271,7 @@ class LargeLoST(lost.Generator):
 
 GENERATORS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "unpooled": Unpooled,
               "pooled": Pooled, "cross": Cross, "spaces": Spaces}
-VARIANTS = {"backbone": GENERATORS, **tokenizers.VARIANTS,                        # stage: {variant: class}
+VARIANTS = {"backbone": GENERATORS, **vat_parts.VARIANTS,                         # stage: {variant: class}
             "lost-registers": {"without-rida": WithoutRIDA},
             "lost-generator": {"without-rida": lost.Generator, "large": LargeLoST}}
 MODELS = models.MODELS | {                                    # the models, which load variants, too

@@ -1,7 +1,7 @@
 """scales.py - what the codes of vat.py keep of a shape, and which parts of its tokenizer matter.
 
     python evaluate.py scales --checkpoint checkpoints/vat     # scale after scale: bytes, IoU, F-score; code use
-    python evaluate.py ablate-vat                              # trains the variants of evaluation/tokenizers.py
+    python evaluate.py ablate-vat                              # trains the variants of evaluation/vat_parts.py
 """
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from evaluation.experiments import train_stages
 from evaluation.judges import grid_iou
 from evaluation.metrics import fscore
 from evaluation.results import interval, labels, write_table, write_tables
-from evaluation.tokenizers import SECOND_PHASE, VARIANTS
+from evaluation.vat_parts import SECOND_PHASE, VARIANTS
 
 
 def file_sizes(quantiser):

@@ -1,4 +1,4 @@
-"""tokenizers.py - other ways to build the parts of vat.py.
+"""vat_parts.py - other ways to build the parts of vat.py.
 
 Table 4 of the paper, how features of the surface become latents (ours: one sequence with learnt latents, three blocks):
 
