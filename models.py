@@ -31,7 +31,7 @@ def model_in(folder, wanted=None):
     wanted one, if one is named."""
     stages = read_config(folder).keys()
     whole = [name for name, model in MODELS.items() if model.LAST in stages]
-    begun = [name for name, model in MODELS.items() if {*model.STAGES} - {*ltm3d.STAGES} & stages]
+    begun = [name for name, model in MODELS.items() if ({*model.STAGES} - {*ltm3d.STAGES}) & stages]
     name = [*whole, *begun, "ltm3d"][0]
     if wanted and wanted != name:
         raise UserError(f"{folder} holds {name}, not {wanted}; give another --checkpoint")

@@ -355,8 +355,9 @@ def test_a_sample_does_not_depend_on_its_batch(denoiser, variant, monkeypatch):
         monkeypatch.setattr(backbone, "CACHED", size * 27 * SMALL[backbone]["dim"] * 3)        # 3 branches
         chunks = list(backbone.cache_sized(model, condition, [7, 8, 9]))
         assert len(chunks[0][1]) == size
-        difference = (together - torch.cat([sampled(*chunk) for chunk in chunks])).abs()
-        assert difference.mean() < .01                        # in a chain, rounding grows from token to token
+        first = 9 if variant == "autoregressive" else 27      # in a chain, rounding grows from token to token
+        apart = torch.cat([sampled(*chunk) for chunk in chunks])
+        assert torch.allclose(together[:, :first], apart[:, :first], atol=.01)
 
 
 @pytest.mark.parametrize("denoiser, variant", MODELS)

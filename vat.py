@@ -249,15 +249,15 @@ def train_tokenizer(run, stage):
     """Phase 1, "vat-latents", without the quantiser; 2, "vat-codes", with it; 3, "vat-decoder", the decoder alone."""
     if processes.world() > 1:                                 # codes are revived from the batch of one process
         raise UserError(f"{stage} learns in one process; leave torchrun out, and train the generator with it")
-    run, settings = run.turned(), SIZES[run.size]
-    model = nn.ModuleDict({name: run.part(name, own)(**settings)
-                           for name, own in (("vat-codes", Tokenizer), ("vat-decoder", Decoder))})
+    run, settings, parts = run.turned(), SIZES[run.size], {"vat-codes": Tokenizer, "vat-decoder": Decoder}
+    model = nn.ModuleDict({name: run.part(name, own)(**settings) for name, own in parts.items()})
     if stage == "vat-codes":
         model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
     if stage == "vat-decoder":
         model["vat-codes"] = load_stage(run.folder, "vat-codes", Tokenizer, run.variants)         # frozen
         if (phase2 := run.folder / "vat-decoder.safetensors").is_file():
             model[stage].load_state_dict(read_weights(phase2))
+
     def files(model):                                         # {name of a file: what is in it}
         return {"vat-latents": {stage: model}, "vat-decoder": {stage: model["vat-decoder"]}}.get(stage, dict(model))
     start(run, stage, files(model), settings=settings, variant=run.variant)

@@ -91,7 +91,7 @@ class Run:
         if batch % self.micro_batches:
             mend = -(-batch // self.micro_batches) * self.micro_batches
             raise UserError(f"a batch of {batch} ({stage}) cannot be cut into {self.micro_batches} micro-batches; "
-                            f"train it alone: --stage {'head' if 'head' in stage else stage} --batch {mend}")
+                            f"train it alone: --stage {'head' if stage.startswith('head-') else stage} --batch {mend}")
         return batch // self.micro_batches
 
     def check_folder(self, begin):

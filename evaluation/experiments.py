@@ -43,8 +43,7 @@ VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, opt
         "autoregressive": ("--variant autoregressive", {}),
         "latent diffusion, equal FLOPs": ("--variant diffusion --steps equal", {}),
         "autoregressive, equal FLOPs": ("--variant autoregressive --steps equal", {}),
-        "VAT": ("--model vat --variant large --from checkpoints/vat", {}),
-        "LoST": ("--model lost --variant large --from checkpoints/lost", {})}),
+        "VAT": ("--model vat --variant large --from checkpoints/vat", {})}),
     "ablate-prefix": ("the prefix; without its mean in c_i: the same, the paper's, cross-attention, mean-pooled", {
         "prefix": ("", {}), "without its mean in c_i": ("--variant unpooled", {}),
         "queries alone, the paper's": ("--variant queries", {}),

@@ -100,7 +100,7 @@ def list_items(path):
 def read_shape(path):
     """The shape of one mesh file, in the middle of the cube and as large as all shapes are."""
     if Path(path).suffix.lower() not in SUFFIXES or not Path(path).is_file():
-        raise UserError(f"{path} is no mesh; name a file of {', '.join(SUFFIXES)}")
+        raise UserError(f"{path} is no mesh file; name one that ends in {', '.join(SUFFIXES)}")
     (item,), _ = list_items(path)
     try:
         return mesh_files.shape(item)
