@@ -194,10 +194,10 @@ class Generator(Sequence):
         self.net = DenoiseNet(width, dim, head_dim, head_depth)
 
     def loss(self, registers, condition):                     # b m w
-        prefix, shown, start, modulation = self.begin(condition)
+        prefix, shown, first, modulation = self.begin(condition)
         p = prefix.shape[1]
         before = registers[:, :-1] + self.training * tokenizer_.NOISE * torch.randn_like(registers[:, :-1])
-        x = torch.cat([prefix, torch.cat([start, self.token(before)], 1) + self.place], 1)            # b p+m d
+        x = torch.cat([prefix, torch.cat([first, self.token(before)], 1) + self.place], 1)            # b p+m d
         i = torch.arange(x.shape[1], device=x.device)
         mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(shown, (0, self.count), value=True), "b k -> b 1 k")
         c = self.read(x, modulation, mask)[:, p:]                                 # b m d

@@ -3,11 +3,11 @@
     DEFAULTS      {stage: (steps, batch, peak learning rate)}; stages are seeded by their position: append, never insert
     STAGES        what --stage takes
     SEEING        the stages that learn from pictures
-    LAST          the stage without which a folder holds no such model; it remembers the encoders
+    LAST          its last stage: a folder that has it holds this model; its entry names the encoders
     SIZES         sizes that can be trained
     REPS          representations that it makes
     SAMPLING      {option of `generate`: its default}; flags of sample.py
-    SHIPPED       the folder of its trained weights
+    SHIPPED       the folder of its shipped weights, if there are any
     stages(reps)  {stage: a function of a run (engine/run.py) that trains it}, in order
     open_tokenizer(folder, reps, device) -> what turns clouds of `points` points into tokens, {rep: what decodes them}
     load(folder, device, autocast) -> an object with
@@ -27,12 +27,12 @@ MODELS = {"ltm3d": ltm3d, "vat": vat, "lost": lost}
 
 
 def model_in(folder, wanted=None):
-    """The name of the model that a folder holds, or begins to hold: one of its own stages is there. It has to be the
-    wanted one, if one is named."""
+    """The name of the model in a folder: its last stage is there, or else a stage that is its own; or it is ltm3d.
+    wanted: the one that it has to be."""
     stages = read_config(folder).keys()
     whole = [name for name, model in MODELS.items() if model.LAST in stages]
     begun = [name for name, model in MODELS.items() if ({*model.STAGES} - {*ltm3d.STAGES}) & stages]
-    name = [*whole, *begun, "ltm3d"][0]
-    if wanted and wanted != name:
-        raise UserError(f"{folder} holds {name}, not {wanted}; give another --checkpoint")
-    return name
+    found = [*whole, *begun] or ["ltm3d"]
+    if wanted and wanted not in found:
+        raise UserError(f"{folder} holds {found[0]}, not {wanted}; give another --checkpoint")
+    return wanted or found[0]

@@ -7,6 +7,8 @@ import csv
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import trimesh
 
 import evaluate
 import sample
@@ -43,18 +45,54 @@ def condition(b):
 
 # ---------------------------------------------------------------------------- quantiser
 
-def test_codes_are_what_was_quantised(tokenizer):
-    """The latents that leave the quantiser are those that its codes say."""
-    latents, _, indices = tokenizer.quantiser(torch.randn(3, 64, 8))
-    assert indices.shape == (3, 1 + 8 + 27 + 64)
-    assert torch.allclose(vat.as_rows(tokenizer.quantiser.decode(indices)[-1]), latents, atol=1e-5)
+def test_every_code_is_the_nearest_to_what_is_left(tokenizer):
+    """At every scale: to the mean of z less what the scales before say."""
+    quantiser, z = tokenizer.quantiser, torch.randn(3, 64, 8)
+    indices, grid = quantiser.encode(z), z.mT.unflatten(2, (4, 4, 4))             # b N, b c S S S
+    for s, f, chosen in zip(quantiser.scales, quantiser.decode(indices), indices.split([1, 8, 27, 64], 1)):
+        left = vat.as_rows(vat.down(grid - f, s))                                 # b s^3 c
+        assert (torch.cdist(left, quantiser.book.code).argmin(-1) == chosen).all()
 
 
-def test_the_nearest_code_is_chosen(tokenizer):
-    """The first scale is a mean over all latents; of all codes, its code is the nearest to it."""
-    z = torch.randn(5, 64, 8)
-    distance = (z.mean(1)[:, None] - tokenizer.quantiser.book.code).norm(dim=-1)       # b v
-    assert (tokenizer.quantiser(z)[2][:, 0] == distance.argmin(1)).all()
+def test_latents_are_pulled_to_their_codes(tokenizer):
+    """The commitment: the gradient of COMMIT mean (f_k - z)^2, over all k."""
+    z = torch.randn(2, 64, 8, requires_grad=True)
+    _, loss, indices = tokenizer.quantiser(z)
+    loss.backward()
+    f = torch.stack([vat.as_rows(f) for f in tokenizer.quantiser.decode(indices)[1:]])       # K b n c
+    assert torch.allclose(z.grad, .25 * 2 * (z - f).mean(0) / z.numel(), atol=1e-6)
+
+
+def test_codes_are_pulled_to_the_latents(tokenizer):
+    """Some steps of the quantiser's loss alone bring what the codes say nearer to the latents."""
+    quantiser, z, losses = tokenizer.quantiser, torch.randn(2, 64, 8), []
+    optimizer = torch.optim.Adam(quantiser.parameters(), 1e-2)
+    for _ in range(10):
+        _, loss, _ = quantiser(z)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < .95 * losses[0]
+
+
+def test_the_divergence_is_that_of_gaussians(tokenizer):
+    cloud = torch.rand(3, 1, 100, 3)
+    batch = {"points": cloud[0], "colours": cloud[2], "queries": cloud[0], "distance": torch.rand(1, 100) * .2 - .1}
+    mean, log_variance = tokenizer.encoder(*cloud).chunk(2, -1)                   # b n c each
+    normal = torch.distributions.Normal
+    own = torch.distributions.kl_divergence(normal(mean, log_variance.exp().sqrt()), normal(0., 1.))
+    _, logs = tokenizer.loss(vat.Decoder(**SIZE), cloud, batch, quantised=False)
+    assert torch.allclose(logs["kl"], own.sum(-1).mean(), rtol=1e-4)
+
+
+def test_occupancy_is_that_of_the_distance():
+    """Its cross-entropy is lower for the true distance than for the opposite."""
+    distance = torch.linspace(-.1, .1, 9)[None]
+    y = F.pad(distance / .1, (0, 1))[..., None].expand(-1, -1, 4)                 # 1 10 4; the last is on the surface
+    batch = {"queries": torch.zeros(1, 9, 3), "distance": distance, "colours": torch.zeros(1, 1, 3)}
+    right, wrong = (vat.Decoder(**SIZE).errors(x, batch)[1]["occupancy"] for x in (y, -y))
+    assert right < .5 * wrong
 
 
 def test_gradients_pass_the_quantiser(tokenizer):
@@ -76,11 +114,11 @@ def test_codes_out_of_use_are_revived(tokenizer):
     assert torch.cdist(book.code[1:], x.flatten(0, 1)).min(1).values.max() < .01
 
 
-@pytest.mark.parametrize("size, codes, size_of_file", [("tiny", 228, 299), ("large", 2214, 3889)])
-def test_files_are_as_large_as_we_say(size, codes, size_of_file):
+@pytest.mark.parametrize("size, count, size_of_file", [("tiny", 228, 299), ("large", 2214, 3889)])
+def test_files_are_as_large_as_we_say(size, count, size_of_file):
     quantiser = vat.Quantiser(*(vat.SIZES[size][key] for key in ("side", "channels", "codes", "scales")))
     counts, sizes = scales.file_sizes(quantiser)
-    assert (counts[-1], sizes[-1]) == (codes, size_of_file)
+    assert (counts[-1], sizes[-1]) == (count, size_of_file)
 
 
 @pytest.mark.parametrize("size", vat.SIZES)
@@ -117,7 +155,7 @@ def test_every_variant_learns(variant):
 
 @pytest.mark.parametrize("kind, same", [(vat.Tokenizer, False), (vat_parts.Plain, True)])
 def test_a_plain_tokenizer_has_no_noise(kind, same):
-    """In training, ours draws other latents each time."""
+    """In training, ours draws other latents each time, a plain one the same."""
     posterior = kind(**SIZE).encoder(*torch.rand(3, 1, 100, 3))
     assert torch.equal(*(vat.latents_of(posterior, sampled=True) for _ in range(2))) == same
 
@@ -127,7 +165,7 @@ def test_dropped_scales_are_those_of_the_codes():
     torch.manual_seed(0)
     quantiser, z = vat_parts.ScaleDropout(**SIZE).quantiser, torch.randn(40, 64, 8)
     latents, _, indices = quantiser(z)
-    levels = torch.stack([vat.as_rows(f) for f in quantiser.decode(indices)[1:]])            # k b n c
+    levels = torch.stack([vat.as_rows(f) for f in quantiser.decode(indices)[1:]])            # K b n c
     found = (levels - latents).abs().amax((2, 3)).argmin(0)                       # b
     assert {*found.tolist()} == {0, 1, 2, 3}
     assert (levels[found, torch.arange(40)] - latents).abs().max() < 1e-5
@@ -154,6 +192,11 @@ def test_cached_is_uncached(generator, monkeypatch):
     generator.out.register_forward_hook(lambda module, inputs, out: guesses.append(out.argmax(-1)))
     generator.loss(indices, condition(3))
     assert torch.equal(guesses[0], indices)
+
+
+def test_guidance_and_seed_change_a_sample(generator):
+    plain, guided, other = (generator.generate(condition(1), [seed], cfg) for cfg, seed in ((1., 0), (4., 0), (1., 1)))
+    assert not torch.equal(plain, guided) and not torch.equal(plain, other)
 
 
 def test_a_sample_does_not_depend_on_its_batch(generator):
@@ -214,10 +257,10 @@ def test_a_wrong_file_is_one_line(words, complaint, tmp_path, monkeypatch, capsy
     assert_one_line(capsys.readouterr().err, complaint)
 
 
-@pytest.mark.parametrize("scales", ["1 2 -1", "1 2 9999", "1 2 x", "1 2 0"])
-def test_impossible_scales_are_refused(scales):
+@pytest.mark.parametrize("sides", ["1 2 -1", "1 2 9999", "1 2 x", "1 2 0"])
+def test_impossible_scales_are_refused(sides):
     with pytest.raises(ValueError):
-        vat.Quantiser(**PARTS | {"scales": scales})
+        vat.Quantiser(**PARTS | {"scales": sides})
 
 
 def test_vat_without_weights_is_one_line(tmp_path, capsys):
@@ -247,11 +290,11 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert run(main, *words) == 2
         assert_one_line(capsys.readouterr().err, complaint)
-    mesh, codes_, back = tmp_path / "out" / "a-table-0.glb", tmp_path / "a.vat", tmp_path / "back.glb"
-    assert run(vat.main, "compress", mesh, codes_, "--checkpoint", folder) == 0
+    mesh, packed, back = tmp_path / "out" / "a-table-0.glb", tmp_path / "a.vat", tmp_path / "back.glb"
+    assert run(vat.main, "compress", mesh, packed, "--checkpoint", folder) == 0
     assert "what comes back" in capsys.readouterr().out
-    assert run(vat.main, "decompress", codes_, back, *flags) == 0
-    assert back.is_file()
+    assert run(vat.main, "decompress", packed, back, *flags) == 0
+    assert len(trimesh.load(back, force="mesh").faces)
 
     flags = "--checkpoint", folder, "--shapes", 2, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"
     assert run(evaluate.main, "scales", *flags, "--points", 1000) == 0
@@ -259,5 +302,5 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     assert [row["bytes"] for row in rows] == ["15", "21", "41", "89"]             # of 6 bits a code, and 14 bytes more
     assert run(evaluate.main, "tokenizer", *flags, "--points", 1000) == 0
     assert run(evaluate.main, "generate", *flags, "--n", 2, "--resolution", 32, "--scorer", overfitted) == 0
-    held_out, own = csv.DictReader((tmp_path / "exams" / "generate-sdf.csv").open())
+    _, own = csv.DictReader((tmp_path / "exams" / "generate-sdf.csv").open())
     assert float(own["memorisation"]) > 0

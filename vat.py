@@ -13,7 +13,7 @@ Data, towers, blocks, training loop, surfaces and exams are those of LTM3D. Depa
     python vat.py compress chair.glb chair.vat            # a shape in 299 bytes; decompress brings it back
 
 A code is a whole number; it stands for a vector of the codebook. Letters: n latents of c channels, on a grid S S S; m
-features; N codes of a shape, of K scales; s the side of scale k = 0 ... K - 1; v vectors of the codebook; k points.
+features; N codes, of K scales; s the side of scale k = 0 ... K - 1; v vectors of the codebook; b k: k points or keys.
 """
 from functools import partial
 
@@ -46,13 +46,13 @@ STAGES = "encoders", "tokenizer", "vision", "vat-latents", "vat-codes", "vat-dec
 SEEING, LAST, REPS, SHIPPED = {"vision", "vat-generator"}, "vat-generator", ("sdf", "mesh"), "checkpoints/vat"
 SAMPLING = {"cfg": 2., "cfg_image": 2., "temperature": 1., "top_k": None, "top_p": 1.}
 LONG = "1 2 3 4 4 5 5 6 7 8 9"       # 2,214 codes of 14 bits: 3.9 KB; the paper has 2,220
-SIZES = {
+SIZES = {                # side, features: of two grids, n = side^3 and m = features^3; codes: v
     "tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", features=6, dim=128, heads=4, depth=3),
     "large": dict(side=9, channels=16, codes=16384, scales=LONG, features=14, dim=768, heads=12, depth=9)}
 GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, prefix=8), "large": dict(dim=1024, depth=24, heads=16, prefix=64)}
-SOFT = 1 / 64           # occupancy falls from 1 to 0 between distances -SOFT and SOFT: s = 1/128 of the cube's side
-OCCUPANCY = SOFT / (2 * TRUNCATION)     # weight of its loss: as steep as that of the distance, never steeper
-LATER = .5              # factor of the temperature after scale 0: parts that are drawn apart have to agree
+SOFT = 1 / 64           # occupancy falls from 1 to 0 between distances -SOFT and SOFT; 1/128 of the cube's side
+OCCUPANCY = SOFT / (2 * TRUNCATION)     # logit: -y / OCCUPANCY. As a weight: no steeper than the L1 of distances
+LATER = .5              # factor of the temperature after scale 0: codes drawn independently have to agree
 KL, COMMIT, CODEBOOK = 1e-4, .25, .2                          # the other weights in the loss; the paper's
 down = F.adaptive_avg_pool3d                                  # b c S S S, s -> b c s s s
 as_rows = partial(rearrange, pattern="b c x y z -> b (x y z) c")
@@ -62,7 +62,7 @@ as_rows = partial(rearrange, pattern="b c x y z -> b (x y z) c")
 
 class Encoder(nn.Module):
     """Features of the surface and learnt latents, one sequence: they attend to each other. Only the latents leave."""
-    points, patch = 4096, 1       # points that it reads, in training half as many; encode_set asks for the patch
+    points, patch = 4096, 1       # it reads 4096 points, in training half; encode_set names files by the patch
 
     def __init__(self, side, channels, features, dim, heads, depth, cells=4):
         super().__init__()
@@ -95,7 +95,7 @@ def latents_of(posterior, sampled=False):                     # what the encoder
 # ---------------------------------------------------------------------------- variational vector quantiser
 
 class Quantiser(nn.Module):
-    """Residual quantisation over scales. f_k is what the codes of the k scales before scale k say of the latents z:
+    """Residual quantisation over scales. f_k is what the codes of scales 0 ... k - 1 say of the latents z:
 
         f_0 = 0       q_k = argmin_v | Down_k(z - f_k) - code_v |^2             s_k^3 codes
                       f_(k+1) = f_k + phi_k(Up(code[q_k]))                      phi_k(x) = (x + conv_k(x)) / 2
@@ -104,6 +104,7 @@ class Quantiser(nn.Module):
     def __init__(self, side, channels, codes, scales):
         super().__init__()
         self.side, self.channels, self.scales = side, channels, [int(s) for s in scales.split()]
+        self.counts = [s ** 3 for s in self.scales]           # codes of each scale
         if not all(0 < s <= side for s in self.scales):
             raise ValueError(f"scales {scales}")
         self.book = Codebook(codes, channels)
@@ -115,12 +116,12 @@ class Quantiser(nn.Module):
     def up(self, indices, k):                                 # codes b s^3 -> what scale k adds, b c S S S
         x = rearrange(self.book(indices), "b (x y z) c -> b c x y z", x=self.scales[k], y=self.scales[k])
         x = F.interpolate(x, size=(self.side,) * 3, mode="trilinear", align_corners=False)
-        with torch.autocast(x.device.type, enabled=False):    # f is the same wherever it is computed
+        with torch.autocast(x.device.type, enabled=False):    # fp32: encode and decode get the same f
             return (x + self.phi[k](x)) / 2
 
     def decode(self, indices):                                # codes b N -> [f_0, f_1 ... f_K], b c S S S each
         f = [self.nothing(len(indices))]
-        for k, codes in enumerate(indices.split([s ** 3 for s in self.scales], 1)):
+        for k, codes in enumerate(indices.split(self.counts, 1)):
             f.append(f[-1] + self.up(codes, k))
         return f
 
@@ -134,11 +135,11 @@ class Quantiser(nn.Module):
         return torch.cat(indices, 1)
 
     def forward(self, z):
-        """z b n c -> quantised b n c, loss, codes b N. The mean is over k = 1 ... K, too; sg: stop-gradient:
+        """z b n c -> quantised b n c, loss, codes b N.
 
-            L = mean( (f_k - sg(z))^2 + COMMIT (sg(f_k) - z)^2 )
+            L = mean( (f_k - sg(z))^2 + COMMIT (sg(f_k) - z)^2 )      also over k = 1 ... K; sg: stop-gradient
 
-        Gradients of what is quantised pass to z unchanged (straight-through)."""
+        Gradients pass from the quantised latents to z unchanged (straight-through)."""
         z, indices = z.float(), self.encode(z)
         f = torch.stack([as_rows(f) for f in self.decode(indices)[1:]])           # K b n c
         loss = F.mse_loss(f, z.detach().expand_as(f)) + COMMIT * F.mse_loss(z.expand_as(f), f.detach())
@@ -149,7 +150,7 @@ class Quantiser(nn.Module):
 
 class Decoder(heads_.SdfHead):
     """Latents -> three planes -> convolutions -> three mip levels, each twice as fine -> distance and colour.
-    The output y is a distance in truncations, and -y / OCCUPANCY the logit of the paper's semi-continuous occupancy."""
+    y[..., 0] is a distance in truncations; -y[..., 0] / OCCUPANCY the logit of the semi-continuous occupancy."""
     planes = True
 
     def __init__(self, side, channels, dim, heads, **_):
@@ -157,7 +158,7 @@ class Decoder(heads_.SdfHead):
 
     def errors(self, y, batch):
         """Cross-entropy of the semi-continuous occupancy, L1 of the clipped distance, squared error of colours."""
-        true = F.pad(batch["distance"], (0, len(y[0]) - batch["distance"].shape[1]))      # b k; 0 on the surface
+        true = F.pad(batch["distance"], (0, y.shape[1] - batch["distance"].shape[1]))      # b k; 0 on the surface
         outside = (.5 + true / (2 * SOFT)).clamp(0, 1)
         occupancy = F.binary_cross_entropy_with_logits(y[..., 0] / OCCUPANCY, outside)
         others, logs = super().errors(y, batch)
@@ -165,7 +166,6 @@ class Decoder(heads_.SdfHead):
 
 
 class Tokenizer(nn.Module):
-    """Encoder and Quantiser."""
     Encoder, Quantiser, KL = Encoder, Quantiser, KL           # those of the variants in evaluation/vat_parts.py differ
 
     def __init__(self, side, channels, codes, scales, features, dim, heads, depth):
@@ -199,27 +199,27 @@ class Tokenizer(nn.Module):
 # ---------------------------------------------------------------------------- next-scale generator
 
 class Generator(Sequence):
-    """[prefix, scale 0, scale 1 ...]: a scale attends to the prefix, earlier scales and itself. The token of scale 0 is
-    the pooled prompt, those of scale k are Down_k(f_k). Its output: the logits of all its codes at once."""
+    """[prefix, scale 0, scale 1 ...]: a scale attends to the prefix, earlier scales and itself. The first token is the
+    pooled prompt, those of scale k > 0 are Down_k(f_k). From its tokens come the logits of all codes of a scale."""
 
     def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, prefix):
         super().__init__(prefix, widths, dim, depth, heads)
         self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)           # a copy, it makes f
-        self.scales, self.token = self.quantiser.scales, nn.Linear(channels, dim)
-        self.place = nn.Parameter(torch.randn(sum(s ** 3 for s in self.scales), dim) * .02)
+        self.scales, self.counts, self.token = self.quantiser.scales, self.quantiser.counts, nn.Linear(channels, dim)
+        self.place = nn.Parameter(torch.randn(sum(self.counts), dim) * .02)
         self.out = nn.Linear(dim, codes)
         nn.init.zeros_(self.out.weight)
 
-    def tokens(self, k, f, start):                            # f_k b c S S S -> b s^3 d
-        place = self.place.split([s ** 3 for s in self.scales])[k]
-        return place + (self.token(as_rows(down(f, self.scales[k]))) if k else start)
+    def tokens(self, k, f, first):                            # f_k b c S S S -> b s^3 d
+        place = self.place.split(self.counts)[k]
+        return place + (self.token(as_rows(down(f, self.scales[k]))) if k else first)
 
     def loss(self, indices, condition):
         """Codes b N and their condition -> cross-entropy, and the share of codes that is guessed right."""
-        prefix, shown, start, modulation = self.begin(condition)
+        prefix, shown, first, modulation = self.begin(condition)
         p, levels = prefix.shape[1], self.quantiser.decode(indices)[:-1]
-        x = torch.cat([prefix, *(self.tokens(k, f, start) for k, f in enumerate(levels))], 1)     # b (p + N) d
-        scale = torch.tensor([0] * p + [i for i, s in enumerate(self.scales, 1) for _ in range(s ** 3)]).to(x.device)
+        x = torch.cat([prefix, *(self.tokens(k, f, first) for k, f in enumerate(levels))], 1)     # b (p + N) d
+        scale = torch.tensor([0] * p + [k for k, count in enumerate(self.counts, 1) for _ in range(count)]).to(x.device)
         shown = F.pad(shown, (0, len(scale) - p), value=True)
         mask = (scale <= scale[:, None]) & rearrange(shown, "b k -> b 1 k")                       # b q k
         logits = self.out(self.read(x, modulation, mask)[:, p:]).float()          # b N v
@@ -231,14 +231,14 @@ class Generator(Sequence):
         """condition (prefix.py) and one seed per sample -> latents b n c. Keys and values are kept."""
         randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
         condition, strengths = guidance_branches(condition, cfg)                  # r branches of b samples
-        prefix, shown, start, modulation = self.begin(condition)
+        prefix, shown, first, modulation = self.begin(condition)
         cache, f = [None] * len(self.blocks), self.quantiser.nothing(len(seeds))
         self.read(prefix, modulation, repeat(shown, "b k -> b q k", q=prefix.shape[1]), cache)
-        for k, s in enumerate(self.scales):
-            x = self.tokens(k, f.repeat(len(strengths) + 1, 1, 1, 1, 1), start)   # (r b) s^3 d
-            shown = F.pad(shown, (0, s ** 3), value=True)
-            logits = self.out(self.read(x, modulation, repeat(shown, "b k -> b q k", q=s ** 3), cache)).float()
-            logits = guide(logits, strengths)                 # b s^3 v; in full from scale 0, which decides most
+        for k, count in enumerate(self.counts):
+            x = self.tokens(k, f.repeat(len(strengths) + 1, 1, 1, 1, 1), first)   # (r b) s^3 d
+            shown = F.pad(shown, (0, count), value=True)
+            logits = self.out(self.read(x, modulation, repeat(shown, "b k -> b q k", q=count), cache)).float()
+            logits = guide(logits, strengths)                 # b s^3 v; full strength at every scale
             f = f + self.quantiser.up(draw_codes(logits, randoms, top_k, top_p, temperature * (LATER if k else 1)), k)
         return as_rows(f)
 
@@ -248,18 +248,18 @@ class Generator(Sequence):
 def train_tokenizer(run, stage):
     """Phase 1, "vat-latents", without the quantiser; 2, "vat-codes", with it; 3, "vat-decoder", the decoder alone."""
     if processes.world() > 1:                                 # codes are revived from the batch of one process
-        raise UserError(f"{stage} learns in one process; leave torchrun out, and train the generator with it")
+        raise UserError(f"{stage} learns in one process; use torchrun with --stage vat-generator alone")
     run, settings, parts = run.turned(), SIZES[run.size], {"vat-codes": Tokenizer, "vat-decoder": Decoder}
     model = nn.ModuleDict({name: run.part(name, own)(**settings) for name, own in parts.items()})
-    if stage == "vat-codes":
+    if stage == "vat-codes" and not run.finetune:
         model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
     if stage == "vat-decoder":
-        model["vat-codes"] = load_stage(run.folder, "vat-codes", Tokenizer, run.variants)         # frozen
+        model["vat-codes"] = load_stage(run.folder, "vat-codes", Tokenizer, run.variants)         # frozen; z is sampled
         if (phase2 := run.folder / "vat-decoder.safetensors").is_file():
             model[stage].load_state_dict(read_weights(phase2))
 
     def files(model):                                         # {name of a file: what is in it}
-        return {"vat-latents": {stage: model}, "vat-decoder": {stage: model["vat-decoder"]}}.get(stage, dict(model))
+        return dict(model) if stage == "vat-codes" else {stage: model if stage == "vat-latents" else model[stage]}
     start(run, stage, files(model), settings=settings, variant=run.variant)
 
     def draw(split, rng):

@@ -2,7 +2,7 @@
 
     magic "VAT1"    fingerprint of the weights, 6 bytes    CRC-32 of what follows, 4 bytes    the codes, packed
 
-The bits of a code follow each other, the lowest first; eight of them are a byte, the first is its highest.
+All bits form one row, the lowest of a code first; every eight are a byte, its highest first. Numbers: little-endian.
 """
 import struct
 import zlib
@@ -22,7 +22,7 @@ MAGIC = b"VAT1"                                               # with the version
 
 class Codebook(nn.Module):
     """v vectors of c numbers. In training, those that are hardly ever chosen become vectors of the batch."""
-    RARE = .03                                                # of the mean frequency, scale by scale
+    RARE = .03                                                # times the mean; all scales of a batch count together
 
     def __init__(self, codes, channels):
         super().__init__()
@@ -37,8 +37,8 @@ class Codebook(nn.Module):
     def nearest(self, x):                                     # b n c -> b n
         chosen = torch.cdist(x, self.code).argmin(-1)
         if self.training and self.code.requires_grad:
-            count = torch.bincount(chosen.flatten(), minlength=len(self.use)) * len(self.use) / chosen.numel()
-            self.use.lerp_(count.float(), .01)
+            rate = torch.bincount(chosen.flatten(), minlength=len(self.use)) * len(self.use) / chosen.numel()
+            self.use.lerp_(rate.float(), .01)
             dead, x = self.use < self.RARE, rearrange(x, "b n c -> (b n) c")
             self.code[dead] = x[torch.randint(len(x), (int(dead.sum()),), device=x.device)]
             self.use[dead] = 1.
@@ -52,7 +52,8 @@ def code_use(indices, codes):
 
 
 def draw_codes(logits, randoms, top_k, top_p, temperature):
-    """Logits b n v -> codes b n, each drawn with the random generator of its sample (Gumbel's trick)."""
+    """Logits b n v -> codes b n, each drawn with the random generator of its sample (Gumbel's trick). top_k and top_p
+    cut before the temperature acts."""
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)

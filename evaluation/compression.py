@@ -37,7 +37,7 @@ def compress(model, decoder, source, target, fingerprint):
 def decompress(model, decoder, source, target, fingerprint, resolution):
     """A file of codes -> mesh."""
     quantiser = model.quantiser
-    codes = read_codes(source, quantiser.book, sum(s ** 3 for s in quantiser.scales), fingerprint)
+    codes = read_codes(source, quantiser.book, sum(quantiser.counts), fingerprint)
     latents, = model.latents(torch.from_numpy(codes)[None])                       # n c
     decoder.decode(latents, {}, None, resolution=resolution).save(target)
 
@@ -53,7 +53,8 @@ def main(load_tokenizer, shipped):
         own.add_argument("source", type=Path, help=source)
         own.add_argument("target", type=Path, help=f"file to write: {', '.join(endings)}")
         own.add_argument("--checkpoint", default=shipped, help="folder of trained weights, the same for both commands")
-    own.add_argument("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="cells along a side")
+    cells = commands.choices["decompress"].add_argument
+    cells("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="cells along a side")
     args = parser.parse_args()
     if args.target.suffix.lower() not in args.endings:
         raise UserError(f"{args.target}: give it a name that ends in {' or '.join(args.endings)}")

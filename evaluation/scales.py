@@ -17,13 +17,13 @@ from evaluation import exam
 from evaluation.experiments import train_stages
 from evaluation.judges import grid_iou
 from evaluation.metrics import fscore
-from evaluation.results import interval, labels, write_table, write_tables
+from evaluation.results import interval, labels, write_table
 from evaluation.vat_parts import SECOND_PHASE, VARIANTS
 
 
 def file_sizes(quantiser):
     """How many codes the first 1, 2 ... K scales have together, and the bytes of a file of them."""
-    counts = np.cumsum([s ** 3 for s in quantiser.scales])
+    counts = np.cumsum(quantiser.counts)
     return counts, file_size(counts, quantiser.book.bits)
 
 
@@ -63,20 +63,18 @@ def use_of(found, quantiser):
 
 def evaluate_scales(args):
     """How good is a shape from its first scales of codes alone, and how many bytes would these take?"""
-    tables, use = {}, []
+    rows, use = [], []
     for folder, label in labels(args.checkpoint).items():
         found, quantiser = judge_scales(args, label, folder)
         counts, sizes = file_sizes(quantiser)
-        tables[label] = [{"scales": " ".join(map(str, quantiser.scales[:k + 1])), "codes": str(counts[k]),
-                          "bytes": str(sizes[k])} | {key: found[key][:, k].mean() for key in found if key != "codes"}
-                         for k in range(len(counts))]
+        rows += [{"checkpoint": label, "scales": " ".join(map(str, quantiser.scales[:k + 1])), "codes": str(counts[k]),
+                  "bytes": str(sizes[k])} | {key: found[key][:, k].mean() for key in found if key != "codes"}
+                 for k in range(len(counts))]
         use.append({"checkpoint": label, "CS-IoU": found["IoU"].mean()} | use_of(found, quantiser))
     print(f"bytes: of a file. IoU on a {args.grid}^3 grid; F-score at .02. CS-IoU: mean IoU over the scales.\n"
           "code use: share of all codes that occur in these shapes; perplexity: the effective number of codes")
-    write_tables(args.out, "scales", tables, means=False)
+    write_table(args.out, "scales", rows, draw=draw_curve)
     write_table(args.out, "scales-use", use)
-    curve = [{"checkpoint": label} | row for label, rows in tables.items() for row in rows]
-    write_table(args.out, "scales-curve", curve, draw=draw_curve)
 
 
 def draw_curve(plt, rows):
@@ -106,7 +104,7 @@ GENERATED = "", "plain", "scale-dropout"                      # of these, genera
 
 
 def compare_tokenizers(args):
-    """Trains vat.py with a part in another way, with every seed: what do its codes keep, what does it generate?"""
+    """Trains vat.py with one part replaced at a time, once a seed: what do its codes keep, what does it generate?"""
     rows, benchmark = [], exam.Exam(args, args.n, args.shapes)
     for variant, title in TITLES.items():
         stages = ["vat-codes"] if variant in SECOND_PHASE else ["vat-latents", "vat-codes"]
@@ -114,7 +112,7 @@ def compare_tokenizers(args):
         scores = []
         for seed in range(args.seeds):
             flags = {"--model": "vat", "--variant": variant or None}
-            if variant in SECOND_PHASE:                       # the first is that of vat.py itself
+            if variant in SECOND_PHASE:                       # phase 1 is that of vat.py itself
                 flags["--from"] = Path(args.runs) / f"vat-{seed}"
             folder = train_stages(args, f"{variant or 'vat'}-{seed}", seed, flags, stages)
             found, quantiser = judge_scales(args, folder.name, folder)

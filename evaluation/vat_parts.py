@@ -50,10 +50,12 @@ class QFormerEncoder(vat.Encoder):
         return self.cross(latents, features, positions=(place, centre))
 
 
-def with_encoder(encoder):
-    class Tokenizer(vat.Tokenizer):
-        Encoder = encoder
-    return Tokenizer
+class Pooling(vat.Tokenizer):
+    Encoder = PoolingEncoder
+
+
+class QFormer(vat.Tokenizer):
+    Encoder = QFormerEncoder
 
 
 # ---------------------------------------------------------------------------- quantisers
@@ -69,13 +71,13 @@ class Plain(vat.Tokenizer):
 
 
 class ScaleDropout(vat.Tokenizer):
-    """In training, a shape keeps all K scales with a chance of (K + 1) / 2K, else the first k: 1, 2 ... K - 1 alike."""
+    """In training, a shape keeps all K scales with a chance of (K + 1) / 2K, else the first 1, 2 ... or K - 1."""
 
     class Quantiser(vat.Quantiser):
         def forward(self, z):
             latents, loss, indices = super().forward(z)
             if self.training:
-                f = torch.stack(self.decode(indices)[1:], 1)                      # b k c S S S
+                f = torch.stack(self.decode(indices)[1:], 1)                      # b K c S S S
                 last = torch.randint(2 * len(self.scales), (len(z),), device=z.device).clamp(max=len(self.scales) - 1)
                 kept = vat.as_rows(f[torch.arange(len(z)), last])                 # b n c
                 latents = z + (kept - z).detach()
@@ -96,8 +98,9 @@ class Large(vat.Generator):
 
 
 SECOND_PHASE = {"scale-dropout"}                              # variants whose first phase of training is that of vat.py
-TOKENIZERS = {"pooling": with_encoder(PoolingEncoder), "q-former": with_encoder(QFormerEncoder), "plain": Plain,
-              "scale-dropout": ScaleDropout, "cross-attention": vat.Tokenizer}
+TOKENIZERS = {"pooling": Pooling, "q-former": QFormer, "plain": Plain, "scale-dropout": ScaleDropout,
+              "cross-attention": vat.Tokenizer}
 FIRST_PHASE = {name: own for name, own in TOKENIZERS.items() if name not in SECOND_PHASE}
+# --variant names one tokenizer for all its stages: their generator is that of vat.py
 VARIANTS = {"vat-latents": FIRST_PHASE, "vat-codes": TOKENIZERS, "vat-decoder": {"cross-attention": CrossAttention},
             "vat-generator": dict.fromkeys(TOKENIZERS, vat.Generator) | {"large": Large}}
