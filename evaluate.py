@@ -16,7 +16,7 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
     python evaluate.py names --data FILES        # of files: does a sample fit its name, and is it new?
     python evaluate.py cross-view --rep sdf      # eight views of one shape: is it the same shape eight times?
     python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its rules and weights
-    python evaluate.py scales --checkpoint VAT   # of vat.py: bytes, and what they keep of a shape
+    python evaluate.py scales                    # of vat.py: bytes, and what they keep of a shape
     python evaluate.py ablate-vat                # of vat.py: trains it with parts in another way
     python evaluate.py registers --checkpoint LOST      # of lost.py: what the first registers say of a shape
     python evaluate.py search --checkpoint LOST         # of lost.py: do its features find shapes that are alike?
@@ -38,6 +38,7 @@ from einops import repeat
 from tqdm import tqdm
 
 import heads
+import vat
 from data import turned_back, turns_to_front
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder, read_config, trained_stages
@@ -56,6 +57,7 @@ from evaluation.words import evaluate_words, show_asked
 from geometry import training_pictures, training_samples
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
+from models import MODELS, model_in
 from prompts import image_tower, text_tower
 from reconstruct import RGS_FORMS
 from sample import RESOLUTIONS
@@ -114,6 +116,8 @@ def evaluate_joint(args):
                 "reconstruction": ", ".join(f"{name} {value:.3f}" for name, value in judged.items()),
                 "minutes": sum(entry["seconds"] for entry in trained) / 60,
                 "right class": np.mean(classes[distance.argmin(1)] == names), "Chamfer to nearest": np.mean(near)}
+    if not rows:
+        raise UserError("joint compares heads on LTM3D's tokens; no --checkpoint holds any")
     print(f"minutes: of training. {args.shapes} held-out shapes reconstructed, {args.n} samples of every class name")
     write_table(args.out, args.command, [rows[key] for key in sorted(rows)])
     curves = [(label, Path(folder) / "backbone.csv", "held_out") for folder, label in labels(args.checkpoint).items()]
@@ -286,8 +290,10 @@ def arguments():
     reps = list(heads.HEADS)
     generated = [name for name in TRAINED if name != "ablate-rida"]
     sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", *generated]
+    judged = ["tokenizer", *sampled]
+    judged.remove("ablate-vat")
     files = ["tokenizer", "cross", "generate", "retrieval", "images", "cross-view"]
-    flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=reps, default="sdf", help="what to judge")
+    flag(judged, "--rep", type=heads.spelling, choices=reps, default="sdf", help="what to judge")
     flag(["cross"], "--reps", nargs="+", type=heads.spelling, choices=reps, default=reps, help="to compare")
     for names, least, count in ((["tokenizer"], 1, 260), (["cross", "images", "low-poly"], 1, 208),
                                 (["scales", "registers"], 1, 208), (["generate"], 2, 208), (["joint"], 1, 52),
@@ -316,8 +322,8 @@ def arguments():
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)
     parsers["overfit"].set_defaults(train_shapes=10, steps=400)
-    parsers["scales"].set_defaults(grid=64)
-    parsers["ablate-vat"].set_defaults(grid=32, points=0)     # an eighth of the time; no F-score
+    parsers["scales"].set_defaults(grid=64, checkpoint=[vat.SHIPPED])
+    parsers["ablate-vat"].set_defaults(rep="sdf", grid=32, points=0)              # an eighth of the time; no F-score
     return parser.parse_args()
 
 
@@ -330,6 +336,8 @@ def main():
     for folder in args.checkpoint:
         if not read_config(folder):
             raise UserError(f"nothing is trained in {folder}; --checkpoint takes folders that train.py made")
+        if args.command in ("cross-view", "ablate-rgs") and "rgs" not in MODELS[model_in(folder)].SAMPLING:
+            raise UserError(f"{folder} holds {model_in(folder)}, which has no Reconstruction-Guided Sampling")
         for stage, entry in read_config(folder).items():
             print(f"{folder}: {stage}, {entry.get('steps', '?')} steps, git revision {entry.get('revision', '?')}")
     COMMANDS[args.command](args)

@@ -30,6 +30,8 @@ def model_in(folder, wanted=None):
     """The name of the model in a folder: its last stage is there, or else a stage that is its own; or it is ltm3d.
     wanted: the one that it has to be."""
     stages = read_config(folder).keys()
+    if wanted and not stages:
+        raise UserError(f"nothing is trained in {folder}; --checkpoint takes a folder that train.py made")
     whole = [name for name, model in MODELS.items() if model.LAST in stages]
     begun = [name for name, model in MODELS.items() if ({*model.STAGES} - {*ltm3d.STAGES}) & stages]
     found = [*whole, *begun] or ["ltm3d"]

@@ -91,7 +91,7 @@ class Sampler:
             raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
         if resolution not in RESOLUTIONS:
             raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
-        return self.model.decode(tokens, rep, np.random.default_rng(seed), resolution, points, faces)
+        return self.load_heads(rep).model.decode(tokens, rep, np.random.default_rng(seed), resolution, points, faces)
 
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, faces=None,
                  **options):
@@ -147,6 +147,8 @@ def arguments():
     if args.rgs:
         reconstruct.parse_rgs(args.rgs)
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
+    if args.points and not {"pc", "gs"} & {*args.rep}:
+        parser.error("--points is the number of points or of Gaussians; give --rep pc or gs, too")
     if args.faces and "mesh" not in args.rep:
         parser.error("--faces is the number of faces of a low-poly mesh; give --rep mesh, too")
     return args

@@ -100,12 +100,13 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--rgs", "sampled=2"], "RGS takes none, auto, sampled=A"), (["--rgs", "x"], "RGS takes none, auto, sampled=A"),
     (["--window", "2"], "--window: must be between 0 and 1"), (["--rep", "voxels"], "choose from"),
     (["--points", "0"], "--points: must be"), (["--faces", "3"], "--faces: must be"),
-    (["--faces", "300"], "give --rep mesh, too"),
+    (["--faces", "300"], "give --rep mesh, too"), (["--points", "9"], "give --rep pc or gs, too"),
     (["--device", "toaster"], "--device toaster"),
     (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
     (["--text", ""], "is empty"), (["--text", "with the"], "names no shape"), (["--device", "meta"], "--device meta"),
     (["--text", "a house"], "'house' is nothing that can be made"),
-    (["--checkpoint", "nowhere"], "there is no folder nowhere"), (["--out", "{file}/below"], "cannot write")])
+    (["--checkpoint", "nowhere"], "there is no folder nowhere"), (["--checkpoint", "x" * 300], "cannot use xxx"),
+    (["--out", "{file}/below"], "cannot write")])
 def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, capsys):
     """A mistake is one line that names it, with exit status 2, and nothing is written."""
     (tmp_path / "file").write_text("")

@@ -220,7 +220,7 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first == "1.000  a-ball.glb" and second.endswith("a-table-0.glb")
     assert run(lost.main, "--query", out / "none.glb", *search) == 2
-    assert_one_line(capsys.readouterr().err, "is no mesh")
+    assert_one_line(capsys.readouterr().err, "there is no file")
     assert run(lost.main, "--query", "a table", *search[:2], tmp_path / "none", *search[3:]) == 2
 
     flags = "--checkpoint", folder, "--scorer", overfitted, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"

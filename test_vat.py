@@ -247,8 +247,8 @@ def test_a_code_beyond_the_codebook_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("words, complaint", [
-    (["compress", "chair.glb", "chair.obj"], "ends in .vat"), (["compress", "nothing.glb", "a.vat"], "is no mesh"),
-    (["compress", "nothing.png", "a.vat"], "is no mesh"), (["decompress", "nothing.vat", "a.ply"], "ends in .glb or"),
+    (["compress", "chair.glb", "chair.obj"], "ends in .vat"), (["compress", "no.glb", "a.vat"], "there is no file"),
+    (["compress", "no.png", "a.vat"], "there is no file"), (["decompress", "no.vat", "a.ply"], "ends in .glb or"),
     (["compress", "chair.glb", "a.vat", "--resolution", 64], "unrecognized"),
     (["decompress", "nothing.vat", "a.glb"], "cannot read")])
 def test_a_wrong_file_is_one_line(words, complaint, tmp_path, monkeypatch, capsys):
@@ -284,6 +284,10 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     for main, words, complaint in ((train.main, ["--model", "vat", "--denoiser", "ddpm"], "vat has no --denoiser"),
                                    (train.main, ["--model", "vat", "--tokens", "joint"], "vat has no --tokens"),
                                    (train.main, ["--model", "vat", "--rep", "pc"], "vat makes sdf, mesh"),
+                                   (train.main, ["--model", "vat", "--from", "checkpoints/vat", "--out",
+                                                 tmp_path / "no"], "but no tokenizer, vat-latents, which come before"),
+                                   (evaluate.main, ["ablate-rgs", "--checkpoint", folder], "has no Reconstruction"),
+                                   (evaluate.main, ["ablate-vat", "--checkpoint", folder], "trains codes itself"),
                                    (sample.main, [*refused, "--steps", 5], "--steps"),
                                    (sample.main, [*refused, "--model", "ltm3d"], "holds vat, not ltm3d"),
                                    (evaluate.main, ["tokenizer", "--rep", "gs", "--checkpoint", folder], "sdf, mesh")):
@@ -295,6 +299,10 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     assert "what comes back" in capsys.readouterr().out
     assert run(vat.main, "decompress", packed, back, *flags) == 0
     assert len(trimesh.load(back, force="mesh").faces)
+
+    flags = "--model", "vat", "--from", folder, "--finetune", "--stage", "vat-decoder", "--steps", 1, "--batch", 2
+    assert train_small(monkeypatch, tmp_path / "more", 2, *flags) == 0
+    assert "vat-generator" in files.trained_stages(tmp_path / "more")
 
     flags = "--checkpoint", folder, "--shapes", 2, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"
     assert run(evaluate.main, "scales", *flags, "--points", 1000) == 0

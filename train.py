@@ -16,6 +16,7 @@ import torch
 
 import encoders as encoders_
 import heads as heads_
+import ltm3d
 import tokenizer as tokenizer_
 from backbone import DENOISERS
 from data import kinds_of, training_sets
@@ -102,6 +103,7 @@ def chain(args, variants, reps, first, folder):
         run.check_folder(name_begins(args.data))
         print(f"{run.folder}, running on {run.reason}")
         stages = stages_of(args, run.reps)
+        check_order(args, run.folder, stages)
         kinds = ["surface", *["pictures"] * bool(model.SEEING & stages.keys())]
         kinds += kinds_of(HEADS[rep] for rep in run.first + run.reps)
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
@@ -123,6 +125,16 @@ def chain(args, variants, reps, first, folder):
             train(run)
     if model.LAST in stages and not args.variant:
         print(f'next: python sample.py --checkpoint {run.folder} --rep {run.reps[-1]} --text "{run.prompts[0]}"')
+
+
+def check_order(args, folder, stages):
+    """A shipped folder lacks stages that only the training of others needs. They are not trained unasked."""
+    done, names = {*trained_stages(folder)}, [*stages]
+    own = done & MODELS[args.model].DEFAULTS.keys() - ltm3d.DEFAULTS.keys()
+    missing = [name for i, name in enumerate(names) if name not in done and own & {*names[i:]}]
+    if args.source and not args.stage and missing:
+        raise UserError(f"{args.source} holds {', '.join(sorted(own))}, but no {', '.join(missing)}, which come "
+                        "before; name the stage to train with --stage")
 
 
 def stages_of(args, reps):

@@ -332,7 +332,7 @@ class VAT:
 
     def load_heads(self, *reps):                              # they are there
         if other := {*reps} - {*REPS}:
-            raise UserError(f"vat makes {', '.join(REPS)}, not {', '.join(sorted(other))}")
+            raise UserError(f"vat makes {', '.join(REPS)}, not {', '.join(sorted(other))}; give another --rep")
 
     def generate(self, condition, seeds, **options):
         options = SAMPLING | options

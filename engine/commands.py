@@ -47,8 +47,8 @@ def between(low, high=2 ** 63 - 1, kind=int):
 
 
 def command(main):
-    """Runs a script. A user's mistake is one line and exit status 2; Ctrl-C or kill is one word and 130; a reader of
-    its output that has enough, like `head`, ends it without a word."""
+    """Runs a script. A user's mistake is one line and exit status 2, also a file that cannot be used; Ctrl-C or kill is
+    one word and 130; a reader of its output that has enough, like `head`, ends it without a word."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -58,6 +58,11 @@ def command(main):
         raise SystemExit(0) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if not error.filename:                                # no file, but a fault of ours
+            raise
+        print(f"error: cannot use {error.filename}: {error.strerror}; name another file or folder", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -34,9 +34,9 @@ def atomic_write(path):
         yield part
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}; name another file") from None
     finally:
-        if path.parent.is_dir():
+        with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 
@@ -57,7 +57,7 @@ def save_weights(path, state, half=False):
 def read_weights(path, cure="copy or train it again"):
     """A safetensors file -> dict of tensors."""
     if not Path(path).is_file():
-        raise UserError(f"no file {path}; is --checkpoint a folder that train.py made, and is this stage trained?")
+        raise UserError(f"there is no file {path}; train {Path(path).stem} first, or name another folder")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
@@ -84,7 +84,7 @@ def load_model(model_class, path, **settings):
         model = model_class(**settings)
         if not all(x.isfinite().all() for x in saved.values()):
             raise UserError(f"{path} holds numbers that are not finite: it is damaged; copy or train it again")
-    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
         raise UserError(f"the settings beside {path} make no {model_class.__name__} ({str(error).splitlines()[0]}); "
                         "was config.json edited? restore it or train again") from None
     model.load_state_dict(saved)
@@ -170,13 +170,14 @@ def read_stage(folder, stage):
     """The entry of a trained stage in config.json. Stages beside it have to be those that it was trained on."""
     entry = read_config(folder).get(stage)
     if entry is None:
-        raise UserError(f"{folder} holds no trained {stage}; make it with: "
+        raise UserError(f"{folder} holds no trained {stage}; name another folder, or train it there: "
                         f"python train.py --stage {stage.replace('head-', 'head --rep ')} --out {folder}")
     for name, made_with in dict(entry.get("made_with", {})).items():
         path = Path(folder) / f"{name}.safetensors"
         if path.is_file() and digest(path) != made_with:
-            raise UserError(f"the {stage} in {folder} was trained with another {name}; remove '{stage}' from its "
-                             f"config.json and run: python train.py --stage {stage} --out {folder}")
+            raise UserError(f"the {stage} in {folder} was trained with another {name}, or {path} is damaged; restore "
+                            f"that file, or remove '{stage}' from config.json and run: python "
+                            f"train.py --stage {stage} --out {folder}")
     return entry
 
 

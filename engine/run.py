@@ -150,16 +150,18 @@ class Run:
 
 
 def copy_stages(run, source, begin, training):
-    """Copies the stages of a trained folder that fit. Not copied: the generator; stages in `training`; those of other
-    models; those that stand on other encoders of transformers, or on other weights than those in the folder."""
+    """Copies the stages of a trained folder that fit. Not copied: the generator, unless another stage alone is to be
+    fine-tuned; stages in `training`; those of other models; those that stand on other encoders of transformers, or on
+    other weights than those in the folder."""
     if not {"tokenizer", "vat-codes"} & {*trained_stages(source)}:
         raise UserError(f"there is no trained tokenizer in {source}; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
     tokenizer = source / "tokenizer.safetensors"
+    generator = {run.last} - {*[run.last] * bool(run.finetune and training)}
     training = {*training} - {f"head-{rep}" for rep in config.get("tokenizer", {}).get("heads", [])}      # they go on
     wanted = [stage for stage in trained_stages(source)
-              if stage in run.settings and stage not in (run.last, *training, *trained_stages(folder))
+              if stage in run.settings and stage not in {*generator, *training, *trained_stages(folder)}
               and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
     for stage in config.keys() & wanted:
         run.check_stage(source, stage, config[stage], begin)

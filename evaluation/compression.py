@@ -3,6 +3,7 @@
     python vat.py compress chair.glb chair.vat
     python vat.py decompress chair.vat chair.glb
 """
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from geometry import real
 from prompts.reading import find
 
 POINTS = 100_000    # of each surface, for the F-score
+POOR = .8           # below this IoU there is a warning
 WRITTEN = ".glb", ".obj", ".stl"        # meshes that decompress writes
 
 
@@ -30,8 +32,11 @@ def compress(model, decoder, source, target, fingerprint):
     latents, = model.latents(indices)                                             # n c
     mesh = decoder.decode(latents, {}, None)
     x, y = mesh.surface(POINTS, rng)[0], shape.surface(POINTS, rng)[0]
+    overlap = grid_iou(decoder, latents, shape, nullcontext)
     print(f"{target}: {target.stat().st_size} bytes; what comes back has F-score {fscore(x, y, .02):.3f} (at .02) "
-          f"and IoU {grid_iou(decoder, latents, shape, nullcontext):.3f}")
+          f"and IoU {overlap:.3f}")
+    if overlap < POOR:
+        print("warning: little of the shape is kept; it is not like those that the weights learnt", file=sys.stderr)
 
 
 def decompress(model, decoder, source, target, fingerprint, resolution):
@@ -40,6 +45,7 @@ def decompress(model, decoder, source, target, fingerprint, resolution):
     codes = read_codes(source, quantiser.book, sum(quantiser.counts), fingerprint)
     latents, = model.latents(torch.from_numpy(codes)[None])                       # n c
     decoder.decode(latents, {}, None, resolution=resolution).save(target)
+    print(target)
 
 
 def main(load_tokenizer, shipped):

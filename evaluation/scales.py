@@ -105,6 +105,8 @@ GENERATED = "", "plain", "scale-dropout"                      # of these, genera
 
 def compare_tokenizers(args):
     """Trains vat.py with one part replaced at a time, once a seed: what do its codes keep, what does it generate?"""
+    if "vat-codes" in trained_stages(args.checkpoint[0]):
+        raise UserError(f"{args.command} trains codes itself; --checkpoint takes a folder without, checkpoints/tiny")
     rows, benchmark = [], exam.Exam(args, args.n, args.shapes)
     for variant, title in TITLES.items():
         stages = ["vat-codes"] if variant in SECOND_PHASE else ["vat-latents", "vat-codes"]

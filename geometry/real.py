@@ -99,7 +99,9 @@ def list_items(path):
 
 def read_shape(path):
     """The shape of one mesh file, in the middle of the cube and as large as all shapes are."""
-    if Path(path).suffix.lower() not in SUFFIXES or not Path(path).is_file():
+    if not Path(path).is_file():
+        raise UserError(f"there is no file {path}; name a mesh: {', '.join(SUFFIXES)}")
+    if Path(path).suffix.lower() not in SUFFIXES:
         raise UserError(f"{path} is no mesh file; name one that ends in {', '.join(SUFFIXES)}")
     (item,), _ = list_items(path)
     try:
