@@ -211,7 +211,8 @@ def evaluate_images(args):
                       for tokens, job in zip(results["tokens"][:columns], jobs)]
             if args.data and prompt == "picture":
                 draw_pairs(args, f"pictures-{args.rep}-{label}", model, jobs, results["tokens"])
-        save_png(f"{args.out}/images-{args.rep}-{label}.png", contact_sheet(drawn, columns))
+        names = [name for name in ("the picture", *prompts) for _ in range(columns)]
+        save_png(f"{args.out}/images-{args.rep}-{label}.png", contact_sheet(drawn, columns, names))
         print(f"{args.out}/images-{args.rep}-{label}.png")
     print(f"{len(rows)} held-out shapes, one sample each. To the true shape, by 8192 points: Chamfer distance, F-score "
           "at .05")
