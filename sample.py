@@ -91,7 +91,7 @@ class Sampler:
             raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
         if resolution not in RESOLUTIONS:
             raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
-        return self.load_heads(rep).model.decode(tokens, rep, np.random.default_rng(seed), resolution, points, faces)
+        return self.model.decode(tokens, rep, np.random.default_rng(seed), resolution, points, faces)
 
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, faces=None,
                  **options):

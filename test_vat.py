@@ -294,6 +294,8 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         assert run(main, *words) == 2
         assert_one_line(capsys.readouterr().err, complaint)
+    with pytest.raises(UserError, match="vat makes sdf, mesh"):
+        sample.load(folder).generate("a table", rep="pc")
     mesh, packed, back = tmp_path / "out" / "a-table-0.glb", tmp_path / "a.vat", tmp_path / "back.glb"
     assert run(vat.main, "compress", mesh, packed, "--checkpoint", folder) == 0
     assert "what comes back" in capsys.readouterr().out

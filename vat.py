@@ -138,12 +138,11 @@ class Quantiser(nn.Module):
         """z b n c -> quantised b n c, loss, codes b N.
 
             L = mean( (f_k - sg(z))^2 + COMMIT (sg(f_k) - z)^2 )      also over k = 1 ... K; sg: stop-gradient
-
-        Gradients pass from the quantised latents to z unchanged (straight-through)."""
+        """
         z, indices = z.float(), self.encode(z)
         f = torch.stack([as_rows(f) for f in self.decode(indices)[1:]])           # K b n c
         loss = F.mse_loss(f, z.detach().expand_as(f)) + COMMIT * F.mse_loss(z.expand_as(f), f.detach())
-        return z + (f[-1] - z).detach(), loss, indices
+        return z + (f[-1] - z).detach(), loss, indices        # straight-through: gradients reach z unchanged
 
 
 # ---------------------------------------------------------------------------- triplane decoder
@@ -340,6 +339,7 @@ class VAT:
         return self.generator.generate(condition, seeds, cfg, **options)
 
     def decode(self, latents, rep, rng, resolution=128, points=None, faces=None):
+        self.load_heads(rep)
         head = heads_.SimplifiedMesh(faces) if rep == "mesh" and faces else self.heads[rep]
         return head.decode(latents.to(self.device), self.heads, rng, self.autocast, resolution)
 

@@ -36,7 +36,7 @@ def atomic_write(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; name another file") from None
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):                    # the error above says what is wrong
             part.unlink(missing_ok=True)
 
 
@@ -176,8 +176,8 @@ def read_stage(folder, stage):
         path = Path(folder) / f"{name}.safetensors"
         if path.is_file() and digest(path) != made_with:
             raise UserError(f"the {stage} in {folder} was trained with another {name}, or {path} is damaged; restore "
-                            f"that file, or remove '{stage}' from config.json and run: python "
-                            f"train.py --stage {stage} --out {folder}")
+                            f"that file, or remove '{stage}' from config.json and run: "
+                            f"python train.py --stage {stage} --out {folder}")
     return entry
 
 

@@ -158,10 +158,10 @@ def copy_stages(run, source, begin, training):
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
     tokenizer = source / "tokenizer.safetensors"
-    generator = {run.last} - {*[run.last] * bool(run.finetune and training)}
+    generator = () if run.finetune and training else (run.last,)
     training = {*training} - {f"head-{rep}" for rep in config.get("tokenizer", {}).get("heads", [])}      # they go on
     wanted = [stage for stage in trained_stages(source)
-              if stage in run.settings and stage not in {*generator, *training, *trained_stages(folder)}
+              if stage in run.settings and stage not in (*generator, *training, *trained_stages(folder))
               and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
     for stage in config.keys() & wanted:
         run.check_stage(source, stage, config[stage], begin)

@@ -1,7 +1,7 @@
 """scales.py - what the codes of vat.py keep of a shape, and which parts of its tokenizer matter.
 
-    python evaluate.py scales --checkpoint checkpoints/vat     # scale after scale: bytes, IoU, F-score; code use
-    python evaluate.py ablate-vat                              # trains the variants of evaluation/vat_parts.py
+    python evaluate.py scales          # scale after scale: bytes, IoU, F-score; code use
+    python evaluate.py ablate-vat      # trains the variants of evaluation/vat_parts.py
 """
 from pathlib import Path
 

@@ -29,8 +29,8 @@ def read_picture(path):
     if not isinstance(path, (str, os.PathLike, Image.Image)):
         raise UserError(f"a picture is the name of a file or an image of Pillow, not a {type(path).__name__}")
     try:
-        if not isinstance(path, Image.Image) and Path(path).exists() and not Path(path).is_file():
-            raise ValueError("no ordinary file")              # a pipe would never end
+        if not isinstance(path, Image.Image) and Path(path).is_fifo():
+            raise ValueError("it is a pipe")                  # reading it would never end
         with contextlib.nullcontext(path) if isinstance(path, Image.Image) else Image.open(path) as file:
             size = f"{file.width} x {file.height} pixels"
             if file.width * file.height > LARGEST:
