@@ -2,6 +2,7 @@
 
     python -m pytest -q prompts
 """
+import os
 import numpy as np
 import pytest
 import torch
@@ -204,12 +205,12 @@ def test_a_noisy_background_is_a_warning(tmp_path):
 @pytest.mark.parametrize("save, complaint", [
     (lambda path: path.write_bytes(b"not a picture"), "cannot be read as a picture"),
     (lambda path: path.write_bytes(save_disc(path, "RGB").read_bytes()[:-60]), "cannot be read as a picture"),
-    (lambda path: None, "no picture"),
+    (lambda path: None, "no picture"), (os.mkfifo, "it is a pipe"),
     (lambda path: Image.new("1", (1, 1)).save(path), "1 x 1 pixels"),
     (lambda path: Image.new("1", (30_000, 9000)).save(path), "30000 x 9000 pixels"),
     (lambda path: Image.new("RGBA", (64, 64)).save(path), "transparent all over"),
     (lambda path: Image.new("1", (64, 64)).save(path), "nothing but its background")],
-    ids=["text", "truncated", "missing", "tiny", "huge", "transparent", "empty"])
+    ids=["text", "truncated", "missing", "pipe", "tiny", "huge", "transparent", "empty"])
 def test_bad_picture_is_one_line(overfitted, save, complaint, tmp_path, capsys):
     """A file that cannot be used is one line that says why, and nothing is written."""
     save(tmp_path / "bad.png")
