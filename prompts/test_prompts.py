@@ -3,6 +3,7 @@
     python -m pytest -q prompts
 """
 import os
+
 import numpy as np
 import pytest
 import torch
