@@ -271,7 +271,6 @@ COMMANDS = {
 
 def arguments():
     common = Parser(add_help=False)
-    common.add_argument("--checkpoint", nargs="+", default=["checkpoints/tiny"], help="folders of trained weights")
     common.add_argument("--seed", type=between(0), default=0, help="of the samples and of the points drawn")
     common.add_argument("--cache", default="cache", help="folder of the prepared data")
     common.add_argument("--out", default="out/evaluate", help="folder of the results")
@@ -288,6 +287,9 @@ def arguments():
         for name in names:
             parsers[name].add_argument(flag_name, **settings)
 
+    for name in COMMANDS:
+        shipped = vat.SHIPPED if name == "scales" else "checkpoints/tiny"
+        flag([name], "--checkpoint", nargs="+", default=[shipped], help="folders of trained weights")
     reps = list(heads.HEADS)
     generated = [name for name in TRAINED if name != "ablate-rida"]
     sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", *generated]
@@ -323,7 +325,7 @@ def arguments():
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)
     parsers["overfit"].set_defaults(train_shapes=10, steps=400)
-    parsers["scales"].set_defaults(grid=64, checkpoint=[vat.SHIPPED])
+    parsers["scales"].set_defaults(grid=64)
     parsers["ablate-vat"].set_defaults(rep="sdf", grid=32, points=0)              # an eighth of the time; no F-score
     return parser.parse_args()
 
