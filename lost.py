@@ -91,24 +91,24 @@ def rank(s, t):
 # ---------------------------------------------------------------------------- registers
 
 class Registers(nn.Module):
-    """Shape tokens and learnt registers, one sequence. Tokens see tokens; register i sees tokens and registers 1 ... i.
-    Only the registers leave, each with mean 0 and deviation 1."""
+    """Shape tokens and registers, one sequence. Tokens see tokens; register i, which begins as a copy of token i, sees
+    tokens and registers 1 ... i. Only the registers leave, each with mean 0 and deviation 1."""
 
     def __init__(self, tokens, channels, registers, width, dim, heads, encoder):
         super().__init__()
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
         self.register = nn.Parameter(torch.randn(registers, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
-        unit = nn.LayerNorm(width, elementwise_affine=False)
-        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width), unit)
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
         i = torch.arange(tokens + registers)                  # tokens come first
         self.register_buffer("mask", ((i < tokens) | (i <= i[:, None]))[None], persistent=False)             # 1 q k
 
     def forward(self, x):                                     # b n c -> b m w
-        y = torch.cat([self.token(x) + self.place, repeat(self.register, "m d -> b m d", b=len(x))], 1)
+        y = self.token(x) + self.place                                            # b n d
+        y = torch.cat([y, y[:, :len(self.register)] + self.register], 1)          # b (n + m) d
         for block in self.blocks:
             y = block(y, mask=self.mask)
-        return self.out(y[:, x.shape[1]:]).float()
+        return F.layer_norm(self.out(y[:, x.shape[1]:]).float(), [self.out[-1].out_features])
 
 
 class PrefixDecoder(nn.Module):
@@ -118,7 +118,7 @@ class PrefixDecoder(nn.Module):
         super().__init__()
         self.channels, self.dim, self.heads, self.norm = channels, dim, heads, nn.LayerNorm(dim)
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
-        self.register, self.turn = nn.Linear(width, dim), nn.Parameter(torch.randn(registers, dim) * .02)
+        self.register, self.turn = nn.Linear(width, dim), nn.Parameter(self.place[:registers].detach().clone())
         self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(decoder))
         self.cross = nn.ModuleList(nn.Linear(dim, 2 * dim, bias=False) for _ in range(decoder))
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))

@@ -80,6 +80,16 @@ def test_registers_see_earlier_registers_alone(codec):
     assert changed.tolist() == [False] * 4 + [True] * 4
 
 
+def test_a_register_begins_as_its_token(codec):
+    """Without blocks, register i says what token i says, and nothing else."""
+    codec.encoder.blocks = nn.ModuleList()
+    x = torch.randn(2, 27, 8)
+    other = x.clone()
+    other[:, 3] = 0.
+    changed = (codec.encoder(other) - codec.encoder(x)).abs().amax((0, 2)) > 1e-6
+    assert changed.nonzero().flatten().tolist() == [3]
+
+
 def test_every_register_depends_on_the_shape(codec):
     x = torch.randn(2, 27, 8)
     assert ((codec.encoder(x) - codec.encoder(x + torch.randn(2, 27, 8))).abs().amax((0, 2)) > 1e-3).all()
@@ -226,6 +236,8 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     flags = "--checkpoint", folder, "--scorer", overfitted, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"
     assert run(evaluate.main, "registers", *flags, "--shapes", 2) == 0
     assert run(evaluate.main, "search", *flags) == 0
+    assert run(evaluate.main, "ablate-rida", *flags) == 2
+    assert_one_line(capsys.readouterr().err, "trains lost-registers itself")
     assert [row["registers"] for row in rows_of(tmp_path / "exams/registers")] == ["1", "2", "4", "8", "(its tokens)"]
 
 

@@ -287,7 +287,7 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
                                    (train.main, ["--model", "vat", "--from", "checkpoints/vat", "--out",
                                                  tmp_path / "no"], "but no tokenizer, vat-latents, which come before"),
                                    (evaluate.main, ["ablate-rgs", "--checkpoint", folder], "has no Reconstruction"),
-                                   (evaluate.main, ["ablate-vat", "--checkpoint", folder], "trains codes itself"),
+                                   (evaluate.main, ["ablate-vat", "--checkpoint", folder], "trains vat-codes itself"),
                                    (sample.main, [*refused, "--steps", 5], "--steps"),
                                    (sample.main, [*refused, "--model", "ltm3d"], "holds vat, not ltm3d"),
                                    (evaluate.main, ["tokenizer", "--rep", "gs", "--checkpoint", folder], "sdf, mesh")):

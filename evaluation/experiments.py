@@ -25,7 +25,7 @@ import models
 import tokenizer
 from data import TRAIN_SHAPES, prepare
 from engine.commands import UserError, between
-from engine.files import read_config, read_stage, read_weights
+from engine.files import read_config, read_stage, read_weights, trained_stages
 from engine.state import plot_losses
 from evaluation import exam, peers
 from evaluation.metrics import chamfer, chamfer_matrix, cosine, kernel_distance
@@ -100,6 +100,12 @@ def train(args, variant, seed):
     if flags.get("--steps") == "quarter":
         flags["--steps"] = -(-args.steps // 4)
     return train_stages(args, f"{name}-{seed}", seed, flags, [models.MODELS[flags.get("--model", "ltm3d")].LAST])
+
+
+def refuse_trained(args, stage):
+    """For experiments that train a tokenizer themselves, from --checkpoint on."""
+    if stage in trained_stages(args.checkpoint[0]):
+        raise UserError(f"{args.command} trains {stage} itself; --checkpoint takes a folder without, checkpoints/tiny")
 
 
 def train_stages(args, name, seed, flags, stages):

@@ -15,7 +15,7 @@ import tokenizer
 from engine.commands import UserError, pick_device
 from engine.files import trained_stages
 from evaluation import exam
-from evaluation.experiments import train_stages
+from evaluation.experiments import refuse_trained, train_stages
 from evaluation.metrics import chamfer, chamfer_matrix, cosine
 from evaluation.peers import VARIANTS
 from evaluation.results import interval, labels, write_table, write_tables
@@ -162,6 +162,7 @@ def recall(x, shared, k):
 
 def compare_rida(args):
     """Trains registers with RIDA and without, with every seed."""
+    refuse_trained(args, "lost-registers")
     rows = []
     for variant, title in (("", "with RIDA"), ("without-rida", "without")):
         scores = []

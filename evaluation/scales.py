@@ -14,7 +14,7 @@ from engine.codes import code_use, file_size
 from engine.commands import UserError, pick_device
 from engine.files import trained_stages
 from evaluation import exam
-from evaluation.experiments import train_stages
+from evaluation.experiments import refuse_trained, train_stages
 from evaluation.judges import grid_iou
 from evaluation.metrics import fscore
 from evaluation.results import interval, labels, write_table
@@ -105,8 +105,7 @@ GENERATED = "", "plain", "scale-dropout"                      # of these, genera
 
 def compare_tokenizers(args):
     """Trains vat.py with one part replaced at a time, once a seed: what do its codes keep, what does it generate?"""
-    if "vat-codes" in trained_stages(args.checkpoint[0]):
-        raise UserError(f"{args.command} trains codes itself; --checkpoint takes a folder without, checkpoints/tiny")
+    refuse_trained(args, "vat-codes")
     rows, benchmark = [], exam.Exam(args, args.n, args.shapes)
     for variant, title in TITLES.items():
         stages = ["vat-codes"] if variant in SECOND_PHASE else ["vat-latents", "vat-codes"]
