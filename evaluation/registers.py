@@ -4,6 +4,8 @@
     python evaluate.py search --checkpoint runs/lost        # R@1, R@3 of several features
     python evaluate.py ablate-rida                          # trained with RIDA and without
 """
+from pathlib import Path
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -167,8 +169,10 @@ def compare_rida(args):
     for variant, title in (("", "with RIDA"), ("without-rida", "without")):
         scores = []
         for seed in range(args.seeds):
-            folder = train_stages(args, f"{variant or 'lost'}-{seed}", seed,
-                                  {"--model": "lost", "--variant": variant or None}, STAGES)
+            flags = {"--model": "lost", "--variant": variant or None}
+            if variant:                                       # the student is copied; it teaches nothing here
+                flags["--from"] = Path(args.runs) / f"lost-{seed}"
+            folder = train_stages(args, f"{variant or 'lost'}-{seed}", seed, flags, STAGES[bool(variant):])
             scores.append(judge_registers(args, folder.name, folder)[0])
         for k in (k for k in scores[0] if k):
             rows.append({"decoder": title, "registers": str(k)} | {
