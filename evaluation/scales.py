@@ -100,18 +100,18 @@ TITLES = {"": "in context, VVQ, three planes", "pooling": "features pooled", "q-
           "plain": "plain residual quantiser", "scale-dropout": "VVQ with scale dropout",
           "cross-attention": "decoder: cross-attention"}
 SHARES = {"IoU", "CS-IoU", "code use", *exam.SHARES}          # columns that never exceed 1
-GENERATED = "", "plain", "scale-dropout"                      # of these, generators are trained, too
+GENERATED = "", "plain", "scale-dropout"                      # the quantisers: with all seeds, and generators, too
 
 
 def compare_tokenizers(args):
-    """Trains vat.py with one part replaced at a time, once a seed: what do its codes keep, what does it generate?"""
+    """Trains vat.py with one part replaced at a time, quantisers once a seed: what do codes keep, what is generated?"""
     refuse_trained(args, "vat-codes")
     rows, benchmark = [], exam.Exam(args, args.n, args.shapes)
     for variant, title in TITLES.items():
         stages = ["vat-codes"] if variant in SECOND_PHASE else ["vat-latents", "vat-codes"]
         stages += ["vat-generator"] * (variant in GENERATED)
         scores = []
-        for seed in range(args.seeds):
+        for seed in range(args.seeds if variant in GENERATED else 1):
             flags = {"--model": "vat", "--variant": variant or None}
             if variant in SECOND_PHASE:                       # phase 1 is that of vat.py itself
                 flags["--from"] = Path(args.runs) / f"vat-{seed}"
@@ -125,10 +125,10 @@ def compare_tokenizers(args):
                 made, _, _ = benchmark.scores(model, cache)
                 scores[-1] |= {key: made[key] for key in ("prompt score", "R-precision", "Chamfer to described",
                                                           "kernel", "right class", "one piece")}
-        rows.append({"tokenizer": title}
+        rows.append({"tokenizer": title, "trainings": str(len(scores))}
                     | {key: interval([score[key] for score in scores], 1 if key in SHARES else np.inf)
                        for key in scores[0]})
-    several = f"means of {args.seeds} trainings, with 95 % confidence intervals" if args.seeds > 1 else "one training"
-    print(f"{several}. The columns are those of evaluate.py scales, with IoU on a {args.grid}^3 grid, and of generate")
+    print("means of all trainings; of several with 95 % confidence intervals. The columns are those of evaluate.py "
+          f"scales, with IoU on a {args.grid}^3 grid, and of generate")
     keys = max(rows, key=len)
     write_table(args.out, args.command, [{key: row.get(key, "") for key in keys} for row in rows])
