@@ -236,6 +236,7 @@ def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     flags = "--checkpoint", folder, "--scorer", overfitted, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"
     assert run(evaluate.main, "registers", *flags, "--shapes", 2) == 0
     assert run(evaluate.main, "search", *flags) == 0
+    capsys.readouterr()
     assert run(evaluate.main, "ablate-rida", *flags) == 2
     assert_one_line(capsys.readouterr().err, "trains lost-registers itself")
     assert [row["registers"] for row in rows_of(tmp_path / "exams/registers")] == ["1", "2", "4", "8", "(its tokens)"]
