@@ -287,7 +287,7 @@ def arguments():
         for name in names:
             parsers[name].add_argument(flag_name, **settings)
 
-    for name in COMMANDS:
+    for name in COMMANDS:                                     # not in `common`: parsers share its flags and defaults
         shipped = vat.SHIPPED if name == "scales" else "checkpoints/tiny"
         flag([name], "--checkpoint", nargs="+", default=[shipped], help="folders of trained weights")
     reps = list(heads.HEADS)

@@ -343,7 +343,7 @@ def add_flags(flag):
     flag(rgs, "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .5], help="besides .75, at a = .1")
     flag(rgs, "--within", nargs="*", type=reach, default=[1, 1.5, 2], help="reaches of our rule, standard deviations")
     flag([*rgs, "ablate-vat", "ablate-rida", *VARIANTS], "--seeds", type=between(1, 100), default=3,
-         help="samplings or trainings of each variant")
+         help="samplings or trainings of each variant; of ablate-vat, of each quantiser")
     flag(TRAINED, "--train-shapes", type=between(2), default=TRAIN_SHAPES, help="built-in shapes to learn from")
     flag(TRAINED, "--steps", type=between(1), default=400, help="training steps of every variant")
     flag(TRAINED, "--batch", type=between(1), default=32, help="shapes a training step")
