@@ -42,9 +42,8 @@ DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in SHARED} | {
 STAGES = "encoders", "tokenizer", "vision", "head", "lost-student", "lost-registers", "lost-generator"
 SEEING, LAST, REPS, SHIPPED = {"vision", "lost-generator"}, "lost-generator", ltm3d.REPS, "checkpoints/lost"
 SAMPLING = {"registers": None, "denoise_steps": 4, "cfg": 2., "cfg_image": 2., "temperature": 1.}
-SIZES = {
-    "tiny": dict(registers=64, width=16, dim=128, heads=4, encoder=4, decoder=6),
-    "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
+SIZES = {"tiny": dict(registers=64, width=16, dim=128, heads=4, encoder=4, decoder=6),
+         "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
 GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),
               "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
@@ -91,21 +90,22 @@ def rank(s, t):
 # ---------------------------------------------------------------------------- registers
 
 class Registers(nn.Module):
-    """Shape tokens and registers, one sequence. Tokens see tokens; register i, which begins as a copy of token i, sees
+    """Shape tokens and registers, one sequence. Tokens see tokens; register i, a copy of token order_i at first, sees
     tokens and registers 1 ... i. Only the registers leave, each with mean 0 and deviation 1."""
 
-    def __init__(self, tokens, channels, registers, width, dim, heads, encoder):
+    def __init__(self, tokens, channels, order, width, dim, heads, encoder):
         super().__init__()
-        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
-        self.register = nn.Parameter(torch.randn(registers, dim) * .02)
+        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim))
+        self.register = nn.Parameter(torch.randn(len(order), dim) * .02)
+        self.register_buffer("order", order, persistent=False)                    # m
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
-        i = torch.arange(tokens + registers)                  # tokens come first
+        i = torch.arange(tokens + len(order))                 # tokens come first
         self.register_buffer("mask", ((i < tokens) | (i <= i[:, None]))[None], persistent=False)             # 1 q k
 
     def forward(self, x):                                     # b n c -> b m w
         y = self.token(x) + self.place                                            # b n d
-        y = torch.cat([y, y[:, :len(self.register)] + self.register], 1)          # b (n + m) d
+        y = torch.cat([y, y[:, self.order] + self.register], 1)                   # b (n + m) d
         for block in self.blocks:
             y = block(y, mask=self.mask)
         return F.layer_norm(self.out(y[:, x.shape[1]:]).float(), [self.out[-1].out_features])
@@ -114,11 +114,11 @@ class Registers(nn.Module):
 class PrefixDecoder(nn.Module):
     """A flow from noise to shape tokens, which attend to each other and to the first k registers."""
 
-    def __init__(self, tokens, channels, registers, width, dim, heads, decoder):
+    def __init__(self, tokens, channels, order, width, dim, heads, decoder):
         super().__init__()
         self.channels, self.dim, self.heads, self.norm = channels, dim, heads, nn.LayerNorm(dim)
-        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
-        self.register, self.turn = nn.Linear(width, dim), nn.Parameter(self.place[:registers].detach().clone())
+        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim))
+        self.register, self.turn = nn.Linear(width, dim), nn.Parameter(self.place[order].detach().clone())
         self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(decoder))
         self.cross = nn.ModuleList(nn.Linear(dim, 2 * dim, bias=False) for _ in range(decoder))
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -149,7 +149,8 @@ class Codec(nn.Module):
 
     def __init__(self, registers, width, dim, heads, encoder, decoder, tokens, channels):
         super().__init__()
-        sizes = dict(tokens=tokens, channels=channels, registers=registers, width=width, dim=dim, heads=heads)
+        order = (torch.arange(tokens) * .618034 % 1).argsort()[:registers]        # the first few lie all over the grid
+        sizes = dict(tokens=tokens, channels=channels, order=order, width=width, dim=dim, heads=heads)
         self.encoder, self.decoder = Registers(**sizes, encoder=encoder), PrefixDecoder(**sizes, decoder=decoder)
         self.tokens, self.count, self.width = tokens, registers, width
         self.lengths = [*(2 ** i for i in range((registers - 1).bit_length())), registers]        # 1, 2, 4 ... m
@@ -164,7 +165,8 @@ class Codec(nn.Module):
         r = r + tokenizer_.NOISE * torch.randn_like(r) if self.training else r
         k = torch.tensor(self.lengths)[torch.randint(len(self.lengths), (b, 1))].to(x.device)
         there = torch.arange(self.count, device=x.device) < k                     # b m
-        flat, t = rearrange(x, "b n c -> b (n c)"), torch.randn(b, 1, device=x.device).sigmoid()
+        t = (torch.randn(b, 1, device=x.device) - 1).sigmoid()                    # mostly noise: there registers decide
+        flat = rearrange(x, "b n c -> b (n c)")
         noise = torch.randn_like(flat)
         noisy = (1 - t) * noise + t * flat
         v = self.decoder.velocity(noisy, t[:, 0], there, self.decoder.read(r))
@@ -287,10 +289,7 @@ def train_generator(run):
     model = run.part("lost-generator", Generator)(**settings)
     entries = dict(settings=settings, variant=run.variant)
     start(run, "lost-generator", {"lost-generator": model}, towers=run.encoder_names, **entries)
-
-    def loss_of(model, batch):
-        return model.loss(codec.encoder(batch[0]), encoders.encode_drawn(batch[1]))
-
+    loss_of = lambda model, batch: model.loss(codec.encoder(batch[0]), encoders.encode_drawn(batch[1]))
     heads = heads_.load(run.folder, run.first, run.device)
     ltm3d.fit_generator(run, "lost-generator", model, draw, loss_of, encoders, heads, partial(make, codec), **entries)
 

@@ -81,13 +81,14 @@ def test_registers_see_earlier_registers_alone(codec):
 
 
 def test_a_register_begins_as_its_token(codec):
-    """Without blocks, register i says what token i says, and nothing else."""
+    """Without blocks, register i says what token order_i says, and nothing else. No two begin as the same."""
     codec.encoder.blocks = nn.ModuleList()
     x = torch.randn(2, 27, 8)
     other = x.clone()
-    other[:, 3] = 0.
+    other[:, codec.encoder.order[3]] = 0.
     changed = (codec.encoder(other) - codec.encoder(x)).abs().amax((0, 2)) > 1e-6
     assert changed.nonzero().flatten().tolist() == [3]
+    assert len({*codec.encoder.order.tolist()}) == codec.count
 
 
 def test_every_register_depends_on_the_shape(codec):
