@@ -37,13 +37,14 @@ from geometry.shapes import CLASSES
 from prompts import image_tower
 
 VARIANTS = {  # experiment: (what it compares, {variant: (flags of training, options of sampling)})
-    "versus": ("LTM3D against others of as many parameters: equal steps or FLOPs, the same tokens but for VAT", {
+    "versus": ("LTM3D against others of as many parameters: equal steps or FLOPs; VAT, LoST on codes of their own", {
         "LTM3D": ("", {}), "LTM3D, a token a step": ("", {"steps": 64}), "LTM3D, RGS": ("", {"rgs": "sampled=.1"}),
         "LTM3D, RGS within 1.5 sigma": ("", {"rgs": "within=1.5"}), "latent diffusion": ("--variant diffusion", {}),
         "autoregressive": ("--variant autoregressive", {}),
         "latent diffusion, equal FLOPs": ("--variant diffusion --steps equal", {}),
         "autoregressive, equal FLOPs": ("--variant autoregressive --steps equal", {}),
-        "VAT": ("--model vat --variant large --from checkpoints/vat", {})}),
+        "VAT": ("--model vat --variant large --from checkpoints/vat", {}),
+        "LoST": ("--model lost --variant large --from checkpoints/lost", {})}),
     "ablate-prefix": ("the prefix; without its mean in c_i: the same, the paper's, cross-attention, mean-pooled", {
         "prefix": ("", {}), "without its mean in c_i": ("--variant unpooled", {}),
         "queries alone, the paper's": ("--variant queries", {}),

@@ -16,6 +16,11 @@ And a harder task for it, the paper's reason for a backbone per representation:
 
     spaces           four latent spaces, each turned in a way of its own
 
+Of lost.py (the variants of vat.py: vat_parts.py):
+
+    without-rida     its decoder learns from the flow alone
+    large            a generator with as many parameters as LTM3D's backbone at tiny
+
     python -m evaluation.peers --from checkpoints/tiny --variant diffusion --out runs/diffusion      # flags of train.py
     python evaluate.py versus                                                                       # compares all
 """
@@ -33,7 +38,7 @@ import ltm3d
 import models
 import train
 import vat
-from backbone import DENOISERS, Backbone, Flow, draw_noise, guidance_branches
+from backbone import DENOISERS, SIZES, Backbone, Flow, draw_noise, guidance_branches
 from engine.commands import UserError, command
 from engine.networks import Block, time_embedding
 from evaluation import vat_parts
@@ -259,12 +264,21 @@ class WithoutRIDA(lost.Codec):
     MEANING = 0.
 
 
+class LargeLoST(lost.Generator):
+    """With as many parameters as LTM3D's backbone at tiny, whatever the size of the run."""
+
+    def __init__(self, registers, width, widths, **smaller):
+        tiny = dict(SIZES["tiny"])
+        super().__init__(registers, width, widths, depth=tiny.pop("encoder") + tiny.pop("decoder"), **tiny)
+
+
 # ---------------------------------------------------------------------------- all of them
 
 GENERATORS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "unpooled": Unpooled,
               "pooled": Pooled, "cross": Cross, "spaces": Spaces}
 VARIANTS = {"backbone": GENERATORS, **vat_parts.VARIANTS,                         # stage: {variant: class}
-            "lost-registers": {"without-rida": WithoutRIDA}, "lost-generator": {"without-rida": lost.Generator}}
+            "lost-registers": {"without-rida": WithoutRIDA},
+            "lost-generator": {"without-rida": lost.Generator, "large": LargeLoST}}
 MODELS = models.MODELS | {                                    # the models, which load variants, too
     "ltm3d": SimpleNamespace(**vars(ltm3d) | {"load": partial(ltm3d.LTM3D, variants=VARIANTS)}),
     "vat": SimpleNamespace(**vars(vat) | {"load": partial(vat.VAT, variants=VARIANTS),

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import backbone
+import lost
+import vat
 from conftest import WIDTHS, prompted, small_backbone
-from evaluation import peers
+from evaluation import peers, vat_parts
 from prompts import image_tower, text_tower
 
 # ---------------------------------------------------------------------------- peers
@@ -16,6 +18,16 @@ def test_peers_are_as_large(size):
     settings = dict(tokens=64, channels=16, widths=WIDTHS, **backbone.SIZES[size])
     with torch.device("meta"):
         models = [kind(**settings) for kind in (backbone.Backbone, *peers.GENERATORS.values())]
+    counts = [sum(p.numel() for p in model.parameters()) for model in models]
+    assert all(abs(count / counts[0] - 1) < .08 for count in counts), counts
+
+
+def test_large_generators_are_as_large_as_ltm3d():
+    settings = {key: vat.SIZES["tiny"][key] for key in ("side", "channels", "codes", "scales")}
+    with torch.device("meta"):
+        models = [backbone.Backbone(tokens=64, channels=16, widths=WIDTHS, **backbone.SIZES["tiny"]),
+                  vat_parts.Large(**settings, **vat.GENERATORS["tiny"], widths=WIDTHS),
+                  peers.LargeLoST(registers=64, width=16, widths=WIDTHS, **lost.GENERATORS["tiny"])]
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     assert all(abs(count / counts[0] - 1) < .08 for count in counts), counts
 
