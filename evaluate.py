@@ -131,7 +131,7 @@ def evaluate_joint(args):
 def evaluate_generate(args):
     """From captions of held-out shapes and from class names: faithful, like real shapes, whole, diverse, new?"""
     benchmark = exam.Exam(args, 4, 104) if args.quick else exam.Exam(args, args.n, args.shapes)
-    rows, tables, options = [], {}, exam.given(rgs=args.rgs, cfg=args.cfg)
+    rows, tables, options = [], {}, exam.given(rgs=args.rgs, cfg=args.cfg, registers=args.registers)
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, *exam.stages_of(args.rep), **options)
         model = exam.open_model(args, folder)
@@ -322,6 +322,7 @@ def arguments():
          "choose settings on validation, report numbers on test")
     flag(["generate", "names"], "--cfg", type=between(0, 100, float),
          help="guidance by the text; 1 is none (default: what the weights remember, else 2)")
+    flag(["generate"], "--registers", type=between(1), help="of lost: stop after so many (default: all)")
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)
     parsers["overfit"].set_defaults(train_shapes=10, steps=400)
