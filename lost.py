@@ -38,11 +38,11 @@ from prompts import relations
 
 SHARED = "encoders", "tokenizer", "vision", "head-sdf", "head-pc", "head-gs", "head-mesh"         # with ltm3d.py
 DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in SHARED} | {
-    "lost-student": (1000, 128, 1e-3), "lost-registers": (5000, 64, 2e-3), "lost-generator": (5000, 64, 2e-3)}
+    "lost-student": (1000, 128, 1e-3), "lost-registers": (2500, 64, 2e-3), "lost-generator": (2500, 64, 2e-3)}
 STAGES = "encoders", "tokenizer", "vision", "head", "lost-student", "lost-registers", "lost-generator"
 SEEING, LAST, REPS, SHIPPED = {"vision", "lost-generator"}, "lost-generator", ltm3d.REPS, "checkpoints/lost"
 SAMPLING = {"registers": None, "denoise_steps": 4, "cfg": 2., "cfg_image": 2., "temperature": 1.}
-SIZES = {"tiny": dict(registers=64, width=16, dim=128, heads=4, encoder=4, decoder=6),
+SIZES = {"tiny": dict(registers=64, width=4, dim=128, heads=4, encoder=4, decoder=6),
          "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
 GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),
@@ -192,7 +192,7 @@ class Generator(Sequence):
     def __init__(self, registers, width, widths, dim, depth, heads, prefix, head_dim, head_depth):
         super().__init__(prefix, widths, dim, depth, heads)
         self.count, self.width, self.token = registers, width, nn.Linear(width, dim)
-        self.place = nn.Parameter(torch.randn(registers, dim) * .02)              # of the register that comes next
+        self.place = nn.Parameter(torch.randn(registers, dim))                    # of the register that comes next
         self.net = DenoiseNet(width, dim, head_dim, head_depth)
 
     def loss(self, registers, condition):                     # b m w

@@ -203,7 +203,7 @@ def test_search_finds_what_shares_most():
     assert registers.recall(x, shared, 3) == 1
 
 
-def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
+def test_all_stages_end_to_end(overfitted, examined, tmp_path, monkeypatch, capsys):
     """The chain, with the tokenizer of another folder; a prompt becomes a mesh, of few registers or all; a search finds
     the mesh in its folder; it sits the exams."""
     monkeypatch.setitem(lost.SIZES, "small", SIZE | {"dim": 64})
