@@ -18,8 +18,8 @@ an attribute is measured, not guessed by a classifier. evaluation/metrics.py say
     python evaluate.py ablate-rgs --rep sdf      # Reconstruction-Guided Sampling, its rules and weights
     python evaluate.py scales                    # of vat.py: bytes, and what they keep of a shape
     python evaluate.py ablate-vat                # of vat.py: trains it with parts in another way
-    python evaluate.py registers --checkpoint LOST      # of lost.py: what the first registers say of a shape
-    python evaluate.py search --checkpoint LOST         # of lost.py: do its features find shapes that are alike?
+    python evaluate.py registers                 # of lost.py: what the first registers say of a shape
+    python evaluate.py search                    # of lost.py: do its features find shapes that are alike?
     python evaluate.py ablate-rida               # of lost.py: trains it with RIDA and without
     python evaluate.py versus                    # and overfit, ablate-prefix, ablate-encoder, ablate-denoiser,
                                                  # latent-spaces, data-scaling: these train (evaluation/experiments.py)
@@ -38,6 +38,7 @@ from einops import repeat
 from tqdm import tqdm
 
 import heads
+import lost
 import vat
 from data import turned_back, turns_to_front
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
@@ -287,8 +288,9 @@ def arguments():
         for name in names:
             parsers[name].add_argument(flag_name, **settings)
 
+    shipped_with = {"scales": vat.SHIPPED, "registers": lost.SHIPPED, "search": lost.SHIPPED}
     for name in COMMANDS:                                     # not in `common`: parsers share its flags and defaults
-        shipped = vat.SHIPPED if name == "scales" else "checkpoints/tiny"
+        shipped = shipped_with.get(name, "checkpoints/tiny")
         flag([name], "--checkpoint", nargs="+", default=[shipped], help="folders of trained weights")
     reps = list(heads.HEADS)
     generated = [name for name in TRAINED if name != "ablate-rida"]

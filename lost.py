@@ -9,9 +9,9 @@ The first register alone gives a whole chair; each further one brings it closer 
 
 In and out go the frozen shape tokens of tokenizer.py: LTM3D's heads decode them. Departures: docs/LOST.md.
 
-    python train.py --model lost                          # trains it
-    python sample.py --checkpoint runs/lost --text "table" --registers 8
-    python lost.py search --query chair.glb --in FOLDER --checkpoint runs/lost
+    python train.py --model lost                                          # trains it
+    python sample.py --model lost --text "table" --registers 8            # stops early
+    python lost.py search --query chair.glb --in FOLDER
 
 Letters: n shape tokens of c channels; m registers of w channels, the first k of which are there; e features.
 """

@@ -13,9 +13,11 @@ from torch import nn
 import evaluate
 import lost
 import sample
+import tokenizer
 from conftest import WIDTHS, assert_one_line, prompted, rows_of, run, train_small
 from engine import files, loop
 from evaluation import registers
+from geometry.prepare import BuiltIn
 
 SIZE = dict(registers=8, width=6, dim=32, heads=4, encoder=2, decoder=2)
 TOKENS = dict(tokens=27, channels=8)
@@ -241,6 +243,19 @@ def test_all_stages_end_to_end(overfitted, examined, tmp_path, monkeypatch, caps
     assert run(evaluate.main, "ablate-rida", *flags) == 2
     assert_one_line(capsys.readouterr().err, "trains lost-registers itself")
     assert [row["registers"] for row in rows_of(tmp_path / "exams/registers")] == ["1", "2", "4", "8", "(its tokens)"]
+
+
+def test_one_register_leaves_open_what_all_decide():
+    """Shipped weights: with its first register alone, every seed gives another chair, in one piece; with all registers
+    the same, nearly."""
+    model = sample.load(lost.SHIPPED)
+    codec, encoder = model.model.codec, tokenizer.load(lost.SHIPPED)
+    chair = BuiltIn("test", 1, ["chair"]).shape(0)
+    cloud = chair.surface(encoder.points, np.random.default_rng(0))               # k 3 each
+    registers = codec.encoder(encoder(*(torch.from_numpy(np.float32(x))[None] for x in cloud)))
+    first, all_of_them = (codec.decode(registers[:, :k].expand(4, -1, -1), range(4)) for k in (1, codec.count))
+    assert first.var(0).mean() > 4 * all_of_them.var(0).mean()
+    assert all(model.decode(tokens, resolution=32).soundness()["one piece"] for tokens in first)
 
 
 def test_without_weights_is_one_line(tmp_path, capsys):

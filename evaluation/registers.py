@@ -1,8 +1,8 @@
 """registers.py - what the first registers of lost.py keep of a shape; does its student find shapes that are alike?
 
-    python evaluate.py registers --checkpoint runs/lost     # of 1, 2, 4, ... registers; a picture of some
-    python evaluate.py search --checkpoint runs/lost        # R@1, R@3 of several features
-    python evaluate.py ablate-rida                          # trained with RIDA and without
+    python evaluate.py registers      # of 1, 2, 4, ... registers; a picture of some
+    python evaluate.py search         # R@1, R@3 of several features
+    python evaluate.py ablate-rida    # trained with RIDA and without
 """
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from geometry.training_samples import vertex_coloured
 from prompts import relations
 
 STAGES = "lost-student", "lost-registers"
-SEEDS = 3           # of one prefix, in a picture
+SEEDS = 3           # of a prefix, in the picture
 RESOLUTION = 64     # of surfaces
 POINTS = 8192       # for Chamfer distances; fewer would measure themselves
 
@@ -108,22 +108,21 @@ def evaluate_registers(args):
 
 
 def draw_prefixes(args, label, model):
-    """Four shapes, a row each: of 1, 2, 4, ... registers, and the shape. Then prefixes with several seeds."""
-    rng, pictures = np.random.default_rng(0), []
+    """Four shapes, a row each: of 1, 2, 4, ... registers, and the shape. Then the first again, with several seeds."""
+    rng, pictures, names = np.random.default_rng(0), [], [*map(str, model.codec.lengths), "the shape"]
     rows = [model.test.classes.index(name) for name in CLASSES if name in model.test.classes][:4]
     for row in rows:
         tokens = model.tokens(row, args.seed)
         made = [model.mesh(model.made(tokens, k, (args.seed, row)), rng) for k in model.codec.lengths]
         pictures += [mesh.picture(160) for mesh in made]
         pictures.append(render_mesh(*vertex_coloured(model.test.shape(row)), size=160))
-    names = [*map(str, model.codec.lengths), "the shape"]
-    sheets = {"": (pictures, len(names), names * len(rows))}
-    tokens, lengths = model.tokens(rows[0], args.seed), (1, 4, model.codec.count)
-    made = [model.mesh(model.made(tokens, k, seed), rng).picture(160) for k in lengths for seed in range(SEEDS)]
-    sheets["-seeds"] = made, SEEDS, [f"{k}, seed {seed}" for k in lengths for seed in range(SEEDS)]
-    for ending, sheet in sheets.items():
-        save_png(f"{args.out}/{args.command}-{label}{ending}.png", contact_sheet(*sheet))
-        print(f"{args.out}/{args.command}-{label}{ending}.png")
+    seeds = [(k, seed) for k in (1, 4, model.codec.count) for seed in range(SEEDS)][:len(names)]
+    tokens = model.tokens(rows[0], args.seed)
+    pictures += [model.mesh(model.made(tokens, k, seed), rng).picture(160) for k, seed in seeds]
+    words = names * len(rows) + [f"{k}, seed {seed}" for k, seed in seeds]
+    path = f"{args.out}/{args.command}-{label}.png"
+    save_png(path, contact_sheet(pictures, len(names), words))
+    print(path)
 
 
 # ---------------------------------------------------------------------------- search

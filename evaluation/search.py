@@ -1,7 +1,7 @@
 """search.py - the shapes of a folder that are most like a mesh, a picture or words, to the student of lost.py.
 
-    python lost.py search --query chair.glb --in path/to/meshes --checkpoint runs/lost
-    python lost.py search --query "a red chair" --in path/to/meshes --checkpoint runs/lost
+    python lost.py search --query chair.glb --in path/to/meshes
+    python lost.py search --query "a red chair" --in path/to/meshes
 
 Words and pictures have no such features: SAMPLES shapes are generated, and the mean of their features is the query.
 """
