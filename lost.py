@@ -38,7 +38,7 @@ from prompts import relations
 
 SHARED = "encoders", "tokenizer", "vision", "head-sdf", "head-pc", "head-gs", "head-mesh"         # with ltm3d.py
 DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in SHARED} | {
-    "lost-student": (1000, 128, 1e-3), "lost-registers": (2500, 64, 2e-3), "lost-generator": (2500, 64, 2e-3)}
+    "lost-student": (1000, 128, 1e-3), "lost-registers": (2000, 64, 2e-3), "lost-generator": (2000, 64, 2e-3)}
 STAGES = "encoders", "tokenizer", "vision", "head", "lost-student", "lost-registers", "lost-generator"
 SEEING, LAST, REPS, SHIPPED = {"vision", "lost-generator"}, "lost-generator", ltm3d.REPS, "checkpoints/lost"
 SAMPLING = {"registers": None, "denoise_steps": 4, "cfg": 2., "cfg_image": 2., "temperature": 1.}
