@@ -249,7 +249,7 @@ def test_one_register_leaves_open_what_all_decide():
     """Shipped weights: with its first register alone, every seed gives another chair, in one piece; with all registers
     the same, nearly."""
     model = sample.load(lost.SHIPPED)
-    codec, encoder = model.model.codec, tokenizer.load(lost.SHIPPED)
+    codec, encoder = lost.load_codec(lost.SHIPPED), tokenizer.load(lost.SHIPPED)
     chair = BuiltIn("test", 1, ["chair"]).shape(0)
     cloud = chair.surface(encoder.points, np.random.default_rng(0))               # k 3 each
     registers = codec.encoder(encoder(*(torch.from_numpy(np.float32(x))[None] for x in cloud)))
