@@ -246,8 +246,8 @@ def test_all_stages_end_to_end(overfitted, examined, tmp_path, monkeypatch, caps
 
 
 def test_one_register_leaves_open_what_all_decide():
-    """Shipped weights: with its first register alone, every seed gives another chair, in one piece; with all registers
-    the same, nearly."""
+    """Shipped weights: from the first register of a chair every seed gives another shape, in one piece; from all
+    registers nearly the same."""
     model = sample.load(lost.SHIPPED)
     codec, encoder = lost.load_codec(lost.SHIPPED), tokenizer.load(lost.SHIPPED)
     chair = BuiltIn("test", 1, ["chair"]).shape(0)
