@@ -268,7 +268,7 @@ def test_vat_without_weights_is_one_line(tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "holds no trained vat-codes")
 
 
-def test_all_stages_end_to_end(overfitted, examined, tmp_path, monkeypatch, capsys):
+def test_all_stages_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     """The chain, with the towers of another folder; a prompt becomes a mesh; a mesh becomes codes, and a mesh again; it
     sits the exams."""
     monkeypatch.setitem(vat.SIZES, "small", SIZE | {"dim": 64})
