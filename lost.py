@@ -42,7 +42,7 @@ DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in SHARED} | {
 STAGES = "encoders", "tokenizer", "vision", "head", "lost-student", "lost-registers", "lost-generator"
 SEEING, LAST, REPS, SHIPPED = {"vision", "lost-generator"}, "lost-generator", ltm3d.REPS, "checkpoints/lost"
 SAMPLING = {"registers": None, "denoise_steps": 4, "cfg": 2., "cfg_image": 2., "temperature": 1.}
-SIZES = {"tiny": dict(registers=64, width=4, dim=128, heads=4, encoder=4, decoder=6),
+SIZES = {"tiny": dict(registers=64, width=8, dim=128, heads=4, encoder=4, decoder=6),
          "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
 GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),

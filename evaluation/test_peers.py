@@ -27,7 +27,7 @@ def test_large_generators_are_as_large_as_ltm3d():
     with torch.device("meta"):
         models = [backbone.Backbone(tokens=64, channels=16, widths=WIDTHS, **backbone.SIZES["tiny"]),
                   vat_parts.Large(**settings, **vat.GENERATORS["tiny"], widths=WIDTHS),
-                  peers.LargeLoST(registers=64, width=4, widths=WIDTHS, **lost.GENERATORS["tiny"])]
+                  peers.LargeLoST(registers=64, width=8, widths=WIDTHS, **lost.GENERATORS["tiny"])]
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     assert all(abs(count / counts[0] - 1) < .08 for count in counts), counts
 
