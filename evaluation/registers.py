@@ -22,7 +22,6 @@ from evaluation.metrics import chamfer, chamfer_matrix, cosine
 from evaluation.peers import VARIANTS
 from evaluation.results import interval, labels, write_table, write_tables
 from geometry.render import contact_sheet, render_mesh, save_png
-from geometry.shapes import CLASSES
 from geometry.training_samples import vertex_coloured
 from prompts import relations
 
@@ -30,6 +29,8 @@ STAGES = "lost-student", "lost-registers"
 SEEDS = 3           # of a prefix, in the picture
 RESOLUTION = 64     # of surfaces
 POINTS = 8192       # for Chamfer distances; fewer would measure themselves
+FEW_POINTS = 256    # tell which shape is nearest
+FEW = 1, 2, 4       # registers, by which trainings with RIDA and without are compared
 
 
 class Opened:
@@ -64,12 +65,12 @@ class Opened:
         return self.heads["sdf"].decode(tokens[0], self.heads, rng, self.autocast, RESOLUTION)
 
 
-def judge_registers(args, label, folder):
+def judge_registers(args, label, folder, only=()):
     """-> {number of registers, or None for the tokens themselves: mean scores of held-out shapes}, the distance of two
-    clouds of one shape, what was opened."""
+    clouds of one shape, what was opened. only: some of these numbers."""
     model, scorer = Opened(args, folder), exam.Scorer(args.scorer, args.device or "cpu")
-    cache = exam.result_cache(args, label, folder, "tokenizer", "head-sdf", *STAGES, what="registers")
-    lengths, results = [*model.codec.lengths, None], []
+    lengths, results = [k for k in (*model.codec.lengths, None) if not only or k in only], []
+    cache = exam.result_cache(args, label, folder, "tokenizer", "head-sdf", *STAGES, what="registers", lengths=lengths)
     count = min(args.shapes, len(model.test))
     for row in tqdm(range(count), unit="shape"):
         if str(row) not in cache:
@@ -86,7 +87,7 @@ def judge_registers(args, label, folder):
     scores = {}
     for i, k in enumerate(lengths):
         made = [torch.from_numpy(np.stack([result[name][i] for result in results])) for name in exam.CLOUD]
-        distance = chamfer_matrix(made[0], true[0])                               # s r
+        distance = chamfer_matrix(made[0][:, :FEW_POINTS], true[0][:, :FEW_POINTS])                       # s r
         distance[range(count), range(count)] = torch.inf      # a shape is not its own neighbour
         scores[k] = {"similarity": np.diag(cosine(features, scorer.clouds(*made))).mean(),
                      "right class": np.mean(classes[distance.argmin(1)] == classes[:count]),
@@ -110,7 +111,7 @@ def evaluate_registers(args):
 def draw_prefixes(args, label, model):
     """Four shapes, a row each: of 1, 2, 4, ... registers, and the shape. Then the first again, with several seeds."""
     rng, pictures, names = np.random.default_rng(0), [], [*map(str, model.codec.lengths), "the shape"]
-    rows = [model.test.classes.index(name) for name in CLASSES if name in model.test.classes][:4]
+    rows = [model.test.classes.index(name) for name in dict.fromkeys(model.test.classes)][:4]     # of four classes
     for row in rows:
         tokens = model.tokens(row, args.seed)
         made = [model.mesh(model.made(tokens, k, (args.seed, row)), rng) for k in model.codec.lengths]
@@ -172,8 +173,8 @@ def compare_rida(args):
             if variant:                                       # the student is copied; it teaches nothing here
                 flags["--from"] = Path(args.runs) / f"lost-{seed}"
             folder = train_stages(args, f"{variant or 'lost'}-{seed}", seed, flags, STAGES[bool(variant):])
-            scores.append(judge_registers(args, folder.name, folder)[0])
-        for k in (k for k in scores[0] if k):
+            scores.append(judge_registers(args, folder.name, folder, FEW)[0])
+        for k in scores[0]:
             rows.append({"decoder": title, "registers": str(k)} | {
                 key: interval([score[k][key] for score in scores], 1 if key == "right class" else np.inf)
                 for key in scores[0][k]})
