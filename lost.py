@@ -47,6 +47,7 @@ SIZES = {"tiny": dict(registers=64, width=8, dim=128, heads=4, encoder=4, decode
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
 GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),
               "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
+SIZES["mini"], STUDENTS["mini"], GENERATORS["mini"] = SIZES["tiny"], STUDENTS["tiny"], GENERATORS["tiny"]
 TEMPERATURE = .07                                             # of contrast; the paper's
 
 
@@ -152,8 +153,8 @@ class Codec(nn.Module):
         order = (torch.arange(tokens) * .618034 % 1).argsort()[:registers]        # the first few lie all over the grid
         sizes = dict(tokens=tokens, channels=channels, order=order, width=width, dim=dim, heads=heads)
         self.encoder, self.decoder = Registers(**sizes, encoder=encoder), PrefixDecoder(**sizes, decoder=decoder)
-        self.tokens, self.count, self.width = tokens, registers, width
-        self.lengths = [*(2 ** i for i in range((registers - 1).bit_length())), registers]        # 1, 2, 4 ... m
+        self.tokens, self.count, self.width = tokens, len(order), width
+        self.lengths = [*(2 ** i for i in range((len(order) - 1).bit_length())), len(order)]      # 1, 2, 4 ... m
 
     def loss(self, x, student):
         """Nested dropout: of each shape only the first k registers are there, k = 1, 2, 4 ... m at random. A flow:
@@ -179,9 +180,8 @@ class Codec(nn.Module):
         """The first k registers of b shapes, b k w, and one seed per shape -> shape tokens b n c."""
         there = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
         noise = draw_noise(map(np.random.default_rng, seeds), (1, self.tokens * self.decoder.channels), there.device)
-        net = partial(self.decoder.velocity, memory=self.decoder.read(registers))
-        x = Flow.sample(net, there, noise, steps)             # hands `there` on to the net, as it does context vectors
-        return rearrange(x, "b (n c) -> b n c", n=self.tokens)
+        net = partial(self.decoder.velocity, memory=self.decoder.read(registers))                 # of x, t, there
+        return rearrange(Flow.sample(net, there, noise, steps), "b (n c) -> b n c", n=self.tokens)
 
 
 # ---------------------------------------------------------------------------- LoST-GPT
@@ -233,17 +233,18 @@ def tokens_of(run):
 
 
 def train_student(run):
-    """RIDA. The teacher knows class, attributes and captions; the student reads shape tokens."""
-    run = run.turned()
+    """RIDA. The teacher knows class, attributes, captions and maybe pictures; the student reads shape tokens."""
     if run.micro_batch_size("lost-student") < 3:
         raise UserError("lost-student compares shapes; give --batch 3 or more for each micro-batch")
+    known, teacher = relations.features(run)                  # of shapes as they stand, r e
+    low, high = relations.thresholds(known[0])
+    run = run.turned()
     tokens, sizes = tokens_of(run)
-    features = relations.features(run.folder, run.train, run.test)
-    low, high = relations.thresholds(features[run.train])
+    features = dict(zip((run.train, run.test), known))
 
     def draw(split, rng):
         rows = rng.permutation(len(split))[:run.micro_batch_size("lost-student")]
-        return tokens[split][rows], features[split][rows]
+        return tokens[split][rows], features[split][rows % len(features[split])]
     settings = STUDENTS[run.size] | sizes
     model = Student(**settings)
     start(run, "lost-student", {"lost-student": model}, settings=settings)
@@ -257,7 +258,7 @@ def train_student(run):
         return alike + ranks, {"contrast": alike.detach(), "rank": ranks.detach()}
 
     model, seconds = fit(run, "lost-student", model, draw, loss_of)
-    run.finish("lost-student", seconds, {"lost-student": model}, settings=settings)
+    run.finish("lost-student", seconds, {"lost-student": model}, settings=settings, teacher=teacher)
 
 
 def train_registers(run):

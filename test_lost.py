@@ -3,6 +3,7 @@
     python -m pytest -q test_lost.py
 """
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from conftest import WIDTHS, assert_one_line, prompted, rows_of, run, train_smal
 from engine import files, loop
 from evaluation import registers
 from geometry.prepare import BuiltIn
+from prompts import relations
+from prompts.test_pretrained import pretrained_folder
 
 SIZE = dict(registers=8, width=6, dim=32, heads=4, encoder=2, decoder=2)
 TOKENS = dict(tokens=27, channels=8)
@@ -70,6 +73,20 @@ def test_rank_by_hand():
     assert lost.rank(-t, t).item() == pytest.approx(4, rel=.02)
 
 
+def test_a_tower_of_pictures_teaches_too(prepared, overfitted, tmp_path):
+    """With --image-encoder, a third of the features is what that encoder makes of a shape's pictures."""
+    name = str(pretrained_folder(tmp_path / "dinov2", "dinov2"))
+    train, test = prepared
+    run = lambda name: SimpleNamespace(train=train, test=test, folder=overfitted, device="cpu",
+                                       encoder_names={"image": name})
+    (plain, _), teacher = relations.features(run("pixels"))
+    (taught, held_out), teacher_too = relations.features(run(name))
+    assert (teacher, teacher_too) == (["facts", "captions"], ["facts", "captions", name])
+    assert torch.allclose(taught[:, :plain.shape[1]] * 3 ** .5, plain * 2 ** .5, atol=1e-5)
+    assert torch.allclose(taught.norm(dim=1), torch.ones(len(train)), atol=1e-4)
+    assert held_out[:, plain.shape[1]:].var(0).sum() > .01
+
+
 # ---------------------------------------------------------------------------- registers
 
 def test_registers_see_earlier_registers_alone(codec):
@@ -91,6 +108,12 @@ def test_a_register_begins_as_its_token(codec):
     changed = (codec.encoder(other) - codec.encoder(x)).abs().amax((0, 2)) > 1e-6
     assert changed.nonzero().flatten().tolist() == [3]
     assert len({*codec.encoder.order.tolist()}) == codec.count
+
+
+def test_there_are_no_more_registers_than_tokens():
+    codec = lost.Codec(**SIZE | {"registers": 64}, **TOKENS)
+    assert (codec.count, codec.lengths) == (27, [1, 2, 4, 8, 16, 27])
+    assert codec.encoder(torch.randn(1, 27, 8)).shape == (1, 27, 6)
 
 
 def test_every_register_depends_on_the_shape(codec):

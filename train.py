@@ -104,7 +104,7 @@ def chain(args, variants, reps, first, folder):
         print(f"{run.folder}, running on {run.reason}")
         stages = stages_of(args, run.reps)
         check_order(args, run.folder, stages)
-        kinds = ["surface", *["pictures"] * bool(model.SEEING & stages.keys())]
+        kinds = ["surface", *["pictures"] * bool(args.image_encoder or model.SEEING & stages.keys())]
         kinds += kinds_of(HEADS[rep] for rep in run.first + run.reps)
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
         run.classes, run.prompts = progress.classes_and_prompts(run.train, run.test, built_in=args.data is None)
