@@ -13,7 +13,7 @@ In and out go the frozen shape tokens of tokenizer.py: LTM3D's heads decode them
     python sample.py --model lost --text "table" --registers 8            # stops early
     python lost.py search --query chair.glb --in FOLDER
 
-Letters: n shape tokens of c channels; m registers of w channels, the first k of which are there; e features.
+Letters: n shape tokens of c channels; m registers of w numbers, of which the first k are there; e features.
 """
 from functools import partial
 
@@ -47,11 +47,11 @@ SIZES = {"tiny": dict(registers=64, width=8, dim=128, heads=4, encoder=4, decode
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
 GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),
               "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
-SIZES["mini"], STUDENTS["mini"], GENERATORS["mini"] = SIZES["tiny"], STUDENTS["tiny"], GENERATORS["tiny"]
-TEMPERATURE = .07                                             # of contrast; the paper's
+SIZES["mini"] = SIZES["tiny"] | {"width": 32}                 # there are 27 tokens, of 128 channels: 27 registers
+STUDENTS["mini"], GENERATORS["mini"] = STUDENTS["tiny"], GENERATORS["tiny"]
 
 
-# ---------------------------------------------------------------------------- RIDA: relations of shapes
+# ---------------------------------------------------------------------------- RIDA: Relational Inter-Distance Alignment
 
 class Student(nn.Module):
     """Shape tokens -> features, of length 1. It learns which shapes its teacher finds alike."""
@@ -69,20 +69,20 @@ class Student(nn.Module):
         return F.normalize(self.out(reduce(x, "b n d -> b d", "mean")).float(), dim=-1)
 
 
-def contrast(s, t, low, high):
+def contrast(s, t, low, high, temperature=.07):
     """InfoNCE with several positives. s, t: b b, similarities of shapes by the student and by the teacher.
 
         L = mean_i mean_{j in P(i)} -log( e^(s_ij / T) / (e^(s_ij / T) + sum_{l in N(i)} e^(s_il / T)) )
 
-    P(i) = {j != i: t_ij > high}, N(i) = {l: t_il < low}; shapes in between are neither. i: those with some positive."""
+    P(i) = {j != i: t_ij > high}, N(i) = {l: t_il < low}; others do not count. i: those with some positive."""
     positive = (t > high) & ~torch.eye(len(t), dtype=torch.bool, device=t.device)
-    negatives = (s / TEMPERATURE).masked_fill(t >= low, -1e4).logsumexp(1, keepdim=True)      # b 1
-    losses = F.softplus(negatives - s / TEMPERATURE) * positive                   # b b
+    negatives = (s / temperature).masked_fill(t >= low, -1e4).logsumexp(1, keepdim=True)      # b 1
+    losses = F.softplus(negatives - s / temperature) * positive                   # b b
     return (losses.sum(1) / positive.sum(1).clamp(min=1)).sum() / positive.any(1).sum().clamp(min=1)
 
 
 def rank(s, t):
-    """Rank distillation: mean squared error between the rows of s and of t, standardised, without the diagonal."""
+    """Rank distillation: the rows of s and of t, without the diagonal, standardised; then their mean squared error."""
     other = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
     s, t = (F.layer_norm(rearrange(x[other], "(b j) -> b j", b=len(x)), [len(x) - 1]) for x in (s, t))    # j = b - 1
     return F.mse_loss(s, t)
@@ -94,15 +94,15 @@ class Registers(nn.Module):
     """Shape tokens and registers, one sequence. Tokens see tokens; register i, a copy of token order_i at first, sees
     tokens and registers 1 ... i. Only the registers leave, each with mean 0 and deviation 1."""
 
-    def __init__(self, tokens, channels, order, width, dim, heads, encoder):
+    def __init__(self, tokens, channels, order, width, dim, heads, depth):
         super().__init__()
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim))
         self.register = nn.Parameter(torch.randn(len(order), dim) * .02)
         self.register_buffer("order", order, persistent=False)                    # m
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
-        i = torch.arange(tokens + len(order))                 # tokens come first
-        self.register_buffer("mask", ((i < tokens) | (i <= i[:, None]))[None], persistent=False)             # 1 q k
+        i = torch.arange(tokens + len(order))                 # places in the sequence; tokens come first
+        self.register_buffer("mask", ((i < tokens) | (i <= i[:, None]))[None], persistent=False)   # 1 q k: may q see k?
 
     def forward(self, x):                                     # b n c -> b m w
         y = self.token(x) + self.place                                            # b n d
@@ -115,13 +115,13 @@ class Registers(nn.Module):
 class PrefixDecoder(nn.Module):
     """A flow from noise to shape tokens, which attend to each other and to the first k registers."""
 
-    def __init__(self, tokens, channels, order, width, dim, heads, decoder):
+    def __init__(self, tokens, channels, order, width, dim, heads, depth):
         super().__init__()
         self.channels, self.dim, self.heads, self.norm = channels, dim, heads, nn.LayerNorm(dim)
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim))
         self.register, self.turn = nn.Linear(width, dim), nn.Parameter(self.place[order].detach().clone())
-        self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(decoder))
-        self.cross = nn.ModuleList(nn.Linear(dim, 2 * dim, bias=False) for _ in range(decoder))
+        self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(depth))
+        self.cross = nn.ModuleList(nn.Linear(dim, 2 * dim, bias=False) for _ in range(depth))      # to keys and values
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
         nn.init.zeros_(self.time[-1].weight)
@@ -150,9 +150,9 @@ class Codec(nn.Module):
 
     def __init__(self, registers, width, dim, heads, encoder, decoder, tokens, channels):
         super().__init__()
-        order = (torch.arange(tokens) * .618034 % 1).argsort()[:registers]        # the first few lie all over the grid
+        order = (torch.arange(tokens) * .618034 % 1).argsort()[:registers]        # golden ratio: all over the grid
         sizes = dict(tokens=tokens, channels=channels, order=order, width=width, dim=dim, heads=heads)
-        self.encoder, self.decoder = Registers(**sizes, encoder=encoder), PrefixDecoder(**sizes, decoder=decoder)
+        self.encoder, self.decoder = Registers(**sizes, depth=encoder), PrefixDecoder(**sizes, depth=decoder)
         self.tokens, self.count, self.width = tokens, len(order), width
         self.lengths = [*(2 ** i for i in range((len(order) - 1).bit_length())), len(order)]      # 1, 2, 4 ... m
 
@@ -160,10 +160,10 @@ class Codec(nn.Module):
         """Nested dropout: of each shape only the first k registers are there, k = 1, 2, 4 ... m at random. A flow:
 
             x_t = (1 - t) noise + t x       v = x - noise       x' = x_t + (1 - t) v'
-            L = mean (v' - v)^2 + MEANING (1 - <S(x'), S(x)>)   v': the decoder's, S: the student
+            L = mean (v' - v)^2 + MEANING (1 - <S(x'), S(x)>)   v': what the decoder gives, S: the student
         """
         r, b = self.encoder(x), len(x)                                            # b m w
-        r = r + tokenizer_.NOISE * torch.randn_like(r) if self.training else r
+        r = r + self.training * tokenizer_.NOISE * torch.randn_like(r)
         k = torch.tensor(self.lengths)[torch.randint(len(self.lengths), (b, 1))].to(x.device)
         there = torch.arange(self.count, device=x.device) < k                     # b m
         t = (torch.randn(b, 1, device=x.device) - 1).sigmoid()                    # mostly noise: there registers decide
@@ -180,7 +180,7 @@ class Codec(nn.Module):
         """The first k registers of b shapes, b k w, and one seed per shape -> shape tokens b n c."""
         there = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
         noise = draw_noise(map(np.random.default_rng, seeds), (1, self.tokens * self.decoder.channels), there.device)
-        net = partial(self.decoder.velocity, memory=self.decoder.read(registers))                 # of x, t, there
+        net = partial(self.decoder.velocity, memory=self.decoder.read(registers))             # net(x, t, there)
         return rearrange(Flow.sample(net, there, noise, steps), "b (n c) -> b n c", n=self.tokens)
 
 
@@ -199,7 +199,7 @@ class Generator(Sequence):
         prefix, shown, first, modulation = self.begin(condition)
         p = prefix.shape[1]
         before = registers[:, :-1] + self.training * tokenizer_.NOISE * torch.randn_like(registers[:, :-1])
-        x = torch.cat([prefix, torch.cat([first, self.token(before)], 1) + self.place], 1)            # b p+m d
+        x = torch.cat([prefix, torch.cat([first, self.token(before)], 1) + self.place], 1)            # b (p + m) d
         i = torch.arange(x.shape[1], device=x.device)
         mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(shown, (0, self.count), value=True), "b k -> b 1 k")
         c = self.read(x, modulation, mask)[:, p:]                                 # b m d
@@ -226,7 +226,7 @@ class Generator(Sequence):
 # ---------------------------------------------------------------------------- training: data, model, loss, save
 
 def tokens_of(run):
-    """{set: shape tokens of all its shapes, n c each}, and the sizes of those."""
+    """{split: tokens of all its shapes, r n c}, and the sizes n and c by name."""
     tokenizer = tokenizer_.load(run.folder).to(run.device)
     tokens = {split: ltm3d.encode(run, tokenizer, split) for split in (run.train, run.test)}
     return tokens, dict(zip(("tokens", "channels"), tokens[run.test].shape[1:]))
@@ -240,7 +240,7 @@ def train_student(run):
     low, high = relations.thresholds(known[0])
     run = run.turned()
     tokens, sizes = tokens_of(run)
-    features = dict(zip((run.train, run.test), known))
+    features = dict(zip((run.train, run.test), known))        # eight positions of a shape share them: hence the %
 
     def draw(split, rng):
         rows = rng.permutation(len(split))[:run.micro_batch_size("lost-student")]
@@ -251,7 +251,7 @@ def train_student(run):
 
     def loss_of(model, batch):
         x, known = batch
-        own = model(x + tokenizer_.NOISE * torch.randn_like(x))
+        own = model(x + model.training * tokenizer_.NOISE * torch.randn_like(x))
         with torch.autocast(x.device.type, enabled=False):
             s, t = own @ own.T, known @ known.T
             alike, ranks = contrast(s, t, low, high), rank(s, t)                  # both have weight 1, as in the paper
@@ -275,7 +275,7 @@ def train_registers(run):
     def show(model, path):                                    # at tiny a row for each shape: of 1, 2, 4 ... registers
         with run.autocast():
             r = model.encoder(tokens[run.test][:4].to(run.device))
-            made = torch.stack([model.decode(r[:, :k], range(len(r))) for k in model.lengths], 1)              # b k n c
+            made = torch.stack([model.decode(r[:, :k], range(len(r))) for k in model.lengths], 1)        # b lengths n c
         ltm3d.save_picture(path, progress.reconstructions(run, heads, made.flatten(0, 1), run.first[-1]))
 
     model, seconds = fit(run, "lost-registers", model, draw, lambda model, x: model.loss(x, student), show)
@@ -304,7 +304,7 @@ def stages(reps):
 
 def make(codec, generator, condition, seeds, **options):
     """-> shape tokens b n c. Each sample has one stream of random numbers, for registers and then for the decoder."""
-    randoms = [*map(np.random.default_rng, seeds)]
+    randoms = [*map(np.random.default_rng, seeds)]            # default_rng of one of these is that one
     return codec.decode(generator.generate(condition, randoms, **options), randoms)
 
 
@@ -344,7 +344,7 @@ class LoST(ltm3d.LTM3D):
         return make(self.codec, self.generator, condition, seeds, cfg=cfg, **options)
 
 
-load, main = LoST, partial(search.main, LoST, load_student, SHIPPED)              # search
+load, main = LoST, partial(search.main, LoST, load_student, SHIPPED)              # main: search
 
 if __name__ == "__main__":
     command(main)

@@ -28,9 +28,9 @@ from prompts import relations
 STAGES = "lost-student", "lost-registers"
 SEEDS = 3           # of a prefix, in the picture
 RESOLUTION = 64     # of surfaces
-POINTS = 8192       # for Chamfer distances; fewer would measure themselves
+POINTS = 8192       # for Chamfer distances; of fewer, it is mostly that of two samplings
 FEW_POINTS = 256    # tell which shape is nearest
-FEW = 1, 2, 4       # registers, by which trainings with RIDA and without are compared
+FEW = 1, 2, 4       # numbers of registers, by which trainings with RIDA and without are compared
 
 
 class Opened:
@@ -66,8 +66,8 @@ class Opened:
 
 
 def judge_registers(args, label, folder, only=()):
-    """-> {number of registers, or None for the tokens themselves: mean scores of held-out shapes}, the distance of two
-    clouds of one shape, what was opened. only: some of these numbers."""
+    """-> {k: mean scores of held-out shapes, decoded from k registers; None: from their tokens}; the Chamfer distance
+    of two samplings of a shape; the model. only: these k."""
     model, scorer = Opened(args, folder), exam.Scorer(args.scorer, args.device or "cpu")
     lengths, results = [k for k in (*model.codec.lengths, None) if not only or k in only], []
     cache = exam.result_cache(args, label, folder, "tokenizer", "head-sdf", *STAGES, what="registers", lengths=lengths)
@@ -82,12 +82,12 @@ def judge_registers(args, label, folder, only=()):
             distances = {"Chamfer": [chamfer(x, true) for x, *_ in clouds], "floor": chamfer(second, true)}
             cache.write(str(row), result | distances)
         results.append(cache.read(str(row)))
-    true = model.test.cloud(range(len(model.test)), exam.POINTS, np.random.default_rng(args.seed))        # r k 3 each
-    features, classes = scorer.clouds(*(x[:count] for x in true)), np.array(model.test.classes)
+    held_out = model.test.cloud(range(len(model.test)), exam.POINTS, np.random.default_rng(args.seed))    # r k 3 each
+    features, classes = scorer.clouds(*(x[:count] for x in held_out)), np.array(model.test.classes)
     scores = {}
     for i, k in enumerate(lengths):
         made = [torch.from_numpy(np.stack([result[name][i] for result in results])) for name in exam.CLOUD]
-        distance = chamfer_matrix(made[0][:, :FEW_POINTS], true[0][:, :FEW_POINTS])                       # s r
+        distance = chamfer_matrix(made[0][:, :FEW_POINTS], held_out[0][:, :FEW_POINTS])                   # s r
         distance[range(count), range(count)] = torch.inf      # a shape is not its own neighbour
         scores[k] = {"similarity": np.diag(cosine(features, scorer.clouds(*made))).mean(),
                      "right class": np.mean(classes[distance.argmin(1)] == classes[:count]),
@@ -102,14 +102,15 @@ def evaluate_registers(args):
         scores, floor, model = judge_registers(args, label, folder)
         tables[label] = [{"registers": str(k) if k else "(its tokens)"} | row for k, row in scores.items()]
         draw_prefixes(args, label, model)
+        print(f"Chamfer: to the shape, {POINTS} points; of two samplings of the shape {floor:.3f}")
     print("similarity: cosine of the features of the shape and of what its first registers give.\n"
-          "right class: is the nearest of the other held-out shapes of its class?\n"
-          f"Chamfer: to the shape, {POINTS} points; of two samplings of the shape {floor:.3f}")
+          "right class: is the nearest of the other held-out shapes of its class?")
     write_tables(args.out, args.command, tables, means=False)
 
 
 def draw_prefixes(args, label, model):
-    """Four shapes, a row each: of 1, 2, 4, ... registers, and the shape. Then the first again, with several seeds."""
+    """A row for each of four shapes: from 1, 2, 4 ... registers, then the shape. Below, the first shape again, from 1,
+    4 and all registers, with as many seeds as there is room for."""
     rng, pictures, names = np.random.default_rng(0), [], [*map(str, model.codec.lengths), "the shape"]
     rows = [model.test.classes.index(name) for name in dict.fromkeys(model.test.classes)][:4]     # of four classes
     for row in rows:
@@ -172,7 +173,7 @@ def compare_rida(args):
             flags = {"--model": "lost", "--variant": variant or None}
             if variant:                                       # the student is copied; it teaches nothing here
                 flags["--from"] = Path(args.runs) / f"lost-{seed}"
-            folder = train_stages(args, f"{variant or 'lost'}-{seed}", seed, flags, STAGES[bool(variant):])
+            folder = train_stages(args, f"{variant or 'lost'}-{seed}", seed, flags, STAGES[1:] if variant else STAGES)
             scores.append(judge_registers(args, folder.name, folder, FEW)[0])
         for k in scores[0]:
             rows.append({"decoder": title, "registers": str(k)} | {

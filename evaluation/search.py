@@ -1,9 +1,10 @@
-"""search.py - the shapes of a folder that are most like a mesh, a picture or words, to the student of lost.py.
+"""search.py - which shapes of a folder are most like a mesh, a picture or words? The student of lost.py says.
 
     python lost.py search --query chair.glb --in path/to/meshes
     python lost.py search --query "a red chair" --in path/to/meshes
 
-Words and pictures have no such features: SAMPLES shapes are generated, and the mean of their features is the query.
+The student reads shapes alone. Of words or a picture, SAMPLES shapes are generated; the mean of their features is the
+query.
 """
 import re
 import sys
@@ -37,12 +38,12 @@ def query_features(query, load, folder, student, encoder):
     path = Path(query)
     if path.suffix.lower() in real.SUFFIXES:
         return student(encoder(*cloud_of(real.read_shape(path), encoder.points)))[0]
-    towers, words, pictures = encoders.load(folder, "lost-generator"), [query] * SAMPLES, None
+    towers = encoders.load(folder, "lost-generator")
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
         picture, warning = picture_files.load_picture(path)
         words, pictures, remarks = None, picture.expand(SAMPLES, -1, -1, -1), [warning] * bool(warning)
     else:
-        remarks = towers.remarks(query)
+        words, pictures, remarks = [query] * SAMPLES, None, towers.remarks(query)
     for remark in remarks:
         print(f"warning: {remark}", file=sys.stderr)
     model = load(folder, torch.device("cpu"), nullcontext)
@@ -73,7 +74,8 @@ def main(load, load_student, shipped):
             skipped.append(f"skipped: {item.key}: {error}")
             continue
         found.append((float(student(encoder(*cloud))[0] @ query), item))
-    print(*skipped, sep="\n", end="\n" * bool(skipped))
+    for line in skipped:
+        print(line)
     if not found:
         raise UserError(f"no shape of {args.source} could be read; --in takes a folder of meshes")
     found = sorted(found, key=lambda entry: -entry[0])[:args.n]

@@ -78,7 +78,7 @@ def list_items(path):
     """A path -> its items, in a fixed order, and what is not an item: [(file, reason)]."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"there is no {path}; --data takes a mesh, a folder of meshes or .sh3f libraries, or a library")
+        raise UserError(f"there is no {path}; give a mesh, a folder of meshes or .sh3f libraries, or a library")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     libraries = [file for file in files if file.suffix.lower() == ".sh3f"]
     if libraries:

@@ -1,17 +1,18 @@
-"""relations.py - which shapes are alike? A vector for each; the dot product of two says how much they are.
+"""relations.py - which shapes are alike? A vector for each; the dot product of two says how alike they are.
 
 The teacher of the student in lost.py knows facts (class and attributes), captions and, where --image-encoder names one
 of `transformers`, pictures. The built-in image tower would be a circular teacher: it was trained to name shapes, and to
-predict their tokens. Of files, the class is the caption, and there are no attributes: mostly the text tower teaches.
+predict their tokens. Files have no attributes, and few share a class: mostly the text tower teaches.
 """
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.commands import UserError
 from prompts import pretrained, text_tower
 
 BATCH = 256
-POSITIVE, NEGATIVE = .96, .92     # shapes are alike, or unlike, from these quantiles of the similarities on
+POSITIVE, NEGATIVE = .96, .92     # quantiles of similarities: shapes above the first are alike, below the second unlike
 
 
 def facts(split):
@@ -29,8 +30,8 @@ def table_of(rows, known):
 
 
 def seen(tower, split, mean=None):
-    """-> what a tower makes of a shape's pictures, on average, r e, of length 1; and the mean of all shapes, or that
-    given, which was taken away: features of a tower of pictures have much in common."""
+    """What a tower makes of a shape's pictures, on average, less the mean of all shapes (pictures have much in common)
+    or a given mean -> r e, of length 1; that mean."""
     tokens, count = pretrained.picture_cache(tower, split), split.source.pictures
     x = torch.stack([tokens.draw(range(row * count, (row + 1) * count))[0].float().mean((0, 1))
                      for row in range(len(split))])                               # r e
@@ -40,8 +41,8 @@ def seen(tower, split, mean=None):
 
 @torch.no_grad()
 def features(run):
-    """Features of the training shapes and of the held-out ones, r e each, of length 1; what they are made of: facts,
-    the text tower's vector of the longest caption and maybe pictures, each with the same weight."""
+    """-> [features of training shapes, of held-out shapes], r e each, of length 1; the names of their parts: facts,
+    captions (the text tower's vector of the longest) and maybe pictures, of equal weight."""
     known = {fact: i for i, fact in enumerate(sorted(set().union(*facts(run.train)), key=str))}
     tower, name, mean, found = text_tower.load(run.folder), run.encoder_names["image"], None, []
     camera = pretrained.Image(name, run.device) if name not in (None, "pixels") else None
@@ -58,6 +59,9 @@ def features(run):
 
 def thresholds(features):
     """Features r e -> the similarities below which two shapes are unlike, and above which they are alike."""
-    some = features[:2000].unique(dim=0)                      # copies would be alike
+    rows = np.linspace(0, len(features) - 1, min(2000, len(features))).astype(int)            # all over the set
+    some = features[rows].round(decimals=4).unique(dim=0)     # copies would be alike
+    if len(some) < 2:
+        raise UserError("no two shapes differ in class, attributes or caption: lost-student has nothing to learn")
     similar = (some @ some.T)[~torch.eye(len(some), dtype=torch.bool)]
-    return np.quantile(similar.numpy(), (NEGATIVE, POSITIVE)) - 1e-4
+    return np.quantile(similar.numpy(), (NEGATIVE, POSITIVE)) - 1e-4      # as similar as that: alike
