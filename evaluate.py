@@ -323,7 +323,7 @@ def arguments():
     flag(["generate"], "--split", choices=["test", "validation"], default="test", help="held-out shapes: "
          "choose settings on validation, report numbers on test")
     flag(["generate", "names"], "--cfg", type=between(0, 100, float),
-         help="guidance by the text; 1 is none (default: what the weights remember, else 2)")
+         help="guidance by the text; 1 is none (default: what the weights remember, else that of the model)")
     flag(["generate"], "--registers", type=between(1), help="of lost: stop after so many (default: all)")
     flag(["attributes"], "--check", action="store_true", help="only try the checkers, on the held-out shapes")
     add_flags(flag)

@@ -41,7 +41,7 @@ DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in SHARED} | {
     "lost-student": (1000, 128, 1e-3), "lost-registers": (2000, 64, 2e-3), "lost-generator": (2000, 64, 2e-3)}
 STAGES = "encoders", "tokenizer", "vision", "head", "lost-student", "lost-registers", "lost-generator"
 SEEING, LAST, REPS, SHIPPED = {"vision", "lost-generator"}, "lost-generator", ltm3d.REPS, "checkpoints/lost"
-SAMPLING = {"registers": None, "denoise_steps": 4, "cfg": 2., "cfg_image": 2., "temperature": 1.}
+SAMPLING = {"registers": None, "denoise_steps": 4, "cfg": 1.5, "cfg_image": 2., "temperature": 1.}
 SIZES = {"tiny": dict(registers=64, width=8, dim=128, heads=4, encoder=4, decoder=6),
          "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
@@ -207,7 +207,7 @@ class Generator(Sequence):
         return Flow.loss(self.net, x, c), {}
 
     @torch.no_grad()
-    def generate(self, condition, seeds, registers=None, denoise_steps=4, cfg=2., temperature=1.):
+    def generate(self, condition, seeds, registers=None, denoise_steps=4, cfg=1.5, temperature=1.):
         """condition (prefix.py) and one seed per sample -> the first registers, b k w. Keys and values are kept."""
         randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
         noise = draw_noise(randoms, (self.count, 1, self.width), self.place.device)               # b m 1 w
