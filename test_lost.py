@@ -17,6 +17,7 @@ import sample
 import tokenizer
 from conftest import WIDTHS, assert_one_line, prompted, rows_of, run, train_small
 from engine import files, loop
+from engine.commands import UserError
 from evaluation import registers
 from geometry.prepare import BuiltIn
 from prompts import relations
@@ -85,6 +86,11 @@ def test_a_tower_of_pictures_teaches_too(prepared, overfitted, tmp_path):
     assert torch.allclose(taught[:, :plain.shape[1]] * 3 ** .5, plain * 2 ** .5, atol=1e-5)
     assert torch.allclose(taught.norm(dim=1), torch.ones(len(train)), atol=1e-4)
     assert held_out[:, plain.shape[1]:].var(0).sum() > .01
+
+
+def test_thresholds_need_two_shapes_that_differ():
+    with pytest.raises(UserError, match="nothing to learn"):
+        relations.thresholds(torch.ones(5, 3))
 
 
 # ---------------------------------------------------------------------------- registers

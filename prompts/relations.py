@@ -44,17 +44,19 @@ def features(run):
     """-> [features of training shapes, of held-out shapes], r e each, of length 1; the names of their parts: facts,
     captions (the text tower's vector of the longest) and maybe pictures, of equal weight."""
     known = {fact: i for i, fact in enumerate(sorted(set().union(*facts(run.train)), key=str))}
-    tower, name, mean, found = text_tower.load(run.folder), run.encoder_names["image"], None, []
-    camera = pretrained.Image(name, run.device) if name not in (None, "pixels") else None
+    name, mean, found = run.encoder_names["image"], None, []
+    text_encoder = text_tower.load(run.folder)
+    image_encoder = pretrained.Image(name, run.device) if name not in (None, "pixels") else None
     for split in (run.train, run.test):
         captions = [max(captions, key=len) for captions in split.captions]
-        text = [tower.embed_text(*tower.word_ids(captions[i:i + BATCH])) for i in range(0, len(captions), BATCH)]
+        text = [text_encoder.embed_text(*text_encoder.word_ids(captions[i:i + BATCH]))
+                for i in range(0, len(captions), BATCH)]
         parts = [table_of(facts(split), known), torch.cat(text)]
-        if camera:
-            pictures, mean = seen(camera, split, mean)
+        if image_encoder:
+            pictures, mean = seen(image_encoder, split, mean)
             parts.append(pictures)
         found.append(torch.cat(parts, 1) / len(parts) ** .5)
-    return found, ["facts", "captions", *[name] * bool(camera)]
+    return found, ["facts", "captions", *[name] * bool(image_encoder)]
 
 
 def thresholds(features):
