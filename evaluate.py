@@ -297,7 +297,7 @@ def arguments():
     sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", *generated]
     judged = ["tokenizer", *sampled]
     judged.remove("ablate-vat")
-    files = ["tokenizer", "cross", "generate", "retrieval", "images", "cross-view", "registers"]
+    files = ["tokenizer", "cross", "generate", "retrieval", "images", "cross-view", "registers", "search"]
     flag(judged, "--rep", type=heads.spelling, choices=reps, default="sdf", help="what to judge")
     flag(["cross"], "--reps", nargs="+", type=heads.spelling, choices=reps, default=reps, help="to compare")
     for names, least, count in ((["tokenizer"], 1, 260), (["cross", "images", "low-poly"], 1, 208),

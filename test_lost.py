@@ -227,9 +227,11 @@ def test_recomputed_blocks_learn_the_same(generator):
 # ---------------------------------------------------------------------------- as a whole
 
 def test_search_finds_what_shares_most():
-    """The nearest of 0, 1 and 3 is their best match; the best match of 2 is 0, the furthest of all."""
-    x = np.array([[1, 0], [.9, .1], [0, 1], [.1, .9]])
-    shared = np.array([[1, .5, .5, 0], [.5, 1, 0, 0], [.5, 0, 1, .2], [0, 0, .2, 1]])
+    """The nearest of 0, 1 and 3 is their best match; the best match of 2 is 0, the furthest of all but 4, which has
+    nothing in common with any."""
+    x = np.array([[1, 0], [.9, .1], [0, 1], [.1, .9], [-1, -1]])
+    shared = np.eye(5)
+    shared[:4, :4] = [[1, .5, .5, 0], [.5, 1, 0, 0], [.5, 0, 1, .2], [0, 0, .2, 1]]
     assert registers.recall(x, shared, 1) == .75
     assert registers.recall(x, shared, 3) == 1
 

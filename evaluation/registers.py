@@ -149,16 +149,19 @@ def evaluate_search(args):
                          for name, x in features.items()]
     print(f"{len(facts)} held-out shapes. R@k: the share of queries for which one of those that share most attributes\n"
           "with it (class, form, colours; of all others) is among the k nearest, by the cosine of features.\n"
+          "Shapes that share nothing with any other are no queries.\n"
           "The student was taught these attributes, and the point tower captions, of other shapes")
     write_tables(args.out, args.command, tables, means=False)
 
 
 def recall(x, shared, k):
-    """Features r e, shares of common attributes r r -> share of rows that find one of their best matches."""
+    """Features r e, shares of common attributes r r -> share of rows that find one of their best matches; rows that
+    have nothing in common with another do not count."""
     same = np.eye(len(x), dtype=bool)
     likeness, shared = np.where(same, -np.inf, cosine(x, x)), np.where(same, -1., shared)
     nearest = np.argsort(-likeness, 1)[:, :k]                                     # r k
-    return np.mean(np.take_along_axis(shared, nearest, 1).max(1) >= shared.max(1) - 1e-9)
+    found, best = np.take_along_axis(shared, nearest, 1).max(1), shared.max(1)
+    return np.mean((found >= best - 1e-9)[best > 0])
 
 
 # ---------------------------------------------------------------------------- RIDA
