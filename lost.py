@@ -47,7 +47,7 @@ SIZES = {"tiny": dict(registers=64, width=8, dim=128, heads=4, encoder=4, decode
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
 GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),
               "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
-SIZES["mini"] = SIZES["tiny"] | {"width": 32}                 # there are 27 tokens, of 128 channels: 27 registers
+SIZES["mini"] = SIZES["tiny"] | dict(width=64, dim=256, heads=8)       # of 27 tokens of 128 channels: 27 registers
 STUDENTS["mini"], GENERATORS["mini"] = STUDENTS["tiny"], GENERATORS["tiny"]
 
 
