@@ -234,8 +234,6 @@ def tokens_of(run):
 
 def train_student(run):
     """RIDA. The teacher knows class, attributes, captions and maybe pictures; the student reads shape tokens."""
-    if run.micro_batch_size("lost-student") < 3:
-        raise UserError("lost-student compares shapes; give --batch 3 or more for each micro-batch")
     known, teacher = relations.features(run)                  # of shapes as they stand, r e
     low, high = relations.thresholds(known[0])
     run = run.turned()

@@ -28,7 +28,7 @@ from prompts import picture_files
 from prompts.reading import choose, find
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
-OPTIONS = {option: value for model in MODELS.values() for option, value in model.SAMPLING.items()}
+OPTIONS = {option: value for model in reversed(MODELS.values()) for option, value in model.SAMPLING.items()}
 
 
 class Sampler:
@@ -129,7 +129,8 @@ def arguments():
     flag = parser.add_argument_group("sampling", f"default: what the weights remember, else {known}").add_argument
     flag("--steps", type=between(1, 10_000), help="unmasking steps, at most the number of shape tokens")
     flag("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 4 flow, 100 ddpm)")
-    flag("--cfg", type=between(0, 100, float), help="classifier-free guidance by the text; 1 is none")
+    flag("--cfg", type=between(0, 100, float), help="classifier-free guidance by the text; 1 is none "
+         f"(lost: {MODELS['lost'].SAMPLING['cfg']})")
     flag("--cfg-image", type=between(0, 100, float), help="the same by the picture")
     flag("--temperature", type=between(0, 10, float), help="of the noise; lower gives less variety")
     flag("--registers", type=between(1), help="of lost: stop after so many (default: all)")

@@ -255,7 +255,7 @@ def test_all_stages_end_to_end(overfitted, examined, tmp_path, monkeypatch, caps
     assert "9 registers are not between 1 and 8" in capsys.readouterr().err
 
     search = "search", "--in", out, "--checkpoint", folder, "--out", tmp_path / "found"
-    for query, sheet in (("a table", "search-a-table.png"), (out / "a-table-0.png", "search-a-table-0.png")):
+    for query, sheet in (("a table", "search-a-table.png"), (out / "a-table-0.png", "search-a-table-0-png.png")):
         assert run(lost.main, "--query", query, *search) == 0
         assert (tmp_path / "found" / sheet).is_file()
     trimesh.creation.icosphere(radius=.5).export(out / "a-ball.glb")
@@ -263,8 +263,9 @@ def test_all_stages_end_to_end(overfitted, examined, tmp_path, monkeypatch, caps
     assert run(lost.main, "--query", out / "a-ball.glb", *search) == 0
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first == "1.000  a-ball.glb" and second.endswith("a-table-0.glb")
-    assert run(lost.main, "--query", out / "none.glb", *search) == 2
-    assert_one_line(capsys.readouterr().err, "there is no file")
+    for name in "none.glb", "none.gif", "none":
+        assert run(lost.main, "--query", out / name, *search) == 2
+        assert_one_line(capsys.readouterr().err, "there is no file")
     assert run(lost.main, "--query", "a table", *search[:2], tmp_path / "none", *search[3:]) == 2
 
     flags = "--checkpoint", folder, "--scorer", overfitted, "--out", tmp_path / "exams", "--cache", tmp_path / "cache"
@@ -289,6 +290,13 @@ def test_one_register_leaves_open_what_all_decide():
     assert all(model.decode(tokens, resolution=32).soundness()["one piece"] for tokens in first)
 
 
+def test_a_student_needs_shapes_to_compare(overfitted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(lost.SIZES, "small", SIZE)
+    flags = "--model", "lost", "--from", overfitted, "--steps", 1, "--batch", 4, "--micro-batches", 2
+    assert train_small(monkeypatch, tmp_path, 2, *flags) == 2
+    assert_one_line(capsys.readouterr().err, "lost-student compares shapes; give --batch 6 or more")
+
+
 def test_without_weights_is_one_line(tmp_path, capsys):
     assert run(lost.main, "search", "--query", "a table", "--in", tmp_path, "--checkpoint", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "holds no trained lost-student")
+    assert_one_line(capsys.readouterr().err, "holds no lost-student")

@@ -104,14 +104,14 @@ def chain(args, variants, reps, first, folder):
         print(f"{run.folder}, running on {run.reason}")
         stages = stages_of(args, run.reps)
         check_order(args, run.folder, stages)
-        kinds = ["surface", *["pictures"] * bool(args.image_encoder or model.SEEING & stages.keys())]
-        kinds += kinds_of(HEADS[rep] for rep in run.first + run.reps)
-        run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
-        run.classes, run.prompts = progress.classes_and_prompts(run.train, run.test, built_in=args.data is None)
         for name in sorted(stages.keys() - {*trained_stages(run.folder)}):
             run.micro_batch_size(name)                        # an error now, not later
             if args.finetune and name not in trained_stages(args.source):
                 raise UserError(f"{args.source} holds no trained {name} that could go on; leave out --finetune")
+        kinds = ["surface", *["pictures"] * bool(args.image_encoder or model.SEEING & stages.keys())]
+        kinds += kinds_of(HEADS[rep] for rep in run.first + run.reps)
+        run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
+        run.classes, run.prompts = progress.classes_and_prompts(run.train, run.test, built_in=args.data is None)
         if not stages:
             raise UserError("--image-encoder takes the place of the image tower; leave out --stage vision")
     with locked(run.folder):

@@ -22,6 +22,7 @@ BEFORE = {  # stage -> the stages that it is trained on, if they are in the fold
     "vat-decoder": ("vat-codes",), "vat-generator": ("encoders", "vision", "vat-codes"),
     "lost-student": ("encoders", "tokenizer"), "lost-registers": ("tokenizer", "lost-student"),
     "lost-generator": ("encoders", "vision", "lost-registers")}
+SMALLEST = {"lost-student": 3}                                # micro-batches: it compares shapes
 
 
 @contextlib.contextmanager
@@ -92,6 +93,8 @@ class Run:
             mend = -(-batch // self.micro_batches) * self.micro_batches
             raise UserError(f"a batch of {batch} ({stage}) cannot be cut into {self.micro_batches} micro-batches; "
                             f"train it alone: --stage {'head' if stage.startswith('head-') else stage} --batch {mend}")
+        if batch // self.micro_batches < SMALLEST.get(stage, 1):
+            raise UserError(f"{stage} compares shapes; give --batch {SMALLEST[stage] * self.micro_batches} or more")
         return batch // self.micro_batches
 
     def check_folder(self, begin):

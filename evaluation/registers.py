@@ -14,13 +14,13 @@ from tqdm import tqdm
 import heads
 import lost
 import tokenizer
-from engine.commands import UserError, pick_device
-from engine.files import trained_stages
+from engine.commands import pick_device
 from evaluation import exam
 from evaluation.experiments import refuse_trained, train_stages
 from evaluation.metrics import chamfer, chamfer_matrix, cosine
 from evaluation.peers import VARIANTS
 from evaluation.results import interval, labels, write_table, write_tables
+from evaluation.search import find_folder
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_samples import vertex_coloured
 from prompts import relations
@@ -37,9 +37,7 @@ class Opened:
     """The stages of a folder that registers need, and held-out shapes."""
 
     def __init__(self, args, folder):
-        if missing := {*STAGES} - {*trained_stages(folder)}:
-            raise UserError(f"{folder} holds no {', '.join(sorted(missing))}; "
-                            "--checkpoint takes a folder of train.py --model lost")
+        folder = find_folder(folder, *STAGES)
         self.device, self.autocast, reason = pick_device(args.device, args.precision)
         print(f"{folder}, running on {reason}")
         self.tokenizer = tokenizer.load(folder).to(self.device)

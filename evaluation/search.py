@@ -6,6 +6,7 @@
 The student reads shapes alone. Of words or a picture, SAMPLES shapes are generated; the mean of their features is the
 query.
 """
+import os
 import re
 import sys
 from contextlib import nullcontext
@@ -19,13 +20,23 @@ from tqdm import tqdm
 import encoders
 import tokenizer
 from engine.commands import Parser, UserError, between
-from engine.files import make_folder
+from engine.files import make_folder, trained_stages
 from geometry import mesh_files, real
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_samples import vertex_coloured
-from prompts import picture_files
+from prompts import picture_files, reading
 
 SAMPLES = 4
+
+
+def find_folder(folder, *stages):
+    """The checkpoint folder, wherever it is (prompts/reading.py); these stages of lost.py have to be in it."""
+    cure, found = "--checkpoint takes a folder of train.py --model lost", reading.find(folder)
+    if found is None:
+        raise UserError(f"there is no folder {folder}; {cure}")
+    if missing := {*stages} - {*trained_stages(found)}:
+        raise UserError(f"{folder} holds no {', '.join(sorted(missing))}; {cure}")
+    return found
 
 
 def cloud_of(shape, points):                                  # 1 k 3 each
@@ -36,10 +47,12 @@ def cloud_of(shape, points):                                  # 1 k 3 each
 def query_features(query, load, folder, student, encoder):
     """A mesh, a picture or words -> features e."""
     path = Path(query)
+    if not os.path.isfile(path) and (re.search(r"\.[a-z]\w*$", query.lower()) or len(path.parts) > 1):
+        raise UserError(f"there is no file {query}; --query takes a mesh, a picture, or words")
     if path.suffix.lower() in real.SUFFIXES:
         return student(encoder(*cloud_of(real.read_shape(path), encoder.points)))[0]
     towers = encoders.load(folder, "lost-generator")
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+    if os.path.isfile(path):
         picture, warning = picture_files.load_picture(path)
         words, pictures, remarks = None, picture.expand(SAMPLES, -1, -1, -1), [warning] * bool(warning)
     else:
@@ -53,7 +66,7 @@ def query_features(query, load, folder, student, encoder):
 
 def main(load, load_student, shipped):
     """The command of lost.py, which knows how a model is loaded, and from which folder by default."""
-    parser = Parser(__doc__.split("\n")[0])
+    parser = Parser("lost.py - which shapes of a folder are most like a mesh, a picture or words?")
     flag = parser.add_argument
     flag("command", choices=["search"])
     flag("--query", required=True, help="a mesh, a picture (png, jpg, webp), or words")
@@ -62,10 +75,10 @@ def main(load, load_student, shipped):
     flag("--checkpoint", default=shipped, help="folder of trained weights")
     flag("--out", default="out", help="folder of the contact sheet")
     args = parser.parse_args()
+    folder, (items, _) = find_folder(args.checkpoint, "tokenizer", "lost-student"), real.list_items(args.source)
+    student, encoder = load_student(folder), tokenizer.load(folder)
+    query = query_features(args.query, load, folder, student, encoder)
     make_folder(args.out)
-    student, encoder = load_student(args.checkpoint), tokenizer.load(args.checkpoint)
-    items, _ = real.list_items(args.source)
-    query = query_features(args.query, load, args.checkpoint, student, encoder)
     found, skipped = [], []
     for item in tqdm(items, unit="shape"):
         try:
@@ -82,7 +95,8 @@ def main(load, load_student, shipped):
     for likeness, item in found:
         print(f"{likeness:.3f}  {item.key}")
     pictures = [render_mesh(*vertex_coloured(mesh_files.shape(item)), size=192) for _, item in found]
-    name = re.sub(r"[^a-z0-9]+", "-", Path(args.query).stem.lower()).strip("-")[:60] or "shape"
+    name = Path(args.query).name if os.path.isfile(args.query) else args.query
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "shape"
     sheet = Path(args.out) / f"search-{name}.png"
     save_png(sheet, contact_sheet(pictures, min(6, len(pictures)), [item.captions[-1] for _, item in found]))
     print(sheet)

@@ -93,7 +93,7 @@ def list_items(path):
         raise UserError(f"{path} is none of {', '.join(SUFFIXES)} and .sh3f")
     if not items:
         why = f"{skipped[0][0]}: {skipped[0][1]}" if libraries and skipped else f"no {', '.join(SUFFIXES)} or .sh3f"
-        raise UserError(f"{path} holds no shapes ({why}); --data takes a folder that does")
+        raise UserError(f"{path} holds no shapes ({why}); name a folder that does")
     return items, skipped
 
 
