@@ -28,6 +28,7 @@ from prompts import picture_files
 from prompts.reading import choose, find
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
+# of all models; where their defaults differ, that of the first, LTM3D
 OPTIONS = {option: value for model in reversed(MODELS.values()) for option, value in model.SAMPLING.items()}
 
 

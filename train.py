@@ -103,6 +103,8 @@ def chain(args, variants, reps, first, folder):
         run.check_folder(name_begins(args.data))
         print(f"{run.folder}, running on {run.reason}")
         stages = stages_of(args, run.reps)
+        if not stages:
+            raise UserError("--image-encoder takes the place of the image tower; leave out --stage vision")
         check_order(args, run.folder, stages)
         for name in sorted(stages.keys() - {*trained_stages(run.folder)}):
             run.micro_batch_size(name)                        # an error now, not later
@@ -112,8 +114,6 @@ def chain(args, variants, reps, first, folder):
         kinds += kinds_of(HEADS[rep] for rep in run.first + run.reps)
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
         run.classes, run.prompts = progress.classes_and_prompts(run.train, run.test, built_in=args.data is None)
-        if not stages:
-            raise UserError("--image-encoder takes the place of the image tower; leave out --stage vision")
     with locked(run.folder):
         for name, train in stages.items():
             goes_on = args.stage and name.removeprefix("head-") in args.rep     # trained with the tokenizer

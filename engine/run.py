@@ -22,7 +22,7 @@ BEFORE = {  # stage -> the stages that it is trained on, if they are in the fold
     "vat-decoder": ("vat-codes",), "vat-generator": ("encoders", "vision", "vat-codes"),
     "lost-student": ("encoders", "tokenizer"), "lost-registers": ("tokenizer", "lost-student"),
     "lost-generator": ("encoders", "vision", "lost-registers")}
-SMALLEST = {"lost-student": 3}                                # micro-batches: it compares shapes
+SMALLEST = {"lost-student": 3}                                # of micro-batches: it compares shapes
 
 
 @contextlib.contextmanager

@@ -46,13 +46,13 @@ def cloud_of(shape, points):                                  # 1 k 3 each
 @torch.no_grad()
 def query_features(query, load, folder, student, encoder):
     """A mesh, a picture or words -> features e."""
-    path = Path(query)
-    if not os.path.isfile(path) and (re.search(r"\.[a-z]\w*$", query.lower()) or len(path.parts) > 1):
+    path, is_file = Path(query), os.path.isfile(query)         # Path.is_file may refuse a long text
+    if not is_file and (re.search(r"\.[a-z]\w*$", query.lower()) or len(path.parts) > 1):
         raise UserError(f"there is no file {query}; --query takes a mesh, a picture, or words")
     if path.suffix.lower() in real.SUFFIXES:
         return student(encoder(*cloud_of(real.read_shape(path), encoder.points)))[0]
     towers = encoders.load(folder, "lost-generator")
-    if os.path.isfile(path):
+    if is_file:
         picture, warning = picture_files.load_picture(path)
         words, pictures, remarks = None, picture.expand(SAMPLES, -1, -1, -1), [warning] * bool(warning)
     else:
@@ -69,7 +69,7 @@ def main(load, load_student, shipped):
     parser = Parser("lost.py - which shapes of a folder are most like a mesh, a picture or words?")
     flag = parser.add_argument
     flag("command", choices=["search"])
-    flag("--query", required=True, help="a mesh, a picture (png, jpg, webp), or words")
+    flag("--query", required=True, help="the file of a mesh or of a picture, or words")
     flag("--in", dest="source", required=True, help="folder of meshes, or whatever `data.py --data` takes")
     flag("--n", type=between(1, 1000), default=12, help="how many shapes to show")
     flag("--checkpoint", default=shipped, help="folder of trained weights")
