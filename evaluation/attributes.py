@@ -17,7 +17,8 @@ from engine.files import digest
 from evaluation import exam
 from evaluation.judges import occupancy, true_field
 from evaluation.results import ResultCache, labels, write_table, write_tables
-from geometry.shapes import COLOURS, COUNTS
+from geometry.shapes import COUNTS
+from geometry.words import COLOURS
 from heads import field_of
 
 CELL = 2 / 64       # side of a cell of o; no part of a built-in shape is thinner than 2.8 cells

@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from evaluation.judges import JUDGES
 from evaluation.metrics import chamfer_matrix
-from geometry.captions import article
 from geometry.render import contact_sheet
 from geometry.shapes import CLASSES
+from geometry.words import article
 
 
 def classes_and_prompts(train, test, built_in):

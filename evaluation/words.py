@@ -19,10 +19,10 @@ from evaluation import exam
 from evaluation.attributes import ATTRIBUTES, colour, has_attribute, measure_shape
 from evaluation.metrics import chamfer_matrix
 from evaluation.results import labels, write_table
-from geometry.captions import SYNONYMS, article
 from geometry.prepare import BuiltIn
 from geometry.render import contact_sheet, save_png
-from geometry.shapes import CLASSES, COLOURS, LEAVES
+from geometry.shapes import CLASSES, LEAVES
+from geometry.words import COLOURS, SYNONYMS, article
 from heads import field_of
 from prompts.reading import NEIGHBOURS
 

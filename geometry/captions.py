@@ -1,27 +1,11 @@
-"""captions.py - the words of a text, and the captions of built-in shapes."""
+"""captions.py - the captions of built-in shapes."""
 import re
 
+from geometry.words import SYNONYMS, enumeration, words
+
 NUMBERS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
-ARTICLES = {"a", "an", "the"}  # left out, so that "table", "a table" and "the table" are one prompt
-FILLERS = {"with", "without", "and", "of", "in", "that", "is", "has", "no", "3d", "model", "style"}  # name no shape
-SYNONYMS = {"grey": "gray", "purple": "violet", "teal": "turquoise", "slim": "narrow", "wide": "broad", "tall": "high",
-            "round": "circular"}
 SYNONYM_SHARE = .15             # of these words, in captions
 ADJECTIVES = {"leg": "legged", "wheel": "wheeled"}
-
-
-def words(text):
-    """The lowercase words and numbers of a text, in order, without articles."""
-    return [word for word in re.findall(r"[^\W_]+", text.lower()) if word not in ARTICLES]
-
-
-def article(phrase):
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-
-def enumeration(phrases):
-    """["a", "b", "c"] -> "a, b and c"."""
-    return " and ".join([", ".join(phrases[:-1])] * (len(phrases) > 1) + phrases[-1:])
 
 
 def write_captions(rng, name, attributes, phrases):

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command
 from geometry import asset_names, mesh_files
-from geometry.captions import FILLERS, words
 from geometry.soup import SKIN, faithful, surface_of
+from geometry.words import FILLERS, words
 
 SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off")
 COPY = "#1"                 # ends the key of a stretched copy

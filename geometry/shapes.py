@@ -10,7 +10,8 @@ y is up, x right, z towards the viewer, whom a shape faces.
 import numpy as np
 
 from geometry.captions import write_captions
-from geometry.solids import COLOURS, Shape, ball, box, capsule, cone, cylinder, rod, rotation_about, tube
+from geometry.solids import Shape, ball, box, capsule, cone, cylinder, rod, rotation_about, tube
+from geometry.words import COLOURS
 
 LONGEST = 1.8       # side of the bounding box after normalisation: room for a margin in [-1, 1]^3
 ALONG_Z, ALONG_X = rotation_about("x", 90), rotation_about("z", -90)    # lay a round part down: y to z, y to x

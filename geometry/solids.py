@@ -12,11 +12,8 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from geometry.surface import TRUNCATION
+from geometry.words import COLOURS
 
-COLOURS = {"red": (.80, .25, .22), "orange": (.92, .54, .22), "yellow": (.94, .78, .32),
-           "green": (.36, .62, .34), "teal": (.20, .60, .60), "blue": (.26, .45, .75),
-           "purple": (.52, .38, .68), "pink": (.92, .60, .66), "brown": (.52, .35, .23),
-           "white": (.93, .91, .86), "grey": (.56, .58, .60), "black": (.17, .18, .21)}
 POOL = 16384        # surface samples for the depth where parts overlap: about .02 apart
 TOUCH = 3e-4        # a point this near to the union's surface counts as on it
 

@@ -4,8 +4,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from geometry.captions import SYNONYMS, words
-from geometry.solids import COLOURS
+from geometry.words import COLOURS, SYNONYMS, words
 
 SIZE = 64             # pixels along a side of the pictures that the image tower takes
 MARGIN = .06          # share of the side that stays empty around the object

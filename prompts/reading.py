@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.commands import Parser, UserError, command
 from engine.files import read_stage
-from geometry.captions import FILLERS, words
+from geometry.words import FILLERS, words
 
 SHIPPED = "checkpoints/tiny", "checkpoints/assets"            # trained weights, in the order in which they are asked
 ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"

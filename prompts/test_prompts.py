@@ -16,7 +16,7 @@ from conftest import SMALL, assert_one_line, run
 from engine import files
 from engine.commands import UserError
 from geometry import render, training_pictures
-from geometry.solids import COLOURS
+from geometry.words import COLOURS
 from prompts import image_tower, picture_files, reading, text_tower
 
 # ---------------------------------------------------------------------------- the text tower

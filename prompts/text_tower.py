@@ -21,7 +21,7 @@ from torch import nn
 from engine.commands import UserError
 from engine.files import load_model, read_stage
 from engine.networks import Block, fourier
-from geometry.captions import words
+from geometry.words import words
 from prompts.reading import known_words, remarks_on
 
 SIZES = {  # dim is also e, the width of a condition token
