@@ -21,7 +21,7 @@ from tqdm import tqdm
 from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
 from geometry import shapes
-from geometry.meshes import in_order_again
+from geometry.low_poly import in_order_again
 from geometry.prepare import TRAIN_SHAPES, BuiltIn, Files, fill, read_records, version
 from geometry.real import COPY
 from geometry.render import contact_sheet, render_mesh, save_png

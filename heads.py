@@ -31,7 +31,7 @@ from engine.networks import Block, QueryDecoder, from_patches, time_embedding
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked_light
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
-from geometry.render import splat
+from geometry.splat import splat
 from geometry.surface import TRUNCATION, extract, in_chunks
 
 

@@ -19,6 +19,7 @@ from engine.commands import UserError
 from evaluation import peers
 from evaluation.judges import grid_iou
 from geometry import export
+from geometry.view import read_shape
 
 
 def same_weights(one, two, stages):
@@ -78,8 +79,8 @@ def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     shapes = {"a-table-0-sdf.glb", "a-table-0-pc.ply", "a-table-0-gs.ply"}
     assert names == shapes | {f"a-table-0-{rep}.png" for rep in ("sdf", "pc", "gs")} | {"a-table-sdf-pc-gs.png"}
-    assert len(export.read_shape(tmp_path / "a-table-0-pc.ply").points) == 300
-    assert isinstance(export.read_shape(tmp_path / "a-table-0-gs.ply"), export.Gaussians)
+    assert len(read_shape(tmp_path / "a-table-0-pc.ply").points) == 300
+    assert isinstance(read_shape(tmp_path / "a-table-0-gs.ply"), export.Gaussians)
 
 
 BACKBONE = "--stage", "backbone", "--steps", 2, "--batch", 2

@@ -34,7 +34,8 @@ from evaluation.exam import ROOT
 from evaluation.results import write_table
 from evaluation.timing import measure
 from geometry import mesh_files, real
-from geometry.export import Cloud, Gaussians, Mesh, read_shape
+from geometry.export import Cloud, Gaussians, Mesh
+from geometry.view import read_shape
 from prompts import picture_files
 
 SECONDS, MEGABYTES = 20, 1000                                 # that a file may take

@@ -13,7 +13,7 @@ from scipy.spatial import cKDTree
 from engine.networks import grid_points
 from evaluation.metrics import chamfer, emd, faces_within, fscore, iou, psnr, ssim
 from geometry.meshes import bin_centres, quantise, sample_surface
-from geometry.render import splat
+from geometry.splat import splat
 from geometry.surface import TRUNCATION, sdf_grid
 from geometry.training_samples import VIEW, draw_view
 from heads import field_of

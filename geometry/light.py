@@ -8,6 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from geometry.camera import view_rotation
+
 SHADOW = 96                        # texels along the side of a shadow map; few, so that it is soft and fast
 
 
@@ -15,14 +17,6 @@ def scatter(count):
     """Points evenly over the unit cube (k 3), always the same: multiples of the powers of 1/1.2207, modulo 1."""
     i = torch.arange(1, count + 1, dtype=torch.float64)[:, None]
     return (i * torch.tensor([.8191725134, .6710436067, .5497004779], dtype=torch.float64) % 1).float()
-
-
-def view_rotation(azimuth, elevation):
-    """Angles in degrees -> 3 3, its rows: right, up, towards the eye. At (0, 0) the eye is in front of the shape."""
-    a, e = math.radians(azimuth), math.radians(elevation)
-    return torch.tensor([[math.cos(a), 0, -math.sin(a)],
-                         [-math.sin(a) * math.sin(e), math.cos(e), -math.cos(a) * math.sin(e)],
-                         [math.sin(a) * math.cos(e), math.sin(e), math.cos(a) * math.cos(e)]])
 
 
 def lamps(azimuth):

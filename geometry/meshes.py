@@ -1,28 +1,10 @@
-"""meshes.py - low-poly meshes as sequences of faces: canonical order, few enough faces, welding.
+"""meshes.py - what decoding and export do with meshes: bins, welding, simplification, points on a surface, faults.
 
-LTM3D section 4 generates a mesh as a sequence of faces. A face is 9 whole numbers: three corners of three coordinates,
-each one of BINS cells of [-1, 1]. Canonical order (y is up; corners are counter-clockwise, seen from outside):
-
-    1. A component is a set of faces joined by shared vertices. The one with most faces comes first. Equal ones follow
-       each other from left to right (x), then from back to front (z) by their centre, then by their highest vertex.
-    2. A component starts at its highest vertex; of several, at the farthest back, then at the leftmost. Of the faces
-       there, the one with the highest next corners comes first.
-    3. From there a walk visits its faces. It leaves a face over the first free edge to the right of where it came in.
-       If there is none, it goes back to the last face with one. A face starts with the edge that it is entered by.
-
-So the order of the faces in a file does not matter. A head has to guess the canonical order from the shape, so it must
-seldom jump: equal components (legs, wheels) stay in place when another component moves past them. Positions are
-compared to four decimals, because two heights may be one bin in some shapes and two bins in others.
+A face of a low-poly mesh is 9 whole numbers: three corners of three coordinates, each one of BINS cells of [-1, 1].
+geometry/low_poly.py puts faces in order. scipy and trimesh are imported where they are used: they take long.
 """
-from collections import defaultdict
-
 import numpy as np
 import torch
-import trimesh
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial import cKDTree
 
 from engine.commands import UserError
 
@@ -50,77 +32,10 @@ def check_mesh(vertices, faces):
         raise UserError(f"the mesh reaches to {abs(vertices).max():g}, shapes lie within [-1, 1]; move and scale it")
 
 
-def canonical(vertices, faces, colours):
-    """vertices v 3 in [-1, 1], faces f 3, colours f 3 -> corners f' 3 3 (bins of x y z), colours f' 3, components f'
-    (numbers), in canonical order. Repeated faces and faces that quantisation makes degenerate are left out."""
-    check_mesh(vertices, faces)
-
-    # 1. Components: equal vertices are one vertex, and faces that share a vertex are one component.
-    _, merged = np.unique(vertices, axis=0, return_inverse=True)                       # v
-    merged = merged.reshape(-1)[faces]                                                 # f 3
-    component = face_components(merged, len(vertices))                                 # f
-
-    # 2. Vertices: highest first, then farthest back, then leftmost. Each face starts at the first of its corners.
-    x, y, z = np.round(vertices * 1e4).astype(np.int64).T                              # v each
-    _, rank = np.unique(np.stack([-y, z, x], 1), axis=0, return_inverse=True)          # v
-    rank = rank.reshape(-1)[faces]                                                     # f 3
-    turn = (rank.argmin(1)[:, None] + np.arange(3)) % 3                                # f 3
-    merged, rank = (np.take_along_axis(x, turn, 1) for x in (merged, rank))            # f 3 each
-
-    # 3. Faces: sorted by component, then by their corners. The walk starts at the first face of each component.
-    component_key = {}
-    for i in np.unique(component):
-        members = component == i                                                       # f booleans
-        x, _, z = vertices[np.unique(faces[members])].mean(0).round(4) + 0.            # the centre; + 0 makes -0 a 0
-        component_key[i] = -members.sum(), x, z, rank[members].min()
-    starts = sorted(range(len(faces)), key=lambda i: (component_key[component[i]], *rank[i], *colours[i]))
-    order, entered = np.array(list(walk(merged, starts).items())).T                    # f each
-
-    # 4. Corners in bins; each face starts with the edge that it was entered by.
-    turn = (turn[order, :1] + entered[:, None] + np.arange(3)) % 3                     # f 3
-    corners = np.take_along_axis(quantise(vertices)[faces[order]], turn[..., None], 1)                  # f 3 3
-
-    # 5. Of equal faces only the first is left, whichever corner they start with. Faces with two equal corners go too.
-    first = {}
-    for i, (a, b, c) in enumerate(map(tuple, face) for face in corners.tolist()):
-        if a != b != c != a:
-            first.setdefault(min((a, b, c), (b, c, a), (c, a, b)), i)
-    if not first:
-        raise UserError(f"no face of the mesh is larger than a bin, 1/{BINS // 2}; scale it to fill [-1, 1]")
-    rows = list(first.values())
-    component = component[order][rows]                                                 # f'
-    return corners[rows], colours[order][rows], np.cumsum(np.diff(component, prepend=component[0]) != 0)
-
-
-def in_order_again(corners, colours, move):
-    """What `canonical` gave, and a symmetry of the cube (a matrix 3 3) -> what it gives after that: corners f 3 3,
-    colours f 3, components f."""
-    corners = bin_centres(corners)[:, ::int(np.linalg.det(move).round())]              # mirrored, faces look inwards
-    return canonical(corners.reshape(-1, 3) @ move.T, np.arange(3 * len(corners)).reshape(-1, 3), colours)
-
-
-def walk(faces, starts):
-    """Visits faces f 3 over their edges, to the right first; starts anew at the next of `starts` that is not visited.
-    -> {face: which of its corners starts the edge that it was entered by}, in the order of the visits."""
-    beside = defaultdict(list)                                # edge from a to b -> [(face, corner a)]
-    for face in starts[::-1]:                                 # the last in a list is popped first
-        for corner in range(3):
-            beside[faces[face, corner], faces[face, (corner + 1) % 3]].append((face, corner))
-
-    entered = {}
-    for start in starts:
-        stack = [(start, 0)]
-        while stack:
-            face, corner = stack.pop()
-            if face not in entered:
-                entered[face] = corner
-                a, b, c = np.roll(faces[face], -corner)       # entered over a -> b
-                stack += beside[b, a] + beside[a, c] + beside[c, b]         # a neighbour has the opposite edge
-    return entered
-
-
 def join(a, b, count):
     """Connected components of `count` nodes, of which a[i] and b[i] are joined: how many, and that of each node."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
     return connected_components(coo_array((np.ones(len(a)), (a, b)), (count, count)), directed=False)
 
 def face_components(faces, count):
@@ -132,6 +47,7 @@ def match_like_components(logits, corners, components):
     """The order of components with as many faces (legs, wheels) may jump, and no head can know it. So the loss compares
     them in the order that is likeliest for the head, unless that order wins by less than MARGIN a coordinate.
     logits: one f' (9 BINS) a shape, corners b f 9, components b f -> rows b f, the order of the faces."""
+    from scipy.optimize import linear_sum_assignment
     order = torch.arange(corners.shape[1], device=corners.device).repeat(len(corners), 1)               # b f
     for i, numbers in enumerate(components.cpu()):
         start = 0
@@ -157,6 +73,7 @@ def weld(share):
     and the corners of paired edges become one vertex. Components that only touch stay apart. Edges are near if the
     distributions of their corners overlap: where a shape leaves a choice, the likeliest bins may be far apart. A vertex
     lies where the mean distribution of its corners is likeliest."""
+    from scipy.sparse import coo_array
     share = share.reshape(-1, 3, BINS)                                                 # (f 3) 3 bins
     bins, corner = np.arange(BINS), np.arange(len(share))                              # bins; f 3, called e below
     following = corner // 3 * 3 + (corner + 1) % 3                                     # e; edge e leads to this corner
@@ -214,8 +131,11 @@ def simplify_to(vertices, faces, colours, limit):
     check_mesh(vertices, faces)
     if len(faces) <= limit:
         return vertices, faces, colours
-    from fast_simplification import simplify  # built-in shapes do not need it
-    smooth = trimesh.smoothing.filter_taubin(trimesh.Trimesh(vertices, faces, process=False)).vertices
+    from fast_simplification import simplify
+    from scipy.spatial import cKDTree
+    from trimesh import Trimesh
+    from trimesh.smoothing import filter_taubin
+    smooth = filter_taubin(Trimesh(vertices, faces, process=False)).vertices
     for haste in (5, 7, 9):                                   # a low one keeps the form better, but may leave too many
         points, few = simplify(smooth.astype(np.float32), faces.astype(np.int32), target_count=limit, agg=haste)
         if len(few) <= limit:

@@ -22,9 +22,9 @@ from skimage.measure import marching_cubes
 
 from engine.commands import UserError
 from engine.networks import grid_points
-from geometry.camera import as_tensor, rasterise_mesh
-from geometry.light import view_rotation
+from geometry.camera import as_tensor, view_rotation
 from geometry.meshes import FACES
+from geometry.rasterise import rasterise_mesh
 
 CELLS = 128             # along a side of [-1, 1]^3
 CELL = 2 / CELLS

@@ -13,7 +13,6 @@ from contextlib import nullcontext, suppress
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.measure import marching_cubes
 
 TRUNCATION = .1     # heads learn distances up to this; deeper inside a shape, distances are only a bound
 COARSE = 32         # cells along a side of the first grid; a resolution is 32 times a power of two
@@ -77,6 +76,8 @@ def in_chunks(evaluate, x):
 @torch.no_grad()
 def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=True):
     """tokens n c -> vertices v 3, faces f 3 (outward), colours v 3 in [0, 1]: numpy arrays."""
+    from skimage.measure import marching_cubes  # here, because its import takes long
+
     with autocast():
         memory = head.read(tokens[None])
 

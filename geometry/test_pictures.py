@@ -11,8 +11,10 @@ from scipy.spatial.transform import Rotation
 
 from conftest import TrueHead
 from engine.commands import UserError
-from geometry import export, render, shapes, surface
-from geometry.light import to_linear, view_rotation
+from geometry import export, render, shapes, splat, surface
+from geometry.camera import EYE, HALF, view_rotation
+from geometry.light import to_linear
+from geometry.view import read_shape
 
 # ---------------------------------------------------------------------------- pictures and files
 
@@ -28,7 +30,7 @@ def test_glb_round_trip(tmp_path):
     for name in "ab":
         export.write_glb(tmp_path / f"{name}.glb", vertices, faces, colours)
     assert (tmp_path / "a.glb").read_bytes() == (tmp_path / "b.glb").read_bytes()
-    again = export.read_shape(tmp_path / "a.glb")
+    again = read_shape(tmp_path / "a.glb")
     assert np.array_equal(again.vertices, vertices) and np.array_equal(again.faces, faces)
     assert abs(again.colours - colours).max() < .026
     assert abs(again.colours - colours)[colours > .1].max() < .013
@@ -43,7 +45,7 @@ def test_trimesh_keeps_the_colours_of_a_glb(tmp_path):
     colours = np.random.default_rng(0).random(vertices.shape, np.float32)
     export.write_glb(tmp_path / "a.glb", vertices, faces, colours)
     trimesh.load(tmp_path / "a.glb").export(tmp_path / "b.glb")
-    assert np.array_equal(export.read_shape(tmp_path / "b.glb").colours, export.read_shape(tmp_path / "a.glb").colours)
+    assert np.array_equal(read_shape(tmp_path / "b.glb").colours, read_shape(tmp_path / "a.glb").colours)
     assert trimesh.load(tmp_path / "a.glb", force="mesh", skip_materials=True).visual.kind == "vertex"
 
 
@@ -83,14 +85,14 @@ def test_glb_of_others(tmp_path):
     export.write_glb(tmp_path / "thin.glb", vertices * [1, 0, 0], faces, colours)
     (tmp_path / "form.glb").write_bytes((tmp_path / "ours.glb").read_bytes().replace(b'"VEC3"', b'"VEC2"'))
 
-    ours, theirs = export.read_shape(tmp_path / "ours.glb"), export.read_shape(tmp_path / "theirs.glb")
+    ours, theirs = read_shape(tmp_path / "ours.glb"), read_shape(tmp_path / "theirs.glb")
     assert abs(ours.colours - theirs.colours).max() < .02
-    assert ours.smooth and not export.read_shape(tmp_path / "flat.glb").smooth
+    assert ours.smooth and not read_shape(tmp_path / "flat.glb").smooth
     for name, complaint in (("grey", "no vertex colours"), ("two", "holds 2 meshes"), ("nan", "not finite"),
                             ("far", "reaches to"), ("none", "cannot read"), ("thin", "no area"),
                             ("form", "another form")):
         with pytest.raises(UserError, match=complaint):
-            export.read_shape(tmp_path / f"{name}.glb")
+            read_shape(tmp_path / f"{name}.glb")
 
 
 def gaussians(count, seed=0):
@@ -111,15 +113,15 @@ def saved_gaussians(path, count):
 
 
 def splat_by_pixel(means, scales, rotations, opacities, colours, azimuth, elevation, size, background):
-    """Every Gaussian at every pixel, in float64, by the formulas of the paper, not by geometry/render.py."""
+    """Every Gaussian at every pixel, in float64, by the formulas of the paper, not by geometry/splat.py."""
     a, e = np.radians([azimuth, elevation])
     view = np.array([[np.cos(a), 0, -np.sin(a)], [-np.sin(a) * np.sin(e), np.cos(e), -np.cos(a) * np.sin(e)],
                      [np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)]])
-    focal, image = render.EYE / render.HALF * size / 2, np.tile(np.asarray(background, float), (size, size, 1))
+    focal, image = EYE / HALF * size / 2, np.tile(np.asarray(background, float), (size, size, 1))
     x = means @ view.T
     pixels = np.stack(np.mgrid[:size, :size][::-1], -1) + .5       # size size 2: x, y
     for i in np.argsort(x[:, 2]):                                  # far to near: each covers those behind it
-        (u, v), distance = x[i, :2], render.EYE - x[i, 2]
+        (u, v), distance = x[i, :2], EYE - x[i, 2]
         centre = size / 2 + focal * np.array([u, -v]) / distance
         jacobian = focal / distance * np.array([[1, 0, u / distance], [0, -1, -v / distance]]) @ view
         rotation = Rotation.from_quat(rotations[i][[1, 2, 3, 0]]).as_matrix()
@@ -136,24 +138,24 @@ def test_splatting_is_the_formula():
     g = gaussians(60)
     true = splat_by_pixel(*(x.double().numpy() for x in g), 40, 25, 40, (.2, .5, 1.))
     for tiles in (1, 4, 100):
-        error = abs(render.splat(*g, 40, 25, 40, (.2, .5, 1.), tiles).numpy() - true)
+        error = abs(splat.splat(*g, 40, 25, 40, (.2, .5, 1.), tiles).numpy() - true)
         assert error.max() < .02 and error.mean() < 1e-3           # splat draws nothing beyond 3 sigma
 
 
 def test_splatting_has_true_gradients(monkeypatch):
     """The gradient of every input = finite differences, in double precision."""
-    monkeypatch.setattr(render, "TILE", 8)
+    monkeypatch.setattr(splat, "TILE", 8)
     g = [x.double().requires_grad_() for x in gaussians(4, seed=3)]
     with torch.no_grad():
         g[1].clamp_(min=.15)                                       # wide: their rim at 3 sigma lies outside the picture
-    monkeypatch.setattr(render, "view_rotation", lambda *angles: view_rotation(*angles).double())
-    assert torch.autograd.gradcheck(lambda *g: render.splat(*g, 40, 25, 6), g, eps=1e-6, atol=1e-4)
+    monkeypatch.setattr(splat, "view_rotation", lambda *angles: view_rotation(*angles).double())
+    assert torch.autograd.gradcheck(lambda *g: splat.splat(*g, 40, 25, 6), g, eps=1e-6, atol=1e-4)
 
 
 def test_gaussians_round_trip(tmp_path):
     """The 3DGS layout: we read the same values and draw the same picture; another reader reads the same values."""
     g = saved_gaussians(tmp_path / "g.ply", 300)
-    again = export.read_shape(tmp_path / "g.ply")
+    again = read_shape(tmp_path / "g.ply")
     for name in ("means", "scales", "rotations", "opacities", "colours"):
         assert abs(getattr(again, name) - getattr(g, name)).max() < 1e-5
     assert abs(g.picture(64).astype(int) - again.picture(64)).max() <= 1
@@ -170,7 +172,7 @@ def test_cloud_round_trip(tmp_path):
     rng = np.random.default_rng(0)
     cloud = export.Cloud(*(rng.random((50, 3)).astype(np.float32) for _ in range(3)))
     cloud.save(tmp_path / "c.ply")
-    again, other = export.read_shape(tmp_path / "c.ply"), trimesh.load(tmp_path / "c.ply")
+    again, other = read_shape(tmp_path / "c.ply"), trimesh.load(tmp_path / "c.ply")
     assert np.array_equal(again.points, cloud.points) and np.array_equal(again.normals, cloud.normals)
     assert np.array_equal(other.vertices.astype(np.float32), cloud.points)
     assert np.array_equal(other.colors[:, :3], np.round(cloud.colours * 255))
@@ -192,7 +194,7 @@ def test_bad_ply_is_one_line(damage, complaint, tmp_path):
     saved_gaussians(tmp_path / "g.ply", 5)
     (tmp_path / "bad.ply").write_bytes(damage((tmp_path / "g.ply").read_bytes()))
     with pytest.raises(UserError, match=complaint):
-        export.read_shape(tmp_path / "bad.ply")
+        read_shape(tmp_path / "bad.ply")
 
 
 def test_contact_sheet_holds_every_picture(tmp_path):

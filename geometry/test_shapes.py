@@ -14,7 +14,7 @@ import heads
 from conftest import TrueHead
 from engine import networks
 from engine.commands import UserError
-from geometry import meshes, prepare, shapes, solids, surface
+from geometry import low_poly, meshes, prepare, shapes, solids, surface
 from geometry.captions import NUMBERS, write_captions
 
 # ---------------------------------------------------------------------------- shapes
@@ -154,19 +154,19 @@ def test_meshes_are_closed_and_near(index, fine, most, near):
 def test_canonical_order_ignores_the_order_of_a_file():
     """Shuffled faces, rotated corners and renumbered vertices give the same sequence. Inside out is another mesh."""
     vertices, faces, colours = shapes.make(0, 2).mesh()
-    canonical, rng = meshes.canonical(vertices, faces, colours), np.random.default_rng(0)
+    canonical, rng = low_poly.canonical(vertices, faces, colours), np.random.default_rng(0)
     for _ in range(3):
         rows, number = rng.permutation(len(faces)), rng.permutation(len(vertices))
         turned = np.stack([np.roll(face, rng.integers(3)) for face in faces[rows]])
-        other = meshes.canonical(vertices[np.argsort(number)], number[turned], colours[rows])
+        other = low_poly.canonical(vertices[np.argsort(number)], number[turned], colours[rows])
         assert all(map(np.array_equal, canonical, other))
-    assert not np.array_equal(meshes.canonical(vertices, faces[:, ::-1], colours)[0], canonical[0])
+    assert not np.array_equal(low_poly.canonical(vertices, faces[:, ::-1], colours)[0], canonical[0])
 
 
 def test_canonical_order_walks_over_edges():
     """Each component starts at its highest vertex. Every other face is entered over an edge of an earlier face."""
     vertices, faces, colours = shapes.make(0, 2).mesh()
-    corners, _, number = meshes.canonical(vertices, faces, colours)
+    corners, _, number = low_poly.canonical(vertices, faces, colours)
     assert len(corners) == len(faces)
     for component in np.split(corners, np.flatnonzero(np.diff(number)) + 1):
         assert component[0, 0, 1] == component[..., 1].max()
@@ -179,19 +179,19 @@ def test_a_bulging_ball_keeps_its_order():
     part = solids.ball((0, 0, 0), .6, "green", 15)
     x, faces = part.mesh(fine=False)
     names, rng = np.repeat(np.arange(len(faces))[:, None], 3, 1), np.random.default_rng(0)
-    _, order, _ = meshes.canonical(x, faces, names)
+    _, order, _ = low_poly.canonical(x, faces, names)
     for turn in rng.uniform(0, 2 * np.pi, 8):
         centre = .35 * np.sin(turn), rng.uniform(-.3, 0), .35 * np.cos(turn)
         bulging = solids.ball(centre, .4, "green").bulge(x, part.centre)
         assert np.linalg.norm(bulging, axis=1).max() > .7
-        assert np.array_equal(meshes.canonical(bulging, faces, names)[1], order)
+        assert np.array_equal(low_poly.canonical(bulging, faces, names)[1], order)
 
 
 @pytest.mark.parametrize("index", range(len(shapes.CLASSES)), ids=shapes.CLASSES)
 def test_welding_closes_what_was_closed(index):
     """Single faces become closed components in their old places. With corners that are off by a bin they nearly do."""
     shape, rng = shapes.make(0, index), np.random.default_rng(0)
-    corners, *_ = meshes.canonical(*shape.mesh())
+    corners, *_ = low_poly.canonical(*shape.mesh())
     vertices, faces, unfolded = meshes.weld(one_hot_bins(corners))
     assert unfolded.all() and meshes.watertight(faces)
     assert abs(vertices[faces] - corners).max() < 1e-6
@@ -204,7 +204,7 @@ def test_welding_closes_what_was_closed(index):
 
 def test_holes_are_closed():
     """A mesh without one face gets that face again. A closed mesh and an empty one stay as they are."""
-    corners, *_ = meshes.canonical(*shapes.make(0, 12).mesh())
+    corners, *_ = low_poly.canonical(*shapes.make(0, 12).mesh())
     _, faces, _ = meshes.weld(one_hot_bins(np.delete(corners, len(corners) // 2, 0)))
     closed = meshes.close_holes(faces)
     assert not meshes.watertight(faces) and meshes.watertight(closed)
@@ -217,7 +217,7 @@ def test_holes_are_closed():
 def test_unsure_corners_decide_together():
     """Two meshes 12 bins apart are about as likely. Each corner leans to one by chance. The welded mesh is closed,
     and more vertices than corners lie where the likelier mesh has them."""
-    corners, *_ = meshes.canonical(*shapes.make(0, 0).mesh())
+    corners, *_ = low_poly.canonical(*shapes.make(0, 0).mesh())
     lean = .52 + .2 * (np.random.default_rng(0).random((*corners.shape, 1)) - .5)
     share = lean * one_hot_bins(corners) + (1 - lean) * one_hot_bins(corners - 12)
     vertices, faces, unfolded = meshes.weld(share)
@@ -229,7 +229,7 @@ def test_unsure_corners_decide_together():
 @pytest.mark.parametrize("unsure", [None, 0, 2])
 def test_unsure_components_are_left_out_whole(unsure, monkeypatch):
     """If every second face of a component is unsure, the mesh has all other components. If none is, it is whole."""
-    corners, _, components = meshes.canonical(*shapes.make(0, 1).mesh())                 # a chair
+    corners, _, components = low_poly.canonical(*shapes.make(0, 1).mesh())                 # a chair
     head, bins = heads.MeshHead(2, 4, 64, 2), F.one_hot(torch.from_numpy(corners).flatten(1), meshes.BINS)
     exists = torch.full((1, len(corners)), 6.)
     exists[:, (components == unsure) & (np.arange(len(corners)) % 2 == 0)] = 0.
@@ -275,12 +275,12 @@ def test_mesh_head_learns_from_tokens_between_two_shapes(prepared, monkeypatch):
 def test_bad_meshes_are_one_line(vertices, faces, complaint):
     """No faces, missing vertices, vertices that are not numbers, a mesh in one bin."""
     with pytest.raises(UserError, match=complaint):
-        meshes.canonical(vertices, np.array(faces), np.ones((len(faces), 3)))
+        low_poly.canonical(vertices, np.array(faces), np.ones((len(faces), 3)))
 
 
 def test_repeated_faces_are_dropped():
     """Of three faces one is degenerate and one is repeated from another corner."""
-    corners, _, _ = meshes.canonical(np.eye(3), np.array([[0, 1, 2], [1, 2, 0], [0, 1, 1]]), np.ones((3, 3)))
+    corners, _, _ = low_poly.canonical(np.eye(3), np.array([[0, 1, 2], [1, 2, 0], [0, 1, 1]]), np.ones((3, 3)))
     assert len(corners) == 1
 
 

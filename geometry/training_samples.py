@@ -7,9 +7,10 @@ them. The kind "records" has no arrays: its class, attributes and captions are J
 import numpy as np
 import torch
 
-from geometry.camera import as_tensor, rasterise_mesh
-from geometry.light import view_rotation
-from geometry.meshes import FACES, canonical, simplify_to
+from geometry.camera import as_tensor, view_rotation
+from geometry.low_poly import canonical
+from geometry.meshes import FACES, simplify_to
+from geometry.rasterise import rasterise_mesh
 from geometry.render import render_flat
 from geometry.training_pictures import SIZE, crop_to_object
 
