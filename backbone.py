@@ -2,14 +2,15 @@
 
     p(X | T) = prod_i p(x_i | known tokens, T)          X: all shape tokens, T: the prompt
 
-A masked auto-encoder sees [prefix, known tokens] and gives every unknown token i a context vector
-c_i; a small MLP (DenoiseNet) runs a diffusion on that one token given c_i. Training hides a random
-share of the tokens; generation starts with none known and places a few more a step. Unlike MAR, there is no dropout,
-the DenoiseNet learns no variance, and the learning rate falls linearly in the end (engine/state.py).
+A masked auto-encoder (MAE) encodes [prefix, known tokens] and gives every unknown token i a context vector z_i; a small
+MLP (DenoiseNet) runs a diffusion on that one token, conditioned on z_i. Training masks a random share of the tokens;
+generation starts with none known and samples a few more at every step. Unlike MAR: no dropout, no learnt variance, a
+learning rate that decays linearly (engine/step.py).
 
     python train.py --rep sdf --stage backbone
 """
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,8 +18,13 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
+import encoders
+import heads
+import tokenizer
+from engine.commands import UserError
 from engine.files import load_stage
 from engine.networks import Block, time_embedding
+from engine.stage import Stage
 from prefix import Prefix
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
@@ -28,14 +34,14 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
 }
-DRAWS = 2    # noise draws per hidden token and step: all of them share the MAE's work
-CACHED = 2 ** 20    # tokens times width times branches of guidance that a CPU computes at once (cache_sized)
+DRAWS = 2    # noise draws per masked token and step, which share one MAE pass
+CACHED = 2 ** 20    # tokens x width x guidance branches in one chunk on a CPU (cache_sized)
 
 
 # ---------------------------------------------------------------------------- DenoiseNet
 
 class DenoiseNet(nn.Module):
-    """A residual MLP on one noisy token; time and context vector c_i set shift, scale, gate of its blocks (adaLN)."""
+    """A residual MLP on one noisy token; time and context vector z_i set shift, scale, gate of its blocks (adaLN)."""
 
     def __init__(self, channels, context_dim, dim, depth):
         super().__init__()
@@ -51,8 +57,8 @@ class DenoiseNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, t, c):                               # k c, k, k d -> k c
-        y = F.silu(self.t(time_embedding(t, self.x.out_features)) + self.c(c))
+    def forward(self, x, t, z):                               # k c, k, k d -> k c
+        y = F.silu(self.t(time_embedding(t, self.x.out_features)) + self.c(z))
         x = self.x(x)
         for modulate, mlp in zip(self.modulate, self.mlp):
             shift, scale, gate = modulate(y).chunk(3, -1)
@@ -63,13 +69,13 @@ class DenoiseNet(nn.Module):
 
 # ---------------------------------------------------------------------------- classifier-free guidance
 
-def guidance_branches(condition, cfg):
+def split_condition(condition, cfg):
     """The branches that classifier-free guidance compares, stacked along the batch: r branches of b samples each.
 
-    Each branch sees one kind of prompt less than the branch before it; the last sees none. With text and picture:
+    Each branch drops one more prompt kind; the last is unconditional. With text and picture:
 
-        branch 0: text and picture      branch 1: text      branch 2: nothing
-        hidden:   {}                              {image}             {text, image}
+        branch 0: text and picture      branch 1: text      branch 2: unconditional
+        dropped:  {}                              {image}             {text, image}
         strengths: [cfg of the image (0 against 1), cfg of the text (1 against 2)]
 
     cfg: one strength, or {kind: strength}. If all strengths are 1 the branches add up to branch 0 alone: then r = 1.
@@ -79,35 +85,35 @@ def guidance_branches(condition, cfg):
     strengths = [cfg.get(kind, 2.) if isinstance(cfg, dict) else cfg for kind in reversed(kinds)]
     if all(strength == 1 for strength in strengths):
         strengths = []
-    hidden = [set(kinds[len(kinds) - i:]) for i in range(len(strengths) + 1)]     # of each branch: r sets of kinds
+    dropped = [set(kinds[len(kinds) - i:]) for i in range(len(strengths) + 1)]    # of each branch: r sets of kinds
 
     stacked = {}
     for kind, (tokens, mask) in condition.items():
-        masks = [torch.zeros_like(mask) if kind in branch else mask for branch in hidden]        # r times b t
-        stacked[kind] = repeat(tokens, "b t e -> (r b) t e", r=len(hidden)), torch.cat(masks)
+        masks = [torch.zeros_like(mask) if kind in branch else mask for branch in dropped]       # r times b t
+        stacked[kind] = repeat(tokens, "b t e -> (r b) t e", r=len(dropped)), torch.cat(masks)
     return stacked, strengths
 
 
-def grown(strengths, known, n):
-    """Guidance grows from none at the first token to all of it where a quarter of the n tokens is known (MAR's grows to
-    the end). The first tokens choose among all that the prompt allows; guided, they choose the same more often."""
+def ramp(strengths, known, n):
+    """Guidance grows linearly from 1 at the first token to its full strength where a quarter of the n tokens is known
+    (MAR's grows to the end). Guiding early tokens makes samples alike."""
     return [1 + (strength - 1) * min(1, 4 * known / n) for strength in strengths]
 
 
-def guide(branches, strengths):
+def combine(branches, strengths):
     """The outputs of r branches, one below the other, (r b) ... -> guided, b ... (Brooks et al. 2023).
 
-        out = out_nothing + sum_i strength_i (out_i - out_(i+1))
+        out = out_unconditional + sum_i strength_i (out_i - out_(i+1))
     """
     out = branches.chunk(len(strengths) + 1)
     return out[-1] + sum(g * (more - less) for g, more, less in zip(strengths, out, out[1:]))
 
 
-def guided(net, x, t, c, strengths):
-    """Classifier-free guidance of a DenoiseNet. x: k c, t: k are shared by all branches; c: (r k) d holds their context
+def denoise(net, x, t, z, strengths):
+    """The guided output of a DenoiseNet. x: k c, t: k are shared by all branches; z: (r k) d holds their context
     vectors."""
-    r = len(c) // len(x)
-    return guide(net(x.repeat(r, 1), t.repeat(r), c), strengths)                  # k c
+    r = len(z) // len(x)
+    return combine(net(x.repeat(r, 1), t.repeat(r), z), strengths)                # k c
 
 
 # ---------------------------------------------------------------------------- denoisers
@@ -126,20 +132,20 @@ class Flow:
         return 1
 
     @staticmethod
-    def loss(net, x, c):                                      # k c, k d -> mean squared error
+    def loss(net, x, z):                                      # k c, k d -> mean squared error
         t = torch.randn(len(x), device=x.device).sigmoid()    # logit-normal: most effort in the middle
         noise = torch.randn_like(x)
         t_ = rearrange(t, "k -> k 1")
-        return F.mse_loss(net((1 - t_) * noise + t_ * x, t, c), x - noise)
+        return F.mse_loss(net((1 - t_) * noise + t_ * x, t, z), x - noise)
 
     @staticmethod
-    def sample(net, c, noise, steps, strengths=(), temperature=1.):
-        """noise k 1 c, context vectors c (r k) d -> tokens k c. Adams-Bashforth steps from t = 0 to 1: second order
+    def sample(net, z, noise, steps, strengths=(), temperature=1.):
+        """noise k 1 c, context vectors z (r k) d -> tokens k c. Adams-Bashforth steps from t = 0 to 1: second order
         with one evaluation a step. temperature scales the noise."""
         x, before = temperature * noise[:, 0], None
         for i in range(steps):
             t = torch.full((len(x),), i / steps, device=x.device)                 # k
-            v = guided(net, x, t, c, strengths)                                   # k c
+            v = denoise(net, x, t, z, strengths)                                  # k c
             x = x + (v if before is None else 1.5 * v - .5 * before) / steps
             before = v
         return x
@@ -157,21 +163,21 @@ class DDPM:
         return steps
 
     @classmethod
-    def loss(cls, net, x, c):
+    def loss(cls, net, x, z):
         i = torch.randint(1, cls.T + 1, (len(x),), device=x.device)
         noise, a = torch.randn_like(x), rearrange(cls.alphas.to(x.device)[i], "k -> k 1")
-        return F.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, i / cls.T, c), noise)
+        return F.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, i / cls.T, z), noise)
 
     @classmethod
-    def sample(cls, net, c, noise, steps, strengths=(), temperature=1.):
-        """noise k steps c, context vectors c (r k) d -> tokens k c. Ancestral sampling over `steps` of the 1000 levels;
+    def sample(cls, net, z, noise, steps, strengths=(), temperature=1.):
+        """noise k steps c, context vectors z (r k) d -> tokens k c. Ancestral sampling over `steps` of the 1000 levels;
         temperature scales the noise that is injected on the way."""
         levels = torch.linspace(cls.T, 0, steps + 1).round().long()
         x = noise[:, 0]
         for step, (i, j) in enumerate(zip(levels[:-1], levels[1:])):
             a, b = cls.alphas[i].to(x.device), cls.alphas[j].to(x.device)
             t = torch.full((len(x),), i / cls.T, device=x.device)
-            eps = guided(net, x, t, c, strengths)                                 # k c
+            eps = denoise(net, x, t, z, strengths)                                # k c
             clean = (x - (1 - a).sqrt() * eps) / a.sqrt()                         # k c
             clean = clean.clamp(-5, 5)                        # not in MAR; tokens have unit variance, none is larger
             ratio = a / b                                     # posterior q(x_j | x_i, clean)
@@ -187,17 +193,15 @@ DENOISERS = {"flow": Flow, "ddpm": DDPM}
 # ---------------------------------------------------------------------------- MAE
 
 class Backbone(nn.Module):
-    takes_rgs = True                                          # Reconstruction-Guided Sampling blends known tokens
-
     def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
                  denoiser="flow"):
         super().__init__()
         self.tokens, self.channels, self.dim, self.denoiser = tokens, channels, dim, DENOISERS[denoiser]
         self.prefix = Prefix(prefix, dim, heads, widths)
         self.token = nn.Linear(channels, dim)
-        self.place_in = nn.Parameter(torch.randn(tokens, dim) * .02)              # two positional embeddings, as MAR
-        self.place_out = nn.Parameter(torch.randn(prefix + tokens, dim) * .02)    # condition tokens: 0
-        self.unknown = nn.Parameter(torch.randn(dim) * .02)                       # the "?" token
+        self.place_in = nn.Parameter(torch.randn(tokens, dim) * .02)              # positional embeddings of encoder
+        self.place_out = nn.Parameter(torch.randn(prefix + tokens, dim) * .02)    # and decoder; of the condition: 0
+        self.unknown = nn.Parameter(torch.randn(dim) * .02)                       # the mask token, "?"
         self.encoder = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
         self.decoder = nn.ModuleList(Block(dim, heads) for _ in range(decoder))
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -205,76 +209,80 @@ class Backbone(nn.Module):
 
     def contexts(self, prefix, x, order, known, rows):
         """The MAE: prefix tokens and their mask, shape tokens x b n c, order b n (its first `known` entries are known
-        tokens) -> context vectors c_i of the tokens `rows` (b m): b m d."""
+        tokens) -> context vectors z_i of the tokens `rows` (b m): b m d."""
         prefix, mask = prefix                                                     # b p d, b p
         (b, p, d), n = prefix.shape, self.tokens
-        summary = self.prefix.summary(prefix, mask)                               # b 1 d
+
         index = repeat(order[:, :known], "b k -> b k d", d=d)                     # b k d
         y = (self.token(x) + self.place_in).gather(1, index)                      # b k d
         y = torch.cat([prefix, y], 1)                                             # b (p + k) d
-        for block in self.encoder:                                                # sees the known tokens only
-            y = block(y, mask=F.pad(mask, (0, known), value=True))
+        seen = F.pad(mask, (0, known), value=True)                                # b (p + k)
+        for block in self.encoder:                                                # attends to known tokens only
+            y = block(y, mask=seen)
         y = self.norm_in(y)
 
         full = repeat(self.unknown, "d -> b n d", b=b, n=n).to(y.dtype)
         full = full.scatter(1, index, y[:, p:])                                   # b n d
         place = F.pad(self.place_out, (0, 0, p + n - len(self.place_out), 0))     # (p + n) d
         y = torch.cat([y[:, :p], full], 1) + place                                # b (p + n) d
-        mask = F.pad(mask, (0, n), value=True)                                    # b (p + n)
-        for block in self.decoder[:-1]:                                           # sees all places
-            y = block(y, mask=mask)
-        return self.norm_out(self.decoder[-1](y, mask=mask, rows=p + rows)) + summary             # b m d
+        seen = F.pad(mask, (0, n), value=True)                                    # b (p + n)
+        for block in self.decoder[:-1]:                                           # attends to all n places
+            y = block(y, mask=seen)
+        y = self.decoder[-1](y, mask=seen, rows=p + rows)                         # b m d
+        return self.norm_out(y) + self.prefix.summary(prefix, mask)
 
     def loss(self, x, condition, moment=None):
-        """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the hidden tokens.
+        """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the masked tokens.
         moment: of generation, from 0 (nothing is known) to 1; by default a random one."""
         b, n, device = len(x), self.tokens, x.device
-        # The share of hidden tokens is the same for the whole batch: no padding. Early moments, when the prompt decides
-        # most, are drawn more often. (MAR hides at least .7 of the tokens, by a truncated normal: then tokens placed
-        # last, when nearly all are known, are never learnt.)
+        # One mask ratio for the whole batch: no padding. Early moments, when the prompt decides most, are drawn more
+        # often. (MAR masks at least .7 of the tokens, by a truncated normal: then the last tokens are never learnt.)
         moment = torch.rand(1).item() ** 1.5 if moment is None else moment
         known = n - math.ceil(n * math.cos(math.pi / 2 * moment))
         order = torch.rand(b, n, device=device).argsort(1)                        # b n
-        hidden = order[:, known:]                                                 # b m
+        masked = order[:, known:]                                                 # b m
 
         prefix = self.prefix(condition)                                           # b p d and b p
-        c = self.contexts(prefix, x, order, known, hidden)                        # b m d
-        x = x.gather(1, repeat(hidden, "b m -> b m c", c=self.channels))          # b m c
-        c = repeat(c, "b m d -> (draws b m) d", draws=DRAWS)
+        z = self.contexts(prefix, x, order, known, masked)                        # b m d
+        x = x.gather(1, repeat(masked, "b m -> b m c", c=self.channels))          # b m c
+        z = repeat(z, "b m d -> (draws b m) d", draws=DRAWS)
         x = repeat(x, "b m c -> (draws b m) c", draws=DRAWS)
-        return self.denoiser.loss(self.net, x, c)
+        return self.denoiser.loss(self.net, x, z)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, steps=10, denoise_steps=None, cfg=2., temperature=1., steer=None, window=.75):
+    def generate(self, condition, seeds, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.75):
         """condition (prefix.py) and one seed per sample -> shape tokens b n c.
-        steer: RGS, a function of x that gives what the MAE sees in the first `window` of the steps (reconstruct.py)."""
+        blend: RGS, a function of x that gives what the MAE sees in the first `window` of the steps (reconstruct.py)."""
         b, n, c, device = len(seeds), self.tokens, self.channels, self.unknown.device
         denoise_steps = denoise_steps or self.denoiser.steps
         generators = [np.random.default_rng(seed) for seed in seeds]              # a sample is independent of its batch
         order = torch.from_numpy(np.stack([rng.permutation(n) for rng in generators])).to(device)             # b n
         noise = draw_noise(generators, (n, self.denoiser.draws(denoise_steps), c), device)                # b n draws c
 
-        condition, strengths = guidance_branches(condition, cfg)
+        condition, strengths = split_condition(condition, cfg)
         prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
         r = len(strengths) + 1
-        rgs_steps = math.ceil(window * steps) if steer else 0
+        rgs_steps = math.ceil(window * steps) if blend else 0
 
         x = torch.zeros(b, n, c, device=device)                                   # b n c, tokens not known yet are 0
         for step, (known, then) in enumerate(schedule(n, steps)):
             new = order[:, known:then]                                            # b m, the tokens of this step
-            steered = steer(x) if step < rgs_steps else x                         # b n c, RGS; only known tokens count
+            blended = blend(x) if step < rgs_steps else x                         # b n c, RGS; only known tokens count
 
-            # MAE: c_i = f(prefix, known tokens), in all r branches; the one with the whole prompt is steered
-            seen = torch.cat([steered] + [x] * len(strengths))                    # (r b) n c
+            # MAE: z_i = f(prefix, known tokens), in all r branches; the fully conditional one sees the blend
+            seen = torch.cat([blended] + [x] * len(strengths))                    # (r b) n c
             places, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (order, new))
-            context = self.contexts(prefix, seen, places, known, rows)            # (r b) m d
-            context = rearrange(context, "rb m d -> (rb m) d")
+            z = self.contexts(prefix, seen, places, known, rows)                  # (r b) m d
+            z = rearrange(z, "rb m d -> (rb m) d")
 
-            # DenoiseNet: x_i ~ p(x_i | c_i), guided by the r branches
-            strength, start = grown(strengths, known, n), take(noise, new)
-            sample = self.denoiser.sample(self.net, context, start, denoise_steps, strength, temperature)
+            # DenoiseNet: x_i ~ p(x_i | z_i), guided by the r branches
+            strength, start = ramp(strengths, known, n), take(noise, new)
+            sample = self.denoiser.sample(self.net, z, start, denoise_steps, strength, temperature)
             x = put(x, new, sample)                                               # b n c; sample: (b m) c
         return x
+
+
+BACKBONES = {"mae": Backbone}                                 # the choices of --variant; research/peers.py adds others
 
 
 def take(x, rows):
@@ -301,7 +309,8 @@ def cache_sized(backbone, condition, seeds):
 def schedule(n, steps):
     """The cosine unmasking schedule: pairs (known before, known after), at least one new token a step."""
     if not 1 <= steps <= n:
-        raise ValueError(f"steps must be between 1 and the number of shape tokens, {n}; got {steps}")
+        raise UserError(f"{steps} steps are not between 1 and {n}, the number of shape tokens: every step samples at "
+                        "least one")
     known, pairs = 0, []
     for step in range(1, steps + 1):
         then = n - math.floor(n * math.cos(math.pi / 2 * step / steps) + 1e-9)
@@ -311,6 +320,49 @@ def schedule(n, steps):
     return pairs
 
 
-def load(folder, variants={}):
+def load(folder):
     """The backbone of a checkpoint folder, frozen."""
-    return load_stage(folder, "backbone", Backbone, variants)
+    return load_stage(folder, "backbone", Backbone, BACKBONES)
+
+
+# ---------------------------------------------------------------------------- training: data, model, loss, save
+
+def train(run):
+    """Prefix, masked auto-encoder and DenoiseNet, on frozen tokens and frozen encoders."""
+    # data
+    towers, sizes, draw = encoders.prompted_tokens(run, "backbone", tokenizer.load(run.folder))
+    decoders = heads.load(run.folder, run.first, run.device)
+
+    # model
+    settings = SIZES[run.size] | sizes | {"denoiser": run.denoiser}
+    model = run.part("backbone", Backbone)(**settings)
+    run.load_to_finetune("backbone", {"backbone": model}, settings=settings, variant=run.variant,
+                         towers=run.encoder_names)
+
+    # loss: in training at a random moment of generation, of held-out shapes the mean of eight
+    def loss_of(model, batch):
+        x, condition = batch[0], towers.encode_drawn(batch[1])
+        moments = [None] if model.training else [(i + .5) / 8 for i in range(8)]
+        return sum(model.loss(x, condition, moment) for moment in moments) / len(moments), {}
+
+    # save
+    fit_generator(run, "backbone", model, draw, loss_of, towers, decoders, variant=run.variant, settings=settings)
+
+
+def fit_generator(run, stage, model, draw, loss_of, towers, decoders,
+                  generate=lambda model, condition, seeds: model.generate(condition, seeds), **entries):
+    """Trains and saves what generates shape tokens from prompts, of any model. Samples are drawn and judged."""
+    import judge
+
+    def show(model, path):
+        with run.autocast():
+            x = generate(model, towers.encode(run.prompts), [(0, i) for i in range(len(run.prompts))])
+        judge.save_picture(path, judge.samples(run, decoders, x))
+
+    model, seconds = run.fit(stage, model, draw, loss_of, show)
+    metrics = judge.class_accuracy(run, towers, partial(generate, model), decoders)
+    run.finish(stage, seconds, {stage: model}, towers=run.encoder_names, metrics=metrics, **entries)
+
+
+STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"), pictures=True,
+              variants=BACKBONES)

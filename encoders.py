@@ -12,9 +12,13 @@ import functools
 
 import numpy as np
 import torch
+from torch import nn
 
+import tokenizer
 from engine.files import read_stage
-from prompts import image_tower, pretrained, text_tower
+from engine.stage import Stage
+from prompts import image_tower, text_tower
+from prompts.reading import nouns_of
 
 SHOWN = {  # kinds of prompt that a training sample sees -> share of samples
     (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
@@ -33,9 +37,8 @@ class Encoders:
         return {kind: self.towers[kind].tokens(x) for kind, x in given.items() if x is not None}
 
     def remarks(self, prompt):
-        """The warnings about a text prompt (prompts/reading.py). Towers of transformers read every word."""
-        tower = self.towers["text"]
-        return tower.remarks(prompt) if isinstance(tower, text_tower.TextAndCloud) else []
+        """The warnings about a text prompt (prompts/reading.py)."""
+        return self.towers["text"].remarks(prompt)
 
     def draw(self, split, rows, rng):
         """One caption and one picture of each training shape, and which of them it sees: what `encode_drawn` takes; and
@@ -65,35 +68,119 @@ class Encoders:
             condition[kind] = tokens, mask & shown[:, None].to(mask.device)       # b t e, b t
         return condition
 
-    def is_pretrained(self, kind):
-        return isinstance(self.towers[kind], pretrained.Pretrained)
+    def is_pretrained(self, kind):                            # slow: its tokens of a prepared set are computed once
+        return hasattr(self.towers[kind], "cache")
 
     def cache(self, kind, split):
         if (kind, split.name) not in self.caches:
-            make = pretrained.caption_cache if kind == "text" else pretrained.picture_cache
-            self.caches[kind, split.name] = make(self.towers[kind], split)
+            self.caches[kind, split.name] = self.towers[kind].cache(split)
         return self.caches[kind, split.name]
 
 
 def make(folder, text=None, image=None, device="cpu"):
-    """text, image: a hub name or a folder; None: the tower in the checkpoint folder. The simplest towers are the text
-    tower "bag", a bag of words, and the image tower "pixels"."""
+    """text, image: a hub name or a folder; None: the tower in the checkpoint folder."""
     text, image = load_pretrained(text=text, image=image, device=device)         # the same call as train.py's: cached
     return Encoders(text or text_tower.load(folder).to(device), image or image_tower.load(folder).to(device))
 
 
 @functools.cache
 def load_pretrained(text=None, image=None, device="cpu"):
-    """The text and the image tower of these names, loaded once; None stays None."""
-    if text == "bag":
-        tower = text_tower.BagOfWords(device)
-    else:
-        tower = pretrained.Text(text, device) if text else None
-    if image == "pixels":
-        return tower, image_tower.Pixels(device)
-    return tower, pretrained.Image(image, device) if image else None
+    """The towers of transformers with these names, loaded once; None stays None."""
+    if not (text or image):
+        return None, None
+    from prompts import pretrained
+    return pretrained.Text(text, device) if text else None, pretrained.Image(image, device) if image else None
 
 
 def load(folder, stage, device="cpu"):
     """The encoders that a stage of a checkpoint folder was trained with."""
     return make(folder, **read_stage(folder, stage)["towers"], device=device)
+
+
+# ---------------------------------------------------------------------------- training data of generators
+
+def prompted_tokens(run, stage, encoder, file="tokenizer"):
+    """What a generator learns from: frozen towers, the sizes of tokens, and a function that draws a batch of tokens, with
+    one caption and one picture of each shape. encoder: clouds -> tokens; file: the name of its weights."""
+    towers, encoder = make(run.folder, **run.encoder_names, device=run.device), encoder.to(run.device)
+    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8), file=file)
+              for split in (run.train, run.test)}             # shapes n c
+    _, n, channels = tokens[run.test].shape
+
+    def draw(split, rng):
+        drawn = towers.draw(split, rng.integers(len(split), size=run.micro_batch_size(stage)), rng)
+        return tokens[split][drawn.pop("rows")], drawn
+
+    for split in (run.train, run.test):
+        draw(split, np.random.default_rng(0))                 # towers of transformers encode all prompts here, once
+    return towers, {"tokens": n, "channels": channels, "widths": towers.widths}, draw
+
+
+# ---------------------------------------------------------------------------- training: data, model, loss, save
+
+def train_text(run):
+    """The text tower, with a cloud tower that it learns to agree with."""
+    # data
+    captions = [caption for own in run.train.captions for caption in own]
+    words, nouns = text_tower.vocabulary(captions), nouns_of(captions)
+
+    def draw(split, rng):
+        return text_tower.training_batch(split, model, rng, run.micro_batch_size("encoders"))
+
+    # model
+    settings = text_tower.SIZES[run.size]
+    model = text_tower.TextAndCloud(words, nouns, **settings)
+    run.load_to_finetune("encoders", {"encoders": model}, settings=settings, vocabulary=words)
+
+    # loss
+    model, seconds = run.fit("encoders", model, draw, lambda model, batch: model.loss(*batch))
+
+    # save
+    with run.autocast():
+        found = dict(vocabulary=words, nouns=nouns, metrics=text_tower.retrieval(model, run.test))
+    run.finish("encoders", seconds, {"encoders": model}, settings=settings, **found)
+
+
+def train_vision(run):
+    """The image tower, with the cloud tower, and a linear reader that is discarded."""
+    # data: of each shape a cloud and VIEWS pictures
+    aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
+    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8)) for split in (run.train, run.test)}   # shapes n c
+
+    def draw(split, rng):
+        count = -(-run.micro_batch_size("vision") // image_tower.VIEWS)           # k; of one picture, too, one
+        rows = rng.permutation(len(split))[:count]            # k
+        captioned = text_tower.captions_and_clouds(split, aligner, rows, rng)
+        rows = np.tile(rows, image_tower.VIEWS)               # (v k)
+        which = rng.integers(split.source.pictures, size=len(rows))
+        x = tokens[split][split.rows_as_shown(rows, which)]                       # (v k) n c
+        return split.pictures(rows, rng, which), captioned, x
+
+    # model
+    settings = image_tower.SIZES[run.size] | {"out": aligner.width}
+    _, n, channels = tokens[run.test].shape
+    vision = image_tower.ImageTower(**settings)
+    reader = image_tower.Reader(len(vision.place), vision.width, n, channels)
+    model = nn.ModuleDict({"vision": vision, "reader": reader, "aligner": aligner})
+    aligner.freeze_text()
+    run.load_to_finetune("vision", {"vision": model["vision"]}, settings=settings)
+
+    # loss
+    def loss_of(model, batch):
+        pictures, (ids, mask, cloud, true), x = batch
+        text, cloud = model["aligner"].embed_text(ids, mask), model["aligner"].embed_cloud(*cloud)      # k e each
+        captions, _ = model["aligner"].contrast(text, cloud, true)
+        loss, logs = model["vision"].loss(pictures, cloud, model["reader"], x)
+        return loss + captions, logs | {"captions": captions.detach()}
+
+    model, seconds = run.fit("vision", model, draw, loss_of)
+
+    # save
+    with run.autocast():
+        metrics = image_tower.retrieval(model["vision"], model["aligner"], run.test)
+    files = {"vision": model["vision"], "encoders": model["aligner"]}
+    run.finish("vision", seconds, files, settings=settings, metrics=metrics)
+
+
+TEXT = Stage("encoders", train_text, 800, 128, 1e-3)
+VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",), pictures=True)     # it predicts shape tokens

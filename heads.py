@@ -12,12 +12,13 @@ which generates the tokens, never knows which head will read them. A head is a c
     loss        (tokens b n c, batch: what the methods of data.Prepared named in `reads` return) -> loss, logs
     decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (geometry/export.py)
 
-A new head also needs a line in HEADS, in DEFAULTS of ltm3d.py, and in JUDGES of evaluation/judges.py.
+A new head also needs a line in HEADS, in STAGES and in JUDGES of judge.py.
 
     python train.py --rep pc --stage head        # trains one on frozen tokens
     python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes
 """
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,9 +26,11 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
+import tokenizer
 from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
 from engine.networks import Block, QueryDecoder, from_patches, time_embedding
+from engine.stage import Stage
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked_light
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
@@ -302,20 +305,6 @@ def helpers(rep):
     return getattr(HEADS[rep], "helpers", ())
 
 
-def loss(heads, tokens, samples):
-    """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads get the same
-    norm, so that all pull equally hard at a tokenizer, however large their losses are."""
-    losses, logs = [], {}
-    for rep, batch in samples.items():
-        x = tokens[:len(next(iter(batch.values())))].clone()                              # b n c
-        if x.requires_grad and len(samples) > 1:
-            x.register_hook(lambda gradient: gradient / gradient.norm())
-        loss, head_logs = heads[rep].loss(x, batch)
-        losses.append(loss)
-        logs |= {f"{rep} {name}": value for name, value in head_logs.items()}
-    return sum(losses), logs
-
-
 def load(folder, reps, device="cpu"):
     """Heads of a checkpoint folder, and those that they need, frozen: {rep: head}."""
     settings, heads = read_stage(folder, "tokenizer")["settings"], {}
@@ -331,3 +320,46 @@ def load(folder, reps, device="cpu"):
             read_stage(folder, f"head-{rep}")                 # was it trained on these tokens?
         heads[rep] = load_model(HEADS[rep], f"{folder}/head-{rep}.safetensors", **settings).to(device)
     return heads
+
+
+# ---------------------------------------------------------------------------- training: data, model, loss, save
+
+def train(run, rep):
+    """One head on frozen tokens, with the tokenizer's noise."""
+    import judge
+    # data
+    run, stage = run.turned(), f"head-{rep}"
+    encoder = tokenizer.load(run.folder).to(run.device)
+    others = [*HEADS[rep].needs, *(name for name in helpers(rep) if name in run.first)]
+    needed = load(run.folder, others, run.device)             # to decode with
+    tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}       # shapes n c
+
+    def draw(split, rng):
+        rows = rng.integers(len(split), size=run.micro_batch_size(stage))
+        return tokens[split][rows], split.samples(rows, HEADS[rep].reads, rng)
+
+    # model: a head that the tokenizer was trained with goes on
+    if stage in trained_stages(run.folder):
+        model = nn.ModuleDict({rep: load(run.folder, [rep])[rep]}).requires_grad_()
+    else:
+        model = nn.ModuleDict({rep: HEADS[rep](**tokenizer.SIZES[run.size])})
+        run.load_to_finetune(stage, {stage: model[rep]})
+
+    # loss
+    def loss_of(model, batch):
+        x, samples = batch
+        return model[rep].loss(x + tokenizer.NOISE * torch.randn_like(x), samples)
+
+    def show(model, path):
+        judge.save_picture(path, judge.reconstructions(run, needed | dict(model.items()), tokens[run.test][:14], rep))
+
+    model, seconds = run.fit(stage, model, draw, loss_of, show)
+
+    # save
+    metrics = judge.head_metrics(run, needed | dict(model.items()), tokens[run.test][:judge.SHAPES], rep)
+    run.finish(stage, seconds, {stage: model[rep]}, metrics=metrics)
+
+
+TRAINING = {"sdf": (1500, 32, 2e-3), "pc": (2500, 32, 2e-3), "gs": (1700, 4, 2e-3), "mesh": (5000, 32, 2e-3)}
+STAGES = [Stage(f"head-{rep}", partial(train, rep=rep), *defaults, after=("tokenizer",))
+          for rep, defaults in TRAINING.items()]

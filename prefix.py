@@ -3,9 +3,9 @@
     prefix = [condition, FFN(CrossAttention(learnable queries, condition))]     p = t + q tokens of the backbone's width
 
 It aligns the condition with the shape space while generating, so the shape tokenizer never has to know about language
-or pictures. The paper's prefix is the q answers alone. They are a bottleneck (docs/RESULTS.md, its parts), so here the
-condition tokens stand beside them, projected to the same width; and the mean of the prefix, through a Linear, is added
-to every context vector c_i, where the DenoiseNet reads it at once. (`Queries` in evaluation/peers.py is the paper's.)
+or pictures. The paper's prefix is the q query outputs alone. They are a bottleneck (docs/RESULTS.md), so here the
+condition tokens, projected to the same width, stand beside them; and the mean of the prefix, through a Linear, is added
+to every context vector z_i. (`Queries` in research/peers.py is the paper's.)
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. The mask is
 False for padding, and for all tokens of a hidden prompt: training hides some at random, guidance on purpose. Each kind
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from engine.networks import Block, GrowingBlock
+from engine.networks import Block
 
 
 class Conditions(nn.Module):
@@ -58,30 +58,3 @@ class Prefix(nn.Module):
         """Prefix tokens b p d and their mask -> b 1 d, to be added to every context vector."""
         shown = rearrange(mask, "b p -> b p 1").to(tokens.dtype)
         return self.pool(reduce(tokens * shown, "b p d -> b 1 d", "sum") / reduce(shown, "b p 1 -> b 1 1", "sum"))
-
-
-class Sequence(nn.Module):
-    """A transformer whose sequence begins with a prefix and then grows: what vat.py and lost.py generate with."""
-
-    def __init__(self, prefix, widths, dim, depth, heads):
-        super().__init__()
-        self.prefix = Prefix(prefix, dim, heads, widths)
-        self.pooled, self.start = nn.Linear(dim, 6 * dim), nn.Linear(dim, dim)
-        self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
-        nn.init.zeros_(self.pooled.weight)
-
-    def begin(self, condition):
-        """-> prefix b p d, its mask b p, the first token b 1 d, shifts, scales and gates of all blocks b 6 d. The last
-        two come from the mean of the prefix."""
-        prefix, mask = self.prefix(condition)
-        mean = self.prefix.summary(prefix, mask)              # b 1 d
-        return prefix, mask, self.start(mean), rearrange(self.pooled(mean), "b 1 (i d) -> b i d", i=6)
-
-    def read(self, x, modulation, mask, cache=None):
-        """New rows x: b q d, mask: b q k, which rows each may attend to -> b q d. cache: a list, of each block the keys
-        and values of earlier rows, at first None; those of the new rows are added to it."""
-        cache = [None] * len(self.blocks) if cache is None else cache
-        for i, block in enumerate(self.blocks):
-            x, cache[i] = block(x, modulation, mask, cache[i])
-        return self.norm(x)

@@ -3,11 +3,11 @@
     x_recon = SelfAttention^D(CrossAttention(learnt queries, condition))      n x c
 
 A deterministic first guess of all shape tokens, trained apart from the backbone with MSE against the tokenizer's
-tokens: the mean of what the prompt allows. During the first steps of generation the backbone sees the known tokens
-blended with this guess (`blend`), so that they keep to the prompt.
+tokens: the mean of what the prompt allows. During the first steps of generation the MAE sees the known tokens blended
+with this guess (`blend`), so that samples stay close to the prompt.
 
-Blending with a mean costs diversity. A second rule, ours (`within`), has to know how far a token may be from the
-guess. So the reconstructor also predicts log sigma^2, by maximum likelihood of N(x_recon, sigma^2).
+Blending with a mean costs diversity. A second rule, ours (`within`), needs the guess's uncertainty. So the
+reconstructor also predicts log sigma^2, by maximum likelihood of N(x_recon, sigma^2).
 
     python train.py --rep sdf --stage reconstruct
 """
@@ -17,9 +17,13 @@ import torch
 from einops import repeat
 from torch import nn
 
+import encoders
+import heads
+import tokenizer
 from engine.commands import UserError
 from engine.files import load_stage
 from engine.networks import Block
+from engine.stage import Stage
 from prefix import Conditions
 
 SIZES = {
@@ -89,11 +93,11 @@ def parse_rgs(text):
     return rule, value
 
 
-def steering(model, condition, rgs):
-    """The function that turns the tokens sampled so far into those that the backbone sees; None: no RGS.
+def blending(model, condition, rgs):
+    """The function that turns the tokens sampled so far into those that the MAE sees; None: no RGS.
 
-    rgs: a rule of `parse_rgs`. auto blends where there is a picture alone, which leaves little open. Words leave much,
-    and words beside a picture ask for what it does not show: then auto is none.
+    rgs: a rule of `parse_rgs`. auto blends where there is a picture alone, which leaves little open. Text leaves much
+    open, and text beside a picture asks for what it does not show: then auto is none.
     """
     rule, value = parse_rgs(rgs)
     if rule == "auto":
@@ -110,3 +114,35 @@ def steering(model, condition, rgs):
 def load(folder):
     """The reconstructor of a checkpoint folder, frozen."""
     return load_stage(folder, "reconstruct", Reconstructor)
+
+
+# ---------------------------------------------------------------------------- training: data, model, loss, save
+
+def train(run):
+    """The deterministic first guess of RGS, on frozen tokens and frozen encoders."""
+    import judge
+    # data
+    towers, sizes, draw = encoders.prompted_tokens(run, "reconstruct", tokenizer.load(run.folder))
+    decoders = heads.load(run.folder, run.first, run.device)
+
+    # model
+    settings = SIZES[run.size] | sizes
+    model = Reconstructor(**settings)
+    run.load_to_finetune("reconstruct", {"reconstruct": model}, settings=settings, towers=run.encoder_names)
+
+    # loss
+    def loss_of(model, batch):
+        return model.loss(batch[0], towers.encode_drawn(batch[1]))
+
+    def show(model, path):
+        with run.autocast():
+            x, _ = model(towers.encode(run.prompts))
+        judge.save_picture(path, judge.samples(run, decoders, x))
+
+    model, seconds = run.fit("reconstruct", model, draw, loss_of, show)
+
+    # save
+    run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.encoder_names)
+
+
+STAGE = Stage("reconstruct", train, 600, 64, 2e-3, after=("encoders", "tokenizer", "vision"), pictures=True)

@@ -12,59 +12,73 @@
 import re
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import backbone
 import encoders
 import heads
 import reconstruct
-from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
-from engine.files import make_folder
-from geometry.render import contact_sheet, save_gif, save_png, turntable
-from models import MODELS, model_in
-from prompts import picture_files
+from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
+from engine.files import make_folder, read_config, read_stage
+from engine.stage import RELATIVES
 from prompts.reading import choose, find
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
-# of all models; where their defaults differ, that of the first, LTM3D
-OPTIONS = {option: value for model in reversed(MODELS.values()) for option, value in model.SAMPLING.items()}
+MANY = 2 ** 63 - 1
+LIMITS = {  # of numbers that a user may give: type, least, most
+    "n": (int, 1, 10_000), "seed": (int, 0, MANY), "points": (int, 1, 1_000_000), "faces": (int, 12, 100_000),
+    "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "cfg": (float, 0, 100), "cfg_image": (float, 0, 100),
+    "temperature": (float, 0, 10), "window": (float, 0, 1), "registers": (int, 1, MANY), "top_k": (int, 1, 10 ** 6),
+    "top_p": (float, 1e-6, 1)}
+OPTIONS = "steps", "denoise_steps", "cfg", "cfg_image", "temperature", "rgs", "window", "registers", "top_k", "top_p"
 
+
+def check_numbers(**values):
+    """Of the Python API; the command's flags have the same limits."""
+    for name, value in values.items():
+        kind, least, most = LIMITS.get(name, (None, 0, 0))
+        number = type(value) is int or kind is float and type(value) is float
+        if kind and value is not None and not (number and least <= value <= most):
+            span = f"of at least {least}" if most == MANY else f"from {least:g} to {most:,}"
+            raise UserError(f"{name} is a {'whole ' * (kind is int)}number {span}, not {value!r}")
+
+
+# ---------------------------------------------------------------------------- a checkpoint folder, opened
 
 class Sampler:
-    """A checkpoint folder, opened: prompts -> shape tokens -> shapes."""
+    """Prompts -> shape tokens -> shapes. A model is a subclass: it adds LAST, its last stage; OPTIONS, those of sampling
+    with their defaults; `open`, which loads its generator; and `shape_tokens`."""
 
-    def __init__(self, folder="checkpoints/tiny", device=None, precision=None, wanted=None, models=MODELS):
-        self.folder = find(folder)
-        if self.folder is None:
-            raise UserError(f"there is no folder {folder}; "
-                            "--checkpoint takes checkpoints/tiny, checkpoints/assets, or a folder that train.py made")
+    def __init__(self, folder, device=None, precision=None):
+        self.folder = folder
         self.device, self.autocast, self.reason = pick_device(device, precision)
-        self.name = model_in(self.folder, wanted)
-        module = models[self.name]
-        self.model = module.load(self.folder, self.device, self.autocast)
-        self.encoders = encoders.load(self.folder, module.LAST, self.device)
+        self.encoders = encoders.load(folder, self.LAST, self.device)
+        self.heads = {}
+        self.open()
 
     def load_heads(self, *reps):
-        """Loads the heads of these representations; a missing one is an error at once."""
-        self.model.load_heads(*reps)
+        """Loads the heads of these representations, and those that they need; a missing one is an error at once."""
+        if not self.heads.keys() >= {*reps}:
+            self.heads |= heads.load(self.folder, reps, self.device)
         return self
-
-    @property
-    def heads(self):
-        return self.model.heads
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, **options):
-        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: those of its
-        SAMPLING; None stands for the default."""
+        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: those of OPTIONS; None
+        stands for the default."""
         options = {option: value for option, value in options.items() if value is not None}
-        if unknown := options.keys() - MODELS[self.name].SAMPLING.keys():
+        if unknown := options.keys() - self.OPTIONS.keys():
             flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
-            raise UserError(f"{self.name}, the model in {self.folder}, has no {flags}; leave it out")
+            raise UserError(f"{type(self).__name__}, the model in {self.folder}, has no {flags}; leave it out")
+        check_numbers(**options)
+        options = self.OPTIONS | options
+        cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
         with self.autocast():
-            return self.model.generate(self.encoders.encode(prompts, pictures), seeds, **options)
+            return self.shape_tokens(self.encoders.encode(prompts, pictures), seeds, cfg=cfg, **options)
 
     def sample(self, prompt=None, image=None, n=1, seed=0, **options):
         """n samples of one prompt, one picture (a file, or an image of Pillow), or both -> shape tokens b n c, b = n.
@@ -73,79 +87,141 @@ class Sampler:
             raise UserError("there is no prompt; give a text, an image or both")
         if not isinstance(prompt, str | None):
             raise UserError(f"a prompt is one string, not a {type(prompt).__name__}; call it once for each")
-        if n < 1:
-            raise UserError(f"n must be at least 1, not {n}")
-        prompts = None if prompt is None else [prompt] * n
-        for remark in [] if prompt is None else self.encoders.remarks(prompt):
-            print(f"warning: {remark}", file=sys.stderr)
-        pictures = None
+        check_numbers(n=n, seed=seed)
+        pictures, warnings = None, [] if prompt is None else self.encoders.remarks(prompt)
         if image is not None:
+            from prompts import picture_files
             picture, warning = picture_files.load_picture(image)                  # 3 s s
             pictures = picture.expand(n, -1, -1, -1)
-            if warning:
-                print(f"warning: {image}: {warning}", file=sys.stderr)
-        return self.tokens(prompts, [(seed, i) for i in range(n)], pictures, **options)
+            warnings += [f"{image}: {warning}"] * bool(warning)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        return self.tokens(None if prompt is None else [prompt] * n, [(seed, i) for i in range(n)], pictures, **options)
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
-        """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed."""
-        if rep not in heads.HEADS:
+        """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
+        faces: of "mesh", which then is a simplified surface; by default the mesh head decides."""
+        if rep not in heads.HEADS:                            # a list is no key of it, either
             raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
         if resolution not in RESOLUTIONS:
             raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
-        return self.model.decode(tokens, rep, np.random.default_rng(seed), resolution, points, faces)
+        check_numbers(points=points, faces=faces)
+        if faces and rep != "mesh":
+            raise UserError(f"faces is the number of faces of a low-poly mesh; give rep=\"mesh\", not \"{rep}\"")
+        head = heads.SimplifiedMesh(faces) if faces else None
+        self.load_heads(*head.needs if head else [rep])
+        head, rng = head or self.heads[rep], np.random.default_rng(seed)
+        return head.decode(tokens.to(self.device), self.heads, rng, self.autocast, resolution, points or head.COUNT)
 
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, faces=None,
                  **options):
         """`sample`, then `decode`: a list of n shapes."""
         tokens = self.sample(prompt, image, n, seed, **options)
-        return [self.decode(t, rep, (seed, i), resolution, points, faces) for i, t in enumerate(tokens)]
+        return [self.decode(x, rep, (seed, i), resolution, points, faces) for i, x in enumerate(tokens)]
 
 
-load = Sampler        # load() is what the Python API shows
+class LTM3D(Sampler):
+    LAST = "backbone"
+    OPTIONS = {"steps": 10, "denoise_steps": None, "cfg": 2., "cfg_image": 2., "temperature": 1., "rgs": "auto",
+               "window": .75}                        # unless config.json has others for the backbone, "sampling"
+    recon = None                                     # the reconstructor, loaded when needed
+
+    def open(self):
+        remembered = dict(read_stage(self.folder, "backbone").get("sampling", {}))
+        if unknown := remembered.keys() - self.OPTIONS.keys():
+            raise UserError(f"{self.folder}/config.json: the backbone's sampling has no {', '.join(sorted(unknown))}, "
+                            f"but {', '.join(self.OPTIONS)}")
+        self.OPTIONS = self.OPTIONS | remembered
+        self.backbone = cast_once(backbone.load(self.folder).to(self.device), self.autocast)
+
+    def shape_tokens(self, condition, seeds, rgs, **options):
+        """A condition (prefix.py) and one seed per sample -> shape tokens b n c."""
+        chunks = []
+        for chunk, chunk_seeds in backbone.cache_sized(self.backbone, condition, seeds):
+            blend = reconstruct.blending(self.reconstruct, chunk, rgs)
+            chunks.append(self.backbone.generate(chunk, chunk_seeds, blend=blend, **options).float())
+        return torch.cat(chunks)                                                  # b n c
+
+    def reconstruct(self, condition):
+        if self.recon is None:
+            self.recon = cast_once(reconstruct.load(self.folder).to(self.device), self.autocast)
+        return self.recon(condition)
+
+
+def model_in(folder, wanted=None):
+    """The name of the model in a folder: its generator is there, or else a stage of its own; or it is ltm3d.
+    wanted: the one that it has to be."""
+    stages = [*read_config(folder)]
+    if wanted and not stages:
+        raise UserError(f"nothing is trained in {folder}; --checkpoint takes a folder that train.py made")
+    whole = ["ltm3d"] * ("backbone" in stages) + [name for name in RELATIVES if f"{name}-generator" in stages]
+    begun = [name for name in RELATIVES if any(stage.startswith(f"{name}-") for stage in stages)]
+    found = [*whole, *begun] or ["ltm3d"]
+    if wanted and wanted not in found:
+        raise UserError(f"{folder} holds {found[0]}, not {wanted}; give another --checkpoint")
+    return wanted or found[0]
+
+
+def load(folder="checkpoints/tiny", device=None, precision=None, model=None):
+    """Opens a checkpoint folder, whichever model is in it."""
+    if not folder or (found := find(folder)) is None:
+        raise UserError(f"there is no folder '{folder}'; "
+                        "--checkpoint takes checkpoints/tiny, checkpoints/assets, or a folder that train.py made")
+    name = model_in(found, model)
+    model_class = LTM3D if name == "ltm3d" else import_module(f"relatives.{name}").Model
+    return model_class(found, device, precision)
 
 
 # ---------------------------------------------------------------------------- the command
 
 def arguments():
     parser = Parser(__doc__.split("\n")[0])
-    flag, points = parser.add_argument, f"{heads.PointHead.COUNT}, {heads.GaussianHead.COUNT}"
-    flag("--text", help="what to make, e.g. \"a round table\"")
-    flag("--image", help="a picture of what to make (png, jpg, webp), alone or with --text")
+    points = f"{heads.PointHead.COUNT}, {heads.GaussianHead.COUNT}"
+    flag = parser.add_argument
+
+    def number(name, help, default=None):
+        kind, least, most = LIMITS[name]
+        flag(f"--{name.replace('_', '-')}", type=between(least, most, kind), default=default, help=help)
+
+    flag("--text", help="what to generate, e.g. \"a round table\"")
+    flag("--image", help="a picture of it (png, jpg, webp), alone or with --text")
     flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
          help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
-    flag("--n", type=between(1, 10_000), default=1, help="how many shapes")
-    flag("--seed", type=between(0), default=0, help="another seed, another shape; shape i is the same for "
-         "every --n, but for rounding, which depends on the machine and its threads, too")
+    number("n", "how many shapes", 1)
+    number("seed", "shape i of a seed is the same for every --n, up to rounding, which depends on the machine and its "
+           "threads, too", 0)
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
-    flag("--points", type=between(1, 1_000_000), help=f"how many points or Gaussians (default: {points})")
-    flag("--faces", type=between(12, 100_000), help="how many faces a mesh has at most: the surface, simplified "
-         "(default: the mesh head decides, up to 256)")
+    number("points", f"number of points or Gaussians (default: {points})")
+    number("faces", "a mesh with at most so many faces: the simplified surface (default: the mesh head decides, up to "
+           "256)")
     flag("--turntable", action="store_true", help="also a GIF of each shape turning")
-    flag("--model", choices=list(MODELS), help="the model that --checkpoint has to hold; alone: its shipped weights")
+    flag("--model", choices=["ltm3d", *RELATIVES], help="the model that --checkpoint must hold; alone: its shipped "
+         "weights")
     flag("--checkpoint", help="folder of trained weights (default: the shipped ones that know the noun of --text)")
     add_device_flags(parser)
     flag("--out", default="out", help="folder to write to")
 
-    known = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in OPTIONS.items() if value)
-    flag = parser.add_argument_group("sampling", f"default: what the weights remember, else {known}").add_argument
-    flag("--steps", type=between(1, 10_000), help="unmasking steps, at most the number of shape tokens")
-    flag("--denoise-steps", type=between(1, 1000), help="denoising steps of a token (default: 4 flow, 100 ddpm)")
-    flag("--cfg", type=between(0, 100, float), help="classifier-free guidance by the text; 1 is none "
-         f"(lost: {MODELS['lost'].SAMPLING['cfg']})")
-    flag("--cfg-image", type=between(0, 100, float), help="the same by the picture")
-    flag("--temperature", type=between(0, 10, float), help="of the noise; lower gives less variety")
-    flag("--registers", type=between(1), help="of lost: stop after so many (default: all)")
-    flag("--top-k", type=between(1, 10 ** 6), help="of vat: draw among the k likeliest codes")
-    flag("--top-p", type=between(1e-6, 1, float), help="of vat: draw among the likeliest codes that have this share")
+    known = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in LTM3D.OPTIONS.items() if value)
+    flag = parser.add_argument_group("sampling", f"default: the checkpoint's own, else {known}").add_argument
+    number("steps", "unmasking steps, at most the number of shape tokens")
+    number("denoise_steps", "denoising steps of a token (default: 4 flow, 100 ddpm)")
+    number("cfg", "classifier-free guidance by the text; 1 is none (lost: 1.5)")
+    number("cfg_image", "the same by the picture")
+    number("temperature", "of the noise; lower gives less variety")
+    number("registers", "of lost: stop after so many (default: all)")
+    number("top_k", "of vat: sample among the k likeliest codes")
+    number("top_p", "of vat: sample among the likeliest codes whose probabilities add up to p")
     flag("--rgs", metavar="RULE",
-         help="Reconstruction-Guided Sampling: what the backbone sees in the first steps. sampled=A, recon=A: a blend, "
-              "A is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in "
-              "its text); within=S: tokens within S standard deviations of the reconstruction; none; auto: sampled=.1 "
-              "with a picture alone, else none")
-    flag("--window", type=between(0, 1, float), help="the share of steps, from the first, that RGS steers")
+         help="Reconstruction-Guided Sampling: what the MAE sees in the first steps. sampled=A, recon=A: a blend, A is "
+              "the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in its "
+              "text); within=S: tokens within S standard deviations of the reconstruction; none; auto: sampled=.1 with "
+              "a picture alone, else none")
+    number("window", "the share of steps, from the first, in which RGS acts")
     args = parser.parse_args()
     if args.text is None and not args.image:
-        parser.error("say what to make, with --text or --image")
+        parser.error("say what to generate, with --text or --image")
+    if "" in (args.checkpoint, args.out):
+        parser.error("--checkpoint and --out take a folder, not an empty name")
     if args.rgs:
         reconstruct.parse_rgs(args.rgs)
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
@@ -176,6 +252,7 @@ class Stopwatch:
 
 def write_shape(shape, path, turn):
     """The shape, a picture of it and perhaps a GIF; -> the picture."""
+    from geometry.render import save_gif, save_png, turntable
     picture = shape.picture()
     shape.save(path)
     save_png(path.with_suffix(".png"), picture)
@@ -188,7 +265,11 @@ def write_shape(shape, path, turn):
 
 def main():
     args, watch = arguments(), Stopwatch()
-    folder = args.checkpoint or (MODELS[args.model].SHIPPED if args.model else choose(args.text))
+    if args.image:                                            # a picture that cannot be read is an error now
+        from prompts import picture_files
+        picture_files.load_picture(args.image)
+    relative = args.model if args.model in RELATIVES else None
+    folder = args.checkpoint or (f"checkpoints/{relative}" if relative else choose(args.text))
     model = load(folder, args.device, args.precision, args.model).load_heads(*args.rep)
     options = {option: getattr(args, option) for option in OPTIONS}
     print(f"{folder}, running on {model.reason}")
@@ -197,16 +278,20 @@ def main():
     tokens = model.sample(args.text, args.image, args.n, args.seed, **options)     # b n c
     watch.lap("tokens")
 
-    out, name, pictures = make_folder(args.out), file_name(args.text, args.image), []
+    from geometry.render import contact_sheet, save_png
+    name = file_name(args.text, args.image) + f"-{type(model).__name__.lower()}" * (not isinstance(model, LTM3D))
+    out, pictures = make_folder(args.out), []
     ending = {rep: "" if args.rep == ["sdf"] else f"-{rep}" for rep in args.rep}
-    for i, t in enumerate(tokens):                                                # n c
+    ending["mesh"] = f"-mesh-{args.faces}" if args.faces else ending.get("mesh")
+    for i, x in enumerate(tokens):                                                # n c
         for rep in args.rep:
-            shape = model.decode(t, rep, (args.seed, i), args.resolution, args.points, args.faces)
+            faces = args.faces if rep == "mesh" else None
+            shape = model.decode(x, rep, (args.seed, i), args.resolution, args.points, faces)
             watch.lap(rep)
             pictures.append(write_shape(shape, out / f"{name}-{i}{ending[rep]}{shape.suffix}", args.turntable))
             watch.lap("pictures")
     if len(pictures) > 1:
-        sheet = out / f"{name}{''.join(ending.values())}.png"
+        sheet = out / f"{name}{''.join(ending[rep] for rep in args.rep)}.png"
         save_png(sheet, contact_sheet(pictures, len(args.rep) if len(args.rep) > 1 else min(4, args.n)))
         print(sheet)
         watch.lap("pictures")

@@ -11,12 +11,14 @@ so token i stands at the same place in every shape, and attention knows distance
 """
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from torch import nn
 from tqdm import tqdm
 
 from engine.files import atomic_write, digest, load_stage
 from engine.networks import BANDS, Block, FromCells, fourier, from_patches, grid_points, to_patches
+from engine.stage import Stage
 
 # n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads look features up in a grid, of
 # which each of the side^3 has cells^3.
@@ -103,6 +105,78 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
     return tokens.float()
 
 
+def encode(run, tokenizer, split, limit=None, file="tokenizer"):
+    """The tokens of a prepared set: shapes n c. file: of the tokenizer's weights."""
+    return encode_set(tokenizer, split, run.device, run.autocast, run.folder / f"{file}.safetensors", limit)
+
+
 def load(folder):
     """The encoder of a checkpoint folder, frozen."""
     return load_stage(folder, "tokenizer", Tokenizer)
+
+
+# ---------------------------------------------------------------------------- training: data, model, loss, save
+
+def head_losses(heads, tokens, samples, share=1.):
+    """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads are scaled to
+    one norm, the micro-batch's share of the batch: all pull equally hard at the tokenizer, whatever their losses."""
+    losses, logs = [], {}
+    for rep, batch in samples.items():
+        x = tokens[:len(next(iter(batch.values())))].clone()                                  # b n c
+        if x.requires_grad and len(samples) > 1:
+            x.register_hook(lambda gradient: gradient * share / gradient.norm().clamp(min=1e-12))
+        loss, head_logs = heads[rep].loss(x, batch)
+        losses.append(loss)
+        logs |= {f"{rep} {name}": value for name, value in head_logs.items()}
+    return sum(losses), logs
+
+
+def train(run):
+    """The tokenizer, with the heads that it is to serve. Data come last: how often a shape is drawn needs the loss."""
+    import judge
+    from engine.step import shares_of_loss
+    run = run.turned()
+    # model
+    settings = SIZES[run.size]
+    model = nn.ModuleDict({"tokenizer": Tokenizer(**settings)})
+    model.update({rep: run.heads[rep](**settings) for rep in run.first})
+    files = {"tokenizer": "tokenizer"} | {rep: f"head-{rep}" for rep in run.first}
+    run.load_to_finetune("tokenizer", {file: model[name] for name, file in files.items()})
+    before = load(run.source).to(run.device) if run.finetune else None
+
+    # loss: of the heads; with --finetune, tokens may move only a little: heads and backbone need few steps to follow
+    def loss_of(model, batch):
+        cloud, samples = batch
+        tokens = model["tokenizer"](*cloud)                                                   # b n c
+        loss, logs = head_losses(model, tokens, samples, 1 / run.micro_batches)
+        moved = F.mse_loss(tokens, before(*cloud)) if run.finetune else torch.zeros(())
+        return loss + STAY * moved, logs | {"moved": moved.detach()}
+
+    # data: with --finetune, training shapes are drawn in proportion to their loss at the start
+    points = model["tokenizer"].points // 2
+
+    def samples_of(split, rows, rng):
+        own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.first}          # as many as its own stage
+        return split.cloud(rows, points, rng), {rep: split.samples(own[rep], run.heads[rep].reads, rng) for rep in own}
+
+    odds = {run.train: shares_of_loss(run, model, loss_of, samples_of)} if run.finetune else {}
+
+    def draw(split, rng):
+        return samples_of(split, rng.choice(len(split), run.micro_batch_size("tokenizer"), p=odds.get(split)), rng)
+
+    def show(model, path):
+        tokens = encode(run, model["tokenizer"], run.test, limit=14)
+        judge.save_picture(path, judge.reconstructions(run, model, tokens, run.first[-1]))
+
+    model, seconds = run.fit("tokenizer", model, draw, loss_of, show)
+
+    # save
+    own_heads = {rep: model[rep] for rep in run.first}
+    standardise(model["tokenizer"], own_heads.values(), encode(run, model["tokenizer"], run.train, 2000).to(run.device))
+    tokens = encode(run, model["tokenizer"], run.test, judge.SHAPES)
+    metrics = judge.head_metrics(run, own_heads, tokens, run.first[-1])
+    run.finish("tokenizer", seconds, {file: model[name] for name, file in files.items()}, settings=settings,
+               heads=list(run.first), metrics=metrics)
+
+
+STAGE = Stage("tokenizer", train, 1500, 32, 2e-3)

@@ -4,52 +4,198 @@
     python train.py --rep pc                           # what is missing for point clouds: if the above is done, a head
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
-    python train.py --model vat                        # another model (models.py)
+    python train.py --model vat                        # another model (relatives/)
     torchrun --nproc_per_node=8 train.py --rep sdf --size large      # many GPUs (engine/processes.py)
 
-A stage that is done is skipped. A stage that was stopped goes on exactly where it was (engine/loop.py). runs/<name>/
+A stage that is done is skipped. A stage that was stopped goes on exactly where it was. runs/<name>/
 holds what sample.py reads (safetensors, config.json), and for people <stage>.csv, <stage>-<step>.png and losses.png.
 """
+import copy
+from importlib import import_module
 from pathlib import Path
 
 import torch
+from torch import nn
+from tqdm import tqdm
 
-import encoders as encoders_
-import heads as heads_
-import ltm3d
-import tokenizer as tokenizer_
-from backbone import DENOISERS
+import backbone
+import encoders
+import heads
+import reconstruct
+import tokenizer
 from data import kinds_of, training_sets
 from engine import processes
 from engine.commands import Parser, UserError, add_device_flags, between, command
-from engine.files import read_config, trained_stages
+from engine.files import make_folder, read_config, trained_stages
 from engine.run import Run, copy_stages, locked
-from evaluation import progress
+from engine.stage import RELATIVES
+from engine.state import Log, load_state, save_state, stop_after_step
+from engine.step import EMA, batches, gradients, held_out_loss, learning_rate, optimizers, recompute_blocks, update
 from geometry.prepare import TRAIN_SHAPES, name_begins
-from geometry.shapes import CLASSES
-from heads import HEADS
-from models import MODELS
+
+LTM3D = [encoders.TEXT, tokenizer.STAGE, encoders.VISION, *heads.STAGES, backbone.STAGE, reconstruct.STAGE]
+SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
+MOST_SKIPPED = 10                            # steps in a row
 
 
-def arguments(variants):
+# ---------------------------------------------------------------------------- the loop of every stage
+
+def fit(run, stage, model, draw, loss_of, show=None):
+    """Trains `model` on loss_of(model, draw(split, rng)), which gives loss and logs. Returns its moving average,
+    frozen, and the seconds. show(model, path) draws a picture of what the model does."""
+    steps, batch, lr = run.stages[stage][2:5]
+    state_path = make_folder(run.folder) / f"{stage}.state.safetensors"
+    model, ema, result = set_up(run, stage, model)
+    opts = optimizers(model, lr)
+    first, sums = load_state(state_path, {"steps": steps, "batch": batch, "seed": run.seed}, model, ema, opts)
+    log = Log(run.folder / f"{stage}.csv", first, sums)
+    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
+          + f", going on from step {first}" * bool(first))
+
+    ready = batches(run, stage, draw, first, steps)
+    bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.,
+               disable=processes.rank() > 0)
+    skipped = 0                                               # in a row
+    with stop_after_step(bar, stage) as stop:
+        for step in bar:
+            # --- forward and backward passes
+            rate = learning_rate(step, steps, lr)
+            logs, waited = gradients(run, model, loss_of, ready)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.)
+
+            # --- update, unless a gradient is not finite
+            skipped = 0 if processes.whole_tensor(norm).isfinite() else skipped + 1
+            log.add(logs, waited, skipped > 0)
+            if skipped == min(MOST_SKIPPED, steps):
+                raise UserError(f"{stage}: the gradients of {skipped} steps in a row are not finite; "
+                                f"give an --lr below {lr:g}, or look for NaN in the data")
+            if not skipped:
+                update(opts, rate)
+                ema.update(model, step)
+            model.zero_grad()
+
+            # --- log, save, draw a picture; of many processes the first writes
+            done, last, stopped = step + 1, step + 1 == steps, processes.any_process(stop)
+            if done % CHECK == 0 or last:
+                bar.set_postfix(log.write(done, rate, held_out_loss(run, ema.model, draw, loss_of)))
+            if done % SAVE == 0 or last or stopped:
+                save_state(state_path, done, {"steps": steps, "batch": batch, "seed": run.seed}, model, ema, opts,
+                           log.sums)
+            if show and not stopped and (done % SHOW == 0 or last):
+                with torch.no_grad():
+                    show(ema.model, run.folder / f"{stage}-{done:06d}.png")
+            if stopped:
+                bar.close()
+                print(f"{stage} is saved at step {done} of {steps}; the same command goes on from there")
+                raise KeyboardInterrupt
+
+    ready.close()
+    if result is not ema.model:
+        result.load_state_dict({k: processes.whole_tensor(v) for k, v in ema.model.state_dict().items()})
+    return result, log.seconds()
+
+
+def set_up(run, stage, model):
+    """The model on its device, its moving average, and the model that the average ends up in, as the flags say."""
+    model = model.to(run.device).train()
+    ema = EMA(model)
+    result = ema.model
+    if run.recompute:
+        recompute_blocks(model)
+    if run.shard and stage == run.last:
+        result = copy.deepcopy(ema.model)
+        processes.shard(model, run.device)
+        processes.shard(ema.model, run.device)
+    return model, ema, result
+
+
+# ---------------------------------------------------------------------------- the chain of stages
+
+def stages_of(model):
+    """The stages of a model, in the order of training."""
+    return LTM3D if model == "ltm3d" else import_module(f"relatives.{model}").stages(LTM3D)
+
+
+def chosen(args, stages, reps):
+    """The names of the stages to train: all, or those of --stage; a head for each representation."""
+    names = [stage.name for stage in stages if not stage.name.startswith("head-") or stage.name[5:] in reps]
+    if args.image_encoder:                                    # takes the place of the image tower
+        names.remove("vision")
+    return [name for name in names if args.stage in (None, name, "head" if name.startswith("head-") else name)]
+
+
+def chain(args, reps, first, folder):
+    """All stages that are not done, or one."""
+    import judge
+    with processes.first_process_ahead():
+        stages = {stage.name: stage._replace(steps=args.steps or stage.steps, batch=args.batch or stage.batch,
+                                             lr=args.lr or stage.lr) for stage in stages_of(args.model)}
+        last = "backbone" if args.model == "ltm3d" else f"{args.model}-generator"
+        run, begin = Run(args, stages, heads.HEADS, reps, first, last, folder, fit), name_begins(args.data)
+        encoders.load_pretrained(**run.encoder_names, device=run.device)          # if missing: an error now, not later
+        names = chosen(args, stages.values(), reps)
+        if args.source:
+            copy_stages(run, Path(args.source), begin, names if args.stage else ())
+        run.check_folder(begin)
+        print(f"{run.folder}, running on {run.reason}")
+        if not names:
+            raise UserError("--image-encoder takes the place of the image tower; leave out --stage vision")
+        check_order(args, run, names)
+        done = {*trained_stages(run.folder)}
+        for name in sorted({*names} - done):
+            run.micro_batch_size(name)                        # an error now, not later
+            if args.finetune and name not in trained_stages(args.source):
+                raise UserError(f"{args.source} holds no trained {name} that could go on; leave out --finetune")
+        pictures = args.image_encoder or any(stages[name].pictures for name in names)
+        kinds = ["surface", *["pictures"] * bool(pictures), *kinds_of(heads.HEADS[rep] for rep in first + reps)]
+        run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
+        run.classes, run.prompts = judge.classes_and_prompts(run.train, run.test, built_in=args.data is None)
+    with locked(run.folder):
+        for name in names:
+            goes_on = args.stage and name.removeprefix("head-") in args.rep       # trained with the tokenizer
+            done = read_config(run.folder) if goes_on else trained_stages(run.folder)
+            if name in done and not (args.stage and args.finetune and run.is_copied(name)):
+                print(f"{name}: already done in {run.folder}")
+                continue
+            torch.manual_seed(run.seed)                       # initial weights, whichever stages came before
+            stages[name].train(run)
+    if last in names and not args.variant:
+        print(f'next: python sample.py --checkpoint {run.folder} --rep {run.reps[-1]} --text "{run.prompts[0]}"')
+
+
+def check_order(args, run, names):
+    """A shipped folder lacks stages that only the training of others needs. They are not trained unasked."""
+    done = {*trained_stages(run.folder)}
+    own = done & run.stages.keys() - {stage.name for stage in LTM3D}
+    missing = [name for i, name in enumerate(names) if name not in done and own & {*names[i:]}]
+    if args.source and not args.stage and missing:
+        raise UserError(f"{args.source} holds {', '.join(sorted(own))}, but no {', '.join(missing)}, which come "
+                        "before; name the stage to train with --stage")
+
+
+# ---------------------------------------------------------------------------- the command
+
+def arguments():
+    from geometry.shapes import CLASSES
     parser = Parser(__doc__.split("\n")[0])
-    stages = {stage: values for model in MODELS.values() for stage, values in model.DEFAULTS.items()}
-    defaults = [", ".join(f"{stage} {values[i]:g}" for stage, values in stages.items()) for i in range(3)]
+    defaults = [", ".join(f"{stage.name} {stage[i]:g}" for stage in LTM3D) for i in (2, 3, 4)]
     everyday = parser.add_argument_group("everyday")
     flag = everyday.add_argument
-    flag("--model", choices=list(MODELS), help="what to train, models.py (default: ltm3d, or the model of --stage)")
-    flag("--rep", nargs="+", type=heads_.spelling, choices=[*HEADS, "all"], default=["sdf"], help="representations")
+    flag("--model", choices=["ltm3d", *RELATIVES], help="what to train (default: ltm3d, or the model of --stage)")
+    flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
+         help="representations")
     flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
-    flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes to learn (default: all)")
-    names = list(dict.fromkeys(stage for model in MODELS.values() for stage in model.STAGES))
-    flag("--stage", choices=names, help="train this stage alone (default: all that are not done)")
-    flag("--size", choices=list(tokenizer_.SIZES), default="tiny", help="model size")
+    flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS",
+         help=f"built-in classes to learn, of {', '.join(CLASSES)} (default: all)")
+    flag("--stage", help="train this stage alone: encoders, tokenizer, vision, head, backbone, reconstruct, or one of "
+         "--model (default: all that are not done)")
+    flag("--size", choices=list(tokenizer.SIZES), default="tiny", help="model size")
     flag("--steps", type=between(1), help=f"training steps of every stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size of every stage (default: {defaults[1]})")
     flag("--from", dest="source", metavar="FOLDER", help="start with the stages of this trained folder; the backbone, "
          "and the stage of --stage, are trained here")
-    flag("--finetune", action="store_true", help="with --from: not from random weights, but from those of the folder")
+    flag("--finetune", action="store_true", help="with --from: start from the weights of the folder")
     flag("--out", help="run folder (default: runs/<size>, runs/<model>); with --tokens own, -<rep> is added to it")
     flag("--cache", default="cache", help="folder of the prepared data")
     flag("--workers", type=between(1), default=2, help="processes that prepare data")
@@ -58,13 +204,11 @@ def arguments(variants):
     flag = parser.add_argument_group("research").add_argument
     flag("--tokens", choices=["shared", "own", "joint"], default="shared", help="shared: heads on a tokenizer trained "
          "for sdf; own: a tokenizer and a backbone for each representation; joint: one trained with these heads")
-    for kind, simplest in (("text", "bag"), ("image", "pixels")):
+    for kind in ("text", "image"):
         flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers (prompts/pretrained.py): "
-             f"a name in the hub's cache, or a folder; or {simplest} (default: the built-in one, trained here)")
-    known = list(dict.fromkeys(name for names in variants.values() for name in names))
-    if known:
-        flag("--variant", choices=known, help="in place of a part of the model, one of these (evaluation/peers.py)")
-    flag("--denoiser", choices=list(DENOISERS), default="flow", help="formulation of the DenoiseNet")
+             "a name in the hub's cache, or a folder (default: the built-in one, trained here)")
+    flag("--variant", help="train another class for a part of the model (python -m research.peers --help lists them)")
+    flag("--denoiser", choices=list(backbone.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")
     flag("--seed", type=between(0), default=0, help="of weights, batches and noise")
 
@@ -72,92 +216,38 @@ def arguments(variants):
     flag("--micro-batches", type=between(1), help="shares of a batch: more need less memory (default: one a process)")
     flag("--shard", action="store_true", help="every process holds a share of the backbone: for large models")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
-    parser.set_defaults(variant=None)
     args = parser.parse_args()
-    args.model = args.model or next(name for name in MODELS if args.stage in (None, *MODELS[name].STAGES))
-    model = MODELS[args.model]
-    others = [name for stage in model.DEFAULTS for name in variants.get(stage, {})]
-    for name, known in (("stage", model.STAGES), ("size", model.SIZES), ("variant", others)):
+    for name in ("data", "source", "out", "cache"):
+        if getattr(args, name) == "":
+            parser.error(f"--{'from' if name == 'source' else name} is empty; name a folder")
+    args.model = args.model or next((name for name in RELATIVES if (args.stage or "").startswith(f"{name}-")), "ltm3d")
+    model, stages = import_module(f"relatives.{args.model}") if args.model in RELATIVES else None, stages_of(args.model)
+    names = list(dict.fromkeys("head" if stage.name.startswith("head-") else stage.name for stage in stages))
+    variants = [name for stage in stages for name in stage.variants]
+    for name, known in (("stage", names), ("size", getattr(model, "SIZES", tokenizer.SIZES)), ("variant", variants)):
         if getattr(args, name) not in (None, *known):
             parser.error(f"{args.model} has no {name} {getattr(args, name)}, but {', '.join(known)}")
     for name, usual in (("denoiser", "flow"), ("tokens", "shared")):
-        if getattr(args, name) != usual and args.model != "ltm3d":
+        if getattr(args, name) != usual and model:
             parser.error(f"{args.model} has no --{name}; leave it out")
-    args.rep = model.REPS if "all" in args.rep else args.rep
-    if missing := {*args.rep} - {*model.REPS}:
-        parser.error(f"{args.model} makes {', '.join(model.REPS)}, not {', '.join(sorted(missing))}")
+    reps = list(getattr(model, "REPS", heads.HEADS))
+    args.rep = reps if "all" in args.rep else args.rep
+    if missing := {*args.rep} - {*reps}:
+        parser.error(f"{args.model} generates {', '.join(reps)}, not {', '.join(sorted(missing))}")
     return args
 
 
-def chain(args, variants, reps, first, folder):
-    """All stages that are not done, or one."""
-    with processes.first_process_ahead():
-        model = MODELS[args.model]
-        settings = {stage: (args.steps or s, args.batch or b, args.lr or r)
-                    for stage, (s, b, r) in model.DEFAULTS.items()}
-        run = Run(args, settings, reps, first, folder)
-        run.variants, run.last = variants, model.LAST
-        encoders_.load_pretrained(**run.encoder_names, device=run.device)         # if missing: an error now, not later
-        if args.source:
-            copy_stages(run, Path(args.source), name_begins(args.data), stages_of(args, reps) if args.stage else ())
-        run.check_folder(name_begins(args.data))
-        print(f"{run.folder}, running on {run.reason}")
-        stages = stages_of(args, run.reps)
-        if not stages:
-            raise UserError("--image-encoder takes the place of the image tower; leave out --stage vision")
-        check_order(args, run.folder, stages)
-        for name in sorted(stages.keys() - {*trained_stages(run.folder)}):
-            run.micro_batch_size(name)                        # an error now, not later
-            if args.finetune and name not in trained_stages(args.source):
-                raise UserError(f"{args.source} holds no trained {name} that could go on; leave out --finetune")
-        kinds = ["surface", *["pictures"] * bool(args.image_encoder or model.SEEING & stages.keys())]
-        kinds += kinds_of(HEADS[rep] for rep in run.first + run.reps)
-        run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
-        run.classes, run.prompts = progress.classes_and_prompts(run.train, run.test, built_in=args.data is None)
-    with locked(run.folder):
-        for name, train in stages.items():
-            goes_on = args.stage and name.removeprefix("head-") in args.rep     # trained with the tokenizer
-            done = read_config(run.folder) if goes_on else trained_stages(run.folder)
-            if name in done and not (args.stage and args.finetune and run.is_copied(name)):
-                print(f"{name}: already done in {run.folder}")
-                continue
-            torch.manual_seed(run.seed)                       # initial weights, whichever stages came before
-            train(run)
-    if model.LAST in stages and not args.variant:
-        print(f'next: python sample.py --checkpoint {run.folder} --rep {run.reps[-1]} --text "{run.prompts[0]}"')
-
-
-def check_order(args, folder, stages):
-    """A shipped folder lacks stages that only the training of others needs. They are not trained unasked."""
-    done, names = {*trained_stages(folder)}, [*stages]
-    own = done & MODELS[args.model].DEFAULTS.keys() - ltm3d.DEFAULTS.keys()
-    missing = [name for i, name in enumerate(names) if name not in done and own & {*names[i:]}]
-    if args.source and not args.stage and missing:
-        raise UserError(f"{args.source} holds {', '.join(sorted(own))}, but no {', '.join(missing)}, which come "
-                        "before; name the stage to train with --stage")
-
-
-def stages_of(args, reps):
-    """{name of a stage: function}, in order: all, or those of --stage; a head for each representation."""
-    stages = MODELS[args.model].stages(reps)
-    if args.image_encoder:                                    # takes the place of the image tower
-        del stages["vision"]
-    return {name: train for name, train in stages.items()
-            if args.stage is None or name == args.stage or name.startswith(f"{args.stage}-")}
-
-
-def main(variants={}):
-    """variants: {stage: {name: a class in place of that of the model}}."""
-    args = arguments(variants)
+def main():
+    args = arguments()
     processes.start()
     folder = args.out or f"runs/{args.size if args.model == 'ltm3d' else args.model}"
-    reps = heads_.with_needs(args.rep)
+    reps = heads.with_needs(args.rep)
     if args.tokens == "own":
         for rep in args.rep:
-            own = heads_.with_needs([rep])
-            chain(args, variants, own, own, f"{folder}-{rep}")
+            own = heads.with_needs([rep])
+            chain(args, own, own, f"{folder}-{rep}")
     else:
-        chain(args, variants, reps, ["sdf"] if args.tokens == "shared" else reps, folder)
+        chain(args, reps, ["sdf"] if args.tokens == "shared" else reps, folder)
     processes.end()
 
 

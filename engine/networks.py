@@ -5,12 +5,11 @@ d model width, h heads, q queries, k keys or points; of grids f features, s cell
 
     python -m pytest -q engine        # its tests
 """
-import copy
 import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch import nn
 
 # ---------------------------------------------------------------------------- attention
@@ -89,6 +88,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention (self, or onto a context), then feed-forward."""
+    is_block = True                                           # what --recompute and --shard work on
 
     def __init__(self, dim, heads, context_dim=None, expand=4):
         super().__init__()
@@ -105,33 +105,6 @@ class Block(nn.Module):
             x, y = x.gather(1, index), y.gather(1, index)                         # b m d
         x = x + self.attention(y, context, mask, positions)
         return x + self.feed(self.norm2(x))
-
-
-class GrowingBlock(nn.Module):
-    """A block with a key/value cache: it takes the keys and values of earlier rows, and returns all. QK-norm: queries
-    and keys are normalised. adaLN: shifts, scales and gates come from outside, for all rows alike; gates start at 1."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads, self.norm = heads, nn.LayerNorm(dim, elementwise_affine=False)
-        self.qkv, self.merge = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.sharpness = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))    # log of the factor of cosines
-        self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.offset = nn.Parameter(torch.zeros(6, dim))
-
-    def forward(self, x, modulation, mask, before=None):
-        """x: b q d, modulation: b 6 d, mask: b q k, True = attend to it, before: keys and values of the first k - q
-        rows -> b q d, all keys and values."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(modulation + self.offset, "b i d -> i b 1 d")
-        y = self.qkv(self.norm(x) * (1 + scale1) + shift1)
-        q, k, v = rearrange(y, "b q (i h w) -> i b h q w", i=3, h=self.heads)
-        q, k = F.normalize(q, dim=-1) * self.sharpness.exp(), F.normalize(k, dim=-1)
-        if before is not None:
-            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
-        y = F.scaled_dot_product_attention(q, k, v, rearrange(mask, "b q k -> b 1 q k"), scale=1.)
-        y = rearrange(y, "b h q w -> b q (h w)")
-        x = x + (1 + gate1) * self.merge(y)
-        return x + (1 + gate2) * self.feed(self.norm(x) * (1 + scale2) + shift2), (k, v)
 
 
 class FeedForward(nn.Module):
@@ -220,37 +193,6 @@ class ToCells(nn.Module):
         return rearrange(found, "b f k 1 1 -> b k f")
 
 
-class ToPlanes(nn.Module):
-    """side^3 tokens -> three planes (xy, yz, zx) of features, in levels of 4, 8 and 16 times the side. A cell of a
-    plane reads the column of tokens that it stands for."""
-
-    def __init__(self, side, dim, features=(64, 32, 16)):     # features: of each level
-        super().__init__()
-        self.side, self.features = side, sum(features)
-        self.into = nn.ModuleList(nn.Linear(side * dim, 4 * features[0]) for _ in range(3))
-        widths = features[0], *features
-        self.norm = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[:-1])
-        self.conv = nn.ModuleList(nn.Conv2d(width, out, 3, padding=1) for width, out in zip(widths, widths[1:]))
-
-    def forward(self, tokens):                                # b n d -> levels of (b 3) f s s
-        x = rearrange(tokens, "b (x y z) d -> b x y z d", x=self.side, y=self.side)
-        columns = [rearrange(x, f"b x y z d -> {plane}") for plane in ("b x y (z d)", "b y z (x d)", "b z x (y d)")]
-        x = torch.stack([into(column) for into, column in zip(self.into, columns)], 1)            # b 3 side side 4f
-        x = rearrange(x, "b i u v (j k f) -> (b i) f (u j) (v k)", j=2, k=2)
-        levels = []
-        for norm, conv in zip(self.norm, self.conv):
-            x = F.gelu(conv(F.interpolate(norm(x), scale_factor=2, mode="bilinear", align_corners=False)))
-            levels.append(x)
-        return levels
-
-    def look_up(self, levels, points):
-        """The features of points b k 3 in the planes of all levels: b k f, sums over the three planes."""
-        vu = torch.stack([points[..., [1, 0]], points[..., [2, 1]], points[..., [0, 2]]], 1).float()      # b 3 k 2
-        vu = rearrange(vu, "b i k j -> (b i) k 1 j")          # grid_sample: last axis first
-        found = [F.grid_sample(level.float(), vu, align_corners=False, padding_mode="border") for level in levels]
-        return torch.cat([reduce(x, "(b i) f k 1 -> b k f", "sum", i=3) for x in found], -1)
-
-
 # ---------------------------------------------------------------------------- tokens -> a function of points
 
 BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of a 64^3 grid
@@ -259,20 +201,22 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 class QueryDecoder(nn.Module):
     """Tokens become a memory once; then it is evaluated at any number of points."""
 
-    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1, planes=False):
+    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1):
         super().__init__()
         self.register_buffer("anchors", grid_points(side), persistent=False)
         self.patch, self.token = patch, nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(3))
-        grids = [ToCells(side, cells // 2, 32, dim), ToCells(side, cells, 16, dim)] if cells else []
-        self.grids = nn.ModuleList([ToPlanes(side, dim)] if planes else grids)
+        self.grids = nn.ModuleList(self.make_grids(side, dim, cells))
         self.point = nn.Linear(3 + 6 * BANDS + sum(grid.features for grid in self.grids), dim)
         self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(0 if self.grids else 2))
         self.feed = nn.ModuleList(FeedForward(dim) for _ in range(2 if self.grids else 0))
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
-    def read(self, tokens):                                   # b n c -> memory: b side^3 d, or grids, or planes
+    def make_grids(self, side, dim, cells):                   # of features that a point looks up, if any
+        return [ToCells(side, cells // 2, 32, dim), ToCells(side, cells, 16, dim)] if cells else []
+
+    def read(self, tokens):                                   # b n c -> memory: b side^3 d, or grids of features
         x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:
@@ -282,7 +226,7 @@ class QueryDecoder(nn.Module):
     def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
         found = [grid.look_up(features, x) for grid, features in zip(self.grids, memory)]
         y = self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra                # b k d
-        for block in self.feed:                               # with grids or planes: each point for itself
+        for block in self.feed:                               # with grids: each point for itself
             y = block(y)
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.cross:                              # without: points attend to tokens
@@ -290,22 +234,3 @@ class QueryDecoder(nn.Module):
         y = self.norm(y)
         with torch.autocast(y.device.type, enabled=False):    # a surface is where this crosses zero: fp32
             return self.out(y.float())
-
-
-# ---------------------------------------------------------------------------- moving average
-
-class EMA:
-    """Exponential moving average of the weights; the decay warms up so that short runs work too."""
-
-    def __init__(self, model, decay=.999):
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, model, step):
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for average, current in zip(self.model.state_dict().values(), model.state_dict().values()):
-            if average.is_floating_point():
-                average.lerp_(current, 1 - decay)
-            else:
-                average.copy_(current)

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from engine.commands import UserError
-from engine.networks import Block, GrowingBlock
 
 
 def start():
@@ -101,13 +100,17 @@ def first_process_only(write):
 
 # ---------------------------------------------------------------------------- shares of a model
 
+def blocks_of(model):
+    """Its transformer blocks."""
+    return [module for module in model.modules() if getattr(module, "is_block", False)]
+
+
 def shard(model, device):
     """FSDP2: a process holds a share of every tensor: weights, gradients, moments. The weights of a block are gathered
     when it computes; gradients are added up in the backward pass."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second to import
     mesh = dist.init_device_mesh(device.type, (world(),))
-    blocks = [block for block in model.modules() if isinstance(block, (Block, GrowingBlock))]
-    for module in (*blocks, model):
+    for module in (*blocks_of(model), model):
         fully_shard(module, mesh=mesh)
         module.set_gradient_divide_factor(1.)                 # sums, not means
         module.set_force_sum_reduction_for_comms(True)        # gloo can do nothing else

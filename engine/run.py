@@ -1,6 +1,7 @@
 """run.py - a run folder: what is in it, whether new stages may join, and how a finished stage is saved."""
 import contextlib
 import copy
+import functools
 import os
 import shutil
 import subprocess
@@ -8,22 +9,24 @@ from pathlib import Path
 
 from engine import processes
 from engine.commands import UserError, pick_device
-from engine.files import atomic_write, digest, make_folder, read_config, save_weights, trained_stages, write_config
+from engine.files import (
+    atomic_write,
+    check_shapes,
+    digest,
+    make_folder,
+    read_config,
+    read_stage,
+    read_weights,
+    save_weights,
+    trained_stages,
+    write_config,
+)
 from engine.state import plot_losses
 
 try:
     import fcntl
 except ImportError:                                           # Windows has none
     fcntl = None
-
-BEFORE = {  # stage -> the stages that it is trained on, if they are in the folder; a head: the tokenizer
-    "vision": ("encoders",),                                  # it learns to predict shape tokens, but never reads them
-    "backbone": ("encoders", "tokenizer", "vision"), "reconstruct": ("encoders", "tokenizer", "vision"),
-    "vat-decoder": ("vat-codes",), "vat-generator": ("encoders", "vision", "vat-codes"),
-    "lost-student": ("encoders", "tokenizer"), "lost-registers": ("tokenizer", "lost-student"),
-    "lost-generator": ("encoders", "vision", "lost-registers")}
-SMALLEST = {"lost-student": 3}                                # of micro-batches: it compares shapes
-
 
 @contextlib.contextmanager
 def locked(folder):
@@ -51,16 +54,18 @@ def locked(folder):
 
 
 class Run:
-    """What every stage is given. train.py adds `train` and `test`, `classes` and `prompts`, `variants`, `last`.
+    """What the training function of a stage receives.
 
-    settings: {stage: (steps, batch, peak learning rate)}; reps: those to decode; first: the heads that the tokenizer
-    is trained with.
+    stages: {name: Stage}, with the steps, batch and learning rate of this run; heads: {rep: class}; reps: those to
+    decode; first: those that the tokenizer is trained with; last: the stage that generates; fit: the training loop.
+    train.py adds what it has prepared: `train` and `test` (data.Prepared), `classes` and `prompts` (judge.py).
     """
 
-    def __init__(self, args, settings, reps, first, folder):
-        self.folder, self.size, self.seed, self.settings = Path(folder), args.size, args.seed, settings
+    def __init__(self, args, stages, heads, reps, first, last, folder, fit):
+        self.folder, self.size, self.seed = Path(folder), args.size, args.seed
+        self.stages, self.heads = stages, heads
+        self.reps, self.first, self.last, self.fit = reps, first, last, functools.partial(fit, self)
         self.variant, self.denoiser = args.variant, args.denoiser
-        self.reps, self.first = reps, first
         self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}
         self.micro_batches = args.micro_batches or processes.world()
         self.shard, self.recompute = args.shard, args.recompute
@@ -75,9 +80,9 @@ class Run:
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
 
-    def part(self, stage, own):
-        """The class of what a stage trains: the model's own, or that of --variant."""
-        return self.variants.get(stage, {}).get(self.variant, own)
+    def part(self, stage, default):
+        """The class of what a stage trains: the default, or that of --variant."""
+        return self.stages[stage].variants.get(self.variant, default)
 
     def turned(self):
         """The same run, on files in eight positions (data.py): for stages that see no prompts. A prompt does not say
@@ -88,13 +93,13 @@ class Run:
 
     def micro_batch_size(self, stage):
         """How many shapes a micro-batch has."""
-        batch = self.settings[stage][1]
+        batch, smallest = self.stages[stage].batch, self.stages[stage].smallest
         if batch % self.micro_batches:
             mend = -(-batch // self.micro_batches) * self.micro_batches
             raise UserError(f"a batch of {batch} ({stage}) cannot be cut into {self.micro_batches} micro-batches; "
                             f"train it alone: --stage {'head' if stage.startswith('head-') else stage} --batch {mend}")
-        if batch // self.micro_batches < SMALLEST.get(stage, 1):
-            raise UserError(f"{stage} compares shapes; give --batch {SMALLEST[stage] * self.micro_batches} or more")
+        if batch // self.micro_batches < smallest:
+            raise UserError(f"{stage} compares shapes; give --batch {smallest * self.micro_batches} or more")
         return batch // self.micro_batches
 
     def check_folder(self, begin):
@@ -102,11 +107,12 @@ class Run:
             self.check_stage(self.folder, stage, entry, begin)
 
     def check_stage(self, folder, stage, entry, begin):
-        """A stage has to be of the same size, variant, heads and encoders, and of a prepared set whose name starts
-        with `begin`."""
+        """A stage must have the same size, variant, heads and encoders, and a prepared set whose name starts with
+        `begin`."""
         if self.size != entry["size"]:
             raise UserError(f"{stage} in {folder}: --size {entry['size']}; give that, or another folder")
-        variant = entry.get("variant", None if self.variant in self.variants.get(stage, {}) else self.variant)
+        variant = entry.get("variant", None if stage in self.stages and self.variant in self.stages[stage].variants
+                            else self.variant)
         if self.variant != variant:
             found = f"--variant {variant}; give that" if variant else "no --variant; leave it out"
             raise UserError(f"{stage} in {folder}: {found}, or give another folder")
@@ -125,20 +131,35 @@ class Run:
         own, other = (Path(folder) / f"{stage}.safetensors" for folder in (self.folder, self.source))
         return other.is_file() and digest(own) == digest(other)
 
+    def load_to_finetune(self, stage, files, **settings):
+        """With --finetune, loads the weights of a stage in the folder of --from, trained with the same settings.
+        files: {name of a file of weights: the module that they are for}."""
+        if not self.finetune:
+            return
+        entry = read_stage(self.source, stage)
+        if any(entry.get(name, value) != value for name, value in settings.items()):
+            raise UserError(f"the {stage} of {self.source} cannot be fine-tuned: its size, denoiser, encoder or variant "
+                            "is another; give the flags that it was trained with")
+        for name, module in files.items():
+            path = f"{self.source}/{name}.safetensors"
+            saved = read_weights(path)
+            check_shapes(module.state_dict(), saved, path)
+            module.load_state_dict(saved)
+
     @processes.first_process_only
     def finish(self, stage, seconds, files, **entries):
         """Saves weights in half precision, then the entry of config.json that marks the stage as done."""
         for name, module in files.items():
             save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True)
-        steps, batch, lr = self.settings[stage]
-        stages = ("tokenizer",) if stage.startswith("head-") else BEFORE.get(stage, ())
-        weights = {name: self.folder / f"{name}.safetensors" for name in stages}
+        _, _, steps, batch, lr, after, *_ = self.stages[stage]
+        weights = {name: self.folder / f"{name}.safetensors" for name in after}
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
         entries = {key: value for key, value in entries.items() if value is not None}         # no variant: no entry
         if self.finetune:
             before = read_config(self.source).get(stage, {})
             entries["finetuned"] = {key: before.get(key) for key in ("steps", "revision")}
-        git = subprocess.run("git rev-parse --short HEAD", shell=True, capture_output=True, text=True)
+        git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True,
+                             text=True)
         write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed,
                      seconds=round(seconds), data=self.train.version, made_with=made_with,
                      revision=git.stdout.strip(), **entries)
@@ -149,22 +170,22 @@ class Run:
     def plot(self):
         columns = {"training": "loss", "held-out shapes": "held_out"}
         plot_losses({stage: [(label, self.folder / f"{stage}.csv", column) for label, column in columns.items()]
-                     for stage in self.settings}, self.folder / "losses.png")
+                     for stage in self.stages}, self.folder / "losses.png")
 
 
 def copy_stages(run, source, begin, training):
     """Copies the stages of a trained folder that fit. Not copied: the generator, unless another stage alone is to be
     fine-tuned; stages in `training`; those of other models; those that stand on other encoders of transformers, or on
     other weights than those in the folder."""
-    if not {"tokenizer", "vat-codes"} & {*trained_stages(source)}:
-        raise UserError(f"there is no trained tokenizer in {source}; "
+    if not run.stages.keys() & {*trained_stages(source)}:
+        raise UserError(f"there is no trained stage in {source} that could be copied; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
     tokenizer = source / "tokenizer.safetensors"
     generator = () if run.finetune and training else (run.last,)
     training = {*training} - {f"head-{rep}" for rep in config.get("tokenizer", {}).get("heads", [])}      # they go on
     wanted = [stage for stage in trained_stages(source)
-              if stage in run.settings and stage not in (*generator, *training, *trained_stages(folder))
+              if stage in run.stages and stage not in (*generator, *training, *trained_stages(folder))
               and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
     for stage in config.keys() & wanted:
         run.check_stage(source, stage, config[stage], begin)

@@ -1,60 +1,20 @@
-"""state.py - what surrounds the training loop: optimizers, what a stopped run goes on from, its log, its curves."""
+"""state.py - what surrounds the training loop: what a stopped run goes on from, its log, its curves."""
 import csv
 import signal
 import time
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from engine import processes
 from engine.commands import UserError
-from engine.files import atomic_write, check_shapes, read_stage, read_weights, save_weights
-from engine.muon import Muon
-
-# ---------------------------------------------------------------------------- optimizers
-
-def optimizers(model, lr):
-    """Muon for Linear weights of at least 64 x 64, AdamW for the rest; a module's RATE multiplies its rate."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    matrices = {module.weight for module in linear if min(module.weight.shape) >= 64}
-    rates = {p: m.RATE for m in model.modules() if hasattr(m, "RATE") for p in m.parameters()}
-
-    def groups(inside):
-        chosen = [p for p in model.parameters() if (p in matrices) == inside]
-        return [{"params": [p for p in chosen if rates.get(p, 1) == rate], "rate": rate}
-                for rate in sorted({rates.get(p, 1) for p in chosen})]
-
-    return [Muon(groups(True), lr, decay=.01),
-            torch.optim.AdamW(groups(False), lr, betas=(.9, .99), weight_decay=.01, fused=True)]
-
-
-def learning_rate(step, steps, peak):
-    """Warm up over 100 steps, or over a tenth of all if that is less; hold; fall linearly to 0 over the second half."""
-    return peak * min(1, (step + 1) / min(100, steps / 10), 2 * (steps - step) / steps)
-
+from engine.files import atomic_write, read_weights, save_weights
 
 # ---------------------------------------------------------------------------- stop and go on
 
-def start(run, stage, files, **settings):
-    """With --finetune, loads the weights of a stage in the folder of --from, which were trained with the same settings.
-    files: {name of a file of weights: the module that they are for}."""
-    if not run.finetune:
-        return
-    entry = read_stage(run.source, stage)
-    if any(entry.get(name, value) != value for name, value in settings.items()):
-        raise UserError(f"the {stage} of {run.source} cannot go on: its size, denoiser, encoder or variant is "
-                        "another; give the flags that it was trained with")
-    for name, module in files.items():
-        path = f"{run.source}/{name}.safetensors"
-        saved = read_weights(path)
-        check_shapes(module.state_dict(), saved, path)
-        module.load_state_dict(saved)
-
-
-def save_state(path, step, model, ema, opts, sums):
-    """Everything a run needs to go on, as plain tensors."""
-    state = {"step": torch.tensor(step)}
+def save_state(path, step, flags, model, ema, opts, sums):
+    """Everything a run needs to go on, as plain tensors. flags: those that decide what is learnt, and their numbers."""
+    state = {"step": torch.tensor(step)} | {f"flags.{k}": torch.tensor(v) for k, v in flags.items()}
     state |= {f"model.{k}": v for k, v in model.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
     state |= {f"sums.{k}": torch.as_tensor(v) for k, v in sums.items()}
@@ -65,11 +25,15 @@ def save_state(path, step, model, ema, opts, sums):
     processes.first_process_only(save_weights)(path, state)
 
 
-def load_state(path, model, ema, opts):
+def load_state(path, flags, model, ema, opts):
     """-> the step to go on from and the sums since the last log line; 0 and none at the very start."""
     if not path.is_file():
         return 0, {}
     state = read_weights(path, "delete it to start the stage again")
+    for name, value in flags.items():
+        if (before := int(state.get(f"flags.{name}", value))) != value:
+            raise UserError(f"{path} was begun with --{name} {before}, not {value}; give that, use another --out, or "
+                            "delete it to start the stage again")
     try:
         for name, module in (("model.", model), ("ema.", ema.model)):
             own = module.state_dict()

@@ -72,6 +72,13 @@ class Text(Pretrained):
         mask = torch.ones_like(pieces.input_ids) if siglip else pieces.attention_mask             # b t
         return self.model(input_ids=pieces.input_ids, attention_mask=mask).last_hidden_state.float(), mask.bool()
 
+    def remarks(self, prompt):                                # every word is read
+        return []
+
+    def cache(self, split):
+        """The tokens of all captions of a prepared set; the key of one is the caption."""
+        return TokenCache(self, split, "records", sorted({caption for own in split.captions for caption in own}), list)
+
 
 class Image(Pretrained):
     """Pictures -> condition tokens, one for each patch."""
@@ -91,6 +98,16 @@ class Image(Pretrained):
         x = ((x - self.mean) / self.std).to(self.device, self.model.dtype)        # b 3 side side
         tokens = self.model(pixel_values=x).last_hidden_state.float()             # b t e
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+    def cache(self, split):
+        """The tokens of all pictures of a prepared set; the key of picture i of a row is row * pictures + i."""
+        count = split.source.pictures                         # of each shape
+
+        def inputs(keys):
+            rows, numbers = np.divmod(np.array(keys), count)
+            return split.pictures(rows, np.random.default_rng(keys[0]), numbers)
+
+        return TokenCache(self, split, "pictures", range(len(split) * count), inputs)
 
 
 # ---------------------------------------------------------------------------- tokens of a prepared set, computed once
@@ -121,21 +138,6 @@ class TokenCache:
         tokens = [torch.from_numpy(self.tokens[self.start[row]:self.start[row + 1]]) for row in map(self.row.get, keys)]
         mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in tokens], batch_first=True)
         return pad_sequence(tokens, batch_first=True), mask
-
-
-def caption_cache(tower, split):
-    captions = sorted({caption for own in split.captions for caption in own})
-    return TokenCache(tower, split, "records", captions, list)
-
-
-def picture_cache(tower, split):
-    count = split.source.pictures                             # of each shape
-
-    def inputs(keys):                                         # key: count * row + number of the picture
-        rows, numbers = np.divmod(np.array(keys), count)
-        return split.pictures(rows, np.random.default_rng(keys[0]), numbers)
-
-    return TokenCache(tower, split, "pictures", range(len(split) * count), inputs)
 
 
 def main():

@@ -4,14 +4,14 @@ The first register alone gives a whole chair; each further one brings it closer 
 
     shape tokens   -> Registers -> r_1 ... r_m
     r_1 ... r_k    -> PrefixDecoder, a flow -> shape tokens       for any k; what they leave open is sampled
-    shape tokens   -> Student -> which shapes are alike           RIDA: teaches the decoder what shapes mean
+    shape tokens   -> Student -> which shapes are alike           RIDA: teaches the decoder semantics
     prompt         -> Generator -> one register after another
 
 In and out go the frozen shape tokens of tokenizer.py: LTM3D's heads decode them. Departures: docs/LOST.md.
 
     python train.py --model lost                                          # trains it
     python sample.py --model lost --text "table" --registers 8            # stops early
-    python lost.py search --query chair.glb --in FOLDER
+    python -m relatives.lost search --query chair.glb --in FOLDER
 
 Letters: n shape tokens of c channels; m registers of w numbers, of which the first k are there; e features.
 """
@@ -23,25 +23,18 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
+import encoders as encoders_
 import heads as heads_
-import ltm3d
 import tokenizer as tokenizer_
-from backbone import DRAWS, DenoiseNet, Flow, draw_noise, guidance_branches
+from backbone import DRAWS, DenoiseNet, Flow, draw_noise, fit_generator, split_condition
 from engine.commands import UserError, cast_once, command
 from engine.files import load_stage
-from engine.loop import fit
-from engine.networks import Block, GrowingBlock, time_embedding
-from engine.state import start
-from evaluation import progress, search
-from prefix import Sequence
-from prompts import relations
+from engine.networks import Block, time_embedding
+from engine.stage import Stage
+from relatives.sequence import AdaBlock, Growing, Sequence
+from sample import Sampler
 
-SHARED = "encoders", "tokenizer", "vision", "head-sdf", "head-pc", "head-gs", "head-mesh"         # with ltm3d.py
-DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in SHARED} | {
-    "lost-student": (1000, 128, 1e-3), "lost-registers": (2000, 64, 2e-3), "lost-generator": (2000, 64, 2e-3)}
-STAGES = "encoders", "tokenizer", "vision", "head", "lost-student", "lost-registers", "lost-generator"
-SEEING, LAST, REPS, SHIPPED = {"vision", "lost-generator"}, "lost-generator", ltm3d.REPS, "checkpoints/lost"
-SAMPLING = {"registers": None, "denoise_steps": 4, "cfg": 1.5, "cfg_image": 2., "temperature": 1.}
+REPS = tuple(heads_.HEADS)
 SIZES = {"tiny": dict(registers=64, width=8, dim=128, heads=4, encoder=4, decoder=6),
          "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
@@ -54,7 +47,7 @@ STUDENTS["mini"], GENERATORS["mini"] = STUDENTS["tiny"], GENERATORS["tiny"]
 # ---------------------------------------------------------------------------- RIDA: Relational Inter-Distance Alignment
 
 class Student(nn.Module):
-    """Shape tokens -> features, of length 1. It learns which shapes its teacher finds alike."""
+    """Shape tokens -> features, of length 1. It learns the similarities of its teacher."""
 
     def __init__(self, tokens, channels, dim, depth, heads):
         super().__init__()
@@ -91,8 +84,8 @@ def rank(s, t):
 # ---------------------------------------------------------------------------- registers
 
 class Registers(nn.Module):
-    """Shape tokens and registers, one sequence. Tokens see tokens; register i, a copy of token order_i at first, sees
-    tokens and registers 1 ... i. Only the registers leave, each with mean 0 and deviation 1."""
+    """Shape tokens and registers, one sequence. Tokens attend to tokens; register i, initialised with token order_i,
+    attends to tokens and registers 1 ... i. Returns registers, normalised to mean 0, std 1."""
 
     def __init__(self, tokens, channels, order, width, dim, heads, depth):
         super().__init__()
@@ -120,7 +113,7 @@ class PrefixDecoder(nn.Module):
         self.channels, self.dim, self.heads, self.norm = channels, dim, heads, nn.LayerNorm(dim)
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim))
         self.register, self.turn = nn.Linear(width, dim), nn.Parameter(self.place[order].detach().clone())
-        self.blocks = nn.ModuleList(GrowingBlock(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(AdaBlock(dim, heads) for _ in range(depth))
         self.cross = nn.ModuleList(nn.Linear(dim, 2 * dim, bias=False) for _ in range(depth))      # to keys and values
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
@@ -133,20 +126,20 @@ class PrefixDecoder(nn.Module):
         return y, [(F.normalize(k, dim=-1), v) for k, v in pairs]
 
     def velocity(self, x, t, there, memory):
-        """Noisy tokens b (n c), time b, which registers are there b k, and what `read` says of them -> b (n c)."""
+        """Noisy tokens b (n c), time b, which registers are there b k, and what `read` returned for them -> b (n c)."""
         y, pairs = memory
         mean = (y * rearrange(there, "b k -> b k 1")).sum(1) / there.sum(1, keepdim=True)         # b d
         x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place
         mask = repeat(F.pad(there, (0, x.shape[1]), value=True), "b k -> b n k", n=x.shape[1])
         time = rearrange(self.time(time_embedding(t, self.dim) + mean), "b (i d) -> b i d", i=6)
-        for block, pair in zip(self.blocks, pairs):
-            x, _ = block(x, time, mask, pair)
+        for block, pair in zip(self.blocks, pairs):           # keys and values of the registers come first
+            x = block(x, time, mask, lambda *own: [torch.cat(both, 2) for both in zip(pair, own)])
         return rearrange(self.out(x).float(), "b n c -> b (n c)")
 
 
 class Codec(nn.Module):
     """Registers and PrefixDecoder, which are trained together."""
-    MEANING = .5                                              # weight of RIDA; 0 in evaluation/peers.py
+    MEANING = .5                                              # weight of RIDA; 0 in research/peers.py
 
     def __init__(self, registers, width, dim, heads, encoder, decoder, tokens, channels):
         super().__init__()
@@ -187,7 +180,7 @@ class Codec(nn.Module):
 # ---------------------------------------------------------------------------- LoST-GPT
 
 class Generator(Sequence):
-    """[prefix, start, r_1 ... r_(m-1)] -> causal blocks -> context vectors c_1 ... c_m -> DenoiseNet."""
+    """[prefix, start, r_1 ... r_(m-1)] -> causal blocks -> context vectors z_1 ... z_m -> DenoiseNet."""
 
     def __init__(self, registers, width, widths, dim, depth, heads, prefix, head_dim, head_depth):
         super().__init__(prefix, widths, dim, depth, heads)
@@ -202,25 +195,26 @@ class Generator(Sequence):
         x = torch.cat([prefix, torch.cat([first, self.token(before)], 1) + self.place], 1)            # b (p + m) d
         i = torch.arange(x.shape[1], device=x.device)
         mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(shown, (0, self.count), value=True), "b k -> b 1 k")
-        c = self.read(x, modulation, mask)[:, p:]                                 # b m d
-        c, x = (repeat(y, "b m d -> (draws b m) d", draws=DRAWS) for y in (c, registers))
-        return Flow.loss(self.net, x, c), {}
+        z = self.read(x, modulation, mask)[:, p:]                                 # b m d
+        z, x = (repeat(y, "b m d -> (draws b m) d", draws=DRAWS) for y in (z, registers))
+        return Flow.loss(self.net, x, z), {}
 
     @torch.no_grad()
     def generate(self, condition, seeds, registers=None, denoise_steps=4, cfg=1.5, temperature=1.):
-        """condition (prefix.py) and one seed per sample -> the first registers, b k w. Keys and values are kept."""
-        randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
-        noise = draw_noise(randoms, (self.count, 1, self.width), self.place.device)               # b m 1 w
-        condition, strengths = guidance_branches(condition, cfg)                  # r branches of b samples
-        prefix, shown, x, modulation = self.begin(condition)
-        cache, made = [None] * len(self.blocks), []
-        self.read(prefix, modulation, repeat(shown, "b k -> b q k", q=prefix.shape[1]), cache)
+        """condition (prefix.py) and one seed per sample -> the first registers, b k w."""
+        generators = [np.random.default_rng(seed) for seed in seeds]              # a sample is independent of its batch
+        noise = draw_noise(generators, (self.count, 1, self.width), self.place.device)            # b m 1 w
+        condition, strengths = split_condition(condition, cfg)                    # r branches of b samples
+        rows, chosen = Growing(self, condition, self.count), []
+        x = rows.first                                                            # (r b) 1 d
         for i in range(registers or self.count):
-            shown = F.pad(shown, (0, 1), value=True)
-            c = self.read(x + self.place[i], modulation, rearrange(shown, "b k -> b 1 k"), cache)[:, 0]       # (r b) d
-            made.append(Flow.sample(self.net, c, noise[:, i], denoise_steps, strengths, temperature))         # b w
-            x = rearrange(self.token(made[-1]), "b d -> b 1 d").repeat(len(strengths) + 1, 1, 1)
-        return torch.stack(made, 1)
+            z = rows.append(x + self.place[i])[:, 0]                              # (r b) d
+            chosen.append(Flow.sample(self.net, z, noise[:, i], denoise_steps, strengths, temperature))       # b w
+            x = rearrange(self.token(chosen[-1]), "b d -> b 1 d").repeat(len(strengths) + 1, 1, 1)
+        return torch.stack(chosen, 1)
+
+
+CODECS = {"rida": Codec}                                      # the choices of --variant; research/peers.py adds others
 
 
 # ---------------------------------------------------------------------------- training: data, model, loss, save
@@ -228,12 +222,13 @@ class Generator(Sequence):
 def tokens_of(run):
     """{split: tokens of all its shapes, r n c}, and the sizes n and c by name."""
     tokenizer = tokenizer_.load(run.folder).to(run.device)
-    tokens = {split: ltm3d.encode(run, tokenizer, split) for split in (run.train, run.test)}
+    tokens = {split: tokenizer_.encode(run, tokenizer, split) for split in (run.train, run.test)}
     return tokens, dict(zip(("tokens", "channels"), tokens[run.test].shape[1:]))
 
 
 def train_student(run):
-    """RIDA. The teacher knows class, attributes, captions and maybe pictures; the student reads shape tokens."""
+    """RIDA. The teacher has class, attributes, captions and maybe pictures; the student has shape tokens alone."""
+    from relatives import relations
     known, teacher = relations.features(run)                  # of shapes as they stand, r e
     low, high = relations.thresholds(known[0])
     run = run.turned()
@@ -245,7 +240,7 @@ def train_student(run):
         return tokens[split][rows], features[split][rows % len(features[split])]
     settings = STUDENTS[run.size] | sizes
     model = Student(**settings)
-    start(run, "lost-student", {"lost-student": model}, settings=settings)
+    run.load_to_finetune("lost-student", {"lost-student": model}, settings=settings)
 
     def loss_of(model, batch):
         x, known = batch
@@ -255,12 +250,13 @@ def train_student(run):
             alike, ranks = contrast(s, t, low, high), rank(s, t)                  # both have weight 1, as in the paper
         return alike + ranks, {"contrast": alike.detach(), "rank": ranks.detach()}
 
-    model, seconds = fit(run, "lost-student", model, draw, loss_of)
+    model, seconds = run.fit("lost-student", model, draw, loss_of)
     run.finish("lost-student", seconds, {"lost-student": model}, settings=settings, teacher=teacher)
 
 
 def train_registers(run):
-    """Registers and decoder, on frozen tokens; the student says whether what is decoded still means the same."""
+    """Registers and decoder, on frozen tokens; RIDA: the student compares decoded tokens with the true ones."""
+    import judge
     run = run.turned()
     tokens, sizes = tokens_of(run)
     heads = heads_.load(run.folder, run.first, run.device)
@@ -268,45 +264,53 @@ def train_registers(run):
     draw = lambda split, rng: tokens[split][rng.integers(len(split), size=run.micro_batch_size("lost-registers"))]
     settings = SIZES[run.size] | sizes
     model = run.part("lost-registers", Codec)(**settings)
-    start(run, "lost-registers", {"lost-registers": model}, settings=settings, variant=run.variant)
+    run.load_to_finetune("lost-registers", {"lost-registers": model}, settings=settings, variant=run.variant)
 
     def show(model, path):                                    # at tiny a row for each shape: of 1, 2, 4 ... registers
         with run.autocast():
             r = model.encoder(tokens[run.test][:4].to(run.device))
-            made = torch.stack([model.decode(r[:, :k], range(len(r))) for k in model.lengths], 1)        # b lengths n c
-        ltm3d.save_picture(path, progress.reconstructions(run, heads, made.flatten(0, 1), run.first[-1]))
+            decoded = torch.stack([model.decode(r[:, :k], range(len(r))) for k in model.lengths], 1)     # b lengths n c
+        judge.save_picture(path, judge.reconstructions(run, heads, decoded.flatten(0, 1), run.first[-1]))
 
-    model, seconds = fit(run, "lost-registers", model, draw, lambda model, x: model.loss(x, student), show)
+    model, seconds = run.fit("lost-registers", model, draw, lambda model, x: model.loss(x, student), show)
     run.finish("lost-registers", seconds, {"lost-registers": model}, settings=settings, variant=run.variant)
 
 
 def train_generator(run):
     """On frozen registers and frozen encoders."""
-    codec = load_codec(run.folder, variants=run.variants).to(run.device)
-    encoders, _, draw = ltm3d.tokens_and_prompts(run, "lost-generator", tokenizer_.load)
+    codec = load_codec(run.folder).to(run.device)
+    encoders, _, draw = encoders_.prompted_tokens(run, "lost-generator", tokenizer_.load(run.folder))
     settings = GENERATORS[run.size] | {"registers": codec.count, "width": codec.width, "widths": encoders.widths}
-    model = run.part("lost-generator", Generator)(**settings)
-    entries = dict(settings=settings, variant=run.variant)
-    start(run, "lost-generator", {"lost-generator": model}, towers=run.encoder_names, **entries)
-    loss_of = lambda model, batch: model.loss(codec.encoder(batch[0]), encoders.encode_drawn(batch[1]))
+    model = Generator(**settings)
+    run.load_to_finetune("lost-generator", {"lost-generator": model}, towers=run.encoder_names, settings=settings)
+
+    def loss_of(model, batch):
+        return model.loss(codec.encoder(batch[0]), encoders.encode_drawn(batch[1]))
+
     heads = heads_.load(run.folder, run.first, run.device)
-    ltm3d.fit_generator(run, "lost-generator", model, draw, loss_of, encoders, heads, partial(make, codec), **entries)
+    generate = partial(generate_tokens, codec)
+    fit_generator(run, "lost-generator", model, draw, loss_of, encoders, heads, generate, settings=settings)
 
 
-def stages(reps):
-    own = {"lost-student": train_student, "lost-registers": train_registers, "lost-generator": train_generator}
-    return {stage: train for stage, train in ltm3d.stages(reps).items() if stage in SHARED} | own
+def stages(ltm3d):
+    """Its own, on the tokens and heads of LTM3D."""
+    shared = [stage for stage in ltm3d if stage.name not in ("backbone", "reconstruct")]
+    return [*shared, Stage("lost-student", train_student, 1000, 128, 1e-3, after=("encoders", "tokenizer"), smallest=3),
+            Stage("lost-registers", train_registers, 2000, 64, 2e-3, after=("tokenizer", "lost-student"),
+                  variants=CODECS),
+            Stage("lost-generator", train_generator, 2000, 64, 2e-3, after=("encoders", "vision", "lost-registers"),
+                  pictures=True)]
 
 
 # ---------------------------------------------------------------------------- sampling
 
-def make(codec, generator, condition, seeds, **options):
-    """-> shape tokens b n c. Each sample has one stream of random numbers, for registers and then for the decoder."""
-    randoms = [*map(np.random.default_rng, seeds)]            # default_rng of one of these is that one
-    return codec.decode(generator.generate(condition, randoms, **options), randoms)
+def generate_tokens(codec, generator, condition, seeds, **options):
+    """-> shape tokens b n c. Each sample has its own random generator, for registers and then for the decoder."""
+    generators = [*map(np.random.default_rng, seeds)]         # default_rng of one of these is that one
+    return codec.decode(generator.generate(condition, generators, **options), generators)
 
 
-class ThereAndBack(nn.Module):
+class Autoencoder(nn.Module):
     """Clouds -> shape tokens -> registers -> shape tokens."""
 
     def __init__(self, tokenizer, codec):
@@ -318,31 +322,34 @@ class ThereAndBack(nn.Module):
 
 
 load_student = partial(load_stage, stage="lost-student", part=Student)
-load_codec = partial(load_stage, stage="lost-registers", part=Codec)
+load_codec = partial(load_stage, stage="lost-registers", part=Codec, variants=CODECS)
 
 
-def open_tokenizer(folder, reps, device, variants={}):
-    both_ways = ThereAndBack(tokenizer_.load(folder), load_codec(folder, variants=variants)).to(device)
-    return both_ways, heads_.load(folder, reps, device)
+def open_tokenizer(folder, reps, device):
+    return Autoencoder(tokenizer_.load(folder), load_codec(folder)).to(device), heads_.load(folder, reps, device)
 
 
-class LoST(ltm3d.LTM3D):
-    """The stages of a checkpoint folder that sampling needs. Its heads are LTM3D's."""
+class LoST(Sampler):
+    LAST = "lost-generator"
+    OPTIONS = {"registers": None, "denoise_steps": 4, "cfg": 1.5, "cfg_image": 2., "temperature": 1.}
 
-    def __init__(self, folder, device, autocast, variants={}):
-        self.folder, self.device, self.autocast, self.heads = folder, device, autocast, {}
-        self.generator = cast_once(load_stage(folder, "lost-generator", Generator, variants).to(device), autocast)
-        self.codec = cast_once(load_codec(folder, variants=variants).to(device), autocast)
+    def open(self):
+        self.generator = cast_once(load_stage(self.folder, "lost-generator", Generator).to(self.device), self.autocast)
+        self.codec = cast_once(load_codec(self.folder).to(self.device), self.autocast)
 
-    def generate(self, condition, seeds, **options):
-        options = SAMPLING | options
-        cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
+    def shape_tokens(self, condition, seeds, **options):      # b n c
         if options["registers"] not in (None, *range(1, self.codec.count + 1)):
             raise UserError(f"{options['registers']} registers are not between 1 and {self.codec.count}")
-        return make(self.codec, self.generator, condition, seeds, cfg=cfg, **options)
+        return generate_tokens(self.codec, self.generator, condition, seeds, **options)
 
 
-load, main = LoST, partial(search.main, LoST, load_student, SHIPPED)              # main: search
+Model = LoST
+
+
+def main():
+    from relatives import search
+    search.main(load_student)
+
 
 if __name__ == "__main__":
     command(main)

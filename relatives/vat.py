@@ -6,11 +6,11 @@ The opposite bet to LTM3D, whose tokens are continuous and have no order:
     codes  -> Quantiser.decode -> f, nearly z -> Decoder -> shape
     prompt -> Generator -> the codes of one scale after another
 
-Data, towers, blocks, training loop, surfaces and exams are those of LTM3D. Departures from the paper: docs/VAT.md.
+Data, towers, training loop and surfaces are those of LTM3D. Departures from the paper: docs/VAT.md.
 
     python train.py --model vat                           # trains it
     python sample.py --model vat --text "table"
-    python vat.py compress chair.glb chair.vat            # a shape in 299 bytes; decompress brings it back
+    python -m relatives.vat compress chair.glb chair.vat  # a shape in 299 bytes; decompress brings it back
 
 A code is a whole number; it stands for a vector of the codebook. Letters: n latents of c channels, on a grid S S S; m
 features; N codes, of K scales; s the side of scale k = 0 ... K - 1; v vectors of the codebook; b k: k points or keys.
@@ -23,28 +23,21 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
+import encoders as encoders_
 import heads as heads_
-import ltm3d
-from backbone import guidance_branches, guide
+import tokenizer as tokenizer_
+from backbone import combine, fit_generator, split_condition
 from engine import processes
-from engine.codes import Codebook, code_use, draw_codes
 from engine.commands import UserError, cast_once, command
 from engine.files import load_model, load_stage, read_stage, read_weights, trained_stages
-from engine.loop import fit
 from engine.networks import BANDS, Block, FromCells, fourier, grid_points
-from engine.state import start
-from evaluation import compression, progress
+from engine.stage import Stage
 from geometry.surface import TRUNCATION
-from prefix import Sequence
-from tokenizer import encode_set
+from relatives.codes import Codebook, code_use, draw_codes
+from relatives.sequence import Growing, Sequence
+from sample import Sampler
 
-# the image tower learns from the tokens of LTM3D's tokenizer, which is trained with a head; then come our own stages
-DEFAULTS = {stage: ltm3d.DEFAULTS[stage] for stage in ("encoders", "tokenizer", "vision", "head-sdf")} | {
-    "vat-latents": (1500, 32, 2e-3), "vat-codes": (4500, 16, 1e-3),
-    "vat-generator": (5000, 32, 2e-3), "vat-decoder": (2500, 16, 1e-3)}
-STAGES = "encoders", "tokenizer", "vision", "vat-latents", "vat-codes", "vat-decoder", "vat-generator"
-SEEING, LAST, REPS, SHIPPED = {"vision", "vat-generator"}, "vat-generator", ("sdf", "mesh"), "checkpoints/vat"
-SAMPLING = {"cfg": 2., "cfg_image": 2., "temperature": 1., "top_k": None, "top_p": 1.}
+REPS = "sdf", "mesh"
 LONG = "1 2 3 4 4 5 5 6 7 8 9"       # 2,214 codes of 14 bits: 3.9 KB; the paper has 2,220
 SIZES = {                # side, features: of two grids, n = side^3 and m = features^3; codes: v
     "tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", features=6, dim=128, heads=4, depth=3),
@@ -61,7 +54,7 @@ as_rows = partial(rearrange, pattern="b c x y z -> b (x y z) c")
 # ---------------------------------------------------------------------------- in-context transformer
 
 class Encoder(nn.Module):
-    """Features of the surface and learnt latents, one sequence: they attend to each other. Only the latents leave."""
+    """Features of the surface and learnt latents attend to each other, as one sequence. Returns the latents."""
     points, patch = 4096, 1       # it reads 4096 points, in training half; encode_set names files by the patch
 
     def __init__(self, side, channels, features, dim, heads, depth, cells=4):
@@ -77,14 +70,11 @@ class Encoder(nn.Module):
 
     def forward(self, points, normals, colours):              # b k 3 each -> mean and log variance: b n 2c
         features = self.feature(points, self.point(torch.cat([fourier(points, BANDS), normals, colours], -1)))
-        return self.out(self.mix(features)).float()
-
-    def mix(self, features):                                  # b m d -> b n d
         x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=len(features))], 1)        # b (m + n) d
         place = repeat(torch.cat([self.centre, self.place]), "n i -> b n i", b=len(features))
         for block in self.blocks:
             x = block(x, positions=(place, place))
-        return x[:, features.shape[1]:]
+        return self.out(x[:, features.shape[1]:]).float()     # b n 2c
 
 
 def latents_of(posterior, sampled=False):                     # what the encoder says, b n 2c -> latents z, b n c
@@ -147,13 +137,46 @@ class Quantiser(nn.Module):
 
 # ---------------------------------------------------------------------------- triplane decoder
 
+class ToPlanes(nn.Module):
+    """side^3 tokens -> three planes (xy, yz, zx) of features, in levels of 4, 8 and 16 times the side. A cell of a
+    plane reads the column of tokens that it stands for."""
+
+    def __init__(self, side, dim, features=(64, 32, 16)):     # features: of each level
+        super().__init__()
+        self.side, self.features = side, sum(features)
+        self.into = nn.ModuleList(nn.Linear(side * dim, 4 * features[0]) for _ in range(3))
+        widths = features[0], *features
+        self.norm = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[:-1])
+        self.conv = nn.ModuleList(nn.Conv2d(width, out, 3, padding=1) for width, out in zip(widths, widths[1:]))
+
+    def forward(self, tokens):                                # b n d -> levels of (b 3) f s s
+        x = rearrange(tokens, "b (x y z) d -> b x y z d", x=self.side, y=self.side)
+        columns = [rearrange(x, f"b x y z d -> {plane}") for plane in ("b x y (z d)", "b y z (x d)", "b z x (y d)")]
+        x = torch.stack([into(column) for into, column in zip(self.into, columns)], 1)            # b 3 side side 4f
+        x = rearrange(x, "b i u v (j k f) -> (b i) f (u j) (v k)", j=2, k=2)
+        levels = []
+        for norm, conv in zip(self.norm, self.conv):
+            x = F.gelu(conv(F.interpolate(norm(x), scale_factor=2, mode="bilinear", align_corners=False)))
+            levels.append(x)
+        return levels
+
+    def look_up(self, levels, points):
+        """The features of points b k 3 in the planes of all levels: b k f, sums over the three planes."""
+        vu = torch.stack([points[..., [1, 0]], points[..., [2, 1]], points[..., [0, 2]]], 1).float()      # b 3 k 2
+        vu = rearrange(vu, "b i k j -> (b i) k 1 j")          # grid_sample: last axis first
+        found = [F.grid_sample(level.float(), vu, align_corners=False, padding_mode="border") for level in levels]
+        return torch.cat([reduce(x, "(b i) f k 1 -> b k f", "sum", i=3) for x in found], -1)
+
+
 class Decoder(heads_.SdfHead):
     """Latents -> three planes -> convolutions -> three mip levels, each twice as fine -> distance and colour.
     y[..., 0] is a distance in truncations; -y[..., 0] / OCCUPANCY the logit of the semi-continuous occupancy."""
-    planes = True
 
     def __init__(self, side, channels, dim, heads, **_):
-        super().__init__(side=side, channels=channels, dim=dim, heads=heads, planes=self.planes)
+        super().__init__(side=side, channels=channels, dim=dim, heads=heads)
+
+    def make_grids(self, side, dim, cells):
+        return [ToPlanes(side, dim)]
 
     def errors(self, y, batch):
         """Cross-entropy of the semi-continuous occupancy, L1 of the clipped distance, squared error of colours."""
@@ -165,12 +188,10 @@ class Decoder(heads_.SdfHead):
 
 
 class Tokenizer(nn.Module):
-    Encoder, Quantiser, KL = Encoder, Quantiser, KL           # those of the variants in evaluation/vat_parts.py differ
-
     def __init__(self, side, channels, codes, scales, features, dim, heads, depth):
         super().__init__()
-        self.encoder = self.Encoder(side, channels, features, dim, heads, depth)
-        self.points, self.quantiser = self.encoder.points, self.Quantiser(side, channels, codes, scales)
+        self.encoder = Encoder(side, channels, features, dim, heads, depth)
+        self.points, self.quantiser = self.encoder.points, Quantiser(side, channels, codes, scales)
 
     def codes(self, *cloud):                                  # b k 3 each -> codes b N
         return self.quantiser.encode(latents_of(self.encoder(*cloud)))
@@ -192,7 +213,7 @@ class Tokenizer(nn.Module):
         logs |= {"kl": kl.detach(), "codebook": loss.detach()}
         if quantised:
             logs |= code_use(indices, len(self.quantiser.book.code))              # of this batch
-        return total + self.KL * kl + CODEBOOK * loss, logs
+        return total + KL * kl + CODEBOOK * loss, logs
 
 
 # ---------------------------------------------------------------------------- next-scale generator
@@ -227,124 +248,143 @@ class Generator(Sequence):
 
     @torch.no_grad()
     def generate(self, condition, seeds, cfg=2., top_k=None, top_p=1., temperature=1.):
-        """condition (prefix.py) and one seed per sample -> latents b n c. Keys and values are kept."""
-        randoms = [np.random.default_rng(seed) for seed in seeds]                 # a sample is independent of its batch
-        condition, strengths = guidance_branches(condition, cfg)                  # r branches of b samples
-        prefix, shown, first, modulation = self.begin(condition)
-        cache, f = [None] * len(self.blocks), self.quantiser.nothing(len(seeds))
-        self.read(prefix, modulation, repeat(shown, "b k -> b q k", q=prefix.shape[1]), cache)
-        for k, count in enumerate(self.counts):
-            x = self.tokens(k, f.repeat(len(strengths) + 1, 1, 1, 1, 1), first)   # (r b) s^3 d
-            shown = F.pad(shown, (0, count), value=True)
-            logits = self.out(self.read(x, modulation, repeat(shown, "b k -> b q k", q=count), cache)).float()
-            logits = guide(logits, strengths)                 # b s^3 v; full strength at every scale
-            f = f + self.quantiser.up(draw_codes(logits, randoms, top_k, top_p, temperature * (LATER if k else 1)), k)
+        """condition (prefix.py) and one seed per sample -> latents b n c."""
+        generators = [np.random.default_rng(seed) for seed in seeds]              # a sample is independent of its batch
+        condition, strengths = split_condition(condition, cfg)                    # r branches of b samples
+        r, rows, f = len(strengths) + 1, Growing(self, condition, sum(self.counts)), self.quantiser.nothing(len(seeds))
+        for k in range(len(self.scales)):
+            x = self.tokens(k, f.repeat(r, 1, 1, 1, 1), rows.first)               # (r b) s^3 d
+            logits = combine(self.out(rows.append(x)).float(), strengths)         # b s^3 v; full strength at every scale
+            codes = draw_codes(logits, generators, top_k, top_p, temperature * (LATER if k else 1))           # b s^3
+            f = f + self.quantiser.up(codes, k)
         return as_rows(f)
 
 
 # ---------------------------------------------------------------------------- training: data, model, loss, save
 
-def train_tokenizer(run, stage):
-    """Phase 1, "vat-latents", without the quantiser; 2, "vat-codes", with it; 3, "vat-decoder", the decoder alone."""
-    if processes.world() > 1:                                 # codes are revived from the batch of one process
-        raise UserError(f"{stage} learns in one process; use torchrun with --stage vat-generator alone")
-    run, settings, parts = run.turned(), SIZES[run.size], {"vat-codes": Tokenizer, "vat-decoder": Decoder}
-    model = nn.ModuleDict({name: run.part(name, own)(**settings) for name, own in parts.items()})
-    if stage == "vat-codes" and not run.finetune:
-        model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
-    if stage == "vat-decoder":
-        model["vat-codes"] = load_stage(run.folder, "vat-codes", Tokenizer, run.variants)         # frozen; z is sampled
-        if (phase2 := run.folder / "vat-decoder.safetensors").is_file():
-            model[stage].load_state_dict(read_weights(phase2))
-
-    def files(model):                                         # {name of a file: what is in it}
-        return dict(model) if stage == "vat-codes" else {stage: model if stage == "vat-latents" else model[stage]}
-    start(run, stage, files(model), settings=settings, variant=run.variant)
+def fit_tokenizer(run, stage, model, files, quantised, latents):
+    """What the phases share. files: {name of a file of weights: module}; latents: model, clouds -> latents."""
+    import judge
+    run.load_to_finetune(stage, files(model), settings=SIZES[run.size])
 
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size(stage))
         return split.cloud(rows, Encoder.points // 2, rng), split.samples(rows, heads_.SdfHead.reads, rng)
 
     def loss_of(model, batch):
-        return model["vat-codes"].loss(model["vat-decoder"], *batch, quantised=stage != "vat-latents")
-
-    def held_out(model):                                      # latents of the first held-out shapes
-        part = model["vat-codes"].encoder if stage == "vat-latents" else model["vat-codes"]
-        x = encode_set(part, run.test, run.device, run.autocast, limit=ltm3d.JUDGED).to(run.device)
-        return latents_of(x) if stage == "vat-latents" else x
+        return model["vat-codes"].loss(model["vat-decoder"], *batch, quantised=quantised)
 
     def show(model, path):
-        latents = held_out(model)[:14]
-        ltm3d.save_picture(path, progress.reconstructions(run, {"sdf": model["vat-decoder"]}, latents, "sdf"))
+        judge.save_picture(path, judge.reconstructions(run, {"sdf": model["vat-decoder"]}, latents(model)[:14], "sdf"))
 
-    model, seconds = fit(run, stage, model, draw, loss_of, show)
-    metrics = progress.head_metrics(run, {"sdf": model["vat-decoder"]}, held_out(model), "sdf")
-    run.finish(stage, seconds, files(model), settings=settings, variant=run.variant, metrics=metrics)
+    model, seconds = run.fit(stage, model, draw, loss_of, show)
+    metrics = judge.head_metrics(run, {"sdf": model["vat-decoder"]}, latents(model), "sdf")
+    run.finish(stage, seconds, files(model), settings=SIZES[run.size], metrics=metrics)
+
+
+def begin_tokenizer(run, stage):
+    if processes.world() > 1:                                 # codes are revived from the batch of one process
+        raise UserError(f"{stage} learns in one process; use torchrun with --stage vat-generator alone")
+    return run.turned(), nn.ModuleDict({"vat-codes": Tokenizer(**SIZES[run.size]),
+                                        "vat-decoder": Decoder(**SIZES[run.size])})
+
+
+def held_out(run, encoder):
+    """Latents of the first held-out shapes."""
+    import judge
+    return tokenizer_.encode_set(encoder, run.test, run.device, run.autocast, limit=judge.SHAPES).to(run.device)
+
+
+def train_latents(run):
+    """Phase 1: encoder and decoder, without the quantiser."""
+    run, model = begin_tokenizer(run, "vat-latents")
+    fit_tokenizer(run, "vat-latents", model, lambda model: {"vat-latents": model}, False,
+                  lambda model: latents_of(held_out(run, model["vat-codes"].encoder)))
+
+
+def train_codes(run):
+    """Phase 2: encoder, quantiser and decoder."""
+    run, model = begin_tokenizer(run, "vat-codes")
+    if not run.finetune:
+        model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
+    fit_tokenizer(run, "vat-codes", model, dict, True, lambda model: held_out(run, model["vat-codes"]))
+
+
+def train_decoder(run):
+    """Phase 3: the decoder alone, on frozen codes; z is still sampled."""
+    run, model = begin_tokenizer(run, "vat-decoder")
+    model["vat-codes"] = load_stage(run.folder, "vat-codes", Tokenizer)
+    if (phase2 := run.folder / "vat-decoder.safetensors").is_file():
+        model["vat-decoder"].load_state_dict(read_weights(phase2))
+    fit_tokenizer(run, "vat-decoder", model, lambda model: {"vat-decoder": model["vat-decoder"]}, True,
+                  lambda model: held_out(run, model["vat-codes"]))
 
 
 def train_generator(run):
     """On frozen codes and frozen encoders."""
-    tokenizer, decoder = (part.to(run.device) for part in load_tokenizer(run.folder, run.variants))
-    encoders, _, draw = ltm3d.tokens_and_prompts(run, "vat-generator", lambda _: tokenizer.encoder, "vat-codes")
+    tokenizer, decoder = (part.to(run.device) for part in load_tokenizer(run.folder))
+    encoders, _, draw = encoders_.prompted_tokens(run, "vat-generator", tokenizer.encoder, "vat-codes")
     settings = {key: SIZES[run.size][key] for key in ("side", "channels", "codes", "scales")}
     settings |= GENERATORS[run.size] | {"widths": encoders.widths}
-    model = run.part("vat-generator", Generator)(**settings)
+    model = Generator(**settings)
     model.quantiser.load_state_dict(tokenizer.quantiser.state_dict())
-    entries = dict(settings=settings, variant=run.variant)
-    start(run, "vat-generator", {"vat-generator": model}, towers=run.encoder_names, **entries)
+    run.load_to_finetune("vat-generator", {"vat-generator": model}, towers=run.encoder_names, settings=settings)
 
-    def loss_of(model, batch):                                # fresh codes at each step: they are not learnt by heart
+    def loss_of(model, batch):                                # fresh codes at each step: they are not memorised
         codes = tokenizer.quantiser.encode(latents_of(batch[0], sampled=model.training))
         return model.loss(codes, encoders.encode_drawn(batch[1]))
 
-    ltm3d.fit_generator(run, "vat-generator", model, draw, loss_of, encoders, {"sdf": decoder}, **entries)
+    fit_generator(run, "vat-generator", model, draw, loss_of, encoders, {"sdf": decoder}, settings=settings)
 
 
-def stages(reps):
-    shared = {stage: train for stage, train in ltm3d.stages([]).items() if stage in STAGES}
-    phases = {stage: partial(train_tokenizer, stage=stage) for stage in ("vat-latents", "vat-codes", "vat-decoder")}
-    return shared | phases | {"vat-generator": train_generator}
+def stages(ltm3d):
+    """Its own, after those of LTM3D that it shares: the image tower learns to predict LTM3D's shape tokens."""
+    shared = [stage for stage in ltm3d if stage.name in ("encoders", "tokenizer", "vision", "head-sdf")]
+    return [*shared, Stage("vat-latents", train_latents, 1500, 32, 2e-3),
+            Stage("vat-codes", train_codes, 4500, 16, 1e-3),
+            Stage("vat-decoder", train_decoder, 2500, 16, 1e-3, after=("vat-codes",)),
+            Stage("vat-generator", train_generator, 5000, 32, 2e-3, after=("encoders", "vision", "vat-codes"),
+                  pictures=True)]
 
 
 # ---------------------------------------------------------------------------- sampling
 
-def load_tokenizer(folder, variants={}):
+def load_tokenizer(folder):
     """-> Tokenizer and Decoder: that of phase 3, where it is done, else of phase 2."""
-    tokenizer = load_stage(folder, "vat-codes", Tokenizer, variants)
+    tokenizer = load_stage(folder, "vat-codes", Tokenizer)
     entry = read_stage(folder, "vat-decoder" if "vat-decoder" in trained_stages(folder) else "vat-codes")
-    decoder = variants.get("vat-decoder", {}).get(entry.get("variant"), Decoder)
-    return tokenizer, load_model(decoder, f"{folder}/vat-decoder.safetensors", **entry["settings"])
+    return tokenizer, load_model(Decoder, f"{folder}/vat-decoder.safetensors", **entry["settings"])
 
 
-def open_tokenizer(folder, reps, device, variants={}):
-    tokenizer, decoder = (part.to(device) for part in load_tokenizer(folder, variants))
+def open_tokenizer(folder, reps, device):
+    tokenizer, decoder = (part.to(device) for part in load_tokenizer(folder))
     return tokenizer, {"sdf": decoder, "mesh": heads_.SimplifiedMesh()}
 
 
-class VAT:
-    """The stages of a checkpoint folder that sampling needs."""
+class VAT(Sampler):
+    LAST = "vat-generator"
+    OPTIONS = {"cfg": 2., "cfg_image": 2., "temperature": 1., "top_k": None, "top_p": 1.}
 
-    def __init__(self, folder, device, autocast, variants={}):
-        self.device, self.autocast = device, autocast
-        self.generator = cast_once(load_stage(folder, "vat-generator", Generator, variants).to(device), autocast)
-        _, self.heads = open_tokenizer(folder, REPS, device, variants)
+    def open(self):
+        self.generator = cast_once(load_stage(self.folder, "vat-generator", Generator).to(self.device), self.autocast)
+        _, self.heads = open_tokenizer(self.folder, REPS, self.device)
 
     def load_heads(self, *reps):                              # they are there
         if other := {*reps} - {*REPS}:
-            raise UserError(f"vat makes {', '.join(REPS)}, not {', '.join(sorted(other))}; give another --rep")
+            raise UserError(f"vat generates {', '.join(REPS)}, not {', '.join(sorted(other))}; give another --rep")
+        return self
 
-    def generate(self, condition, seeds, **options):
-        options = SAMPLING | options
-        cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
-        return self.generator.generate(condition, seeds, cfg, **options)
-
-    def decode(self, latents, rep, rng, resolution=128, points=None, faces=None):
-        self.load_heads(rep)
-        head = heads_.SimplifiedMesh(faces) if rep == "mesh" and faces else self.heads[rep]
-        return head.decode(latents.to(self.device), self.heads, rng, self.autocast, resolution)
+    def shape_tokens(self, condition, seeds, **options):      # latents b n c
+        return self.generator.generate(condition, seeds, **options)
 
 
-load, main = VAT, partial(compression.main, load_tokenizer, SHIPPED)              # main: compress, decompress
+Model = VAT
+
+
+def main():
+    from relatives import compression
+    compression.main(load_tokenizer)
+
 
 if __name__ == "__main__":
     command(main)

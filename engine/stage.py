@@ -1,0 +1,19 @@
+"""stage.py - what train.py needs to know of a stage: its name, its training function, its defaults."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Stage(NamedTuple):
+    """Each stage file has one, STAGE. train.py chains LTM3D's; a relative lists its own (relatives/)."""
+    name: str
+    train: Callable             # of a Run (engine/run.py), in four paragraphs: data, model, loss, save
+    steps: int                  # defaults, tuned at size tiny
+    batch: int
+    lr: float                   # peak learning rate
+    after: tuple = ()           # stages whose weights it learns from
+    pictures: bool = False      # does it learn from pictures?
+    smallest: int = 1           # shapes in a micro-batch, at least
+    variants: dict = {}         # other classes for what it trains: {name: class}
+
+
+RELATIVES = "vat", "lost"    # models beside LTM3D: relatives/<name>.py has stages <name>-..., the last is <name>-generator
