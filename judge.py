@@ -1,35 +1,35 @@
-"""judges.py - how close does a head's shape come to the true one? Each representation has its own metrics.
+"""judge.py - how good is what a stage has learnt? Metrics and pictures of held-out shapes, in a run and in evaluate.py.
 
     JUDGES[rep](heads, tokens n c, a prepared set, row, rng, autocast, points) -> {metric: number}
 
-points: for the F-score of sdf; 0 leaves it out, which saves time. evaluate.py prints the docstring of a judge.
+compares the decoded shape with the true one; points: for the F-score of sdf; 0 skips it, which saves time. A new head
+needs a line in JUDGES. Stages import this file when they end: nothing that is learnt depends on it.
 
-    python evaluate.py tokenizer --rep sdf       # stage 1: held-out shapes, encoded and decoded
+    python evaluate.py tokenizer --rep sdf       # held-out shapes, encoded and decoded
 """
+from collections import Counter
+
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
+from tqdm import tqdm
 
+from engine import processes
 from engine.networks import grid_points
-from evaluation.metrics import chamfer, emd, faces_within, fscore, iou, psnr, ssim
+from geometry.words import article
 from geometry.meshes import bin_centres, quantise, sample_surface
+from geometry.render import contact_sheet, save_png
 from geometry.splat import splat
-from geometry.surface import TRUNCATION, sdf_grid
+from geometry.shapes import CLASSES
+from geometry.surface import TRUNCATION
 from geometry.training_samples import VIEW, draw_view
 from heads import field_of
+from research.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, ssim
 
-# ---------------------------------------------------------------------------- fields: points k 3 -> distance, colour
+SHAPES = 52         # held-out shapes on which a stage measures a head
+save_picture = processes.first_process_only(save_png)
 
-def occupancy(field, resolution=64):
-    """Where the distance of a field is negative: bool, (resolution + 1)^3 grid vertices of [-1, 1]^3. Coarse to fine,
-    as meshes are extracted: at 64 a third of the time of all points."""
-    return sdf_grid(lambda x: field(x)[:, 0], resolution) < 0
-
-
-def true_field(shape):
-    """A field of a built-in shape, as that of a head: points k 3 -> distance, in truncations, and colour: k 4."""
-    return lambda x: torch.from_numpy(np.column_stack(shape.field(x.numpy())) / [TRUNCATION, 1, 1, 1]).float()
-
+# ---------------------------------------------------------------------------- one shape
 
 def grid_iou(head, tokens, shape, autocast, resolution=64):
     """IoU of a decoded sdf (tokens n c) and the true shape, at all resolution^3 cell centres of [-1, 1]^3. A flat face
@@ -37,8 +37,6 @@ def grid_iou(head, tokens, shape, autocast, resolution=64):
     points = grid_points(resolution)                                              # k 3
     return iou((field_of(head, tokens, autocast)(points)[:, 0] < 0).numpy(), shape.distance(points.numpy()) < 0)
 
-
-# ---------------------------------------------------------------------------- the judges
 
 def judge_sdf(heads, tokens, split, row, rng, autocast, points):
     """IoU on a 64^3 grid; L1 of the distance, in truncations, at queries drawn as in training; F-score at .02 of the
@@ -94,3 +92,54 @@ def judge_gs(heads, tokens, split, row, rng, autocast, points):
 
 
 JUDGES = {"sdf": judge_sdf, "pc": judge_pc, "mesh": judge_mesh, "gs": judge_gs}
+
+
+# ---------------------------------------------------------------------------- a run
+
+def classes_and_prompts(train, test, built_in):
+    """The classes that samples are judged by, those of the held-out shapes; and the prompts that are sampled while
+    training: the most common training classes. (Names of held-out families were never learnt.)"""
+    if built_in:
+        classes = [name for name in CLASSES if name in {*test.classes}]
+        return classes, [article(name) for name in classes] + ["a round table"] * ("table" in classes)
+    common = [name for name, _ in Counter(train.classes).most_common(len(CLASSES))]
+    return [name for name in common if name in {*test.classes}], [article(name) for name in common]
+
+
+def class_accuracy(run, encoders, generate, heads, n=4, points=1024):
+    """n samples of every class name: the share whose nearest held-out shape (Chamfer distance) is of that class; {}, if
+    no training class is among the held-out shapes."""
+    if not run.classes:
+        return {}
+    names, rng = [name for name in run.classes for _ in range(n)], np.random.default_rng(0)
+    with run.autocast():
+        tokens = generate(encoders.encode(names), [(0, i) for i in range(len(names))])        # b n c
+    clouds = torch.stack([torch.from_numpy(decode(run, heads, x).surface(points, rng)[0]) for x in tokens])      # b k 3
+    references = run.test.cloud(range(len(run.test)), points, np.random.default_rng(0))[0]                 # r k 3
+    nearest = chamfer_matrix(clouds, references).argmin(1)                        # b
+    right = np.mean([run.test.classes[row] == name for row, name in zip(nearest, names)])
+    return {"nearest held-out shape is of the right class": round(float(right), 4)}
+
+
+def head_metrics(run, heads, tokens, rep):
+    """The metrics of one head on held-out shapes; tokens n c of the rows 0, 1 ... of the set."""
+    results = [JUDGES[rep](heads, x.to(run.device), run.test, row, np.random.default_rng(row), run.autocast, points=0)
+               for row, x in enumerate(tqdm(tokens, desc="held-out shapes", leave=False))]
+    means = {name: np.mean([result[name] for result in results]) for name in results[0]}
+    return {"shapes": len(results)} | {name: round(float(value), 4) for name, value in means.items()}
+
+
+def decode(run, heads, tokens, rep=None):
+    """Tokens n c -> a small shape, by the head of `rep`, default: the one that the tokenizer was trained with."""
+    head, rng = heads[rep or run.first[-1]], np.random.default_rng(0)
+    return head.decode(tokens.to(run.device), heads, rng, run.autocast, resolution=64, points=2048)
+
+
+def samples(run, heads, tokens):
+    """A contact sheet of a sample for each prompt of a run."""
+    return contact_sheet([decode(run, heads, x).picture(160) for x in tokens], 7, run.prompts)
+
+
+def reconstructions(run, heads, tokens, rep):
+    """A contact sheet of held-out shapes, encoded and decoded."""
+    return contact_sheet([decode(run, heads, x, rep).picture(160) for x in tokens], 7)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.codes import read_codes, write_codes
+from relatives.codes import read_codes, write_codes
 from engine.commands import Parser, UserError
 from engine.files import digest
-from evaluation.judges import grid_iou
-from evaluation.metrics import fscore
+from judge import grid_iou
+from research.metrics import fscore
 from geometry import real
 from prompts.reading import find
 
