@@ -1,7 +1,7 @@
 """compression.py - a shape in a few hundred bytes: packed codes, and how much of the shape they keep.
 
-    python vat.py compress chair.glb chair.vat
-    python vat.py decompress chair.vat chair.glb
+    python -m relatives.vat compress chair.glb chair.vat
+    python -m relatives.vat decompress chair.vat chair.glb
 """
 import sys
 from contextlib import nullcontext
@@ -48,8 +48,8 @@ def decompress(model, decoder, source, target, fingerprint, resolution):
     print(target)
 
 
-def main(load_tokenizer, shipped):
-    """The commands of vat.py, which knows how a tokenizer is loaded, and from which folder by default."""
+def main(load_tokenizer):
+    """The commands of vat.py, which knows how its tokenizer is loaded."""
     parser = Parser("a shape in a few hundred bytes")
     commands = parser.add_subparsers(dest="command", required=True)
     for function, source, endings in ((compress, f"a mesh: {', '.join(real.SUFFIXES)}", [".vat"]),
@@ -58,7 +58,7 @@ def main(load_tokenizer, shipped):
         own.set_defaults(function=function, endings=endings)
         own.add_argument("source", type=Path, help=source)
         own.add_argument("target", type=Path, help=f"file to write: {', '.join(endings)}")
-        own.add_argument("--checkpoint", default=shipped, help="folder of trained weights, the same for both commands")
+        own.add_argument("--checkpoint", default="checkpoints/vat", help="folder of trained weights, the same for both commands")
     cells = commands.choices["decompress"].add_argument
     cells("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="cells along a side")
     args = parser.parse_args()

@@ -1,15 +1,14 @@
 """search.py - which shapes of a folder are most like a mesh, a picture or words? The student of lost.py says.
 
-    python lost.py search --query chair.glb --in path/to/meshes
-    python lost.py search --query "a red chair" --in path/to/meshes
+    python -m relatives.lost search --query chair.glb --in path/to/meshes
+    python -m relatives.lost search --query "a red chair" --in path/to/meshes
 
-The student reads shapes alone. Of words or a picture, SAMPLES shapes are generated; the mean of their features is the
-query.
+The student encodes shapes alone. From words or a picture, SAMPLES shapes are generated; the mean of their features is
+the query.
 """
 import os
 import re
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import encoders
 import tokenizer
 from engine.commands import Parser, UserError, between
 from engine.files import make_folder, trained_stages
 from geometry import mesh_files, real
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_samples import vertex_coloured
-from prompts import picture_files, reading
+from prompts import reading
+from sample import load
 
 SAMPLES = 4
 
@@ -44,40 +43,32 @@ def cloud_of(shape, points):                                  # 1 k 3 each
 
 
 @torch.no_grad()
-def query_features(query, load, folder, student, encoder):
+def query_features(query, folder, student, encoder):
     """A mesh, a picture or words -> features e."""
     path, is_file = Path(query), os.path.isfile(query)         # Path.is_file may refuse a long text
     if not is_file and (re.search(r"\.[a-z]\w*$", query.lower()) or len(path.parts) > 1):
         raise UserError(f"there is no file {query}; --query takes a mesh, a picture, or words")
     if path.suffix.lower() in real.SUFFIXES:
         return student(encoder(*cloud_of(real.read_shape(path), encoder.points)))[0]
-    towers = encoders.load(folder, "lost-generator")
-    if is_file:
-        picture, warning = picture_files.load_picture(path)
-        words, pictures, remarks = None, picture.expand(SAMPLES, -1, -1, -1), [warning] * bool(warning)
-    else:
-        words, pictures, remarks = [query] * SAMPLES, None, towers.remarks(query)
-    for remark in remarks:
-        print(f"warning: {remark}", file=sys.stderr)
-    model = load(folder, torch.device("cpu"), nullcontext)
-    tokens = model.generate(towers.encode(words, pictures), [(0, i) for i in range(SAMPLES)])
+    prompt = {"image": path} if is_file else {"prompt": query}
+    tokens = load(folder, "cpu", "fp32", "lost").sample(**prompt, n=SAMPLES)
     return F.normalize(student(tokens).mean(0), dim=-1)
 
 
-def main(load, load_student, shipped):
-    """The command of lost.py, which knows how a model is loaded, and from which folder by default."""
+def main(load_student):
+    """The command of lost.py, which knows how its student is loaded."""
     parser = Parser("lost.py - which shapes of a folder are most like a mesh, a picture or words?")
     flag = parser.add_argument
     flag("command", choices=["search"])
     flag("--query", required=True, help="the file of a mesh or of a picture, or words")
     flag("--in", dest="source", required=True, help="folder of meshes, or whatever `data.py --data` takes")
     flag("--n", type=between(1, 1000), default=12, help="how many shapes to show")
-    flag("--checkpoint", default=shipped, help="folder of trained weights")
+    flag("--checkpoint", default="checkpoints/lost", help="folder of trained weights")
     flag("--out", default="out", help="folder of the contact sheet")
     args = parser.parse_args()
     folder, (items, _) = find_folder(args.checkpoint, "tokenizer", "lost-student"), real.list_items(args.source)
     student, encoder = load_student(folder), tokenizer.load(folder)
-    query = query_features(args.query, load, folder, student, encoder)
+    query = query_features(args.query, folder, student, encoder)
     make_folder(args.out)
     found, skipped = [], []
     for item in tqdm(items, unit="shape"):
