@@ -57,8 +57,8 @@ class DenoiseNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, t, z):                               # k c, k, k d -> k c
-        y = F.silu(self.t(time_embedding(t, self.x.out_features)) + self.c(z))
+    def forward(self, x, t, z):                               # k c, k or 1, k d: context vectors after self.c -> k c
+        y = F.silu(self.t(time_embedding(t, self.x.out_features)) + z)
         x = self.x(x)
         for modulate, mlp in zip(self.modulate, self.mlp):
             shift, scale, gate = modulate(y).chunk(3, -1)
@@ -110,10 +110,9 @@ def combine(branches, strengths):
 
 
 def denoise(net, x, t, z, strengths):
-    """The guided output of a DenoiseNet. x: k c, t: k are shared by all branches; z: (r k) d holds their context
+    """The guided output of a DenoiseNet. x: k c, t: 1 are shared by all branches; z: (r k) d holds their context
     vectors."""
-    r = len(z) // len(x)
-    return combine(net(x.repeat(r, 1), t.repeat(r), z), strengths)                # k c
+    return combine(net(x.repeat(len(z) // len(x), 1), t, z), strengths)           # k c
 
 
 # ---------------------------------------------------------------------------- denoisers
@@ -144,7 +143,7 @@ class Flow:
         with one evaluation a step. temperature scales the noise."""
         x, before = temperature * noise[:, 0], None
         for i in range(steps):
-            t = torch.full((len(x),), i / steps, device=x.device)                 # k
+            t = torch.full((1,), i / steps, device=x.device)                      # 1
             v = denoise(net, x, t, z, strengths)                                  # k c
             x = x + (v if before is None else 1.5 * v - .5 * before) / steps
             before = v
@@ -176,7 +175,7 @@ class DDPM:
         x = noise[:, 0]
         for step, (i, j) in enumerate(zip(levels[:-1], levels[1:])):
             a, b = cls.alphas[i].to(x.device), cls.alphas[j].to(x.device)
-            t = torch.full((len(x),), i / cls.T, device=x.device)
+            t = torch.full((1,), i / cls.T, device=x.device)                      # 1
             eps = denoise(net, x, t, z, strengths)                                # k c
             clean = (x - (1 - a).sqrt() * eps) / a.sqrt()                         # k c
             clean = clean.clamp(-5, 5)                        # not in MAR; tokens have unit variance, none is larger
@@ -245,7 +244,7 @@ class Backbone(nn.Module):
         prefix = self.prefix(condition)                                           # b p d and b p
         z = self.contexts(prefix, x, order, known, masked)                        # b m d
         x = x.gather(1, repeat(masked, "b m -> b m c", c=self.channels))          # b m c
-        z = repeat(z, "b m d -> (draws b m) d", draws=DRAWS)
+        z = repeat(self.net.c(z), "b m d -> (draws b m) d", draws=DRAWS)
         x = repeat(x, "b m c -> (draws b m) c", draws=DRAWS)
         return self.denoiser.loss(self.net, x, z)
 
@@ -261,23 +260,23 @@ class Backbone(nn.Module):
 
         condition, strengths = split_condition(condition, cfg)
         prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
-        r = len(strengths) + 1
         rgs_steps = math.ceil(window * steps) if blend else 0
 
         x = torch.zeros(b, n, c, device=device)                                   # b n c, tokens not known yet are 0
         for step, (known, then) in enumerate(schedule(n, steps)):
             new = order[:, known:then]                                            # b m, the tokens of this step
             blended = blend(x) if step < rgs_steps else x                         # b n c, RGS; only known tokens count
+            strength = ramp(strengths, known, n) if known else []                 # at first the conditional branch alone
+            r = len(strength) + 1
 
             # MAE: z_i = f(prefix, known tokens), in all r branches; the fully conditional one sees the blend
-            seen = torch.cat([blended] + [x] * len(strengths))                    # (r b) n c
+            seen = torch.cat([blended] + [x] * len(strength))                     # (r b) n c
             places, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (order, new))
-            z = self.contexts(prefix, seen, places, known, rows)                  # (r b) m d
-            z = rearrange(z, "rb m d -> (rb m) d")
+            z = self.contexts([y[:r * b] for y in prefix], seen, places, known, rows)             # (r b) m d
+            z = rearrange(self.net.c(z), "rb m d -> (rb m) d")
 
             # DenoiseNet: x_i ~ p(x_i | z_i), guided by the r branches
-            strength, start = ramp(strengths, known, n), take(noise, new)
-            sample = self.denoiser.sample(self.net, z, start, denoise_steps, strength, temperature)
+            sample = self.denoiser.sample(self.net, z, take(noise, new), denoise_steps, strength, temperature)
             x = put(x, new, sample)                                               # b n c; sample: (b m) c
         return x
 

@@ -197,7 +197,7 @@ class Generator(Sequence):
         mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(shown, (0, self.count), value=True), "b k -> b 1 k")
         z = self.read(x, modulation, mask)[:, p:]                                 # b m d
         z, x = (repeat(y, "b m d -> (draws b m) d", draws=DRAWS) for y in (z, registers))
-        return Flow.loss(self.net, x, z), {}
+        return Flow.loss(self.net, x, self.net.c(z)), {}
 
     @torch.no_grad()
     def generate(self, condition, seeds, registers=None, denoise_steps=4, cfg=1.5, temperature=1.):
@@ -208,7 +208,7 @@ class Generator(Sequence):
         rows, chosen = Growing(self, condition, self.count), []
         x = rows.first                                                            # (r b) 1 d
         for i in range(registers or self.count):
-            z = rows.append(x + self.place[i])[:, 0]                              # (r b) d
+            z = self.net.c(rows.append(x + self.place[i])[:, 0])                  # (r b) d
             chosen.append(Flow.sample(self.net, z, noise[:, i], denoise_steps, strengths, temperature))       # b w
             x = rearrange(self.token(chosen[-1]), "b d -> b 1 d").repeat(len(strengths) + 1, 1, 1)
         return torch.stack(chosen, 1)
