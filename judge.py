@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from engine import processes
 from engine.networks import grid_points
-from geometry.words import article
 from geometry.meshes import bin_centres, quantise, sample_surface
+from geometry.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, ssim
 from geometry.render import contact_sheet, save_png
-from geometry.splat import splat
 from geometry.shapes import CLASSES
+from geometry.splat import splat
 from geometry.surface import TRUNCATION
 from geometry.training_samples import VIEW, draw_view
+from geometry.words import article
 from heads import field_of
-from research.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, ssim
 
 SHAPES = 52         # held-out shapes on which a stage measures a head
 save_picture = processes.first_process_only(save_png)

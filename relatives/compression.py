@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from relatives.codes import read_codes, write_codes
 from engine.commands import Parser, UserError
 from engine.files import digest
-from judge import grid_iou
-from research.metrics import fscore
 from geometry import real
+from geometry.metrics import fscore
+from judge import grid_iou
 from prompts.reading import find
+from relatives.codes import read_codes, write_codes
 
 POINTS = 100_000    # of each surface, for the F-score
 POOR = .8           # below this IoU there is a warning
