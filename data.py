@@ -20,10 +20,8 @@ from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
-from geometry import shapes
 from geometry.low_poly import in_order_again
-from geometry.prepare import TRAIN_SHAPES, BuiltIn, Files, fill, read_records, version
-from geometry.real import COPY
+from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_pictures import recolour, relight
 from geometry.training_samples import KINDS, POINTS, QUERIES, vertex_coloured
@@ -49,7 +47,12 @@ def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",
             classes=None):
     """Prepare the missing samples of built-in shapes, or of the files of `data` -> Prepared. shard (i, n): only share i
     of n."""
-    source = Files(split, data) if data else BuiltIn(split, count, classes)
+    if data:
+        from geometry.real import Files  # readers of mesh files, which only --data needs
+        source = Files(split, data)
+    else:
+        from geometry.built_in import BuiltIn
+        source = BuiltIn(split, count, classes)
     kinds = ["records", *(kind for kind in kinds if kind != "records")]
     fill(Path(out) / source.name, source, kinds, workers, shard)
     return Prepared(Path(out) / source.name, source, kinds)
@@ -78,7 +81,7 @@ class Prepared:
     def __init__(self, folder, source, kinds):
         self.folder, self.source, self.version = Path(folder), source, version(source)
         self.folders = {kind: self.folder / source.folder(kind) for kind in kinds}
-        self.name = f"{source.name}-{source.split}" if isinstance(source, Files) else source.name
+        self.name = f"{source.name}-{source.split}" if source.files else source.name
         try:
             self.arrays = {name: np.load(self.folders[kind] / f"{name}.npy", mmap_mode="r")
                            for kind in kinds for name in KINDS[kind]}
@@ -86,8 +89,7 @@ class Prepared:
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is damaged ({error}); delete it, and run the same command again") from None
         broken = {row: record for of_kind in records for row, record in of_kind.items() if "broken" in record}
-        self.broken = {record["file"]: record["broken"] for record in broken.values()
-                       if not record["file"].endswith(COPY)}
+        self.broken = {record["file"]: record["broken"] for row, record in broken.items() if row < source.files}
         rows = sorted(row for row in set.intersection(*map(set, records))
                       if row not in broken and source.in_split(row))
         self.rows = np.array(rows, int)                       # rows of the arrays: one for each shape of this set
@@ -106,7 +108,7 @@ class Prepared:
     def repeated(self, count):
         """A set of files `count` times: 2 adds mirror images, 8 also turns of 90, 180 and 270 degrees. Files are few,
         and this costs nothing. Of built-in shapes there are always more: theirs is the set itself."""
-        if not isinstance(self.source, Files):
+        if not self.source.files:
             return self
         first = np.flatnonzero(self.symmetry == 0)            # a set that is repeated already
         other = copy.copy(self)
@@ -174,7 +176,7 @@ class Prepared:
         shapes have a front: they are not turned."""
         azimuth = self.arrays["picture_azimuth"][self.rows[rows], which]
         azimuth = np.where(self.symmetry[rows] % 2 == 1, -azimuth, azimuth)
-        return turns_to_front(azimuth) * isinstance(self.source, Files)
+        return turns_to_front(azimuth) * bool(self.source.files)
 
     def rows_as_shown(self, rows, which, seen=True):
         """The rows of `repeated(8)` of these shapes, turned as their pictures `which` show them, if these are seen."""
@@ -207,6 +209,7 @@ def parse_share(text):
 
 
 def main():
+    from geometry.shapes import CLASSES
     parser = Parser(__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
@@ -216,7 +219,7 @@ def main():
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
          help="only share i of n, from 0: n machines can fill one folder")
     flag("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many built-in training shapes to prepare")
-    flag("--classes", nargs="+", choices=shapes.CLASSES, metavar="CLASS", help="built-in classes (default: all)")
+    flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes (default: all)")
     flag("--out", default="cache", help="folder of the prepared sets")
     flag("--workers", type=between(1), default=2, help="processes to use")
     flag("--picture", default="out/shapes.png", help="contact sheet to write")
@@ -239,7 +242,7 @@ def main():
             raise UserError(f"no shape of {args.data} can be used")
         return                                                # a share of few shapes may have none
 
-    rows = np.linspace(0, len(train) - 1, min(4 * len(shapes.CLASSES), len(train))).astype(int)
+    rows = np.linspace(0, len(train) - 1, min(4 * len(CLASSES), len(train))).astype(int)
     rows = sorted(rows, key=lambda row: train.classes[row])
     bar = tqdm(rows, "drawing", unit="shape")
     pictures = [render_mesh(*vertex_coloured(train.shape(row)), size=160) for row in bar]

@@ -6,7 +6,6 @@ can share the work. A folder's name ends in a digest of what its kind depends on
 are.
 """
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -24,7 +23,6 @@ from tqdm import tqdm
 
 from engine.commands import UserError
 from engine.files import atomic_write
-from geometry import mesh_files, real, shapes, soup
 from geometry.training_samples import KINDS, TAKE
 
 with contextlib.suppress(ImportError):                        # Windows has none
@@ -33,102 +31,20 @@ with contextlib.suppress(ImportError):                        # Windows has none
 CHUNK = 130                   # shapes in a chunk
 MEMORY = 12 << 30             # bytes that a worker may allocate
 SEED = 0                      # of all built-in shapes
-TEST = 10_000_000             # the number of the first test shape: no training shape has a number as high
-FIRST = {"train": 0, "test": TEST, "validation": 2 * TEST}    # of built-in shapes; settings are chosen on the last
-TRAIN_SHAPES = 10_400         # 800 of each class
-TEST_SHAPES = 520             # 40 of each class
-FEW = 5_000                   # files
+TRAIN_SHAPES = 10_400         # built-in ones: 800 of each class
 
 
 # ---------------------------------------------------------------------------- sources of shapes
+# A source is BuiltIn (geometry/built_in.py) or Files (geometry/real.py). `files`: how many files its shapes come from;
+# 0 for built-in shapes, which are never broken, are of any number, and have a front.
 
 def name_begins(path):
     """How the names of sets of these files begin; None: of sets of built-in shapes."""
     return f"{Path(path).resolve().stem}-" if path else "shapes-"
 
 
-class BuiltIn:
-    """The built-in shapes of a split, of all classes in turn or of these."""
-    pictures = 2                                              # of a shape, as image prompts
-
-    def __init__(self, split, count=None, classes=None):
-        self.first, self.skipped, self.classes = FIRST[split], [], classes
-        default = TRAIN_SHAPES if split == "train" else TEST_SHAPES
-        self.count = count or default * len(classes or shapes.CLASSES) // len(shapes.CLASSES)
-        self.name = "-".join([f"{name_begins(None)}{split}", f"{self.count}", *(classes or ())])
-
-    def folder(self, kind):
-        return f"{kind}-{fingerprint(kind)}"
-
-    def index(self, row):
-        if not self.classes:
-            return self.first + row
-        turn, i = divmod(row, len(self.classes))
-        offset = (shapes.CLASSES.index(self.classes[i]) - self.first) % len(shapes.CLASSES)
-        return self.first + turn * len(shapes.CLASSES) + offset
-
-    def shape(self, row):
-        return shapes.make(SEED, self.index(row))
-
-    def origin(self, row):
-        return {"index": self.index(row)}
-
-    def in_split(self, row):
-        return True
-
-
 def short_digest(*values):
     return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
-
-
-@functools.cache
-def fingerprint(kind):
-    """A digest of the code that makes samples of this kind: the captions, or the parts, of the first 260 shapes, and
-    samples of one of every class (pictures, views: of one). Samples of changed code go to another folder."""
-    first = [shapes.make(SEED, row) for row in range(20 * len(shapes.CLASSES))]
-    if kind == "records":
-        return short_digest(CHUNK, [(shape.name, shape.attributes, shape.captions) for shape in first])
-    sampled = first[:len(shapes.CLASSES) if kind in ("surface", "faces") else 1]          # pictures take long
-    taken = [TAKE[kind](shape, np.random.default_rng(0)) for shape in sampled]
-    return short_digest(SEED, CHUNK, [shape.parts for shape in first],
-                        [np.float16(values).tobytes() for samples in taken for values in samples.values()])
-
-
-class Files:
-    """Shapes from files (geometry/real.py). One folder holds both splits: a tenth of the families, always the same, is
-    held out. Files are few: of each more pictures, and below FEW of each training shape a stretched copy."""
-    pictures = 8
-
-    def __init__(self, split, path):
-        self.split, (self.items, self.skipped) = split, real.list_items(path)
-        families = {item.family for item in self.items}
-        numbers = {family: int(hashlib.sha256(family.encode()).hexdigest(), 16) for family in families}
-        tenth = {family for family, number in numbers.items() if number % 10 == 0}
-        lowest = sorted(numbers, key=numbers.get)[:min(2, len(numbers) // 2)]
-        self.held_out = tenth if len(tenth) > 1 else set(lowest)                  # families
-        self.files = len(self.items)
-        if self.files < FEW:
-            self.items += [real.stretched(item) for item in self.items if item.family not in self.held_out]
-        self.count, self.first = len(self.items), 0
-        values = [(item.key, item.rotation, Path(item.file).stat().st_size) for item in self.items]
-        named = [item.family for item in self.items if item.family != item.key]
-        self.name = f"{name_begins(path)}{short_digest(values, *named)}"
-
-    def folder(self, kind):
-        if kind == "records":
-            return f"{kind}-{short_digest(CHUNK, [item.captions for item in self.items])}"
-        how = counts(self, kind) + ["few faces as they are"] * (kind == "faces")
-        return f"{kind}-{short_digest(CHUNK, KINDS[kind], soup.CELLS, soup.SKIN, soup.POOL, *how)}"
-
-    def shape(self, row):
-        return mesh_files.shape(self.items[row])
-
-    def origin(self, row):
-        item = self.items[row]
-        return {"file": item.key, "licence": item.licence, "author": item.author}
-
-    def in_split(self, row):
-        return (self.items[row].family in self.held_out) == (self.split == "test")
 
 
 def counts(source, kind):
@@ -159,7 +75,7 @@ def prepare_chunk(folder, source, chunk, kinds):
     records = []
     for row in range(chunk * CHUNK, min((chunk + 1) * CHUNK, source.count)):
         if crashed.count(str(row)) == 2:
-            if not isinstance(source, Files):
+            if not source.files:
                 raise UserError(f"a process was killed twice at shape {row}; give fewer --workers, or more memory")
             records.append({"file": source.items[row].key, "broken": "the loader crashed twice on this file"})
             continue
@@ -173,7 +89,7 @@ def prepare_chunk(folder, source, chunk, kinds):
             about = {"class": shape.name, "attributes": shape.attributes, "captions": shape.captions}
             records.append(source.origin(row) | about)
         except Exception as error:
-            if not isinstance(source, Files):                 # a built-in shape never fails: this is a bug
+            if not source.files:                              # a built-in shape never fails: this is a bug
                 raise
             unknown = f"no samples can be taken of it ({type(error).__name__}: {error})"
             reason = str(error) if isinstance(error, UserError) else unknown

@@ -19,12 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command
-from geometry import asset_names, mesh_files
-from geometry.soup import SKIN, faithful, surface_of
+from geometry import asset_names, mesh_files, soup
+from geometry.prepare import CHUNK, counts, name_begins, short_digest
+from geometry.training_samples import KINDS
 from geometry.words import FILLERS, words
 
 SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off")
 COPY = "#1"                 # ends the key of a stretched copy
+FEW = 5_000                 # files
 SYNSETS = {  # of ShapeNetCore
     "02691156": "aeroplane", "02747177": "bin", "02773838": "bag", "02801938": "basket", "02808440": "bathtub",
     "02818832": "bed", "02828884": "bench", "02843684": "birdhouse", "02871439": "bookshelf", "02876657": "bottle",
@@ -203,19 +205,58 @@ def list_library(path):
     return items, skipped
 
 
+# ---------------------------------------------------------------------------- a source of training samples
+
+class Files:
+    """The shapes of a path. One folder holds both splits: a tenth of the families, always the same, is held out. Files
+    are few: each has more pictures. Below FEW, each training shape has a stretched copy; the copies are last."""
+    pictures = 8
+
+    def __init__(self, split, path):
+        self.split, (self.items, self.skipped) = split, list_items(path)
+        families = {item.family for item in self.items}
+        numbers = {family: int(hashlib.sha256(family.encode()).hexdigest(), 16) for family in families}
+        tenth = {family for family, number in numbers.items() if number % 10 == 0}
+        lowest = sorted(numbers, key=numbers.get)[:min(2, len(numbers) // 2)]
+        self.held_out = tenth if len(tenth) > 1 else set(lowest)                  # families
+        self.files = len(self.items)
+        if self.files < FEW:
+            self.items += [stretched(item) for item in self.items if item.family not in self.held_out]
+        self.count, self.first = len(self.items), 0
+        values = [(item.key, item.rotation, Path(item.file).stat().st_size) for item in self.items]
+        named = [item.family for item in self.items if item.family != item.key]
+        self.name = f"{name_begins(path)}{short_digest(values, *named)}"
+
+    def folder(self, kind):
+        if kind == "records":
+            return f"{kind}-{short_digest(CHUNK, [item.captions for item in self.items])}"
+        how = counts(self, kind) + ["few faces as they are"] * (kind == "faces")
+        return f"{kind}-{short_digest(CHUNK, KINDS[kind], soup.CELLS, soup.SKIN, soup.POOL, *how)}"
+
+    def shape(self, row):
+        return mesh_files.shape(self.items[row])
+
+    def origin(self, row):
+        item = self.items[row]
+        return {"file": item.key, "licence": item.licence, "author": item.author}
+
+    def in_split(self, row):
+        return (self.items[row].family in self.held_out) == (self.split == "test")
+
+
 def check(items):
     """How often is the solid of geometry/soup.py what the triangles of the file show?"""
     shares = []                                               # pairs
     for item in tqdm(items, unit="shape"):
         with contextlib.suppress(UserError):
-            soup = mesh_files.shape(item)
-            shares.append(faithful((soup.vertices, soup.faces), surface_of(soup.side)))
+            solid = mesh_files.shape(item)
+            shares.append(soup.faithful((solid.vertices, solid.faces), soup.surface_of(solid.side)))
     if not shares:
         raise UserError(f"none of the {len(items)} shapes can be read")
     triangles, solid = np.mean(shares, 0)
     both = np.mean(np.min(shares, 1) >= .95)
     print(f"{len(shares)} of {len(items)} shapes could be read. Of the visible triangles {triangles:.3f} lie within "
-          f"{2 * SKIN:.3f} of the solid, of the visible solid {solid:.3f} within that of the triangles; "
+          f"{2 * soup.SKIN:.3f} of the solid, of the visible solid {solid:.3f} within that of the triangles; "
           f"both shares are at least .95 for {both:.3f} of the shapes")
 
 

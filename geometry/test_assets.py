@@ -9,7 +9,7 @@ from scipy.spatial import cKDTree
 
 import data
 from engine.commands import UserError
-from geometry import asset_names, mesh_files, prepare, real, soup
+from geometry import asset_names, mesh_files, real, soup
 from geometry.meshes import bin_centres
 from geometry.render import render_flat
 from geometry.training_samples import VIEW, take_faces, vertex_coloured
@@ -55,7 +55,7 @@ def test_families_are_held_out_as_a_whole(tmp_path):
     """No family is in both splits, and both have some."""
     things = "barrel boat bridge bush cactus candle chest cloud coin crate crown door fence flower gate hammer".split()
     path = kit(tmp_path / "kit", *(f"{thing}_{letter}" for thing in things for letter in "AB"))
-    splits = [prepare.Files(split, path) for split in ("train", "test")]
+    splits = [real.Files(split, path) for split in ("train", "test")]
     families = [{item.family for row, item in enumerate(x.items) if x.in_split(row)} for x in splits]
     assert not families[0] & families[1] and min(map(len, families)) > 1
     assert len(families[0] | families[1]) == len(things)
@@ -64,7 +64,7 @@ def test_families_are_held_out_as_a_whole(tmp_path):
 def test_a_training_shape_has_a_stretched_copy(tmp_path):
     """A held-out one has none. The sides of the copy are those of the shape, times its factors."""
     path = kit(tmp_path / "kit", *"barrel boat bridge bush cactus candle chest cloud coin crate crown door".split())
-    source = prepare.Files("train", path)
+    source = real.Files("train", path)
     shapes, copies = source.items[:source.files], source.items[source.files:]
     trained = [item for row, item in enumerate(shapes) if source.in_split(row)]
     assert [copy.family for copy in copies] == [item.family for item in trained] and len(trained) < len(shapes)

@@ -203,7 +203,7 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
     assert reasons.keys() == broken.keys()
     assert all(re.search(broken[name][1], reason) for name, reason in reasons.items()), reasons
 
-    monkeypatch.setattr(prepare.Files, "in_split", lambda self, row: True)    # nothing is held out
+    monkeypatch.setattr(real.Files, "in_split", lambda self, row: True)    # nothing is held out
     split = data.prepare(out=tmp_path / "cache", kinds=("surface", "pictures"), data=source, workers=1)
     points, _, _ = split.cloud(np.array([1]), 100, np.random.default_rng(0))
     assert split.classes == ["one", "two", "one"] and points.norm(dim=-1).min() > .89

@@ -12,7 +12,7 @@ import trimesh
 import data
 from conftest import same_files
 from engine.commands import UserError
-from geometry import mesh_files, prepare, shapes, training_samples
+from geometry import built_in, mesh_files, prepare, shapes, training_samples
 
 
 @pytest.mark.parametrize("name", ["points.npy", "00000.json"])
@@ -55,7 +55,7 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch, in_threads):
 
 def test_a_kind_of_samples_is_named_by_what_it_depends_on(monkeypatch):
     """Other parts are another surface. Other captions leave the surface as it is, and are other records."""
-    fingerprint, make = prepare.fingerprint.__wrapped__, shapes.make        # not the cached one
+    fingerprint, make = built_in.fingerprint.__wrapped__, shapes.make        # not the cached one
     change = {"parts": lambda shape: setattr(shape.parts[0], "sides", shape.parts[0].sides + 1),
               "captions": lambda shape: shape.captions.append("a thing")}
 

@@ -14,7 +14,7 @@ import heads
 from conftest import TrueHead
 from engine import networks
 from engine.commands import UserError
-from geometry import low_poly, meshes, prepare, shapes, solids, surface
+from geometry import built_in, low_poly, meshes, prepare, shapes, solids, surface
 from geometry.captions import NUMBERS, write_captions
 
 # ---------------------------------------------------------------------------- shapes
@@ -65,7 +65,7 @@ def test_train_and_test_never_meet(prepared):
     """Both sets have every class and no shape in common."""
     training, test = prepared
     assert set(training.classes) == set(test.classes) == set(shapes.CLASSES)
-    assert max(prepare.TRAIN_SHAPES, 10 ** 7) <= prepare.TEST == min(record["index"] for record in test.records)
+    assert max(prepare.TRAIN_SHAPES, 10 ** 7) <= built_in.TEST == min(record["index"] for record in test.records)
     clouds = [{split.arrays["points"][row].tobytes() for row in range(26)} for split in prepared]
     assert len(clouds[0]) == len(clouds[1]) == 26
     assert not clouds[0] & clouds[1]

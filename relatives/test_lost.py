@@ -19,7 +19,7 @@ from conftest import WIDTHS, assert_one_line, prompted, rows_of, run, train_smal
 from engine import files, loop
 from engine.commands import UserError
 from evaluation import registers
-from geometry.prepare import BuiltIn
+from geometry.built_in import BuiltIn
 from prompts import relations
 from prompts.test_pretrained import pretrained_folder
 

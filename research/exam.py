@@ -16,7 +16,7 @@ from evaluation import metrics, peers
 from evaluation.memory import score_memorisation, training_set_of
 from evaluation.metrics import chamfer, chamfer_matrix
 from evaluation.results import ResultCache, mean, weights
-from geometry.prepare import Files
+from geometry.real import Files
 from geometry.shapes import CLASSES
 from models import model_in
 from prompts import text_tower

@@ -15,7 +15,9 @@ from data import prepare
 from engine.commands import UserError
 from engine.files import read_stage, trained_stages
 from evaluation import metrics
-from geometry.prepare import BuiltIn, Files, name_begins, version
+from geometry.built_in import BuiltIn
+from geometry.prepare import name_begins, version
+from geometry.real import Files
 from models import MODELS, model_in
 
 BATCH = 64          # clouds encoded at once

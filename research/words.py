@@ -19,7 +19,7 @@ from evaluation import exam
 from evaluation.attributes import ATTRIBUTES, colour, has_attribute, measure_shape
 from evaluation.metrics import chamfer_matrix
 from evaluation.results import labels, write_table
-from geometry.prepare import BuiltIn
+from geometry.built_in import BuiltIn
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES, LEAVES
 from geometry.words import COLOURS, SYNONYMS, article
