@@ -5,7 +5,6 @@ A path is first listed, as items: a file, captions, a licence and an author. A w
 
     python -m geometry.real path/to/shapes            # its items, licences and authors
 """
-import contextlib
 import csv
 import hashlib
 import io
@@ -16,9 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from engine.commands import Parser, UserError, between, command
+from engine.commands import Parser, UserError, command
 from geometry import asset_names, mesh_files, soup
 from geometry.prepare import CHUNK, counts, name_begins, short_digest
 from geometry.training_samples import KINDS
@@ -244,32 +242,10 @@ class Files:
         return (self.items[row].family in self.held_out) == (self.split == "test")
 
 
-def check(items):
-    """How often is the solid of geometry/soup.py what the triangles of the file show?"""
-    shares = []                                               # pairs
-    for item in tqdm(items, unit="shape"):
-        with contextlib.suppress(UserError):
-            solid = mesh_files.shape(item)
-            shares.append(soup.faithful((solid.vertices, solid.faces), soup.surface_of(solid.side)))
-    if not shares:
-        raise UserError(f"none of the {len(items)} shapes can be read")
-    triangles, solid = np.mean(shares, 0)
-    both = np.mean(np.min(shares, 1) >= .95)
-    print(f"{len(shares)} of {len(items)} shapes could be read. Of the visible triangles {triangles:.3f} lie within "
-          f"{2 * soup.SKIN:.3f} of the solid, of the visible solid {solid:.3f} within that of the triangles; "
-          f"both shares are at least .95 for {both:.3f} of the shapes")
-
-
 def main():
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("path", help="a mesh, a folder of meshes, or Sweet Home 3D libraries")
-    parser.add_argument("--check", type=between(1), metavar="N",
-                        help="compare the solids of N shapes, evenly spread, with their triangles")
-    args = parser.parse_args()
-    items, skipped = list_items(args.path)
-    if args.check:
-        check([items[i] for i in np.linspace(0, len(items) - 1, min(args.check, len(items))).astype(int)])
-        return
+    items, skipped = list_items(parser.parse_args().path)
     for item in items:
         print(item.key, *item.captions, sep=" | ")
     for file, reason in skipped:

@@ -9,22 +9,17 @@ inside out, cupboards without a back. But they look right from outside. So:
 
 Every triangle gets a skin on both sides: a sheet becomes a thin solid. A distance is that to the nearest points of the
 skin. A gap narrower than a cell counts as closed. The orientation of the triangles does not matter.
-
-    python -m geometry.real path/to/shapes --check 70       # compares solids with their triangles
 """
 from functools import cached_property, partial
 
 import numpy as np
-import torch
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
 from engine.commands import UserError
 from engine.networks import grid_points
-from geometry.camera import as_tensor, view_rotation
 from geometry.meshes import FACES
-from geometry.rasterise import rasterise_mesh
 
 CELLS = 128             # along a side of [-1, 1]^3
 CELL = 2 / CELLS
@@ -144,23 +139,6 @@ class Soup:
         pairs = place.reshape(-1)[self.faces].astype(np.int64) * len(shade) + colour.reshape(-1, 1)     # f 3
         _, first, faces = np.unique(pairs, return_index=True, return_inverse=True)
         return self.vertices[self.faces.reshape(-1)[first]], faces.reshape(-1, 3), self.colours
-
-
-def visible(vertices, faces, width=160):
-    """The points of triangles that pictures from ten directions show: k 3."""
-    vertices, faces = as_tensor(vertices), as_tensor(np.ascontiguousarray(faces), torch.int64)
-    angles = [(azimuth, elevation) for azimuth in (20, 110, 200, 290) for elevation in (-25, 30)] + [(0, 89), (0, -89)]
-    pictures = [rasterise_mesh(vertices, faces, torch.zeros_like(vertices), view_rotation(*a), width) for a in angles]
-    return torch.cat([position for _, position, _, _ in pictures]).numpy()
-
-
-def faithful(triangles, solid):
-    """Two meshes -> the share of the first one's visible points that the second has within 2 SKIN, and the reverse."""
-    a, b = visible(*triangles), visible(*solid)
-    if not len(b):
-        return 0., 0.
-    distances = search_tree(b).query(a)[0], search_tree(a).query(b)[0]
-    return tuple(float((distance < 2 * SKIN).mean()) for distance in distances)
 
 
 def surface_of(inside, side=64):
