@@ -1,4 +1,4 @@
-"""test_assets.py - the tests of kits of assets: names, families, compressed files."""
+"""test_assets.py - the tests of kits of assets, their families, and shapes that are mirrored and turned."""
 import json
 
 import numpy as np
@@ -52,24 +52,20 @@ def test_variants_of_a_shape_share_family_and_class(tmp_path):
 
 
 def test_families_are_held_out_as_a_whole(tmp_path):
-    """No family is in both splits, and both have some."""
+    """No family is in both splits, and both have some. A training shape has a stretched copy: its sides are those of
+    the shape, times its factors."""
     things = "barrel boat bridge bush cactus candle chest cloud coin crate crown door fence flower gate hammer".split()
     path = kit(tmp_path / "kit", *(f"{thing}_{letter}" for thing in things for letter in "AB"))
-    splits = [real.Files(split, path) for split in ("train", "test")]
-    families = [{item.family for row, item in enumerate(x.items) if x.in_split(row)} for x in splits]
+    source, test = [real.Files(split, path) for split in ("train", "test")]
+    families = [{item.family for row, item in enumerate(x.items) if x.in_split(row)} for x in (source, test)]
     assert not families[0] & families[1] and min(map(len, families)) > 1
     assert len(families[0] | families[1]) == len(things)
 
-
-def test_a_training_shape_has_a_stretched_copy(tmp_path):
-    """A held-out one has none. The sides of the copy are those of the shape, times its factors."""
-    path = kit(tmp_path / "kit", *"barrel boat bridge bush cactus candle chest cloud coin crate crown door".split())
-    source = real.Files("train", path)
-    shapes, copies = source.items[:source.files], source.items[source.files:]
-    trained = [item for row, item in enumerate(shapes) if source.in_split(row)]
-    assert [copy.family for copy in copies] == [item.family for item in trained] and len(trained) < len(shapes)
+    trained = [item for row, item in enumerate(source.items[:source.files]) if source.in_split(row)]
+    copies = source.items[source.files:]
+    assert [copy.family for copy in copies] == [item.family for item in trained] and len(trained) < source.files
     one, other = (np.ptp(mesh_files.triangles(item)[0], axis=0) for item in (trained[0], copies[0]))
-    assert np.allclose(other / one / copies[0].stretch, (other / one / copies[0].stretch)[0])
+    assert np.ptp(other / one / copies[0].stretch) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +83,25 @@ def lopsided(tmp_path_factory):
 
 
 @pytest.mark.parametrize("i", range(8))
-def test_points_of_turned_shapes(lopsided, i):
-    """Distances belong to queries, and points to the surface, of the shape that is turned."""
+def test_samples_of_turned_shapes(lopsided, i):
+    """Distances, points, a view and low-poly faces are those of the turned shape."""
     train, many = lopsided
     row, true, move = i * len(train), train.shape(0), data.SYMMETRIES[i]
-    samples = many.samples([row], {"cloud": 500, "queries": 500}, np.random.default_rng(0))
+    samples = many.samples([row], {"cloud": 500, "queries": 500, "views": None, "faces": None},
+                           np.random.default_rng(0))
     assert abs(true.distance(samples["points"][0].numpy() @ move)).max() < .02
     assert true.distance(samples["queries"][0].numpy() @ move) == pytest.approx(samples["distance"][0].numpy(), abs=.01)
+
+    vertices, faces, colours = vertex_coloured(true)
+    faces = faces[:, ::-1] if i % 2 else faces                # mirrored triangles face inwards
+    view = render_flat(vertices @ move.T, faces.copy(), colours, *samples["angles"][0].tolist(), VIEW)
+    assert abs(view - samples["views"][0]).mean() < .01
+
+    count, before = (samples["components"] >= 0).sum(), train.faces([0])
+    assert count == (before["components"] >= 0).sum()
+    corners, plain = (bin_centres(x["corners"][0, :count].numpy()) for x in (samples, before))       # f 3 3
+    assert abs(true.distance((corners @ move).reshape(-1, 3))).max() < .05
+    assert np.linalg.det(corners).sum() == pytest.approx(np.linalg.det(plain).sum())       # it looks outwards
 
 
 def test_points_are_not_rounded_under_autocast(lopsided):
@@ -104,39 +112,14 @@ def test_points_are_not_rounded_under_autocast(lopsided):
     assert torch.equal(rounded, draw())
 
 
-@pytest.mark.parametrize("i", range(8))
-def test_views_of_turned_shapes(lopsided, i):
-    """A view of the shape that is turned, from the angles that the set says."""
-    train, many = lopsided
-    found = many.views([i * len(train)])
-    vertices, faces, colours = vertex_coloured(train.shape(0))
-    faces = faces[:, ::-1] if i % 2 else faces                # mirrored triangles face inwards
-    true = render_flat(vertices @ data.SYMMETRIES[i].T, faces.copy(), colours, *found["angles"][0].tolist(), VIEW)
-    assert abs(true - found["views"][0]).mean() < .01
-
-
-@pytest.mark.parametrize("i", range(8))
-def test_faces_of_turned_shapes(lopsided, i):
-    """The low-poly mesh of a shape that is turned lies on its surface, looks outwards, and has all of its faces."""
-    train, many = lopsided
-    faces, before = many.faces([i * len(train)]), train.faces([0])
-    count = (faces["components"] >= 0).sum()
-    assert count == (before["components"] >= 0).sum()
-    corners = bin_centres(faces["corners"][0, :count].numpy()) @ data.SYMMETRIES[i]
-    assert abs(train.shape(0).distance(corners.reshape(-1, 3))).max() < .05
-    volume = lambda x: np.linalg.det(x).sum()
-    assert volume(bin_centres(faces["corners"][0, :count].numpy())) == pytest.approx(
-        volume(bin_centres(before["corners"][0, :count].numpy())))
-
-
 @pytest.mark.parametrize("subdivisions", [1, 3])
 def test_a_low_poly_file_keeps_its_faces(subdivisions):
-    """A ball of 80 faces is a low-poly mesh as it is; one of 1,280 is made simpler."""
+    """A ball of 80 faces is a low-poly mesh as it is; one of 1,280 is simplified."""
     ball = trimesh.creation.icosphere(subdivisions, .8)
     found = take_faces(soup.Soup(np.array(ball.vertices), ball.faces, np.ones(ball.faces.shape)), None)
     corners = bin_centres(found["corners"][found["components"] >= 0]).reshape(-1, 3)              # (f 3) 3
-    assert (len(corners) == ball.faces.size) == (subdivisions == 1)
-    assert (cKDTree(ball.vertices).query(corners)[0].max() < .02) == (subdivisions == 1)
+    keeps = len(corners) == ball.faces.size, cKDTree(ball.vertices).query(corners)[0].max() < .02
+    assert keeps == (subdivisions == 1,) * 2
 
 
 def test_pictures_of_mirror_images(lopsided):
@@ -155,9 +138,9 @@ def test_a_shape_stands_as_its_picture_shows_it(tmp_path):
     rainbow = np.array([[250, 0, 0, 255], [0, 250, 0, 255], [0, 0, 250, 255], [250, 250, 0, 255], [90, 90, 90, 255]])
     sides = [colours.get(tuple(normal.round().astype(int)), 4) for normal in cube.face_normals]
     cube.visual.face_colors = rainbow[sides]
-    for name in "abcd":
+    for name in "ab":
         cube.export(tmp_path / f"{name}.ply")
-    train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=("surface", "pictures")).repeated(2)
+    train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=("pictures",)).repeated(2)
     which = np.arange(8).repeat(len(train))
     rows = np.tile(np.arange(len(train)), 8)
     shown = train.arrays["picture_colours"][train.rows[rows], which].reshape(len(rows), -1, 3).astype(int)
@@ -173,30 +156,4 @@ def test_draco_without_its_package_is_named(tmp_path, monkeypatch):
     path.write_text(json.dumps({"asset": {"version": "2.0"}, "extensionsRequired": ["KHR_draco_mesh_compression"]}))
     monkeypatch.setattr(mesh_files, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install DracoPy"):
-        mesh_files.triangles(real.list_items(path)[0][0])
-
-
-def test_draco_is_read(tmp_path):
-    """A compressed ball is a ball, where DracoPy is installed."""
-    draco = pytest.importorskip("DracoPy")
-    ball = trimesh.creation.icosphere(2, .5)
-    blob = draco.encode(ball.vertices, ball.faces, preserve_order=True, quantization_bits=14)
-    blob += b"\0" * (-len(blob) % 4)
-    count, corners = len(ball.vertices), ball.faces.size
-    header = {
-        "asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
-        "extensionsRequired": ["KHR_draco_mesh_compression"], "extensionsUsed": ["KHR_draco_mesh_compression"],
-        "accessors": [{"componentType": 5126, "type": "VEC3", "count": count},
-                      {"componentType": 5125, "type": "SCALAR", "count": corners}],
-        "buffers": [{"byteLength": len(blob)}], "bufferViews": [{"buffer": 0, "byteLength": len(blob)}],
-        "meshes": [{"primitives": [{"attributes": {"POSITION": 0}, "indices": 1, "extensions": {
-            "KHR_draco_mesh_compression": {"bufferView": 0, "attributes": {"POSITION": 0}}}}]}]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 4)
-    chunks = [(text, b"JSON"), (blob, b"BIN\0")]
-    body = b"".join(len(raw).to_bytes(4, "little") + kind + raw for raw, kind in chunks)
-    path = tmp_path / "ball.glb"
-    path.write_bytes(b"glTF" + (2).to_bytes(4, "little") + (12 + len(body)).to_bytes(4, "little") + body)
-    vertices, faces, _ = mesh_files.triangles(real.list_items(path)[0][0])
-    assert len(faces) == len(ball.faces)
-    assert np.linalg.norm(vertices, axis=1) == pytest.approx(mesh_files.LONGEST / 2, rel=.02)
+        real.read_shape(path)

@@ -1,5 +1,4 @@
 """test_files.py - the tests of shapes from files of any kind."""
-import contextlib
 import csv
 import io
 import json
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pytest
@@ -21,17 +21,7 @@ import train
 from conftest import HERE, TrueHead, assert_one_line, run
 from engine.commands import UserError
 from evaluation import judges
-from geometry import export, mesh_files, meshes, prepare, real, soup, training_samples
-
-
-def sheets():
-    """An open box of five sheets, two of them inside out, with a hidden ball inside and a ball on top."""
-    box, turned = trimesh.creation.box((1, 1, 1)), np.array([2, 3, 8, 9])
-    faces = np.asarray(box.faces)[np.asarray(box.face_normals)[:, 1] > -.5].copy()
-    faces[turned] = faces[turned, ::-1]
-    above, inside = trimesh.creation.icosphere(2, .3), trimesh.creation.icosphere(2, .2)
-    above.apply_translation((0, .7, 0))
-    return trimesh.util.concatenate([trimesh.Trimesh(box.vertices, faces, process=False), above, inside])
+from geometry import mesh_files, meshes, prepare, real, soup, training_samples
 
 
 def white_soup(vertices, faces):
@@ -56,12 +46,18 @@ def test_soup_is_a_solid():
 
 
 def test_open_sheets_become_solid():
-    """A box without a bottom is hollow, and its walls are solid."""
-    mesh = sheets()
+    """A box of five sheets, two of them inside out, a ball on top and a hidden one: it is hollow, its walls are solid.
+    `side` is right only near the surface, and gives the same mesh as `distance`."""
+    box, turned = trimesh.creation.box((1, 1, 1)), np.array([2, 3, 8, 9])
+    faces = np.asarray(box.faces)[np.asarray(box.face_normals)[:, 1] > -.5].copy()
+    faces[turned] = faces[turned, ::-1]
+    above, inside = trimesh.creation.icosphere(2, .3), trimesh.creation.icosphere(2, .2)
+    above.apply_translation((0, .7, 0))
+    mesh = trimesh.util.concatenate([trimesh.Trimesh(box.vertices, faces, process=False), above, inside])
     solid = white_soup(mesh.vertices, mesh.faces)
-    inside = np.array([(.5, 0, 0), (0, .5, .1), (0, .7, 0)])              # a wall, the top, the ball on top
-    assert (solid.distance(inside) < 0).all()
+    assert (solid.distance(np.array([(.5, 0, 0), (0, .5, .1), (0, .7, 0)])) < 0).all()           # wall, top, ball
     assert (solid.distance(np.array([(.3, 0, .3), (.6, 0, 0)])) > 0).all()
+    assert all(map(np.array_equal, soup.surface_of(solid.side), soup.surface_of(solid.distance)))
 
 
 def test_a_flat_square_is_a_thin_solid():
@@ -75,11 +71,8 @@ def test_a_flat_square_is_a_thin_solid():
     assert [coverage.any() for coverage in pictures["picture_coverage"]] == [True, False]
 
 
-def test_a_mesh_needs_distances_only_near_the_surface():
-    """`side` is right only near the surface, and gives the same mesh as `distance`."""
-    mesh = sheets()
-    solid = white_soup(mesh.vertices, mesh.faces)
-    assert all(map(np.array_equal, soup.surface_of(solid.side), soup.surface_of(solid.distance)))
+BOX = {"box.off": trimesh.creation.box().export(file_type="off")}
+TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nusemtl a\nf 1/1 2/1 3/1\n"
 
 
 def library(path, models, entries, packing=zipfile.ZIP_STORED):
@@ -116,14 +109,13 @@ def test_library_is_read(tmp_path, capsys):
 
 def test_a_broken_library_costs_itself_alone(tmp_path):
     entry = {"name": "box", "model": "/box.off"}
-    files = {"box.off": trimesh.creation.box().export(file_type="off")}
-    library(tmp_path / "good.sh3f", files, [entry])
-    raw = bytearray(library(tmp_path / "newer.sh3f", files, [entry]).read_bytes())
+    library(tmp_path / "good.sh3f", BOX, [entry])
+    raw = bytearray(library(tmp_path / "newer.sh3f", BOX, [entry]).read_bytes())
     raw[raw.rindex(b"PK\1\2") + 6] = 84                      # the version of ZIP that is needed to read it: 8.4
     (tmp_path / "newer.sh3f").write_bytes(raw)
-    library(tmp_path / "packed.sh3f", files, [entry], zipfile.ZIP_LZMA)
+    library(tmp_path / "packed.sh3f", BOX, [entry], zipfile.ZIP_LZMA)
     os.mkfifo(tmp_path / "pipe.sh3f")
-    (tmp_path / "box.off").write_text(files["box.off"])
+    (tmp_path / "box.off").write_text(BOX["box.off"])
     items, skipped = real.list_items(tmp_path)
     assert [item.key for item in items] == ["good/1"]
     reasons = "version 8.4", "packed in an unusual way", "no regular file", "read for them alone"
@@ -131,15 +123,11 @@ def test_a_broken_library_costs_itself_alone(tmp_path):
     assert len(skipped) == len(reasons)
 
 
-def test_a_library_may_hold_odd_characters(tmp_path):
-    """A superscript is no number; a letter may be written as two halves, of which one may be missing."""
-    files = {"box.off": trimesh.creation.box().export(file_type="off")}
+def test_odd_libraries_are_read(tmp_path):
+    """A superscript is no number; half a surrogate pair may be missing; a model at the root has materials."""
     entry = {"model": "/box.off", "creator": r"\ud83d\ude00\ud83d", "name#\u00b2": "two"}
-    items, _ = real.list_items(library(tmp_path / "a.sh3f", files, [entry]))
+    items, _ = real.list_items(library(tmp_path / "a.sh3f", BOX, [entry]))
     assert items[0].author == "\U0001f600\ufffd"
-
-
-def test_a_model_at_the_root_of_a_library_has_materials(tmp_path):
     files = {"a.obj": "mtllib a.mtl\n" + TRIANGLE, "a.mtl": "newmtl a\nKd 1 0 0\n"}
     items, _ = real.list_items(library(tmp_path / "a.sh3f", files, [{"model": "/a.obj"}]))
     assert (mesh_files.shape(items[0]).colours == [1, 0, 0]).all()
@@ -173,74 +161,60 @@ def test_folder_is_read(tmp_path):
             real.list_items(tmp_path)
 
 
-def broken_files():
-    """Files that are no shapes: name -> content and the expected reason, a regular expression."""
-    header = {"asset": {"version": "2.0"}, "extensionsRequired": ["KHR_materials_unlit", "EXT_meshopt_compression"]}
-    return {"cut.glb": (trimesh.creation.box((1, 1, 1)).export(file_type="glb")[:200], "cannot be read"),
-            "packed.gltf": (json.dumps(header).encode(), "EXT_meshopt_compression"),
-            "empty.obj": (b"# nothing\n", "read|triangles"),
-            "nan.obj": (b"v 0 0 0\nv nan 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"),
-            "other.stl": (b"\x89PNG\r\n\x1a\n not a mesh at all", "read|triangles|finite|area"),
-            "flat.off": (b"OFF\n3 1 0\n0 0 0\n1 1 1\n2 2 2\n3 0 1 2\n", "without area"),
-            "point.obj": (b"v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "single point")}
+BROKEN = {  # files that are no shapes: name -> content and the expected reason, a regular expression
+    "cut.glb": (trimesh.creation.box().export(file_type="glb")[:200], "cannot be read"),
+    "packed.gltf": (b'{"asset": {"version": "2.0"}, "extensionsRequired": ["KHR_materials_unlit", "EXT_meshopt"]}',
+                    "EXT_meshopt"),
+    "empty.obj": (b"# nothing\n", "read|triangles"),
+    "nan.obj": (b"v 0 0 0\nv nan 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"),
+    "other.stl": (b"\x89PNG\r\n\x1a\n not a mesh at all", "read|triangles|finite|area"),
+    "flat.off": (b"OFF\n3 1 0\n0 0 0\n1 1 1\n2 2 2\n3 0 1 2\n", "without area"),
+    "point.obj": (b"v 1 1 1\nv 1 1 1\nv 1 1 1\nf 1 2 3\n", "single point")}
 
 
 def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
-    """Broken files are named with the reason, good ones are prepared; two files of one name in two folders are two."""
-    source = tmp_path / "source"
+    """Broken files are named with the reason, good ones are prepared, and judged by their own samples."""
+    source, cache = tmp_path / "source", tmp_path / "cache"
     for folder in ("one", "two"):
         (source / folder).mkdir(parents=True)
         trimesh.creation.icosphere(2).export(source / folder / "ball.obj")
-    broken = broken_files()
-    for name, (content, _) in broken.items():
+    for name, (content, _) in BROKEN.items():
         (source / name).write_bytes(content)
-    flags = ("--data", source, "--out", tmp_path / "cache", "--picture", tmp_path / "sheet.png", "--workers", 1)
-    assert run(data.main, *flags) == 0
+    assert run(data.main, "--data", source, "--out", cache, "--picture", tmp_path / "sheet.png", "--workers", 1) == 0
     assert "7 of 9 shapes" in capsys.readouterr().out and (tmp_path / "sheet.png").is_file()
-    table = next((tmp_path / "cache").glob("*/skipped.csv"))
-    with table.open() as file:
+    with next(cache.glob("*/skipped.csv")).open() as file:
         reasons = {row["file"]: row["reason"] for row in csv.DictReader(file)}
-    assert reasons.keys() == broken.keys()
-    assert all(re.search(broken[name][1], reason) for name, reason in reasons.items()), reasons
+    assert reasons.keys() == BROKEN.keys()
+    assert all(re.search(BROKEN[name][1], reason) for name, reason in reasons.items()), reasons
 
-    monkeypatch.setattr(real.Files, "in_split", lambda self, row: True)    # nothing is held out
-    split = data.prepare(out=tmp_path / "cache", kinds=("surface", "pictures"), data=source, workers=1)
+    monkeypatch.setattr(real.Files, "in_split", lambda self, row: True)       # nothing is held out
+    split = data.prepare(out=cache, kinds=("surface", "pictures"), data=source, workers=1)
     points, _, _ = split.cloud(np.array([1]), 100, np.random.default_rng(0))
     assert split.classes == ["one", "two", "one"] and points.norm(dim=-1).min() > .89
+    monkeypatch.setattr(judges, "grid_iou", lambda *_: 1.)    # slow, and it does not read the samples
+    judged = judges.judge_sdf({"sdf": TrueHead(split.shape(1))}, torch.zeros(1, 1), split, 1, None, nullcontext, 0)
+    assert judged["L1"] < .01                                 # true distances are those of the samples of this row
     monkeypatch.setitem(training_samples.TAKE, "surface", lambda *_: 1 / 0)
     prepare.prepare_chunk(split.folder, split.source, 0, ["surface"])
     again = data.Prepared(split.folder, split.source, ["surface"])
     assert "(ZeroDivisionError: division by zero)" in again.broken["one/ball.obj"]
 
 
-def test_files_are_judged_by_their_own_samples(tmp_path, monkeypatch):
-    """A head that gives the true distances is right at the queries of a row, also if an earlier file was left out."""
-    monkeypatch.setattr(judges, "grid_iou", lambda *_: 1.)          # slow, and it does not read the samples
-    for i in range(4):
-        trimesh.creation.box((1, 1, 1 + i)).export(tmp_path / f"box{i}.obj")
-    (tmp_path / "a.obj").write_text("v 1 2 3")
-    split = data.prepare("train", out=tmp_path / "cache", data=tmp_path, workers=1)
-    assert len(split) > 1 and (split.rows > np.arange(len(split))).all()
-    heads = {"sdf": TrueHead(split.shape(0))}
-    assert judges.judge_sdf(heads, torch.zeros(1, 1), split, 0, None, contextlib.nullcontext, 0)["L1"] < .01
-
-
 def test_file_that_crashes_its_loader(tmp_path):
     """A crash in somebody's C code costs that file alone."""
-    (tmp_path / "source").mkdir()
-    for name in ("a", "b", "c"):
-        trimesh.creation.box((1, 1, 1)).export(tmp_path / "source" / f"{name}.obj")
+    for name in "ab":
+        (tmp_path / f"{name}.off").write_text(BOX["box.off"])
     code = ("import os, data; from geometry import mesh_files; shape = mesh_files.shape\n"
-            "mesh_files.shape = lambda item: os.abort() if 'b.obj' in item.key else shape(item)\n"
-            f"print(data.prepare(out='{tmp_path}/cache', data='{tmp_path}/source', workers=1).broken)")
+            "mesh_files.shape = lambda item: os.abort() if item.key == 'a.off' else shape(item)\n"
+            f"print(data.prepare(out='{tmp_path}/cache', data='{tmp_path}', workers=1, kinds=['views']).broken)")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert "{'b.obj': 'the loader crashed twice on this file'}" in done.stdout, done.stderr
+    assert "{'a.off': 'the loader crashed twice on this file'}" in done.stdout, done.stderr
 
 
 def test_file_that_takes_too_long(tmp_path, monkeypatch):
     """A loader that never ends is stopped, also one that swallows the first exception."""
     def load(*_):
-        with contextlib.suppress(BaseException):
+        with suppress(BaseException):
             time.sleep(30)
         time.sleep(30)
 
@@ -248,7 +222,7 @@ def test_file_that_takes_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(mesh_files, "load_meshes", load)
     trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
     with pytest.raises(UserError, match="more than 1 seconds"):
-        mesh_files.shape(real.list_items(tmp_path)[0][0])
+        real.read_shape(tmp_path / "box.obj")
 
 
 def gltf(uri="", **parts):
@@ -258,9 +232,6 @@ def gltf(uri="", **parts):
         "asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
         "meshes": [{"primitives": [{"attributes": {"POSITION": 0}}]}], "accessors": [accessor],
         "bufferViews": [{"buffer": 0, "byteLength": 36}], "buffers": [{"byteLength": 36, "uri": uri}]} | parts)
-
-
-TRIANGLE = "v 0 0 0\nv 1 0 0\nv 0 1 0\nvt 0 0\nusemtl a\nf 1/1 2/1 3/1\n"
 
 
 @pytest.mark.parametrize("name, text, complaint", [
@@ -286,7 +257,7 @@ def test_hostile_meshes_are_refused(name, text, complaint, tmp_path):
     os.mkfifo(folder / "pipe")
     (folder / name).write_text(text)
     with pytest.raises(UserError, match=complaint):
-        mesh_files.shape(real.list_items(folder / name)[0][0])
+        real.read_shape(folder / name)
 
 
 @pytest.mark.parametrize("factor, vertex, srgb", [
@@ -299,14 +270,7 @@ def test_colours_of_gltf_are_light(factor, vertex, srgb, tmp_path):
     if vertex:
         mesh.visual.vertex_attributes["color"] = np.tile(np.uint8(vertex), (3, 1))
     (tmp_path / "a.glb").write_bytes(trimesh.exchange.gltf.export_glb(mesh))
-    assert np.allclose(mesh_files.shape(real.list_items(tmp_path / "a.glb")[0][0]).colours, srgb, atol=.01)
-
-
-def test_meshes_of_sample_keep_their_colours(tmp_path):
-    """What sample.py writes can be trained on."""
-    colours = np.tile(np.float32([.8, .5, .25]), (3, 1))
-    export.write_glb(tmp_path / "a.glb", np.eye(3, dtype=np.float32), np.array([[0, 1, 2]]), colours)
-    assert np.allclose(mesh_files.shape(real.list_items(tmp_path / "a.glb")[0][0]).colours, [.8, .5, .25], atol=.013)
+    assert np.allclose(real.read_shape(tmp_path / "a.glb").colours, srgb, atol=.01)
 
 
 def test_meshes_of_too_many_triangles_or_bytes_are_refused(tmp_path, monkeypatch):
@@ -314,15 +278,14 @@ def test_meshes_of_too_many_triangles_or_bytes_are_refused(tmp_path, monkeypatch
     (tmp_path / "a.bin").write_bytes(np.eye(3, dtype=np.float32).tobytes().ljust(10_000))
     twice = {"nodes": [{"mesh": 0}, {"mesh": 0}], "scenes": [{"nodes": [0, 1]}]}
     (tmp_path / "a.gltf").write_text(gltf("a.bin", **twice))
-    item = real.list_items(tmp_path / "a.gltf")[0][0]
-    mesh_files.shape(item)
+    real.read_shape(tmp_path / "a.gltf")
     monkeypatch.setattr(mesh_files, "MOST_FACES", 1)
     with pytest.raises(UserError, match="more than 1 triangles"):
-        mesh_files.shape(item)
+        real.read_shape(tmp_path / "a.gltf")
     (tmp_path / "a.gltf").write_text(gltf("a.bin", buffers=[{"byteLength": 36, "uri": "a.bin"}] * 3))
     monkeypatch.setattr(mesh_files, "MOST_BYTES", 20_000)
     with pytest.raises(UserError, match="the files that it names have more than 20,000 bytes"):
-        mesh_files.shape(item)
+        real.read_shape(tmp_path / "a.gltf")
 
 
 def test_a_texture_of_too_many_pixels_is_not_unpacked(tmp_path, monkeypatch):
@@ -332,7 +295,7 @@ def test_a_texture_of_too_many_pixels_is_not_unpacked(tmp_path, monkeypatch):
     (tmp_path / "a.obj").write_text("mtllib a.mtl\n" + TRIANGLE)
     for side, colour in ((40, (0, 0, 1)), (50, (1, 0, 0))):
         Image.new("RGB", (side, side), "blue").save(tmp_path / "a.png")
-        found = mesh_files.shape(real.list_items(tmp_path / "a.obj")[0][0]).colours[0]
+        found = real.read_shape(tmp_path / "a.obj").colours[0]
         assert np.allclose(found, colour, atol=.02)
 
 
@@ -353,5 +316,3 @@ def test_too_few_files_to_train_on(tmp_path, capsys):
     flags = ("--data", tmp_path / "box.obj", "--cache", tmp_path / "cache", "--out", tmp_path / "run")
     assert run(train.main, *flags) == 2
     assert_one_line(capsys.readouterr().err.split("\n")[-2], "two of each are needed")
-
-

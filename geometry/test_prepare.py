@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-import trimesh
 
 import data
 from conftest import same_files
@@ -67,37 +66,37 @@ def test_a_kind_of_samples_is_named_by_what_it_depends_on(monkeypatch):
 
     kinds = "surface", "records"
     before = [fingerprint(kind) for kind in kinds]
-    assert before == [fingerprint(kind) for kind in kinds]
     for what, same in (("parts", [False, True]), ("captions", [True, False])):
         monkeypatch.setattr(shapes, "make", functools.partial(changed, what=what))
         assert [fingerprint(kind) == old for kind, old in zip(kinds, before)] == same
 
 
-def four_boxes(folder):
-    folder.mkdir()
+@pytest.fixture
+def four_files(tmp_path, monkeypatch, in_threads):
+    """Four files; built-in shapes are read from them, which is quicker."""
     for i in range(4):
-        trimesh.creation.box((1, 1 + i, 1)).export(folder / f"box{i}.obj")
-    return folder
+        (tmp_path / f"shape{i}.obj").touch()
+    monkeypatch.setattr(mesh_files, "shape", lambda item: shapes.make(0, int(item.file[-5])))
+    return dict(data=tmp_path, workers=1)
 
 
-def test_shards_are_the_whole(tmp_path, monkeypatch, in_threads):
+def test_shards_are_the_whole(tmp_path, monkeypatch, four_files):
     """Two shares prepared one after the other = all at once; the first alone lacks the shapes of the other."""
     monkeypatch.setattr(prepare, "CHUNK", 2)
-    arguments = dict(data=four_boxes(tmp_path / "source"), workers=1)
-    whole = data.prepare(out=tmp_path / "whole", **arguments)
-    second = data.prepare(out=tmp_path / "shares", shard=(1, 2), **arguments)
-    both = data.prepare(out=tmp_path / "shares", shard=(0, 2), **arguments)
+    whole = data.prepare(out=tmp_path / "whole", **four_files)
+    second = data.prepare(out=tmp_path / "shares", shard=(1, 2), **four_files)
+    both = data.prepare(out=tmp_path / "shares", shard=(0, 2), **four_files)
     assert len(second) <= 2 and same_files(whole.folders["surface"], both.folders["surface"])
-    assert not len(data.prepare(out=tmp_path / "none", shard=(3, 4), **arguments))         # a share without a chunk
-    held_out = data.prepare("test", out=tmp_path / "whole", **arguments)
+    assert not len(data.prepare(out=tmp_path / "none", shard=(3, 4), **four_files))         # a share without a chunk
+    held_out = data.prepare("test", out=tmp_path / "whole", **four_files)
     assert held_out.folder == whole.folder and held_out.name != whole.name       # one folder; caches have the name
     assert len(held_out) == 2 and len(whole) == 4 and not set(held_out.rows) & set(whole.rows)
 
 
-def test_held_out_shapes_are_prepared_without_the_others(tmp_path, monkeypatch, in_threads):
+def test_held_out_shapes_are_prepared_without_the_others(tmp_path, monkeypatch, four_files):
     """Chunks of a shape each: those of training shapes and of their copies are left out."""
     monkeypatch.setattr(prepare, "CHUNK", 1)
-    split = data.prepare("test", out=tmp_path / "cache", data=four_boxes(tmp_path / "source"), workers=1)
+    split = data.prepare("test", out=tmp_path / "cache", **four_files)
     assert len(split) == len([*split.folders["surface"].glob("?????.json")]) == 2
 
 
