@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Trains checkpoints/tiny, vat and lost from nothing, in runs/. Nineteen hours of one or two CPU cores with bf16.
+#
+#     bash recipes/tiny.sh
+#
+# Resumable: train.py skips stages that are done. After each command: its minutes, and what the shipped weights reach.
+# These were trained in several runs, later ones as fine-tuning, whose steps are added up here (docs/RESULTS.md).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+tiny="python train.py --out runs/tiny"
+$tiny --stage encoders --steps 1000                                    #  12  full caption -> cloud R@1 .960
+$tiny --stage tokenizer --steps 3100                                   #  44  IoU .973
+$tiny --stage head --rep sdf --steps 4200                              #  26  IoU .980
+$tiny --stage vision --steps 4600                                      #  58  picture -> cloud R@1 .855
+$tiny --stage backbone --steps 8200                                    # 372  held_out .122
+$tiny --stage reconstruct --steps 1400                                 #  54  loss -.51, error .253
+$tiny --stage head --rep pc --steps 3000                               #  26  Chamfer .060, floor .055
+$tiny --stage head --rep mesh --steps 13500 --shapes 83200             #  90  .986 of the faces within 2 bins; 8 GB of data
+$tiny --stage head --rep gs --steps 2000                               #  49  PSNR 30.7 dB
+
+# checkpoints/vat: its generator trained on fixed codes for 5,000 steps; now latents are sampled at every step.
+vat="python train.py --model vat --from runs/tiny --out runs/vat"
+$vat --stage vat-latents --steps 1500                                  #  32
+$vat --stage vat-codes --steps 4500                                    #  49  IoU .943
+$vat --stage vat-decoder --steps 7500                                  #  76  IoU .953
+$vat --stage vat-generator --steps 5600                                # 165  prompt score .549
+
+# checkpoints/lost: trained as here.
+lost="python train.py --model lost --from runs/tiny --out runs/lost"
+$lost --stage lost-student --steps 1000                                #   2
+$lost --stage lost-registers --steps 2000                              #  46  Chamfer .030 of 64 registers, of the tokens .028
+$lost --stage lost-generator --steps 2000                              #  62  prompt score .555
+
+python evaluate.py generate --rep sdf --checkpoint runs/tiny           # prompt score .558, R-precision .913
+python evaluate.py generate --checkpoint runs/vat                      # prompt score .549, R-precision .885
+python evaluate.py generate --checkpoint runs/lost                     # prompt score .555, R-precision .938
