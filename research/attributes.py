@@ -1,25 +1,23 @@
-"""attributes.py - does a shape have the attribute that its prompt names? Measured on the solid itself.
+"""attributes.py - does a sample have the attribute that its prompt names? Measured on the solid itself.
 
 A checker takes o, the occupancy (x y z, y up, cropped to its bounding box), and measures one attribute of
 geometry/shapes.py. Thresholds lie half way between the builders' proportions. The checker of a colour takes `paint`
 instead, of the same size: the row of COLOURS that is nearest to the colour of each surface cell, elsewhere -1.
 
-    python evaluate.py attributes     # "a table with one leg": how many samples have one?
+    python evaluate.py attributes                # "a table with one leg": how many samples have one?
 """
 import numpy as np
 import torch
 from scipy import ndimage
 from scipy.ndimage import binary_erosion, binary_fill_holes
 from scipy.signal import find_peaks
-from tqdm import tqdm
 
-from engine.files import digest
-from evaluation import exam
-from evaluation.judges import occupancy, true_field
-from evaluation.results import ResultCache, labels, write_table, write_tables
 from geometry.shapes import COUNTS
+from geometry.surface import TRUNCATION, sdf_grid
 from geometry.words import COLOURS
 from heads import field_of
+from research import exam
+from research.results import labels, write_tables
 
 CELL = 2 / 64       # side of a cell of o; no part of a built-in shape is thinner than 2.8 cells
 SPECK = 8           # cells; every built-in shape is longer than 12 in each direction
@@ -204,9 +202,14 @@ ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, {value: p
     ("bottle", "second", colour(y=(.94, 1)), prompts("a black bottle with a {} cap", "red", "yellow"))]
 
 
+def true_field(shape):
+    """The field of a built-in shape, as that of a head: points k 3 -> distance, in truncations, and colour: k 4."""
+    return lambda x: torch.from_numpy(np.column_stack(shape.field(x.numpy())) / [TRUNCATION, 1, 1, 1]).float()
+
+
 def measure_shape(field):
-    """A field (evaluation/judges.py) -> o and paint, as checkers take them."""
-    o = occupancy(field)                                                          # x y z
+    """A field: points k 3 -> distance, colour -> o and paint, as checkers take them."""
+    o = sdf_grid(lambda x: field(x)[:, 0], 64) < 0            # x y z: vertices of the grid
     if not o.any():
         return o[:0], o[:0]
     surface = np.argwhere(o & ~binary_erosion(o))                                 # k 3
@@ -219,52 +222,30 @@ def measure_shape(field):
 
 
 def has_attribute(measured, attribute, checker, value):
-    """Does a shape, from `measure_shape`, have this value of the attribute? Empty shapes and specks do not."""
+    """Whether a shape, from `measure_shape`, has this value of the attribute. Empty shapes and specks do not."""
     o, paint = measured
     return min(o.shape) >= SPECK and checker(paint if attribute in ("colour", "second") else o) == value
 
 
 def evaluate_attributes(args):
-    """Prompts that name a visible attribute: does the solid that comes out have it?"""
-    right, tables, jobs, wanted = check_checkers(args), {}, [], {}
-    if args.check:
-        rows = [{"checker": key, "shapes": str(len(values)), "right": np.mean(values)} for key, values in right.items()]
-        return write_table(args.out, "attributes-check", rows, mean_row=True)
-    for name, attribute, checker, texts in ATTRIBUTES:
+    """Measures on the solid whether it has the visible attribute that its prompt names."""
+    tables, jobs, wanted = {}, [], {}
+    for _, *attribute, texts in ATTRIBUTES:
         for value, prompt in texts.items():
-            wanted[prompt] = name, attribute, checker, value
+            wanted[prompt] = *attribute, value
             jobs += [exam.Job(f"{prompt}-{i}", prompt, None, (args.seed, i)) for i in range(args.n)]
+    second = np.array([attribute == "second" for attribute, *_ in wanted.values()])               # prompts
     for folder, label in labels(args.checkpoint).items():
-        cache = exam.result_cache(args, label, folder, *exam.stages_of("sdf"), rgs=args.rgs)
+        cache = exam.result_cache(args, label, folder, "research.attributes")
         model = exam.open_model(args, folder).load_heads("sdf")
 
         def result_of(tokens, job):
             found = measure_shape(field_of(model.heads["sdf"], tokens, model.autocast))
-            return {"obeyed": has_attribute(found, *wanted[job.text][1:])}
+            return {"obeyed": has_attribute(found, *wanted[job.text])}
 
-        obeyed = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)["obeyed"].reshape(-1, args.n).mean(1)
-        tables[label] = [{"prompt": prompt, "obeyed": share, "checker": np.mean(right[f"{name}: {attribute}"])}
-                         for (prompt, (name, attribute, *_)), share in zip(wanted.items(), obeyed)]
-        second = np.array([attribute == "second" for _, attribute, *_ in wanted.values()])        # prompts
+        obeyed = exam.sample_all(model, jobs, cache, result_of)["obeyed"].reshape(-1, args.n).mean(1)
+        tables[label] = [{"prompt": prompt, "obeyed": share} for prompt, share in zip(wanted, obeyed)]
         print(f"{label}: {obeyed[~second].mean():.3f} in the mean of the {(~second).sum()} prompts without a second "
               f"colour, {obeyed[second].mean():.3f} of the {second.sum()} with one")
-    print(f"{args.n} samples a prompt. obeyed: the share that has it; checker: its right answers on held-out shapes")
+    print(f"obeyed: the share of {args.n} samples of a prompt that have its attribute")
     write_tables(args.out, args.command, tables)
-
-
-def check_checkers(args):
-    """Every checker on the held-out shapes themselves -> {"class: attribute": for each shape, was it right?}"""
-    test, right = exam.held_out(args), {}
-    cache = ResultCache(f"{args.out}/{args.command}/checkers", shapes=test.name, code=digest(*exam.CODE))
-    for row in tqdm(range(len(test)), desc="checking the checkers", unit="shape"):
-        if f"{row}" not in cache:
-            found, true = measure_shape(true_field(test.shape(row))), test.records[row]["attributes"]
-            result = {}
-            for name, attribute, checker, texts in ATTRIBUTES:
-                value = true.get(attribute)
-                if test.classes[row] == name and (attribute in ("colour", "second") and value or value in texts):
-                    result[f"{name}: {attribute}"] = has_attribute(found, attribute, checker, value)
-            cache.write(f"{row}", result)
-        for key, value in cache.read(f"{row}").items():
-            right.setdefault(key, []).append(value)
-    return right

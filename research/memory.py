@@ -1,9 +1,8 @@
-"""memory.py - are samples copies? How far they are from training shapes, over how far held-out shapes are.
-
-    python evaluate.py generate                                                  # built-in shapes, among other scores
-    python evaluate.py names --data path/to/meshes --checkpoint runs/meshes      # files; draws the nearest, too
+"""memory.py - are samples copies? Their distance to training shapes, over that of held-out shapes.
 
 The distance of two surfaces is that of their tokens, by LTM3D's tokenizer: the folder's own, if it has one.
+
+    python evaluate.py generate                  # one of its columns; and evaluate.py names
 """
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import tokenizer
 from data import prepare
 from engine.commands import UserError
 from engine.files import read_stage, trained_stages
-from evaluation import metrics
 from geometry.built_in import BuiltIn
 from geometry.prepare import name_begins, version
 from geometry.real import Files
 from models import MODELS, model_in
+from research import metrics
 
 BATCH = 64          # clouds encoded at once
 
@@ -35,16 +34,15 @@ def training_set_of(folder, args):
         source = BuiltIn("train", int(count), classes)
         flags = " ".join([f"--shapes {count}", *["--classes"] * bool(classes), *classes])
     if not (Path(args.cache) / source.name).is_dir():
-        print(f"memorisation is left out: {source.name} is not in {args.cache}; make it with: python data.py {flags}")
+        print(f"memorisation is left out: {source.name} is not in {args.cache}; prepare it with: python data.py {flags}")
         return None
     if version(source) != name:
         print(f"memorisation compares with {version(source)}, but {folder} learnt from {name}")
-    classes = None if args.data else source.classes
-    return prepare("train", source.count, args.cache, data=args.data, classes=classes)
+    return prepare("train", source.count, args.cache, data=args.data, classes=None if args.data else source.classes)
 
 
 class Memory:
-    """The training shapes as the tokenizer of a folder sees them."""
+    """The tokens of the training shapes, by the tokenizer of a folder."""
 
     def __init__(self, folder, device, autocast, train):
         self.encoder, self.device, self.autocast = tokenizer.load(folder).to(device), device, autocast
@@ -63,13 +61,10 @@ class Memory:
         """Distance of vectors s (n c) to their nearest training shapes, over that of held-out shapes."""
         return metrics.memorisation(x, new, self.known)
 
-    def nearest(self, x):                                     # s (n c) -> rows of the training set, s
-        return torch.cdist(x, self.known).argmin(1).tolist()
-
 
 def score_memorisation(train, args, model, samples, new):
-    """`memorisation` of samples, by held-out shapes `new`; and of copies: training shapes, with other points drawn. A
-    set of s shapes is points, normals, colours: s k 3 each."""
+    """`memorisation` of samples, by held-out shapes `new`; and of copies: training shapes, with other points. A set of s
+    shapes is points, normals, colours: s k 3 each."""
     if train is None:
         return {"memorisation": "", "of copies": ""}
     own = "tokenizer" in trained_stages(model.folder)

@@ -1,27 +1,20 @@
-"""peers.py - the peers of backbone.py: same shape tokens, same prompts, the same number of parameters, to 8 %.
+"""peers.py - the peers of backbone.py: same shape tokens, same prompts, as many parameters, to 8 %.
 
-A table without a peer says nothing. Two other ways to model all tokens x_1 ... x_n of a shape given a prompt T:
+Two other ways to model all tokens x_1 ... x_n of a shape given a prompt T:
 
     diffusion        p(X | T): a transformer denoises all tokens at once (as the generator of 3DShape2VecSet)
     autoregressive   prod_i p(x_i | x_1 ... x_{i-1}, T): one token after the other, in a fixed order, by a DenoiseNet
 
-Four other ways to give the condition to LTM3D's masked backbone:
+The masked backbone with another prefix, and on a harder task:
 
-    queries          the prefix of the paper: the q answers to learnt queries alone
-    unpooled         the condition tokens beside them, but not the mean of the prefix in every c_i
-    pooled           the mean of the condition tokens, through an MLP, is added to q learnt tokens (as MAR's class)
-    cross            the q learnt tokens do not depend on the prompt; every other block attends to the condition tokens
+    queries          the prefix of the paper: the q outputs of learnt queries alone
+    spaces           four latent spaces, each rotated differently: the paper's reason for a backbone per representation
 
-And a harder task for it, the paper's reason for a backbone per representation:
-
-    spaces           four latent spaces, each turned in a way of its own
-
-Of lost.py (the variants of vat.py: vat_parts.py):
+And a part of LoST:
 
     without-rida     its decoder learns from the flow alone
-    large            a generator with as many parameters as LTM3D's backbone at tiny
 
-    python -m evaluation.peers --from checkpoints/tiny --variant diffusion --out runs/diffusion      # flags of train.py
+    python -m research.peers --from checkpoints/tiny --variant diffusion --out runs/diffusion       # flags of train.py
     python evaluate.py versus                                                                       # compares all
 """
 from functools import partial
@@ -30,19 +23,17 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, repeat
 from torch import nn
 
 import lost
 import ltm3d
 import models
 import train
-import vat
-from backbone import DENOISERS, SIZES, Backbone, Flow, draw_noise, guidance_branches
+from backbone import DENOISERS, Backbone, Flow, draw_noise, guidance_branches
 from engine.commands import UserError, command
 from engine.networks import Block, time_embedding
-from evaluation import vat_parts
-from prefix import Conditions, Prefix
+from prefix import Prefix
 
 STEPS = 64    # of denoising all tokens at once
 
@@ -130,18 +121,18 @@ class Autoregressive(lost.Generator):
                                 temperature=temperature)
 
 
-# ---------------------------------------------------------------------------- other ways to condition the backbone
+# ---------------------------------------------------------------------------- the masked backbone, changed
 
-def no_summary(self, tokens, mask):
-    """Nothing of the prefix is added to context vectors."""
-    return 0.
-
-
-class Unpooled(Backbone):
-    """The mean of the prefix is not added to the context vectors."""
+class Queries(Backbone):
+    """The paper's prefix: the outputs of q learnt queries alone, whose mean is not added to the context vectors."""
 
     class Prefix(Prefix):
-        summary = no_summary
+        def forward(self, condition):
+            tokens, mask = super().forward(condition)                             # b (t + q) d, b (t + q)
+            return tokens[:, -len(self.query):], mask[:, -len(self.query):]
+
+        def summary(self, tokens, mask):
+            return 0.
 
     def __init__(self, *, prefix, dim, heads, widths, **rest):
         super().__init__(prefix=prefix, dim=dim, heads=heads, widths=widths, **rest)
@@ -149,88 +140,9 @@ class Unpooled(Backbone):
         del self.prefix.pool
 
 
-class Queries(Unpooled):
-    """The paper's prefix: the answers to q learnt queries."""
-
-    class Prefix(Unpooled.Prefix):
-        def forward(self, condition):
-            tokens, mask = super().forward(condition)                             # b (t + q) d, b (t + q)
-            return tokens[:, -len(self.query):], mask[:, -len(self.query):]
-
-
-class Pooled(Backbone):
-    """Its prefix: q learnt tokens; to each an MLP of the mean of the condition tokens is added."""
-
-    class Prefix(nn.Module):
-        summary = no_summary
-
-        def __init__(self, prefix, dim, widths):
-            super().__init__()
-            self.conditions = Conditions(widths, dim)
-            self.query = nn.Parameter(torch.randn(prefix, dim) * .02)             # q d
-            mlp = nn.Linear(dim, 6 * dim), nn.GELU(), nn.Linear(6 * dim, dim)     # 12 d^2 parameters, as a Block
-            self.feed = nn.Sequential(nn.LayerNorm(dim), *mlp)
-
-        def forward(self, condition):
-            context, mask = self.conditions(condition)                            # b t d, b t
-            weight = rearrange(mask / mask.sum(1, keepdim=True), "b t -> b t 1")
-            mean = reduce(context * weight, "b t d -> b 1 d", "sum")              # of tokens that are not masked
-            prefix = self.query + self.feed(mean)                                 # b q d
-            return prefix, torch.ones(prefix.shape[:2], dtype=torch.bool, device=prefix.device)
-
-    def __init__(self, *, prefix, dim, widths, **rest):
-        super().__init__(prefix=prefix, dim=dim, widths=widths, **rest)
-        self.prefix = self.Prefix(prefix, dim, widths)
-
-
-class ConditionBlock(Block):
-    """A block that attends to the condition tokens. Cross sets `condition`, tokens and mask, before every pass."""
-    condition = None
-
-    def forward(self, x, mask=None, rows=None):               # mask: of shape tokens, which it does not attend to
-        return super().forward(x, *self.condition, rows=rows)
-
-
-class Cross(Backbone):
-    """Blocks alternate: one attends to the shape tokens, the next to the condition tokens. The encoder has one block
-    more, in place of that of Prefix Learning."""
-
-    class Prefix(nn.Module):
-        """The condition tokens, which only ConditionBlocks read, and q learnt tokens."""
-        summary = no_summary
-
-        def __init__(self, prefix, dim, widths):
-            super().__init__()
-            self.conditions = Conditions(widths, dim)
-            self.query = nn.Parameter(torch.randn(prefix, dim) * .02)             # q d
-
-        def forward(self, condition):
-            context, mask = self.conditions(condition)                            # b t d, b t
-            query = repeat(self.query, "q d -> b q d", b=len(context)).to(context.dtype)
-            return torch.cat([context, query], 1), F.pad(mask, (0, len(self.query)), value=True)
-
-    def __init__(self, *, prefix, dim, heads, widths, **rest):
-        super().__init__(prefix=prefix, dim=dim, heads=heads, widths=widths, **rest)
-        self.prefix = self.Prefix(prefix, dim, widths)
-        encoder = len(self.encoder) + 1
-        blocks = [ConditionBlock(dim, heads, context_dim=dim) if i % 2 else Block(dim, heads)
-                  for i in range(encoder + len(self.decoder))]
-        self.encoder, self.decoder = nn.ModuleList(blocks[:encoder]), nn.ModuleList(blocks[encoder:])
-
-    def contexts(self, prefix, *rest):
-        (tokens, mask), q = prefix, len(self.prefix.query)                        # b (t + q) d, b (t + q)
-        for block in (*self.encoder, *self.decoder):
-            if isinstance(block, ConditionBlock):
-                block.condition = tokens[:, :-q], mask[:, :-q]
-        return super().contexts((tokens[:, -q:], mask[:, -q:]), *rest)
-
-
-# ---------------------------------------------------------------------------- several latent spaces
-
 class Spaces(Backbone):
-    """One backbone for four latent spaces. In each of them the channels of all tokens are multiplied by an orthogonal
-    matrix of its own, so that what a channel says in one space is nowhere to be found in another. A label names the
-    space."""
+    """One backbone for four latent spaces. In each the channels of all tokens are multiplied by another orthogonal
+    matrix: no channel means the same in two spaces. A label names the space."""
     takes_rgs = False
 
     def __init__(self, *, channels, dim, **rest):
@@ -249,7 +161,7 @@ class Spaces(Backbone):
         return super().loss(x @ self.rotation[self.space], condition, moment)
 
     def generate(self, condition, seeds, **options):
-        """Samples of all spaces, turned back; the seed decides of which."""
+        """Samples of all spaces, rotated back; the seed chooses the space."""
         if options.get("steer"):
             raise UserError("the reconstructor knows none of these latent spaces; give --rgs none")
         spaces = [np.random.default_rng(seed).integers(4) for seed in seeds]
@@ -264,25 +176,13 @@ class WithoutRIDA(lost.Codec):
     MEANING = 0.
 
 
-class LargeLoST(lost.Generator):
-    """With as many parameters as LTM3D's backbone at tiny, whatever the size of the run."""
-
-    def __init__(self, registers, width, widths, **smaller):
-        tiny = dict(SIZES["tiny"])
-        super().__init__(registers, width, widths, depth=tiny.pop("encoder") + tiny.pop("decoder"), **tiny)
-
-
 # ---------------------------------------------------------------------------- all of them
 
-GENERATORS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "unpooled": Unpooled,
-              "pooled": Pooled, "cross": Cross, "spaces": Spaces}
-VARIANTS = {"backbone": GENERATORS, **vat_parts.VARIANTS,                         # stage: {variant: class}
-            "lost-registers": {"without-rida": WithoutRIDA},
-            "lost-generator": {"without-rida": lost.Generator, "large": LargeLoST}}
+GENERATORS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "spaces": Spaces}
+VARIANTS = {"backbone": GENERATORS, "lost-registers": {"without-rida": WithoutRIDA},         # stage: {variant: class}
+            "lost-generator": {"without-rida": lost.Generator}}
 MODELS = models.MODELS | {                                    # the models, which load variants, too
     "ltm3d": SimpleNamespace(**vars(ltm3d) | {"load": partial(ltm3d.LTM3D, variants=VARIANTS)}),
-    "vat": SimpleNamespace(**vars(vat) | {"load": partial(vat.VAT, variants=VARIANTS),
-                                          "open_tokenizer": partial(vat.open_tokenizer, variants=VARIANTS)}),
     "lost": SimpleNamespace(**vars(lost) | {"load": partial(lost.LoST, variants=VARIANTS),
                                             "open_tokenizer": partial(lost.open_tokenizer, variants=VARIANTS)})}
 

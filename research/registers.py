@@ -1,6 +1,6 @@
-"""registers.py - what the first registers of lost.py keep of a shape; does its student find shapes that are alike?
+"""registers.py - what the first registers of LoST keep of a shape; does its student find similar shapes?
 
-    python evaluate.py registers      # of 1, 2, 4, ... registers; a picture of some
+    python evaluate.py registers      # decoded from 1, 2, 4 ... registers; a picture of some
     python evaluate.py search         # R@1, R@3 of several features
     python evaluate.py ablate-rida    # trained with RIDA and without
 """
@@ -15,15 +15,17 @@ import heads
 import lost
 import tokenizer
 from engine.commands import pick_device
-from evaluation import exam
-from evaluation.experiments import refuse_trained, train_stages
-from evaluation.metrics import chamfer, chamfer_matrix, cosine
-from evaluation.peers import VARIANTS
-from evaluation.results import interval, labels, write_table, write_tables
 from evaluation.search import find_folder
-from geometry.render import contact_sheet, render_mesh, save_png
+from geometry.render import render_mesh
 from geometry.training_samples import vertex_coloured
 from prompts import relations
+from research import exam
+from research.experiments import refuse_trained, train_stages
+from research.metrics import chamfer, chamfer_matrix, cosine
+from research.peers import VARIANTS
+from research.quality import save_sheet
+from research.results import interval, labels, write_table, write_tables
+from research.scores import Scorer
 
 STAGES = "lost-student", "lost-registers"
 SEEDS = 3           # of a prefix, in the picture
@@ -66,9 +68,9 @@ class Opened:
 def judge_registers(args, label, folder, only=()):
     """-> {k: mean scores of held-out shapes, decoded from k registers; None: from their tokens}; the Chamfer distance
     of two samplings of a shape; the model. only: these k."""
-    model, scorer = Opened(args, folder), exam.Scorer(args.scorer, args.device or "cpu")
+    model, scorer = Opened(args, folder), Scorer(args.scorer, args.device or "cpu")
     lengths, results = [k for k in (*model.codec.lengths, None) if not only or k in only], []
-    cache = exam.result_cache(args, label, folder, "tokenizer", "head-sdf", *STAGES, what="registers", lengths=lengths)
+    cache = exam.result_cache(args, label, folder, "research.registers", what="registers", lengths=lengths)
     count = min(args.shapes, len(model.test))
     for row in tqdm(range(count), unit="shape"):
         if str(row) not in cache:
@@ -120,9 +122,7 @@ def draw_prefixes(args, label, model):
     tokens = model.tokens(rows[0], args.seed)
     pictures += [model.mesh(model.made(tokens, k, seed), rng).picture(160) for k, seed in seeds]
     words = names * len(rows) + [f"{k}, seed {seed}" for k, seed in seeds]
-    path = f"{args.out}/{args.command}-{label}.png"
-    save_png(path, contact_sheet(pictures, len(names), words))
-    print(path)
+    save_sheet(args, f"{args.command}-{label}", pictures, len(names), words)
 
 
 # ---------------------------------------------------------------------------- search
@@ -132,7 +132,7 @@ def evaluate_search(args):
     """Held-out shapes as queries: is one of the shapes that share most with it among the nearest k others?"""
     tables = {}
     for folder, label in labels(args.checkpoint).items():
-        model, scorer = Opened(args, folder), exam.Scorer(args.scorer, args.device or "cpu")
+        model, scorer = Opened(args, folder), Scorer(args.scorer, args.device or "cpu")
         facts = relations.facts(model.test)
         shared = np.array([[len(a & b) / len(a | b) for b in facts] for a in facts])                  # r r
         tokens = torch.cat([model.tokens(row, args.seed) for row in tqdm(range(len(facts)), unit="shape")])
@@ -178,7 +178,6 @@ def compare_rida(args):
             scores.append(judge_registers(args, folder.name, folder, FEW)[0])
         for k in scores[0]:
             rows.append({"decoder": title, "registers": str(k)} | {
-                key: interval([score[k][key] for score in scores], 1 if key == "right class" else np.inf)
-                for key in scores[0][k]})
+                key: interval([score[k][key] for score in scores]) for key in scores[0][k]})
     print(f"means of {args.seeds} trainings, with 95 % confidence intervals; else as evaluate.py registers says")
     write_table(args.out, args.command, rows)

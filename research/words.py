@@ -1,10 +1,10 @@
-"""words.py - is a prompt understood that is worded in another way than the captions of training?
+"""words.py - are prompts understood that are worded unlike training captions?
 
-    prompts     written by templates that no caption has; each names a class, its colour and another attribute
+    prompts     by templates that no caption has; each names a class, its colour and another attribute
     pairs       "a low green table with one leg": the class with two attributes or three, in the order of captions
-    variants    "a red chair" with a slip of the keyboard, in the plural, or with a synonym
+    variants    "a red chair" with a typo, in the plural, or with a synonym
 
-A sample of each is measured: is the nearest held-out shape of its class, and has it what the prompt names?
+A sample of each is measured: is the nearest held-out shape of its class, and does it have the attributes?
 
     python evaluate.py words
 """
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+<<<<<<< HEAD
 from engine.commands import UserError
 from engine.files import atomic_write
 from evaluation import exam
@@ -23,8 +24,17 @@ from geometry.built_in import BuiltIn
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES, LEAVES
 from geometry.words import COLOURS, SYNONYMS, article
+=======
+from geometry.captions import SYNONYMS, article
+from geometry.prepare import BuiltIn
+from geometry.shapes import CLASSES, COLOURS, LEAVES
+>>>>>>> 64907ac (research/: shorter, without settings that no text cites; judge.py is what a stage measures of itself; results survive changed comments)
 from heads import field_of
 from prompts.reading import NEIGHBOURS
+from research import exam
+from research.attributes import ATTRIBUTES, colour, has_attribute, measure_shape
+from research.metrics import chamfer_matrix
+from research.results import labels, write_table
 
 MOTTLED = {"stool", "shelf"}          # classes whose first colour does not cover most of the surface
 TEMPLATES = ("I would like {a} {adjective} {noun} {detail}, {colour}", "{colour} {noun}, {adjective}, {detail}",
@@ -89,26 +99,25 @@ def write_pairs(count, seed):
     return prompts
 
 
-def slip(word, rng):
-    """Two letters swapped, one left out, one doubled, or one struck for its neighbour; never the first."""
+def typo(word, rng):
+    """Two letters swapped, one left out, one doubled, or one replaced by a neighbour on the keyboard; never the first."""
     i = int(rng.integers(1, len(word) - 1))
     near = sorted(set("".join(a + b for a, b in NEIGHBOURS if word[i] in (a, b))) - {word[i]})
-    slips = [word[:i] + word[i + 1] + word[i] + word[i + 2:], word[:i] + word[i + 1:], word[:i] + word[i] + word[i:],
+    typos = [word[:i] + word[i + 1] + word[i] + word[i + 2:], word[:i] + word[i + 1:], word[:i] + word[i] + word[i:],
              word[:i] + str(rng.choice(near)) + word[i + 1:]]
-    return str(rng.choice([other for other in slips if other != word]))  # equal letters swapped change nothing
+    return str(rng.choice([other for other in typos if other != word]))           # swapped equal letters change nothing
 
 
 def write_variants(count, seed):
-    """"a red chair" with a slip, in the plural, or with a synonym, in turn."""
+    """"a red chair" with a typo, in the plural, or with a synonym, in turn."""
     rng, prompts = np.random.default_rng(seed), []
     names = [name for name in CLASSES if name not in MOTTLED]
     while len(prompts) < count:
         name, kind = str(rng.choice(names)), len(prompts) % 3
         first = str(rng.choice(LEAVES if name == "tree" else list(COLOURS)))
-        words = [first, name]
-        i = int(rng.integers(2))
+        words, i = [first, name], int(rng.integers(2))
         if kind == 0 and len(words[i]) > 3:
-            words[i] = slip(words[i], rng)
+            words[i] = typo(words[i], rng)
         elif kind == 1:
             words[1] = {"shelf": "shelves", "bench": "benches"}.get(name, f"{name}s")
         elif kind == 2 and words[i] in OTHER_NAMES:
@@ -121,60 +130,28 @@ def write_variants(count, seed):
 
 
 def evaluate_words(args):
-    """Prompts in words of their own, slips, plurals and synonyms: the right class, with what they name?"""
+    """Samples prompts in other words, with typos, plurals and synonyms: the right class and attributes?"""
     references, classes = exam.clouds_and_classes(exam.held_out(args), args.seed)
-    rows = []
+    rows, kinds = [], {"prompts": write_prompts(args.count, args.seed), "pairs": write_pairs(args.count, args.seed),
+                       "variants": write_variants(args.count // 2, args.seed)}
     for folder, label in labels(args.checkpoint).items():
-        model = exam.open_model(args, folder).load_heads("sdf")
-        for what, prompts in (("prompts", write_prompts(args.count, args.seed)),
-                              ("pairs", write_pairs(args.count, args.seed)),
-                              ("variants", write_variants(args.count // 2, args.seed))):
-            cache = exam.result_cache(args, f"{label}-{what}", folder, *exam.stages_of("sdf"), rgs=args.rgs)
-            cloud_of = exam.shape_result(model, "sdf", 64)
+        model = exam.open_model(args, folder)
+        cloud_of = exam.shape_result(model, "sdf", 64)
+        for kind, prompts in kinds.items():
+            cache = exam.result_cache(args, f"{label}-{kind}", folder, "research.words", "research.attributes")
 
             def result_of(tokens, job):
                 found = measure_shape(field_of(model.heads["sdf"], tokens, model.autocast))
                 wanted = prompts[int(job.name.split("-")[1])].wanted
                 return cloud_of(tokens, job) | {"obeyed": np.mean([has_attribute(found, *want) for want in wanted])}
 
-            jobs = [exam.Job(f"{what}-{i}", prompt.text, None, (args.seed, i)) for i, prompt in enumerate(prompts)]
-            results = exam.sample_all(model, jobs, cache, result_of, rgs=args.rgs)
+            jobs = [exam.Job(f"{kind}-{i}", prompt.text, None, (args.seed, i)) for i, prompt in enumerate(prompts)]
+            results = exam.sample_all(model, jobs, cache, result_of)
             nearest = classes[chamfer_matrix(results["points"], references).argmin(1).numpy()]
             right, obeyed = nearest == np.array([prompt.name for prompt in prompts]), results["obeyed"]
-            rows.append({"checkpoint": label, "what": what, "right class": right.mean(), "attributes": obeyed.mean(),
-                         "all of it": (right & (obeyed == 1)).mean()})
+            rows.append({"checkpoint": label, "kind": kind, "right class": right.mean(), "attributes": obeyed.mean(),
+                         "all of them": (right & (obeyed == 1)).mean()})
             for prompt, ok, share in zip(prompts, right, obeyed):
                 if not ok or share < 1:
                     print(f"{'' if ok else 'another class, '}{share:.1f} of its attributes: {prompt.text}")
     write_table(args.out, args.command, rows)
-
-
-# ---------------------------------------------------------------------------- a stranger's prompts
-
-ASKED = (
-    "desk", "office chair", "tables", "a blue chiar", "ein roter Stuhl", "a chair and a table", "three chairs",
-    "a green lamp with a white base", "a black bottle with a red cap", "a red bed with a blue blanket",
-    "a tall white mug with a handle and a red stripe", "a stool with three legs", "a chair with three legs",
-    "a table with one leg", "a shelf with five boards", "a car without wheels", "a sofa with no arms", "sports car",
-    "christmas tree", "a wooden table", "a big round red table, please", "aeroplane with two engines", "a house",
-    "something to sit on", "\U0001fa91")
-
-
-def show_asked(args):
-    """The prompts of a stranger, whatever they are: what does the program say, and what does it make?"""
-    for folder, label in labels(args.checkpoint).items():
-        model, lines, pictures = exam.open_model(args, folder), ["| asked | the program says |", "| --- | --- |"], []
-        for prompt in ASKED:
-            try:
-                said = model.encoders.remarks(prompt)
-                tokens, = model.tokens([prompt], [(args.seed, 0)])                # n c
-                pictures.append(model.decode(tokens, seed=(args.seed, 0)).picture(192))
-            except UserError as error:
-                said = [f"error: {error}"]
-                pictures.append(np.full((192, 192, 3), 224, np.uint8))
-            lines.append(f"| {prompt} | {'; '.join(said)} |")
-        print(*lines, sep="\n")
-        with atomic_write(f"{args.out}/asked-{label}.md") as part:
-            part.write_text("\n".join(lines) + "\n")
-        save_png(f"{args.out}/asked-{label}.png", contact_sheet(pictures, 5, ASKED))
-        print(f"{args.out}/asked-{label}.md", f"{args.out}/asked-{label}.png", sep="\n")

@@ -1,0 +1,151 @@
+"""quality.py - how good are checkpoints? Reconstruction, samples of captions and names, retrieval, pictures.
+
+    python evaluate.py tokenizer                 # and generate, retrieval, images, cross-view
+"""
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+import torch
+from einops import repeat
+
+from data import turned_back, turns_to_front
+from engine.commands import pick_device
+from geometry import training_pictures, training_samples
+from geometry.render import contact_sheet, save_png
+from geometry.shapes import CLASSES
+from judge import JUDGES
+from prompts import image_tower, text_tower
+from research import exam
+from research.metrics import chamfer, chamfer_matrix, emd, fscore
+from research.results import labels, mean, write_table, write_tables
+from research.scores import Exam
+
+
+def save_sheet(args, name, *sheet):
+    """Pictures, how many a row, and their titles -> a contact sheet in --out."""
+    save_png(f"{args.out}/{name}.png", contact_sheet(*sheet))
+    print(f"{args.out}/{name}.png")
+
+
+def evaluate_tokenizer(args):
+    """Encodes and decodes held-out shapes."""
+    judge, tables = JUDGES[args.rep], {}
+    for folder, label in labels(args.checkpoint).items():
+        cache = exam.result_cache(args, label, folder)
+        results = exam.judge_reconstructions(args, folder, cache, partial(judge, points=100_000))
+        tables[label] = []
+        for name in sorted({result["class"] for result in results}):
+            rows = [result for result in results if result["class"] == name]
+            tables[label].append({"class": name, "shapes": str(len(rows))} | mean(rows))
+    print(" ".join(judge.__doc__.split()))
+    write_tables(args.out, f"{args.command}-{args.rep}", tables)
+
+
+def evaluate_generate(args):
+    """Scores samples of captions and class names."""
+    benchmark, rows, tables = Exam(args, args.n, args.shapes), [], {}
+    options = {"registers": args.registers} if args.registers else {}
+    for folder, label in labels(args.checkpoint).items():
+        cache, model = exam.result_cache(args, label, folder, **options), exam.open_model(args, folder)
+        scores, tables[label], named = benchmark.scores(model, cache, **options)
+        rows.append({"checkpoint": label} | scores)
+        chosen = [i * args.n + (4 * i + j) % args.n for i in range(len(benchmark.names)) for j in range(min(4, args.n))]
+        jobs = [benchmark.named[row] for row in chosen]       # of each class four, of different seeds
+        pictures = [exam.picture_of(model, args, named["tokens"][row], job, 160) for row, job in zip(chosen, jobs)]
+        save_sheet(args, f"{args.command}-{args.rep}-{label}", pictures, 8, [job.text for job in jobs])
+    print(f"{len(benchmark.captions)} captions, {len(benchmark.names)} class names with {args.n} samples each.")
+    print(" ".join(Exam.__doc__.split()))
+    write_tables(args.out, f"{args.command}-{args.rep}-names", tables)
+    real = {"checkpoint": "held-out shapes"} | benchmark.real()
+    write_table(args.out, f"{args.command}-{args.rep}", [{key: real.get(key, "") for key in rows[0]}, *rows])
+
+
+def evaluate_retrieval(args):
+    """Finds the clouds of 200 held-out shapes by a full caption, by a picture of any side."""
+    device, autocast, reason = pick_device(args.device, args.precision)
+    print(f"running on {reason}")
+    test, tables = exam.held_out(args, ("surface", "pictures")), {}
+    for folder, label in labels(args.checkpoint).items():
+        towers, vision = text_tower.load(folder).to(device), image_tower.load(folder).to(device)
+        with autocast():
+            recalls = {"caption": text_tower.retrieval(towers, test),
+                       "picture": image_tower.retrieval(vision, towers, test)}
+        tables[label] = [{"prompt": kind, "shapes": str(found["shapes"]), "R@1": found["recall_at_1"],
+                          "R@5": found["recall_at_5"]} for kind, found in recalls.items()]
+    write_tables(args.out, args.command, tables, means=False)
+
+
+# ---------------------------------------------------------------------------- pictures
+
+def evaluate_images(args):
+    """Samples held-out shapes from their name, any caption, the longest one, a picture of a random side, the last two."""
+    test, tables = exam.held_out(args, ("surface", "pictures")), {}
+    references, classes = exam.clouds_and_classes(test, args.seed)
+    rows = np.arange(min(args.shapes, len(test)))
+    any_caption, longest = test.draw_captions(rows, np.random.default_rng(args.seed)), exam.longest_captions(test, rows)
+    rng = np.random.default_rng(args.seed)
+    which = rng.integers(test.source.pictures, size=len(rows))                    # r, a picture of each shape
+    pictures, turns = test.pictures(rows, rng, which), test.turns(rows, which)    # r 3 s s, r
+    true, again = ([test.shape(row).surface(8192, np.random.default_rng((args.seed, row, i)))[0] for row in rows]
+                   for i in range(2))                         # r times k 3
+    nothing = [None] * len(rows)
+    prompts = {"name": (classes[rows].tolist(), nothing), "any caption": (any_caption, nothing),
+               "longest caption": (longest, nothing), "picture": (nothing, pictures),
+               "picture and longest caption": (longest, pictures)}
+    distances = lambda pairs: {"Chamfer": np.mean([chamfer(*pair) for pair in pairs]),
+                               "F-score": np.mean([fscore(*pair, .05) for pair in pairs])}
+    floor = {"prompt": "(two samplings of the true surface)", **distances([*zip(true, again)]), "right class": ""}
+    for folder, label in labels(args.checkpoint).items():
+        cache, model = exam.result_cache(args, label, folder, "research.quality"), exam.open_model(args, folder)
+        result_of = exam.shape_result(model, args.rep, args.resolution, 8192)
+        tables[label], columns = [floor], min(len(CLASSES), len(rows))
+        drawn = enlarged(pictures[:columns], 3)               # 3 SIZE = 192 pixels
+        for prompt, (texts, images) in prompts.items():
+            jobs = [exam.Job(f"{prompt}-{row}", text, image, (args.seed, int(row)))
+                    for row, text, image in zip(rows, texts, images)]
+            results = exam.sample_all(model, jobs, cache, result_of)
+            points = results["points"] if images is nothing else turned_back(results["points"], turns)    # r k 3
+            clouds = torch.from_numpy(points[:, :exam.POINTS].copy())
+            nearest = chamfer_matrix(clouds, references).argmin(1)                # r
+            tables[label].append({"prompt": prompt, **distances([*zip(points, true)]),
+                                  "right class": np.mean(classes[nearest] == classes[rows])})
+            drawn += [exam.picture_of(model, args, *pair) for pair in zip(results["tokens"][:columns], jobs)]
+            if args.data and prompt == "picture":             # sixty pictures, evenly spread, each beside its sample
+                chosen = np.linspace(0, len(jobs) - 1, min(60, len(jobs))).astype(int)
+                pairs = [[*enlarged(pictures[i:i + 1], 2), exam.picture_of(model, args, results["tokens"][i], jobs[i], 128)]
+                         for i in chosen]
+                save_sheet(args, f"pictures-{args.rep}-{label}", sum(pairs, []), 12)
+        names = [name for name in ("the picture", *prompts) for _ in range(columns)]
+        save_sheet(args, f"images-{args.rep}-{label}", drawn, columns, names)
+    print(f"{len(rows)} held-out shapes, one sample each. Chamfer distance to the true shape, F-score at .05, of 8192 "
+          "points")
+    write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
+
+
+def enlarged(pictures, times):
+    """Pictures b 3 s s -> b images of bytes, each (s times) (s times) 3."""
+    return [*repeat((pictures.clamp(0, 1) * 255).byte().numpy(), "b c h w -> b (h i) (w j) c", i=times, j=times)]
+
+
+def evaluate_views(args):
+    """Samples from eight views of a held-out shape: how far apart are they, without RGS and with its default?"""
+    test, tables, turns = exam.held_out(args), {}, turns_to_front(45 * np.arange(8))
+    for folder, label in labels(args.checkpoint).items():
+        cache, model = exam.result_cache(args, label, folder, "research.quality"), exam.open_model(args, folder)
+        tables[label], result_of = [], exam.shape_result(model, args.rep, args.resolution)
+        for row in range(min(args.shapes, len(test))):
+            name, shape = f"{test.classes[row]} {row}", test.shape(row)
+            unlit = training_samples.draw_pictures(shape, [(45 * i, 20) for i in range(8)])
+            views = training_pictures.relight(*unlit.values(), np.random.default_rng(0), vary=False)        # 8 3 s s
+            distances = {"shape": name}
+            for rule in ("none", "auto"):
+                jobs = [exam.Job(f"{name}, {rule}-{i}", None, view, (args.seed, i)) for i, view in enumerate(views)]
+                points = exam.sample_all(model, jobs, cache, result_of, rgs=rule)["points"]           # 8 k 3
+                pairs = list(combinations(turned_back(points, turns) if args.data else points, 2))
+                distances[f"Chamfer, {rule}"] = np.mean([chamfer(*pair) for pair in pairs])
+                distances[f"EMD, {rule}"] = np.mean([emd(*pair) for pair in pairs])
+            pair = [shape.surface(exam.POINTS, np.random.default_rng(i))[0] for i in range(2)]
+            tables[label].append(distances | {"Chamfer floor": chamfer(*pair), "EMD floor": emd(*pair)})
+    print(f"mean of all pairs of eight, {exam.POINTS} points each; floor: of two samplings of the true surface")
+    write_tables(args.out, f"{args.command}-{args.rep}", tables)

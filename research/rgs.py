@@ -1,0 +1,105 @@
+"""rgs.py - Reconstruction-Guided Sampling (LTM3D section 3.3): fidelity against diversity, by rules and weights.
+
+    python evaluate.py ablate-rgs --shapes 13 --seeds 3
+"""
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.commands import UserError
+from prompts import image_tower
+from research import exam
+from research.metrics import chamfer_matrix, cosine, kernel_distance
+from research.results import Interval, interval, labels, write_table
+from research.scores import Scorer
+
+REAL = "(the shapes themselves)"
+COLUMNS = ("prompt", "rule", "a, figure", "a, text", "window", "prompt score", "Chamfer to described", "kernel",
+           "share of diversity", "share of diversity less floor")
+
+
+def rgs_rules(args):
+    """{name of the rule: (a in the paper's figure, a in its text, window, options of sampling)}"""
+    rules = {"sampling only": ("", "", "", {"rgs": "none"})}
+    for a, window in [(a, .75) for a in args.alphas] + [(.1, window) for window in args.windows]:
+        name = f"a = {a:g}" if window == .75 else f"a = {a:g}, {window:g} of the steps"
+        rules[name] = f"{a:g}", f"{1 - a:g}", f"{window:g}", {"rgs": f"sampled={a}", "window": window}
+    return rules | {f"within {s:g} sigma": ("", "", "0.75", {"rgs": f"within={s}"}) for s in (1, 1.5, 2)}
+
+
+def rgs_scores(results, n, prompt_features, described, others, scorer):
+    """n samples of each of r prompts (features r e) of r shapes (clouds r k 3) -> how faithful, how diverse, how like
+    other held-out shapes (features s e)."""
+    k, same = exam.POINTS, torch.eye(n, dtype=torch.bool)
+    features = scorer.clouds(*(results[name][:, :k] for name in exam.CLOUD))      # (r n) e
+    points = torch.from_numpy(results["points"])                                  # (r n) 2k 3
+    first, second = points[:, :k].contiguous().split(n), points[:, k:].contiguous().split(n)      # r times n k 3
+    near = [chamfer_matrix(own, shape[None]).tolist() for own, shape in zip(first, described)]
+    pairs = [chamfer_matrix(*halves) for halves in zip(first, second)]            # r times n n
+    diversity = np.mean([matrix[~same].mean().item() for matrix in pairs])
+    floor = np.mean([matrix[same].mean().item() for matrix in pairs])             # two halves of one cloud
+    return {"prompt score": np.diag(cosine(np.repeat(prompt_features, n, 0), features)).mean(),
+            "Chamfer to described": np.mean(near), "kernel": kernel_distance(features, others),
+            "diversity": diversity, "diversity less floor": diversity - floor}
+
+
+def ablate_rgs(args):
+    """Compares the rules and weights of RGS by fidelity and diversity, with 95 % confidence intervals."""
+    if Path(args.scorer).suffix == ".py":
+        raise UserError(f"{args.scorer} has no features of pictures; --scorer takes a trained folder here")
+    test, rows = exam.held_out(args, ("surface", "pictures")), np.arange(args.shapes)
+    scorer, tower, table = Scorer(args.scorer, args.device or "cpu"), image_tower.load(args.scorer), []
+    (folder, label), = labels(args.checkpoint).items()
+    model = exam.open_model(args, folder)
+    result_of = exam.shape_result(model, args.rep, args.resolution, 2 * exam.POINTS)
+    pictures = test.pictures(rows, np.random.default_rng(args.seed))              # r 3 s s
+    names, captions = [test.classes[row] for row in rows], exam.longest_captions(test, rows)
+    with torch.no_grad():
+        features = {"name": scorer.texts(names), "caption": scorer.texts(captions),
+                    "picture": tower.embed(tower.tokens(pictures)[0]).numpy()}    # r e each
+    prompts = {"name": [(text, None) for text in names], "caption": [(text, None) for text in captions],
+               "picture": [(None, picture) for picture in pictures]}
+    described = test.cloud(rows, exam.POINTS, np.random.default_rng(args.seed))   # points, normals, colours: r k 3 each
+    rest = range(args.shapes, len(test)) or rows              # the other held-out shapes, where there are any
+    others = scorer.clouds(*test.cloud(rest, exam.POINTS, np.random.default_rng(args.seed)))            # s e
+    for kind in prompts:
+        prompt_score = np.diag(cosine(features[kind], scorer.clouds(*described))).mean()
+        table.append(dict.fromkeys(COLUMNS, "") | {"prompt": kind, "rule": REAL, "prompt score": prompt_score})
+        plain = None                                          # the scores of sampling only, the first rule
+        for rule, (figure, text, window, options) in rgs_rules(args).items():
+            scores = []
+            for seed in range(args.seed, args.seed + args.seeds):
+                cache = exam.result_cache(args, f"{label}/{kind}, {rule}, {seed}", folder, options=options, sample=seed)
+                jobs = [exam.Job(f"{kind}-{row}-{i}", *prompts[kind][row], (seed, int(row), i))
+                        for row, i in product(rows, range(args.n))]
+                results = exam.sample_all(model, jobs, cache, result_of, **options)
+                scores.append(rgs_scores(results, args.n, features[kind], described[0], others, scorer))
+            plain = plain or scores
+            row = {"prompt": kind, "rule": rule, "a, figure": figure, "a, text": text, "window": window}
+            for key in ("prompt score", "Chamfer to described", "kernel"):
+                row[key] = interval([score[key] for score in scores])
+            for key in ("diversity", "diversity less floor"):
+                row[f"share of {key}"] = interval([score[key] / base[key] for score, base in zip(scores, plain)])
+            table.append(row)
+    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {args.seeds} samplings. share of diversity: mean\n"
+          "Chamfer distance of pairs of samples of a prompt, over that of sampling only; less floor: without its floor")
+    write_table(args.out, args.command, table, draw=draw_rgs)
+
+
+def draw_rgs(plt, rows):
+    """A panel for each kind of prompt: diversity to the right, prompt score upwards."""
+    kinds, ends = list(dict.fromkeys(row["prompt"] for row in rows)), lambda x: x if isinstance(x, Interval) else (x, 0)
+    figure, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.2), squeeze=False, layout="constrained")
+    for axis, kind in zip(axes[0], kinds):
+        real, *others = [row for row in rows if row["prompt"] == kind]
+        axis.axhline(real["prompt score"], color="grey", linewidth=.5, linestyle="dashed", label=REAL)
+        axis.legend(loc="lower left", fontsize="x-small")
+        for row in others:
+            (x, dx), (y, dy) = ends(row["share of diversity less floor"]), ends(row["prompt score"])
+            axis.errorbar(x, y, dy, dx, "o", elinewidth=.5, markersize=4)
+            axis.annotate(row["rule"], (x, y), xytext=(1, 3), textcoords="offset points", size="x-small", rotation=55)
+        axis.margins(.16, .24)                                # room for the labels
+        axis.set(title=f"prompt: a {kind}", xlabel="share of diversity less floor", ylabel="prompt score")
+    return figure
