@@ -15,6 +15,7 @@ from research.metrics import chamfer_matrix, cosine, kernel_distance
 from research.results import Interval, interval, labels, write_table
 from research.scores import Scorer
 
+WITHIN = 1, 1.5, 2                                           # reaches of our rule, in standard deviations
 REAL = "(the shapes themselves)"
 COLUMNS = ("prompt", "rule", "a, figure", "a, text", "window", "prompt score", "Chamfer to described", "kernel",
            "share of diversity", "share of diversity less floor")
@@ -26,7 +27,7 @@ def rgs_rules(args):
     for a, window in [(a, .75) for a in args.alphas] + [(.1, window) for window in args.windows]:
         name = f"a = {a:g}" if window == .75 else f"a = {a:g}, {window:g} of the steps"
         rules[name] = f"{a:g}", f"{1 - a:g}", f"{window:g}", {"rgs": f"sampled={a}", "window": window}
-    return rules | {f"within {s:g} sigma": ("", "", "0.75", {"rgs": f"within={s}"}) for s in (1, 1.5, 2)}
+    return rules | {f"within {s:g} sigma": ("", "", "0.75", {"rgs": f"within={s}"}) for s in WITHIN}
 
 
 def rgs_scores(results, n, prompt_features, described, others, scorer):

@@ -13,10 +13,9 @@ import torch
 
 import evaluate
 import lost
-import vat
 from conftest import rows_of, run, train_small
 from engine import files
-from evaluation import exam, experiments, scales
+from research import experiments
 
 
 @pytest.fixture
@@ -40,38 +39,29 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
 
 def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, monkeypatch, capsys):
     """versus: two variants share a training, a second run trains nothing, other settings are an error."""
-    variants = {"LTM3D": ("", {}), "fewer steps": ("", {"steps": 8}), "pooled": ("--variant pooled", {})}
-    monkeypatch.setitem(experiments.VARIANTS, "versus", ("", variants))
-    small = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted, "--guidance", 1, 3
+    variants = {"LTM3D": ("", 1, {}), "few steps": ("", 1, {"steps": 8}), "half": ("--variant queries", 1 / 2, {})}
+    monkeypatch.setitem(experiments.VARIANTS, "versus", variants)
+    monkeypatch.setattr(experiments, "GUIDANCE", (1, 3))
+    small = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted
     assert experiment("versus", *small) == 0
     assert len(experiment.trainings) == 2
-    assert [row["variant"] for row in rows_of(tmp_path / "out/versus")] == ["held-out shapes", *variants]
+    rows = rows_of(tmp_path / "out/versus")
+    assert [row["variant"] for row in rows] == ["held-out shapes", *variants]
+    assert [row["steps"] for row in rows] == ["", "2", "2", "1"]
     settings, *_ = (tmp_path / "out").glob("guidance*/*/settings.json")
     assert json.loads(settings.read_text())["split"] == "validation"
-    assert (tmp_path / "out/versus-losses.png").is_file()
     assert experiment("versus", *small) == 0
     assert len(experiment.trainings) == 2
 
     other = shutil.copytree(overfitted, tmp_path / "other")
     files.save_weights(other / "tokenizer.safetensors", {"x": torch.zeros(1)})
     for flags, complaint in (
-            (("--steps", 3), "was trained with --train-shapes 2 --steps 2 --batch 2; give these flags"),
+            (("--steps", 3), "was trained with --train-shapes 2 --steps 2 --batch 2; give another --runs"),
             (("--checkpoint", overfitted, overfitted), "versus takes one --checkpoint"),
             (("--checkpoint", other), "was trained with another tokenizer than that in"),
-            (("--only", "pooled", "dinner"), "has no variant dinner, but LTM3D; fewer steps; pooled"),
             (("--scorer", "none.py"), "gives no features")):
         assert experiment("versus", *small, *flags) == 2
         assert complaint in capsys.readouterr().err
-
-
-def test_other_towers_are_shown_pictures(experiment, overfitted, tmp_path, monkeypatch):
-    """ablate-encoder: another text tower has no reconstructor, and is compared by pictures all the same."""
-    variants = {"built-in towers": ("", {}), "bag": ("--text-encoder bag", {})}
-    monkeypatch.setitem(experiments.VARIANTS, "ablate-encoder", ("", variants))
-    assert experiment("ablate-encoder", "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted,
-                      "--guidance", 1) == 0
-    _, built_in, bag = rows_of(tmp_path / "out/ablate-encoder")
-    assert float(bag["Chamfer to shown"]) > 0 < float(built_in["Chamfer to shown"])
 
 
 def test_overfit_compares_every_shape_with_its_own(experiment, tmp_path):
@@ -98,9 +88,9 @@ except KeyboardInterrupt:
 
 def test_a_stopped_experiment_lets_training_save(tmp_path, monkeypatch):
     """Ctrl-C while a variant is trained: the training has the seconds that it takes to save."""
-    (tmp_path / "evaluation").mkdir()
-    (tmp_path / "evaluation/peers.py").write_text(FAKE_TRAINING)
-    monkeypatch.setattr(exam, "ROOT", tmp_path)
+    (tmp_path / "research").mkdir()
+    (tmp_path / "research/peers.py").write_text(FAKE_TRAINING)
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
 
     def stop():
@@ -116,44 +106,27 @@ def test_a_stopped_experiment_lets_training_save(tmp_path, monkeypatch):
     assert (tmp_path / "saved").is_file()
 
 
-def test_training_is_launched_from_any_folder(tmp_path, monkeypatch, capfd):
-    """A user's relative folders keep their meaning: training runs in the user's folder, not in ours."""
-    monkeypatch.chdir(tmp_path)
-    assert experiments.launch(["--variant", "none"]) == 2
-    assert "invalid choice: 'none'" in capfd.readouterr().err
-
-
-def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch):
+def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch, capsys):
     """A rule that reaches everywhere is sampling only; a = 0 is not."""
-    flags = "--shapes 2 --n 2 --seeds 2 --resolution 32 --alphas 0 --windows --within 100 --prompts name".split()
-    folders = "--checkpoint", overfitted, "--scorer", overfitted, "--out", tmp_path
-    assert run(evaluate.main, "ablate-rgs", *flags, *folders) == 0
-    real, plain, blended, wide = rows_of(tmp_path / "ablate-rgs")
+    monkeypatch.setattr("research.rgs.WITHIN", (100,))
+    flags = "--shapes 2 --n 2 --seeds 2 --resolution 32 --alphas 0 --windows".split()
+    folders = "--checkpoint", overfitted, "--out", tmp_path
+    assert run(evaluate.main, "ablate-rgs", *flags, *folders, "--scorer", overfitted) == 0
+    real, plain, blended, wide = rows_of(tmp_path / "ablate-rgs")[:4]
     rules = [row["rule"] for row in (real, plain, blended, wide)]
     assert rules == ["(the shapes themselves)", "sampling only", "a = 0", "within 100 sigma"]
     for key in ("prompt score", "Chamfer to described", "share of diversity", "share of diversity less floor"):
         # the order of sums depends on the threads that are free, so the last digits may differ
-        assert float(wide[key]) == pytest.approx(float(plain[key]), rel=1e-4)
+        assert mean_of(wide[key]) == pytest.approx(mean_of(plain[key]), rel=2e-3)
     assert (blended["a, figure"], blended["a, text"], blended["window"]) == ("0", "1", "0.75")
-    assert float(plain["share of diversity"]) == 1
+    assert mean_of(plain["share of diversity"]) == 1
     assert blended["Chamfer to described"] != plain["Chamfer to described"]
+    assert run(evaluate.main, "ablate-rgs", *folders, "--scorer", "scorer.py") == 2
+    assert "has no features of pictures" in capsys.readouterr().err
 
 
-def test_variants_of_vat_are_trained_and_compared(experiment, overfitted, tmp_path, monkeypatch):
-    """ablate-vat: one shares the first phase of training, another does not; the first alone has a generator."""
-    small = dict(side=4, channels=8, codes=64, scales="1 2 3 4", features=6, dim=64, heads=4, depth=1)
-    monkeypatch.setitem(vat.SIZES, "small", small)
-    monkeypatch.setitem(vat.GENERATORS, "small", dict(dim=64, depth=1, heads=4, prefix=2))
-    monkeypatch.setattr(scales, "TITLES", {"": "ours", "scale-dropout": "dropout", "plain": "no Gaussian"})
-    monkeypatch.setattr(scales, "GENERATED", {""})
-    flags = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted
-    assert experiment("ablate-vat", *flags) == 0
-    ours, dropout, plain = rows_of(tmp_path / "out/ablate-vat")
-    assert len(experiment.trainings) == 3 + 1 + 2
-    assert 0 <= float(ours["CS-IoU"]) <= 1
-    assert ours["prompt score"] and not dropout["prompt score"]
-    assert experiment("ablate-vat", *flags) == 0
-    assert len(experiment.trainings) == 6
+def mean_of(cell):                                            # of a table: "0.525 ± 0.024"
+    return float(cell.split(" ")[0])
 
 
 def test_registers_are_trained_with_rida_and_without(experiment, overfitted, tmp_path, monkeypatch):
