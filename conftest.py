@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,12 @@ from torch import nn
 
 import backbone
 import data
-import evaluate
+import judge
 import reconstruct
 import tokenizer
 import train
 from engine import run as run_folder
 from engine.commands import command
-from evaluation import exam, experiments, peers, progress, words
 from geometry.surface import TRUNCATION
 from geometry.training_samples import KINDS
 from prompts import image_tower, text_tower
@@ -79,11 +79,10 @@ def prompted(b=3):
     return {"text": (torch.randn(b, 5, 32), mask[:b]), "image": (torch.randn(b, 4, 16), torch.ones(b, 4).bool())}
 
 
-def small_backbone(denoiser="flow", variant=None):
+def small_backbone(denoiser="flow", kind=backbone.Backbone):
     """-> a generator with random weights everywhere, also where training starts with zeros, and a condition."""
     torch.manual_seed(0)
-    settings = dict(tokens=27, channels=8, widths=WIDTHS, denoiser=denoiser) | SMALL[backbone]
-    model = peers.GENERATORS.get(variant, backbone.Backbone)(**settings).eval()
+    model = kind(tokens=27, channels=8, widths=WIDTHS, denoiser=denoiser, **SMALL[backbone]).eval()
     for p in (model.net if isinstance(model.net, nn.Module) else model.time).parameters():
         nn.init.normal_(p, std=.15)
     return model, prompted()
@@ -125,21 +124,21 @@ def prepared(tmp_path_factory):
     return prepare(once(tmp_path_factory, "prepared", prepare))
 
 
-def train_small(patch, folder, count, *args, watched=False, variants=peers.VARIANTS):
+def train_small(patch, folder, count, *args, watched=False):
     """train.py at the size SMALL, trained and tested on the same `count` shapes -> exit status.
     Only if `watched`, it draws pictures and measures, which takes longer than a few steps."""
     if not watched:
         black = np.zeros((160, 160, 3), np.uint8)
         results = dict(head_metrics={}, class_accuracy={}, samples=black, reconstructions=black)
         for name, value in results.items():
-            patch.setattr(progress, name, lambda *_, value=value, **__: value)
+            patch.setattr(judge, name, lambda *_, value=value, **__: value)
         patch.setattr(run_folder, "plot_losses", lambda panels, out: None)
     for module, size in SMALL.items():
         patch.setitem(module.SIZES, "small", size)
     patch.setattr(data, "prepare", lambda split, _, *rest, **more: PREPARE("train", count, *rest, **more))
-    patch.setattr(progress, "CLASSES", ("table", "chair"))
+    patch.setattr(judge, "CLASSES", ("table", "chair"))
     flags = "--size", "small", "--shapes", count, "--out", folder, "--cache", folder.parent / "cache"
-    return run(lambda: train.main(variants), *flags, *args)
+    return run(train.main, *flags, *args)
 
 
 @pytest.fixture(scope="session")
@@ -180,13 +179,13 @@ def examined(tmp_path_factory, monkeypatch):
     """The held-out shapes are four tables and four chairs, and so are the training shapes; few points of each."""
     def prepare(split="test", count=None, *_, kinds=("surface",), **flags):
         other, folder = "test" if split == "train" else "train", tmp_path_factory.getbasetemp() / "examined"
-        return data.prepare(other, 8, folder, kinds=kinds, classes=["table", "chair"], workers=1)
+        return PREPARE(other, 8, folder, kinds=kinds, classes=["table", "chair"], workers=1)
 
-    monkeypatch.setattr(exam, "POINTS", 64)
-    for module in (exam, experiments):
-        monkeypatch.setattr(module, "prepare", prepare)
-    for module in (exam, evaluate, words):
-        monkeypatch.setattr(module, "CLASSES", ("table", "chair"))
+    names = [path.stem for path in (HERE / "research").glob("*.py") if not path.stem.startswith("test_")]
+    for module in [import_module(f"research.{name}") for name in names if name != "fuzz"]:
+        for name, value in {"POINTS": 64, "prepare": prepare, "CLASSES": ("table", "chair")}.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
 
 
 def rows_of(path):

@@ -21,10 +21,12 @@ from torch import nn
 
 import heads
 from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, train_small
-from engine import files, loop, processes
+import train
+from engine import files, processes, step
 from engine import run as run_folder
 from engine.commands import UserError
 from engine.networks import QueryDecoder
+from engine.stage import Stage
 
 # ---------------------------------------------------------------------------- commands
 
@@ -48,8 +50,8 @@ def test_batches_are_drawn_ahead_for_a_gpu():
         return drawn[-1] if device == "cpu" else None
 
     def batches():
-        settings = dict(seed=0, settings={"encoders": 0}, micro_batches=2, train=None)
-        return loop.batches(SimpleNamespace(device=torch.device(device), **settings), "encoders", draw, 3, 23)
+        settings = dict(seed=0, micro_batches=2, train=None)
+        return step.batches(SimpleNamespace(device=torch.device(device), **settings), "encoders", draw, 3, 23)
 
     device = "cpu"
     seeds = [seed for seed, _ in batches()]
@@ -59,7 +61,7 @@ def test_batches_are_drawn_ahead_for_a_gpu():
     ahead = batches()
     first, _ = next(ahead)
     time.sleep(.2)
-    assert len(drawn) == 2 * loop.THREADS
+    assert len(drawn) == 2 * step.THREADS
     assert [first, *(seed for seed, _ in ahead)] == seeds
     assert sorted(drawn) == sorted(values)
     assert len(set(seeds)) == 40
@@ -70,25 +72,25 @@ def test_shares_of_loss_add_up_to_one():
     train = SimpleNamespace(rows=np.array([5, 6, 7, 5, 6, 7]), losses=[0., 1, 3, None, None, None])
     alone = SimpleNamespace(train=train, device=torch.device("cpu"), autocast=contextlib.nullcontext)
     loss_of = lambda model, batch: (torch.tensor(batch), {})
-    shares = loop.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows, rng: split.losses[rows[0]])
+    shares = step.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows, rng: split.losses[rows[0]])
     assert shares.tolist() == [0, .125, .375] * 2
 
 
 def test_a_module_may_learn_faster():
     """RATE multiplies the learning rate of a module's parameters, in both optimizers, and of no others."""
     plain, quick = QueryDecoder(2, 4, 64, 2, outputs=4), heads.MeshHead(2, 4, 64, 2)
-    groups = [group for opt in loop.optimizers(nn.ModuleList([plain, quick]), 1e-3) for group in opt.param_groups]
+    groups = [group for opt in step.optimizers(nn.ModuleList([plain, quick]), 1e-3) for group in opt.param_groups]
     rates = {p: group["rate"] for group in groups for p in group["params"]}
     assert heads.MeshHead.RATE != 1
     assert rates == {p: 1 for p in plain.parameters()} | {p: heads.MeshHead.RATE for p in quick.parameters()}
 
 
-def stop_in_step(step, stop):
+def stop_in_step(number, stop):
     """A learning rate that calls stop() when training comes to this step."""
-    learning_rate = loop.learning_rate
+    learning_rate = train.learning_rate
 
     def rate(current, steps, peak):
-        if current == step:
+        if current == number:
             stop()
         return learning_rate(current, steps, peak)
     return rate
@@ -104,9 +106,9 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     """Every stage, killed once (SIGTERM) between two log lines and started again = never killed: losses and weights."""
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(loop, "CHECK", 4)
+    monkeypatch.setattr(train, "CHECK", 4)
     assert train_small(monkeypatch, whole, 4, *flags) == 0
-    monkeypatch.setattr(loop, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(train, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
     for stage in CHAIN:
         assert train_small(monkeypatch, cut, 4, *flags, "--stage", stage) == 130
         assert (cut / f"{stage}.state.safetensors").is_file()
@@ -120,6 +122,18 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
         assert log_rows(cut / f"{stage}.csv") == rows
 
 
+@pytest.mark.parametrize("flag, value", [("--steps", 8), ("--seed", 1), ("--batch", 2)])
+def test_a_stopped_stage_refuses_other_flags(tmp_path, monkeypatch, capsys, flag, value):
+    flags = {"--steps": 6, "--batch": 4, "--seed": 0, "--stage": "encoders"}
+    train_once = lambda flags: train_small(monkeypatch, tmp_path, 4, *(word for pair in flags.items() for word in pair))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
+        assert train_once(flags) == 130
+    capsys.readouterr()
+    assert train_once(flags | {flag: value}) == 2
+    assert f"was begun with {flag} {flags[flag]}, not {value}" in capsys.readouterr().err
+
+
 def train_line(folder, bad, monkeypatch, steps=12):
     """Trains y = W x for `steps` steps; the data of the steps `bad` are not numbers. -> the model that `fit` gives."""
     def draw(split, rng):
@@ -129,12 +143,13 @@ def train_line(folder, bad, monkeypatch, steps=12):
         for step in range(steps):
             yield 0, draw(None, np.random.default_rng(step)) * (float("nan") if step in bad else 1)
 
-    monkeypatch.setattr(loop, "batches", batches)
-    monkeypatch.setattr(loop, "CHECK", 4)
-    run = SimpleNamespace(folder=folder, settings={"line": (steps, 4, .1)}, device=torch.device("cpu"), recompute=False,
-                          shard=False, autocast=contextlib.nullcontext, micro_batches=1, train=None, test=None)
+    monkeypatch.setattr(train, "batches", batches)
+    monkeypatch.setattr(train, "CHECK", 4)
+    run = SimpleNamespace(folder=folder, stages={"line": Stage("line", None, steps, 4, .1)}, device=torch.device("cpu"),
+                          recompute=False, shard=False, autocast=contextlib.nullcontext, micro_batches=1, train=None,
+                          test=None, seed=0)
     torch.manual_seed(0)
-    return loop.fit(run, "line", nn.Linear(64, 64), draw, lambda model, x: (((model(x) - x) ** 2).mean(), {}))[0]
+    return train.fit(run, "line", nn.Linear(64, 64), draw, lambda model, x: (((model(x) - x) ** 2).mean(), {}))[0]
 
 
 def test_steps_whose_gradients_are_not_finite_are_skipped(tmp_path, monkeypatch):
@@ -214,8 +229,8 @@ def one_of_two(rank, ports, folder, source):
         stop = {("terminated", 1): lambda: signal.raise_signal(signal.SIGTERM), ("died", 1): lambda: os._exit(9)}
         flags = ["--from", source, *BACKBONE] + ["--shard"] * (end == "terminated")
         with pytest.MonkeyPatch.context() as patch, (folder / f"{end}-{rank}.txt").open("w") as errors:
-            patch.setattr(loop, "SAVE", 3)
-            patch.setattr(loop, "learning_rate", stop_in_step(5, stop.get((end, rank), lambda: None)))
+            patch.setattr(train, "SAVE", 3)
+            patch.setattr(train, "learning_rate", stop_in_step(5, stop.get((end, rank), lambda: None)))
             patch.setattr(sys, "stderr", errors)
             status = train_small(patch, folder / end, 2, *flags)
         (folder / f"{end}-{rank}.status").write_text(f"{status}")

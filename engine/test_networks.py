@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import nn
 
 from conftest import small_backbone
-from engine import commands, loop, muon, networks
+from engine import commands, networks, step
 
 
 @pytest.mark.parametrize("bf16, tolerance", [(False, 1e-5), (True, .03)], ids=["fp32", "bf16"])
@@ -87,9 +87,9 @@ def test_features_are_interpolated():
 def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
     """Three steps end where those of torch.optim.Muon do. That one always rounds to bf16; in fp32 ours does not."""
     torch.manual_seed(0)
-    monkeypatch.setattr(muon, "has_bf16", lambda device: bf16)
+    monkeypatch.setattr(step, "has_bf16", lambda device: bf16)
     ours, theirs = (nn.Parameter(torch.ones(shape)) for _ in range(2))
-    optimizers = (muon.Muon([ours], 1e-2, decay=.01),
+    optimizers = (step.Muon([ours], 1e-2, decay=.01),
                   torch.optim.Muon([theirs], 1e-2, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
     for _ in range(3):
         ours.grad = torch.randn(shape)
@@ -118,7 +118,7 @@ def test_recomputed_blocks_learn_the_same():
     """--recompute: the same losses and gradients, with fewer stored activations."""
     (plain, condition), (recomputed, _) = small_backbone(), small_backbone()
     recomputed.load_state_dict(plain.state_dict())
-    loop.recompute_blocks(recomputed)
+    step.recompute_blocks(recomputed)
     x, losses, stored = torch.randn(3, 27, 8), [], []
     for model in (plain, recomputed):
         sizes = []
