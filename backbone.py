@@ -23,7 +23,7 @@ import heads
 import tokenizer
 from engine.commands import UserError
 from engine.files import load_stage
-from engine.networks import Block, time_embedding
+from engine.networks import Block, flow_pair, time_embedding
 from engine.stage import Stage
 from prefix import Prefix
 
@@ -133,9 +133,8 @@ class Flow:
     @staticmethod
     def loss(net, x, z):                                      # k c, k d -> mean squared error
         t = torch.randn(len(x), device=x.device).sigmoid()    # logit-normal: most effort in the middle
-        noise = torch.randn_like(x)
-        t_ = rearrange(t, "k -> k 1")
-        return F.mse_loss(net((1 - t_) * noise + t_ * x, t, z), x - noise)
+        noisy, velocity = flow_pair(x, rearrange(t, "k -> k 1"))                  # k c
+        return F.mse_loss(net(noisy, t, z), velocity)
 
     @staticmethod
     def sample(net, z, noise, steps, strengths=(), temperature=1.):
@@ -266,7 +265,7 @@ class Backbone(nn.Module):
         for step, (known, then) in enumerate(schedule(n, steps)):
             new = order[:, known:then]                                            # b m, the tokens of this step
             blended = blend(x) if step < rgs_steps else x                         # b n c, RGS; only known tokens count
-            strength = ramp(strengths, known, n) if known else []                 # at first the conditional branch alone
+            strength = ramp(strengths, known, n) if known else []                 # at first 1: no other branch
             r = len(strength) + 1
 
             # MAE: z_i = f(prefix, known tokens), in all r branches; the fully conditional one sees the blend

@@ -100,8 +100,8 @@ def load(folder, stage, device="cpu"):
 # ---------------------------------------------------------------------------- training data of generators
 
 def prompted_tokens(run, stage, encoder, file="tokenizer"):
-    """What a generator learns from: frozen towers, the sizes of tokens, and a function that draws a batch of tokens, with
-    one caption and one picture of each shape. encoder: clouds -> tokens; file: the name of its weights."""
+    """What a generator learns from: frozen towers, the sizes of tokens, and a function that draws a batch of tokens,
+    with one caption and one picture of each shape. encoder: clouds -> tokens; file: the name of its weights."""
     towers, encoder = make(run.folder, **run.encoder_names, device=run.device), encoder.to(run.device)
     tokens = {split: tokenizer.encode(run, encoder, split.repeated(8), file=file)
               for split in (run.train, run.test)}             # shapes n c
@@ -145,7 +145,8 @@ def train_vision(run):
     """The image tower, with the cloud tower, and a linear reader that is discarded."""
     # data: of each shape a cloud and VIEWS pictures
     aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
-    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8)) for split in (run.train, run.test)}   # shapes n c
+    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8))
+              for split in (run.train, run.test)}             # shapes n c
 
     def draw(split, rng):
         count = -(-run.micro_batch_size("vision") // image_tower.VIEWS)           # k; of one picture, too, one
@@ -183,4 +184,4 @@ def train_vision(run):
 
 
 TEXT = Stage("encoders", train_text, 800, 128, 1e-3)
-VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",), pictures=True)     # it predicts shape tokens
+VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",), pictures=True)

@@ -29,7 +29,7 @@ from torch import nn
 import tokenizer
 from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
-from engine.networks import Block, QueryDecoder, from_patches, time_embedding
+from engine.networks import Block, QueryDecoder, flow_pair, from_patches, time_embedding
 from engine.stage import Stage
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.light import baked_light
@@ -105,9 +105,9 @@ class PointHead(QueryDecoder):
         final = x.shape[1] // 4
         t = torch.rand(*x.shape[:2], 1, device=x.device)                                  # b k 1, one for each point
         t[:, :final] = 1
-        noise = torch.randn_like(x)                                                       # b k 3
-        y = self.velocity(self.read(tokens), (1 - t) * noise + t * x, t[..., 0])          # b k 9
-        flow = F.mse_loss(y[:, final:, :3], (x - noise)[:, final:])
+        noisy, velocity = flow_pair(x, t)                                                 # b k 3
+        y = self.velocity(self.read(tokens), noisy, t[..., 0])                            # b k 9
+        flow = F.mse_loss(y[:, final:, :3], velocity[:, final:])
         normal = F.l1_loss(y[:, :final, 3:6], batch["normals"][:, :final])
         colour = F.l1_loss(y[:, :final, 6:9], batch["colours"][:, :final])
         logs = {"flow": flow.detach(), "normal": normal.detach(), "colour": colour.detach()}

@@ -48,7 +48,8 @@ class Reconstructor(nn.Module):
         x = self.cross(repeat(self.query, "n d -> b n d", b=len(context)), context, mask)
         for block in self.blocks:
             x = block(x)                                                          # b n d
-        return self.out(x).float(), self.log_variance(x.detach()).float()         # detach: MSE alone decides the guess
+        log_variance = self.log_variance(x.detach()).float().clamp(-10, 10)       # detach: MSE alone decides the guess
+        return self.out(x).float(), log_variance
 
     def loss(self, tokens, condition):
         """tokens b n c -> mean squared error + negative log likelihood, and both for the log."""

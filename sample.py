@@ -50,8 +50,8 @@ def check_numbers(**values):
 # ---------------------------------------------------------------------------- a checkpoint folder, opened
 
 class Sampler:
-    """Prompts -> shape tokens -> shapes. A model is a subclass: it adds LAST, its last stage; OPTIONS, those of sampling
-    with their defaults; `open`, which loads its generator; and `shape_tokens`."""
+    """Prompts -> shape tokens -> shapes. A model is a subclass: it adds LAST, its last stage; OPTIONS, those of
+    sampling with their defaults; `open`, which loads its generator; and `shape_tokens`."""
 
     def __init__(self, folder, device=None, precision=None):
         self.folder = folder
@@ -68,8 +68,8 @@ class Sampler:
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, **options):
-        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: those of OPTIONS; None
-        stands for the default."""
+        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: those of OPTIONS;
+        None stands for the default."""
         options = {option: value for option, value in options.items() if value is not None}
         if unknown := options.keys() - self.OPTIONS.keys():
             flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))

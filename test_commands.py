@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from evaluation import attributes
 
 import sample
 from conftest import HERE, assert_one_line, run, same_files
 from engine import files
 from engine.commands import UserError, pick_device
-from evaluation import attributes
 from geometry import export
 from heads import field_of
 

@@ -182,7 +182,8 @@ def test_a_head_goes_on_where_the_tokenizer_left_it(overfitted, tmp_path, monkey
 
 
 @pytest.mark.parametrize("flags, complaint", [
-    (["--stage", "dinner"], "ltm3d has no stage dinner, but encoders"), (["--out", ""], "--out is empty"), (["--steps", "0"], "--steps: must be at least 1"),
+    (["--stage", "dinner"], "ltm3d has no stage dinner, but encoders"), (["--out", ""], "--out is empty"),
+    (["--steps", "0"], "--steps: must be at least 1"),
     (["--lr", "nan"], "--lr: must be between"), (["--seed", "-1"], "--seed: must be"), (["--shapes", "x"], "invalid"),
     (["--bacth", "3"], "unrecognized arguments: --bacth"),
     (["--device", "toaster"], "--device toaster cannot be used here"),

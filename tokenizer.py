@@ -17,7 +17,7 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.files import atomic_write, digest, load_stage
-from engine.networks import BANDS, Block, FromCells, fourier, from_patches, grid_points, to_patches
+from engine.networks import BANDS, Block, FromCells, PointEmbedding, from_patches, grid_points, to_patches
 from engine.stage import Stage
 
 # n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads look features up in a grid, of
@@ -42,7 +42,7 @@ class Tokenizer(nn.Module):
         self.points = 4096 if cells else 2048                 # how many it reads; in training, half as many
         self.register_buffer("anchors", grid_points(side), persistent=False)             # n 3
         width = 64 if cells else dim                                                     # e
-        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, width))
+        self.point = PointEmbedding(dim, width, BANDS)
         self.query = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.cells = FromCells(side, cells // 2, width, dim) if cells else None
         self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim) for _ in range(0 if cells else 2))
@@ -55,7 +55,7 @@ class Tokenizer(nn.Module):
 
     def forward(self, points, normals, colours):              # b k 3 each -> b n c
         b = len(points)
-        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k e
+        context = self.point(points, normals, colours)                            # b k e
         x = repeat(self.query, "n d -> b n d", b=b)                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=b)                       # b n 3
         if self.cells:                                        # a token reads the points in its own cells, once
@@ -118,8 +118,8 @@ def load(folder):
 # ---------------------------------------------------------------------------- training: data, model, loss, save
 
 def head_losses(heads, tokens, samples, share=1.):
-    """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads are scaled to
-    one norm, the micro-batch's share of the batch: all pull equally hard at the tokenizer, whatever their losses."""
+    """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads are scaled
+    to one norm, the micro-batch's share of the batch: all pull equally hard at the tokenizer, whatever their losses."""
     losses, logs = [], {}
     for rep, batch in samples.items():
         x = tokens[:len(next(iter(batch.values())))].clone()                                  # b n c

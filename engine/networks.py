@@ -127,6 +127,17 @@ def fourier(x, bands):
     return torch.cat([x, rearrange(torch.cat([angle.sin(), angle.cos()], -1), "... i f -> ... (i f)")], -1)
 
 
+class PointEmbedding(nn.Sequential):
+    """Coloured oriented points -> features of each."""
+
+    def __init__(self, dim, out, bands):
+        super().__init__(nn.Linear(3 + 6 * bands + 6, dim), nn.GELU(), nn.Linear(dim, out))
+        self.bands = bands
+
+    def forward(self, points, normals, colours):              # b k 3 each -> b k out
+        return super().forward(torch.cat([fourier(points, self.bands), normals, colours], -1))
+
+
 def time_embedding(t, dim):
     """t in [0, 1]: b -> b dim: sines and cosines of 1000 t, wavelengths from 2 pi to 20,000 pi."""
     rate = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -138,6 +149,12 @@ def grid_points(side, device=None):
     """Centres of a side^3 grid of cells over [-1, 1]^3: side^3 3. Row (x side + y) side + z; y is up."""
     axis = (torch.arange(side, device=device) + .5) * 2 / side - 1
     return rearrange(torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1), "x y z i -> (x y z) i")
+
+
+def flow_pair(x, t):
+    """A rectified flow, noise at t = 0 and x at t = 1: x_t = (1 - t) noise + t x, and its velocity x - noise."""
+    noise = torch.randn_like(x)
+    return (1 - t) * noise + t * x, x - noise
 
 
 # ---------------------------------------------------------------------------- grids of tokens and of features

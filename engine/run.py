@@ -138,8 +138,8 @@ class Run:
             return
         entry = read_stage(self.source, stage)
         if any(entry.get(name, value) != value for name, value in settings.items()):
-            raise UserError(f"the {stage} of {self.source} cannot be fine-tuned: its size, denoiser, encoder or variant "
-                            "is another; give the flags that it was trained with")
+            raise UserError(f"the {stage} of {self.source} cannot be fine-tuned: its size, denoiser, encoder or "
+                            "variant is another; give the flags that it was trained with")
         for name, module in files.items():
             path = f"{self.source}/{name}.safetensors"
             saved = read_weights(path)

@@ -16,4 +16,4 @@ class Stage(NamedTuple):
     variants: dict = {}         # other classes for what it trains: {name: class}
 
 
-RELATIVES = "vat", "lost"    # models beside LTM3D: relatives/<name>.py has stages <name>-..., the last is <name>-generator
+RELATIVES = "vat", "lost"    # models beside LTM3D: relatives/<name>.py, with stages <name>-... to <name>-generator

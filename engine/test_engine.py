@@ -20,8 +20,8 @@ import trimesh
 from torch import nn
 
 import heads
-from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, train_small
 import train
+from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, train_small
 from engine import files, processes, step
 from engine import run as run_folder
 from engine.commands import UserError
@@ -140,8 +140,8 @@ def train_line(folder, bad, monkeypatch, steps=12):
         return torch.full((4, 64), rng.normal())
 
     def batches(*_):
-        for step in range(steps):
-            yield 0, draw(None, np.random.default_rng(step)) * (float("nan") if step in bad else 1)
+        for i in range(steps):
+            yield 0, draw(None, np.random.default_rng(i)) * (float("nan") if i in bad else 1)
 
     monkeypatch.setattr(train, "batches", batches)
     monkeypatch.setattr(train, "CHECK", 4)

@@ -103,12 +103,12 @@ def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
 def test_ema_is_its_closed_form(first, decay):
     """After k updates with the weights w_i: prod_j d_j w_0 + sum_i (1 - d_i) (prod_{j > i} d_j) w_i."""
     model = nn.Linear(3, 2)
-    ema, weights = networks.EMA(model, decay), [model.weight.detach().clone()]
-    for step in range(first, first + 6):
+    ema, weights = step.EMA(model, decay), [model.weight.detach().clone()]
+    for i in range(first, first + 6):
         nn.init.normal_(model.weight)
-        ema.update(model, step)
+        ema.update(model, i)
         weights.append(model.weight.detach().clone())
-    d = np.array([min(decay, (1 + step) / (10 + step)) for step in range(first, first + 6)])
+    d = np.array([min(decay, (1 + i) / (10 + i)) for i in range(first, first + 6)])
     shares = [np.prod(d)] + [(1 - d[i]) * np.prod(d[i + 1:]) for i in range(6)]
     mean = sum(float(share) * weight for share, weight in zip(shares, weights))
     assert torch.allclose(ema.model.weight, mean, atol=1e-6)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from evaluation import judges
 from PIL import Image
 
 import data
 import train
 from conftest import HERE, TrueHead, assert_one_line, run
 from engine.commands import UserError
-from evaluation import judges
 from geometry import mesh_files, meshes, prepare, real, soup, training_samples
 
 

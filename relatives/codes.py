@@ -94,7 +94,8 @@ def read_codes(path, book, count, fingerprint):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; name a file that compress wrote") from None
     if len(raw) < HEAD.size or not raw.startswith(MAGIC):
-        raise UserError(f"{path} is no file that compress wrote; make one: python -m relatives.vat compress chair.glb chair.vat")
+        raise UserError(f"{path} is no file that compress wrote; make one: "
+                        "python -m relatives.vat compress chair.glb chair.vat")
     _, found, check = HEAD.unpack(raw[:HEAD.size])
     if found.hex() != fingerprint:
         raise UserError(f"{path} was written with weights {found.hex()}, not {fingerprint}; give their --checkpoint")

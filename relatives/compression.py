@@ -58,7 +58,7 @@ def main(load_tokenizer):
         own.set_defaults(function=function, endings=endings)
         own.add_argument("source", type=Path, help=source)
         own.add_argument("target", type=Path, help=f"file to write: {', '.join(endings)}")
-        own.add_argument("--checkpoint", default="checkpoints/vat", help="folder of trained weights, the same for both commands")
+        own.add_argument("--checkpoint", default="checkpoints/vat", help="folder of trained weights, the same for both")
     cells = commands.choices["decompress"].add_argument
     cells("--resolution", type=int, choices=(32, 64, 128, 256), default=128, help="cells along a side")
     args = parser.parse_args()

@@ -29,7 +29,7 @@ import tokenizer as tokenizer_
 from backbone import DRAWS, DenoiseNet, Flow, draw_noise, fit_generator, split_condition
 from engine.commands import UserError, cast_once, command
 from engine.files import load_stage
-from engine.networks import Block, time_embedding
+from engine.networks import Block, flow_pair, time_embedding
 from engine.stage import Stage
 from relatives.sequence import AdaBlock, Growing, Sequence
 from sample import Sampler
@@ -161,10 +161,9 @@ class Codec(nn.Module):
         there = torch.arange(self.count, device=x.device) < k                     # b m
         t = (torch.randn(b, 1, device=x.device) - 1).sigmoid()                    # mostly noise: there registers decide
         flat = rearrange(x, "b n c -> b (n c)")
-        noise = torch.randn_like(flat)
-        noisy = (1 - t) * noise + t * flat
+        noisy, velocity = flow_pair(flat, t)                                      # b (n c)
         v = self.decoder.velocity(noisy, t[:, 0], there, self.decoder.read(r))
-        flow, guess = F.mse_loss(v, flat - noise), (noisy + (1 - t) * v).view_as(x)
+        flow, guess = F.mse_loss(v, velocity), rearrange(noisy + (1 - t) * v, "b (n c) -> b n c", n=self.tokens)
         meaning = 1 - (student(guess) * student(x)).sum(-1).mean()
         return flow + self.MEANING * meaning, {"flow": flow.detach(), "meaning": meaning.detach()}
 

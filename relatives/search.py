@@ -8,7 +8,6 @@ the query.
 """
 import os
 import re
-import sys
 from pathlib import Path
 
 import numpy as np

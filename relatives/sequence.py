@@ -23,8 +23,8 @@ class AdaBlock(nn.Module):
         self.offset = nn.Parameter(torch.zeros(6, dim))
 
     def forward(self, x, modulation, mask, earlier=None):
-        """x: b q d, modulation: b 6 d, mask: b q k, True = attend to it -> b q d. earlier: a function that puts the keys
-        and values of earlier rows before those of x, b h q w each."""
+        """x: b q d, modulation: b 6 d, mask: b q k, True = attend to it -> b q d. earlier: a function that puts the
+        keys and values of earlier rows before those of x, b h q w each."""
         shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(modulation + self.offset, "b i d -> i b 1 d")
         y = self.qkv(self.norm(x) * (1 + scale1) + shift1)
         q, k, v = rearrange(y, "b q (i h w) -> i b h q w", i=3, h=self.heads)

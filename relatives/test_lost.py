@@ -5,20 +5,20 @@
 import math
 from types import SimpleNamespace
 
+import lost
 import numpy as np
 import pytest
 import torch
 import trimesh
+from evaluation import registers
 from torch import nn
 
 import evaluate
-import lost
 import sample
 import tokenizer
 from conftest import WIDTHS, assert_one_line, prompted, rows_of, run, train_small
 from engine import files, loop
 from engine.commands import UserError
-from evaluation import registers
 from geometry.built_in import BuiltIn
 from prompts import relations
 from prompts.test_pretrained import pretrained_folder

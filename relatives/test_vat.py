@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 import trimesh
+import vat
+from evaluation import scales, vat_parts
 
 import evaluate
 import sample
 import train
-import vat
 from conftest import assert_one_line, run, train_small
 from engine import codes, files
 from engine.commands import UserError
-from evaluation import scales, vat_parts
 
 SIZE = dict(side=4, channels=8, codes=64, scales="1 2 3 4", features=6, dim=32, heads=4, depth=1)
 PARTS = {key: SIZE[key] for key in ("side", "channels", "codes", "scales")}
