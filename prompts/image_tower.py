@@ -128,21 +128,6 @@ class Reader(nn.Module):
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
-class Pixels:
-    """The simplest image tower: the pixels of every patch of 16 x 16, through a fixed random projection; its place."""
-    width = 128
-
-    def __init__(self, device):
-        rng = torch.Generator().manual_seed(0)
-        self.projection = torch.randn(3 * 16 * 16, self.width, generator=rng).to(device) / 16
-        self.place = torch.randn((SIZE // 16) ** 2, self.width, generator=rng).to(device) * self.width ** -.5
-
-    def tokens(self, pictures):                               # b 3 s s -> condition b t e, mask b t
-        x = rearrange(pictures.to(self.projection.device), "b c (h p) (w q) -> b (h w) (c p q)", p=16, q=16)
-        tokens = (x - .5) @ self.projection + self.place                          # b t e
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-
-
 # ---------------------------------------------------------------------------- training and evaluation
 
 @torch.no_grad()

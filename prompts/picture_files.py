@@ -1,8 +1,8 @@
-"""picture_files.py - picture prompts: a file is read, and its object is cut out and framed.
+"""picture_files.py - picture prompts: a file is read, its object is cut out and framed.
 
-In sampling the image tower sees one object that fills a square, on white.
+In sampling the image tower gets one object that fills a square, on white.
 
-    python -m prompts.picture_files assets/chair.png  # what the tower sees of it -> out/chair-seen.png
+    python -m prompts.picture_files assets/chair.png  # the input of the tower -> out/chair-framed.png
 """
 import contextlib
 import os
@@ -12,22 +12,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
-from scipy import ndimage
 
 from engine.commands import Parser, UserError, command
-from geometry.render import save_png
 from geometry.training_pictures import crop_to_object
 
-LARGEST = 64_000_000  # pixels of a file that is read
+LARGEST = 64_000_000  # pixels of a file
 SMALLEST = 16         # pixels along a side; no object can be recognised in a smaller picture
-Image.MAX_IMAGE_PIXELS = None   # Pillow's own limit is larger; ours is LARGEST
 
 
-def read_picture(path):
-    """A picture file, or an image of Pillow -> colour and coverage, h w 4 in [0, 1], and a warning (or None)."""
+@contextlib.contextmanager
+def open_picture(path):
+    """A picture file, or an image of Pillow, opened. What cannot be a picture is an error before any pixel is read, so
+    `with open_picture(path): pass` is a check that takes milliseconds."""
+    from PIL import Image
+
     if not isinstance(path, (str, os.PathLike, Image.Image)):
         raise UserError(f"a picture is the name of a file or an image of Pillow, not a {type(path).__name__}")
+    Image.MAX_IMAGE_PIXELS = None                             # Pillow's own limit is larger; ours is LARGEST
     try:
         if not isinstance(path, Image.Image) and Path(path).is_fifo():
             raise ValueError("it is a pipe")                  # reading it would never end
@@ -37,11 +38,19 @@ def read_picture(path):
                 raise UserError(f"{path} has {size}, more than {LARGEST:,}; make it smaller")
             if min(file.size) < SMALLEST:
                 raise UserError(f"{path} has {size}; a side needs at least {SMALLEST}")
-            picture = ImageOps.exif_transpose(file)           # a phone stores which side is up
+            yield file
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}; give the name of a png, jpg or webp") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}); save it as png, jpg or webp") from None
+
+
+def read_picture(path):
+    """A picture file, or an image of Pillow -> colour and coverage, h w 4 in [0, 1], and a warning (or None)."""
+    from PIL import Image, ImageOps
+
+    with open_picture(path) as file:
+        picture = ImageOps.exif_transpose(file)               # a phone stores which side is up
     if picture.mode.startswith(("I", "F")):                   # 16 bits and more a channel
         values = np.asarray(picture, np.float64)
         picture = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))
@@ -55,13 +64,15 @@ def read_picture(path):
     coverage = cut_out(pixels[..., :3])                       # h w
     if not coverage.any():
         raise UserError(f"{path} shows nothing but its background; give a picture of an object")
-    warning = "no plain background was found: the whole picture is taken for the object" if coverage.all() else None
+    warning = "no plain background was found: the whole picture counts as the object" if coverage.all() else None
     return np.dstack([pixels[..., :3], coverage]), warning
 
 
 def cut_out(picture):
     """h w 3 -> h w, 1 on the object and 0 on the background; 1 everywhere if no plain background is found. A
     background is plain if most of the border has one colour. It ends at a step in colour: soft shadows belong to it."""
+    from scipy import ndimage
+
     border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])                    # k 3
     plain = np.median(border, 0)                              # 3, the colour of the background
     if (abs(border - plain).max(1) < .1).mean() < .8:
@@ -88,12 +99,14 @@ def load_picture(path):
 
 
 def main():
+    from geometry.render import save_png
+
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a picture: png, jpg, webp")
-    parser.add_argument("--out", type=Path, help="picture to write (default: out/<name>-seen.png)")
+    parser.add_argument("--out", type=Path, help="picture to write (default: out/<name>-framed.png)")
     args = parser.parse_args()
     picture, warning = load_picture(args.file)                # 3 s s
-    out = args.out or Path("out") / f"{args.file.stem}-seen.png"
+    out = args.out or Path("out") / f"{args.file.stem}-framed.png"
     save_png(out, (rearrange(picture.numpy(), "c h w -> h w c").clip(0, 1) * 255).round().astype(np.uint8))
     if warning:
         print(f"warning: {warning}", file=sys.stderr)

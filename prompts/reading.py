@@ -1,11 +1,10 @@
-"""reading.py - a text prompt becomes words of a vocabulary. What is left out is said; what cannot be made is an error.
+"""reading.py - a text prompt becomes words of a vocabulary. Unknown words are ignored with a warning; an unknown object
+is an error.
 
-    python -m prompts.reading "a blue chiar with no arms"       # what is read of a prompt
-    python -m prompts.reading                                   # all nouns: what can be made
+    python -m prompts.reading "a blue chiar with no arms"       # the known words of a prompt
+    python -m prompts.reading                                   # all nouns: what can be generated
 
-A word that is not in the vocabulary may be a plural or a slip of the keyboard: then its known form is read. Another
-word is left out, with a warning; but an unknown noun is an error. Of the shipped weights that know the noun, those that
-know most of the other words are chosen.
+Plurals and typos are understood. The checkpoint is chosen that knows the noun and most of the other words.
 """
 import difflib
 import re
@@ -16,141 +15,26 @@ from engine.commands import Parser, UserError, command
 from engine.files import read_stage
 from geometry.words import FILLERS, words
 
-SHIPPED = "checkpoints/tiny", "checkpoints/assets"            # trained weights, in the order in which they are asked
-ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"
-NEIGHBOURS = {pair for row in ROWS for pair in zip(row, row[1:])} | {
-    pair for upper, lower in zip(ROWS, ROWS[1:]) for i in (0, 1) for pair in zip(upper[i:], lower)}
+SHIPPED = "checkpoints/tiny", "checkpoints/assets"            # in order of preference
+LENGTH = 32    # words of a prompt that are used; the longest built-in caption has 20
 POLITE = {"please", "thanks", "thank", "you"}
 LINKS = {"with", "without", "that", "which", "has", "having", "and", "in", "on", "under", "beside", "for", "from"}
-SILENT = (FILLERS | LINKS) - {"without"}                       # words that say nothing of a shape
+SILENT = (FILLERS | LINKS) - {"without"}                       # words without meaning for a shape
+ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"                    # of the keyboard
+NEIGHBOURS = {pair for row in ROWS for pair in zip(row, row[1:])} | {
+    pair for upper, lower in zip(ROWS, ROWS[1:]) for i in (0, 1) for pair in zip(upper[i:], lower)}
+# no typos: frequent English words that is_typo would take for words of the shipped checkpoints, as "shirt" for "short"
+ENGLISH = set("""baker bard bead bender bond both bra bred bride cane cartoon causal char cheat coal cooled cooling
+    cop corp corpse create crow cure cured diner dont fame fare filed fist flake fling font form gamma gave globe
+    gorge grace grade hart heat heath inferior lead loser manga march math meal pant party pint plan pop reed sack
+    sake salon salt self sewer shake shape share shirt shop shot sick sing skill slit soar sock soon sort spade span
+    special spice spit spoke spot stake stale staple stat state string stuck tack tale thee there trick tuck wager
+    walk what while widow win woken wrath""".split())
 
 
 def plain(prompt):
     """A prompt in lowercase, with one word for what a shape has not: "without"."""
     return re.sub(r"\b(?:(?:with|has|have|having) )?no\b", "without", prompt.lower())
-
-
-def nouns_of(captions):
-    """{noun that captions are about, the last word of the first phrase: all words that they say of it}"""
-    said = {}
-    for caption in captions:
-        if phrases := noun_phrases(caption):
-            said.setdefault(phrases[0][-1], set()).update(words(plain(caption)))
-    return {noun: " ".join(sorted(found)) for noun, found in sorted(said.items())}
-
-
-# ---------------------------------------------------------------------------- trained weights
-
-def find(folder):
-    """A checkpoint folder where it is: here, or, when called from another folder, beside the code; None: nowhere."""
-    return next((path for path in (Path(folder), Path(__file__).parent.parent / folder) if path.is_dir()), None)
-
-
-def shipped():
-    """The folders of trained weights that are here."""
-    if folders := [folder for folder in SHIPPED if find(folder)]:
-        return folders
-    raise UserError(f"there is no folder {SHIPPED[0]}; name a folder that train.py made with --checkpoint")
-
-
-def choose(text):
-    """The shipped folder that knows the noun of a text; of several, the one that knows most of its words, then with
-    fewest warnings. Without a text, the first. If none knows it, that is an error, which names the nearest noun."""
-    folders, vocabulary, nouns, faults = shipped(), [], {}, {}
-    for folder in folders if text is not None else []:
-        entry = read_stage(find(folder), "encoders")
-        try:
-            remarks = remarks_on(text, entry["vocabulary"], entry["nouns"])
-            faults[folder] = -len(known_words(text, entry["vocabulary"])), len(remarks)
-        except UserError:
-            vocabulary, nouns = vocabulary + entry["vocabulary"], nouns | entry["nouns"]
-    if nouns and not faults:
-        remarks_on(text, vocabulary, nouns)
-    return min(faults, key=faults.get, default=folders[0])
-
-
-# ---------------------------------------------------------------------------- one word
-
-def singulars(word):
-    """What a plural may be the plural of."""
-    return [word.removesuffix(end) + new for end, new in (("ves", "f"), ("es", ""), ("s", "")) if word.endswith(end)]
-
-
-def is_slip(word, known):
-    """Is `word` typed for `known`: two letters swapped, one left out, doubled or struck for its neighbour?
-
-    The rules are strict, so that no other word is taken for a known one: "bad" is no bed, "cable" is no table."""
-    if len(word) == len(known) > 3:
-        wrong = [i for i, pair in enumerate(zip(word, known)) if len(set(pair)) == 2]
-        if len(wrong) == 2 and wrong[1] == wrong[0] + 1:
-            i, j = wrong
-            return word[i] == known[j] and word[j] == known[i]
-        if len(wrong) == 1 and wrong != [0] and len(word) > 4:
-            pair = word[wrong[0]], known[wrong[0]]
-            return pair in NEIGHBOURS or pair[::-1] in NEIGHBOURS
-        return False
-    if len(word) + 1 == len(known) > 4:
-        return word[:1] == known[0] and any(word == known[:i] + known[i + 1:] for i in range(1, len(known)))
-    if len(word) == len(known) + 1 > 3:
-        return any(word == known[:i] + known[i - 1] + known[i:] for i in range(1, len(known) + 1))
-    return False
-
-
-def known_form(word, vocabulary):
-    """The one word of the vocabulary that `word` is, or is a plural of, or a slip for. None: no such one."""
-    if word in vocabulary:
-        return word
-    for found in ([single for single in singulars(word) if single in vocabulary],
-                  sorted({known for known in vocabulary if any(is_slip(x, known) for x in (word, *singulars(word)))})):
-        if len(found) == 1:
-            return found[0]
-    return None
-
-
-# ---------------------------------------------------------------------------- a prompt
-
-def known_words(prompt, vocabulary):
-    """The words of a prompt that are in the vocabulary, in their known form."""
-    forms = (known_form(word, vocabulary) for word in words(plain(prompt)))
-    return [form for form in forms if form]
-
-
-def remarks_on(prompt, vocabulary, nouns):
-    """The warnings about a prompt: words that are changed, left out, or were never said of its noun. A prompt that is
-    not about one of `nouns` (nouns_of) is an error, which names the nearest."""
-    prompt = plain(prompt)
-    if not prompt.strip():
-        raise UserError(f"the prompt is empty; {some_of(nouns)}")
-    forms = {word: known_form(word, vocabulary) for word in words(prompt)}
-    phrases = noun_phrases(prompt)
-    about = [phrase for phrase in phrases if any(forms[word] in nouns for word in phrase)]
-    unknown = unknown_noun(phrases, forms, nouns)
-    if unknown or not about:
-        noun = unknown or next((word for phrase in phrases for word in phrase[::-1] if not forms[word]), None)
-        named = f"'{(noun or ' '.join(prompt.split()))[:60]}'"
-        fault = f"{named} is nothing that can be made" if noun else f"{named} names no shape"
-        near = noun and difflib.get_close_matches(noun, nouns, cutoff=.5)
-        raise UserError(f"{fault}; nearest: {', '.join(near)}" if near else f"{fault}; {some_of(nouns)}")
-
-    remarks = [f"'{word}' is read as '{known}'" for word, known in forms.items()
-               if known not in (word, None) and known not in singulars(word)]
-    if len(about) > 1:
-        remarks.append(f"one shape is made, of '{' '.join(about[0])}' and '{' '.join(about[1])}' together")
-    else:
-        noun = [forms[word] for word in about[0] if forms[word] in nouns][-1]
-        strange = {*forms.values()} - {None, *nouns[noun].split(), *SILENT}
-        remarks += [f"'{word}' was said of no {noun} in training; it may be ignored" for word in sorted(strange)]
-    for word in [word for word, known in forms.items() if known is None and word not in POLITE]:
-        near = ", ".join(difflib.get_close_matches(word, vocabulary)) or "none is spelt like it"
-        remarks.append(f"the unknown word '{word}' is left out; nearest: {near}")
-    return remarks
-
-
-def some_of(nouns, most=32):
-    """What can be made: all of it, or some of very many."""
-    shown = [*nouns][::-(-len(nouns) // most)]
-    more = f" ... (python -m prompts.reading lists all {len(nouns)})" if len(shown) < len(nouns) else ""
-    return f"name one of {', '.join(shown)}{more}"
 
 
 def noun_phrases(prompt):
@@ -159,9 +43,127 @@ def noun_phrases(prompt):
     return [phrase for part in re.split(rf"[,;:.!?\n]|\b(?:{links})\b", prompt.lower()) if (phrase := words(part))]
 
 
+def nouns_of(captions):
+    """{noun that captions are about, the last word of the first phrase: all words of these captions}
+
+    Names of files have captions in both orders, "box pizza" and "pizza box", since the noun may come first ("lamp
+    table"). One of the two goes on: "pizza box from the kit". A noun that ends the other one only may be no noun: it is
+    not among its own words."""
+    captions = [(phrases[0], set(words(plain(caption)))) for caption in captions if (phrases := noun_phrases(caption))]
+    nouns, named, ends = {}, set(), {}
+    for phrase, _ in captions:
+        ends.setdefault(frozenset(phrase), set()).add(phrase[-1])
+    for phrase, found in captions:
+        nouns.setdefault(phrase[-1], set()).update(found)
+        if "from" in found or len(ends[frozenset(phrase)]) == 1:
+            named.add(phrase[-1])
+    return {noun: " ".join(sorted(found - ({noun} - named))) for noun, found in sorted(nouns.items())}
+
+
+def learnt(nouns):
+    """The nouns of nouns_of, without those that may be none."""
+    return [noun for noun, found in nouns.items() if noun in found.split()]
+
+
+# ---------------------------------------------------------------------------- one word
+
+def singulars(word):
+    """What a plural may be the plural of."""
+    endings = ("ves", "f"), ("ves", "fe"), ("ies", "y"), ("es", ""), ("s", "")
+    return [word.removesuffix(end) + new for end, new in endings if word.endswith(end) and not word.endswith("ss")]
+
+
+def is_typo(word, known):
+    """Is `word` typed for `known`: a letter doubled, two swapped, one left out or replaced by its neighbour?
+
+    The rules are strict, so that other words are not taken for known ones: the first letter has to be right; no letter
+    of a short word is left out or replaced, nor the last letter. "bad" is no bed, "cable" no table, "crow" no crown."""
+    if word[:1] != known[:1] or len(known) < 3 or abs(len(word) - len(known)) > 1:
+        return False
+    inner = range(1, len(known) - 1)
+    typos = {known[:i] + known[i - 1:] for i in range(1, len(known) + 1)}         # doubled
+    if len(known) > 3:
+        typos |= {known[:i] + known[i + 1] + known[i] + known[i + 2:] for i in inner}
+    if len(known) > 4:
+        typos |= {known[:i] + known[i + 1:] for i in inner}
+        typos |= {known[:i] + x + known[i + 1:] for i in inner for pair in NEIGHBOURS if known[i] in pair for x in pair}
+    return word in typos
+
+
+def known_form(word, vocabulary):
+    """The one word of the vocabulary that `word` is, or is a plural, a singular or a typo of. None: no such word."""
+    if word in vocabulary:
+        return word
+    forms = word, *singulars(word)
+    found = {form for form in (*forms, word + "s") if form in vocabulary and len(word) > 2}
+    if not found and ENGLISH.isdisjoint(forms):
+        found = {known for known in vocabulary if any(is_typo(form, known) for form in forms)}
+    return found.pop() if len(found) == 1 else None
+
+
+# ---------------------------------------------------------------------------- a prompt
+
+class Reading:
+    """A prompt, parsed once for a vocabulary and nouns (nouns_of): it chooses the checkpoint, warns, and becomes words.
+
+    noun: what the prompt is about, or None if that cannot be generated; words: at most LENGTH known words, in their
+    known form, with the noun."""
+
+    def __init__(self, prompt, vocabulary, nouns):
+        self.prompt, self.vocabulary, self.nouns = prompt, vocabulary, nouns
+        text, phrases = words(plain(prompt)), noun_phrases(plain(prompt))
+        self.forms = {word: known_form(word, vocabulary) for word in text}
+        self.known = [form for word in text if (form := self.forms[word])]
+        self.about = [phrase for phrase in phrases if any(self.forms[word] in nouns for word in phrase)]
+        self.unknown = unknown_noun(phrases, self.forms, nouns)
+        self.noun, self.words = None, self.known[:LENGTH]
+        if self.about and not self.unknown:
+            self.noun = [self.forms[word] for word in self.about[0] if self.forms[word] in nouns][-1]
+            if self.noun not in self.words:
+                self.words[-1] = self.noun
+
+    def remarks(self):
+        """The warnings about a prompt: changed, ignored and untrained words. Without a known noun, an error."""
+        if not self.noun:
+            raise UserError(self.error())
+        remarks = [f"'{word}' is understood as '{known}'" for word, known in self.forms.items()
+                   if known not in (word, None, word + "s", *singulars(word))]
+        others = {*self.nouns[self.noun].split()} - SILENT    # words of captions about the noun
+        if len(self.about) > 1:
+            first, second = (" ".join(phrase) for phrase in self.about[:2])
+            remarks.append(f"a sample is one shape: '{first}' and '{second}' are generated together")
+        else:
+            untrained = {*self.known} - {self.noun} - others - SILENT
+            remarks += [f"no training caption has '{word}' with '{self.noun}'; it may be ignored"
+                        for word in sorted(untrained)]
+        if self.noun not in others and others.isdisjoint(self.known):
+            remarks.append(f"training captions have '{self.noun}' only with {', '.join(sorted(others)[:8])}")
+        for word in [word for word, known in self.forms.items() if known is None and word not in POLITE]:
+            near = difflib.get_close_matches(word, self.vocabulary)
+            remarks.append(f"unknown word '{word}' is ignored" + f"; nearest: {', '.join(near)}" * bool(near))
+        if len(self.known) > LENGTH:
+            remarks.append(f"only {LENGTH} words of a prompt are used, of this one: {' '.join(self.words)}")
+        return remarks
+
+    def error(self):
+        """What is wrong, and the checkpoint that knows the noun, or the nearest nouns, or some nouns."""
+        named = " ".join(self.prompt.split())[:60]
+        fault = f"'{named}' names no object" if named else "the prompt is empty"
+        if self.unknown:
+            fault = f"unknown object '{self.unknown[:60]}'"
+        if folders := [*readings(self.prompt)]:
+            return f"{fault}; the checkpoint {folders[0]} knows it"
+        nouns = learnt(self.nouns)
+        if near := self.unknown and difflib.get_close_matches(self.unknown, nouns, cutoff=.5):
+            return f"{fault}; nearest: {', '.join(near)}"
+        shown = nouns[::-(-len(nouns) // 32) or 1]            # all, or 32 of very many
+        more = f" ... (python -m prompts.reading lists all {len(nouns)})" if len(shown) < len(nouns) else ""
+        return f"{fault}; name one of {', '.join(shown)}{more}"
+
+
 def unknown_noun(phrases, forms, nouns):
     """The unknown noun that a prompt is about: it ends the phrase with the first noun ("tree house"), or an earlier,
-    short phrase ("a house with a table"). None if there is none."""
+    short phrase ("a house with a table"). Without any noun, an unknown word, or None."""
     for i, phrase in enumerate(phrases):
         phrase = [word for word in phrase if word not in POLITE]
         last = max((k for k, word in enumerate(phrase) if forms[word] in nouns), default=None)
@@ -169,22 +171,55 @@ def unknown_noun(phrases, forms, nouns):
             return phrase[-1] if last == len(phrase) - 2 and not forms[phrase[-1]] else None
         if phrase and not forms[phrase[-1]] and (i == 0 and len(phrase) < 3 or len(phrase) == 1):
             return phrase[-1]
-    return None
+    return next((word for phrase in phrases for word in phrase[::-1] if not forms[word]), None)
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+def find(folder):
+    """A checkpoint folder in the current folder or, if it is not there, beside the code. None: nowhere."""
+    return next((path for path in (Path(folder), Path(__file__).parent.parent / folder) if path.is_dir()), None)
+
+
+def shipped():
+    """{folder: its config.json entry "encoders"} of the shipped checkpoints that are here."""
+    return {folder: read_stage(path, "encoders") for folder in SHIPPED if (path := find(folder))}
+
+
+def readings(prompt):
+    """{shipped folder: Reading} of the checkpoints that know the noun of a prompt."""
+    found = {folder: Reading(prompt, entry["vocabulary"], entry["nouns"]) for folder, entry in shipped().items()}
+    return {folder: reading for folder, reading in found.items() if reading.noun}
+
+
+def choose(prompt=None):
+    """The shipped folder that knows the noun of a prompt; of several, the one that knows most of its words, then with
+    fewest warnings. Without a prompt, the first. If none knows the noun, that is an error."""
+    if not (entries := shipped()):
+        raise UserError(f"there is no folder {SHIPPED[0]}; name a folder that train.py made with --checkpoint")
+    if prompt is None:
+        return next(iter(entries))
+    if not (found := readings(prompt)):                       # an error that names the nearest noun of all
+        vocabulary = {word for entry in entries.values() for word in entry["vocabulary"]}
+        nouns = {noun: told for entry in [*entries.values()][::-1] for noun, told in entry["nouns"].items()}
+        raise UserError(Reading(prompt, vocabulary, nouns).error())
+    return min(found, key=lambda folder: (-len(found[folder].known), len(found[folder].remarks())))
 
 
 def main():
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("prompt", nargs="?", help="a text prompt (default: list the nouns that can be made)")
-    parser.add_argument("--checkpoint", help="folder that train.py made (default: the shipped weights)")
+    parser.add_argument("prompt", nargs="?", help="a text prompt (default: list the nouns that can be generated)")
+    parser.add_argument("--checkpoint", help="folder that train.py made (default: the shipped checkpoints)")
     args = parser.parse_args()
+    folder = args.checkpoint or choose(args.prompt)
+    entry = read_stage(find(folder) or folder, "encoders")
     if args.prompt is None:
-        folders = [args.checkpoint] if args.checkpoint else map(find, shipped())
-        nouns = {noun for folder in folders for noun in read_stage(folder, "encoders")["nouns"]}
-        return print(*sorted(nouns), sep="\n")
-    entry = read_stage(args.checkpoint or find(choose(args.prompt)), "encoders")
-    for remark in remarks_on(args.prompt, entry["vocabulary"], entry["nouns"]):
+        entries = [entry] if args.checkpoint else shipped().values()
+        return print(*sorted({noun for entry in entries for noun in learnt(entry["nouns"])}), sep="\n")
+    reading = Reading(args.prompt, entry["vocabulary"], entry["nouns"])
+    for remark in reading.remarks():
         print(f"warning: {remark}", file=sys.stderr)
-    print(*known_words(args.prompt, entry["vocabulary"]))
+    print(*reading.words)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ learning beside the image tower (prompts/image_tower.py).
     python train.py --rep sdf --stage encoders       # trains both towers
 """
 import math
-from zlib import crc32
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -18,22 +18,20 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from engine.commands import UserError
 from engine.files import load_model, read_stage
 from engine.networks import Block, fourier
 from geometry.words import words
-from prompts.reading import known_words, remarks_on
+from prompts.reading import LENGTH, Reading
 
 SIZES = {  # dim is also e, the width of a condition token
     "tiny": dict(dim=128, depth=2, heads=4), "mini": dict(dim=128, depth=2, heads=4),
     "small": dict(dim=256, depth=4, heads=8),
     "base": dict(dim=512, depth=6, heads=8), "large": dict(dim=768, depth=8, heads=12),
 }
-LENGTH = 32    # words of a prompt that are read; the longest built-in caption has 20
 POINTS = 256   # per cloud; twice as many cost twice the time, and the towers learn less in a minute
 BANDS = 6      # finest wavelength 4 / 2^5 = .125, about the thickness of a part
 QUERIES = 16   # one query only averages over the cloud; to count the boards of a shelf takes several
-NO_WORD = ""   # stands for a caption of a held-out shape that has no known word
+NO_WORD = ""   # stands for a text without known words, such as a caption of a held-out shape
 
 
 def vocabulary(captions):
@@ -48,7 +46,8 @@ class TextAndCloud(nn.Module):
         super().__init__()
         self.width = dim                                      # e
         self.vocabulary, self.index = list(vocabulary), {word: i for i, word in enumerate(vocabulary)}
-        self.nouns = dict(nouns)                              # what can be made: what was said of it (reading.nouns_of)
+        self.nouns = dict(nouns)                              # {noun: words of its captions} (reading.nouns_of)
+        self.read = lru_cache(4096)(partial(Reading, vocabulary=self.index, nouns=self.nouns))    # a prompt -> Reading
         self.word = nn.Embedding(len(self.vocabulary), dim)
         self.place = nn.Parameter(torch.randn(LENGTH, dim) * dim ** -.5)
         nn.init.normal_(self.word.weight, std=dim ** -.5)
@@ -108,23 +107,13 @@ class TextAndCloud(nn.Module):
         for part in (self.point, self.cross, self.mix, self.cloud_out):
             part.requires_grad_()
 
-    def known_ids(self, prompt):
-        """A prompt -> the ids of its known words."""
-        known = known_words(prompt, self.index)[:LENGTH] or [NO_WORD]
-        if known[0] not in self.index:                        # weights of a vocabulary without NO_WORD
-            raise UserError(f"'{' '.join(prompt.split())[:60]}' has no word that this text tower knows")
-        return [self.index[word] for word in known]
-
     def remarks(self, prompt):
-        """The warnings about a prompt; an error, if it is not about a shape that can be made."""
-        remarks = remarks_on(prompt, self.index, self.nouns)
-        if len(known_words(prompt, self.index)) > LENGTH:
-            remarks.append(f"only {LENGTH} words of a prompt are read")
-        return remarks
+        """The warnings about a prompt; an error if it names no object that can be generated."""
+        return self.read(prompt).remarks()
 
     def word_ids(self, prompts):
         """b strings -> ids b t and mask b t (True = a word); t is the length of the longest prompt."""
-        rows = [torch.tensor(self.known_ids(prompt)) for prompt in prompts]
+        rows = [torch.tensor([self.index[word] for word in self.read(prompt).words or [NO_WORD]]) for prompt in prompts]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)                   # b t
         mask = nn.utils.rnn.pad_sequence([row >= 0 for row in rows], batch_first=True)         # b t
         return ids.to(self.scale.device), mask.to(self.scale.device)
@@ -134,22 +123,6 @@ class TextAndCloud(nn.Module):
         """b strings -> condition b t e and mask b t: the input of Prefix Learning."""
         ids, mask = self.word_ids(prompts)
         return self.text(ids, mask), mask
-
-
-class BagOfWords:
-    """The simplest text tower: one condition token, the sum of a fixed random vector for each word. Order is lost."""
-    width = 128
-
-    def __init__(self, device):
-        self.device = device
-
-    def tokens(self, prompts):                                # b strings -> condition b 1 e, mask b 1
-        if not all(words(prompt) for prompt in prompts):
-            raise UserError("a prompt is empty; say what to make")
-        generators = [[np.random.default_rng(crc32(word.encode())) for word in words(prompt)] for prompt in prompts]
-        sums = np.array([[sum(rng.standard_normal(self.width) for rng in row)] for row in generators])       # b 1 e
-        tokens = torch.tensor(sums, dtype=torch.float, device=self.device)
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=self.device)
 
 
 # ---------------------------------------------------------------------------- training and evaluation
