@@ -202,7 +202,8 @@ def choose(prompt=None):
     if not (found := readings(prompt)):                       # an error that names the nearest noun of all
         vocabulary = {word for entry in entries.values() for word in entry["vocabulary"]}
         nouns = {noun: told for entry in [*entries.values()][::-1] for noun, told in entry["nouns"].items()}
-        raise UserError(Reading(prompt, vocabulary, nouns).error())
+        Reading(prompt, vocabulary, nouns).remarks()
+        return next(iter(entries))                            # each knows a part of the prompt
     return min(found, key=lambda folder: (-len(found[folder].known), len(found[folder].remarks())))
 
 
