@@ -103,8 +103,8 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--faces", "300"], "give --rep mesh, too"), (["--points", "9"], "give --rep pc or gs, too"),
     (["--device", "toaster"], "--device toaster"),
     (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
-    (["--text", ""], "is empty"), (["--text", "with the"], "names no shape"), (["--device", "meta"], "--device meta"),
-    (["--text", "a house"], "'house' is nothing that can be made"),
+    (["--text", ""], "is empty"), (["--text", "with the"], "names no object"), (["--device", "meta"], "--device meta"),
+    (["--text", "a house"], "unknown object 'house'"),
     (["--checkpoint", "nowhere"], "there is no folder nowhere"), (["--checkpoint", "x" * 300], "cannot use xxx"),
     (["--out", "{file}/below"], "cannot write")])
 def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, capsys):

@@ -20,11 +20,9 @@ LARGEST = 64_000_000  # pixels of a file
 SMALLEST = 16         # pixels along a side; no object can be recognised in a smaller picture
 
 
-@contextlib.contextmanager
-def open_picture(path):
-    """A picture file, or an image of Pillow, opened. What cannot be a picture is an error before any pixel is read, so
-    `with open_picture(path): pass` is a check that takes milliseconds."""
-    from PIL import Image
+def read_picture(path):
+    """A picture file, or an image of Pillow -> colour and coverage, h w 4 in [0, 1], and a warning (or None)."""
+    from PIL import Image, ImageOps
 
     if not isinstance(path, (str, os.PathLike, Image.Image)):
         raise UserError(f"a picture is the name of a file or an image of Pillow, not a {type(path).__name__}")
@@ -38,19 +36,11 @@ def open_picture(path):
                 raise UserError(f"{path} has {size}, more than {LARGEST:,}; make it smaller")
             if min(file.size) < SMALLEST:
                 raise UserError(f"{path} has {size}; a side needs at least {SMALLEST}")
-            yield file
+            picture = ImageOps.exif_transpose(file)           # a phone stores which side is up
     except FileNotFoundError:
         raise UserError(f"there is no picture {path}; give the name of a png, jpg or webp") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as a picture ({error}); save it as png, jpg or webp") from None
-
-
-def read_picture(path):
-    """A picture file, or an image of Pillow -> colour and coverage, h w 4 in [0, 1], and a warning (or None)."""
-    from PIL import Image, ImageOps
-
-    with open_picture(path) as file:
-        picture = ImageOps.exif_transpose(file)               # a phone stores which side is up
     if picture.mode.startswith(("I", "F")):                   # 16 bits and more a channel
         values = np.asarray(picture, np.float64)
         picture = Image.fromarray((values / max(values.max(), 1) * 255).astype(np.uint8))

@@ -60,7 +60,7 @@ def nouns_of(captions):
     return {noun: " ".join(sorted(found - ({noun} - named))) for noun, found in sorted(nouns.items())}
 
 
-def learnt(nouns):
+def listed(nouns):
     """The nouns of nouns_of, without those that may be none."""
     return [noun for noun, found in nouns.items() if noun in found.split()]
 
@@ -153,7 +153,7 @@ class Reading:
             fault = f"unknown object '{self.unknown[:60]}'"
         if folders := [*readings(self.prompt)]:
             return f"{fault}; the checkpoint {folders[0]} knows it"
-        nouns = learnt(self.nouns)
+        nouns = listed(self.nouns)
         if near := self.unknown and difflib.get_close_matches(self.unknown, nouns, cutoff=.5):
             return f"{fault}; nearest: {', '.join(near)}"
         shown = nouns[::-(-len(nouns) // 32) or 1]            # all, or 32 of very many
@@ -201,7 +201,7 @@ def choose(prompt=None):
         return next(iter(entries))
     if not (found := readings(prompt)):                       # an error that names the nearest noun of all
         vocabulary = {word for entry in entries.values() for word in entry["vocabulary"]}
-        nouns = {noun: told for entry in [*entries.values()][::-1] for noun, told in entry["nouns"].items()}
+        nouns = {noun: captions for entry in [*entries.values()][::-1] for noun, captions in entry["nouns"].items()}
         Reading(prompt, vocabulary, nouns).remarks()
         return next(iter(entries))                            # each knows a part of the prompt
     return min(found, key=lambda folder: (-len(found[folder].known), len(found[folder].remarks())))
@@ -216,7 +216,7 @@ def main():
     entry = read_stage(find(folder) or folder, "encoders")
     if args.prompt is None:
         entries = [entry] if args.checkpoint else shipped().values()
-        return print(*sorted({noun for entry in entries for noun in learnt(entry["nouns"])}), sep="\n")
+        return print(*sorted({noun for entry in entries for noun in listed(entry["nouns"])}), sep="\n")
     reading = Reading(args.prompt, entry["vocabulary"], entry["nouns"])
     for remark in reading.remarks():
         print(f"warning: {remark}", file=sys.stderr)

@@ -195,8 +195,8 @@ def test_prompts_are_worded_unlike_captions():
     prompts = words.write_prompts(200, 0)
     assert not captions & {prompt.text for prompt in prompts}
     for prompt in prompts:
-        reading.remarks_on(prompt.text, vocabulary, nouns)   # no error
-        assert prompt.name in reading.known_words(prompt.text, vocabulary) or prompt.name == "car"
+        understood = reading.Reading(prompt.text, vocabulary, nouns)
+        assert understood.noun and (prompt.name in understood.words or prompt.name == "car")
     pairs = {prompt.text: prompt for prompt in words.write_pairs(26, 0)}
     wanted = pairs["a short purple lamp with a cone shade"].wanted
     assert {attribute: value for attribute, _, value in wanted} == {
