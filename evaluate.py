@@ -18,7 +18,7 @@ import heads
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder, read_config
 from geometry.prepare import TRAIN_SHAPES
-from sample import RESOLUTIONS
+from sample import RESOLUTIONS, model_in
 
 COMMANDS = {  # module of research/ and function, help
     "tokenizer": ("quality.evaluate_tokenizer", "held-out shapes, encoded and decoded"),
@@ -103,7 +103,7 @@ def main():
     for folder in args.checkpoint:
         if not read_config(folder):
             raise UserError(f"nothing is trained in {folder}; --checkpoint takes folders that train.py made")
-        if args.command in ("cross-view", "ablate-rgs") and "rgs" not in MODELS[model_in(folder)].SAMPLING:
+        if args.command in ("cross-view", "ablate-rgs") and model_in(folder) != "ltm3d":
             raise UserError(f"{folder} holds {model_in(folder)}, which has no Reconstruction-Guided Sampling")
         for stage, entry in read_config(folder).items():
             print(f"{folder}: {stage}, {entry.get('steps', '?')} steps, git revision {entry.get('revision', '?')}")

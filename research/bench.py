@@ -29,8 +29,7 @@ import data
 import tokenizer
 from engine.commands import Parser, add_device_flags, between, cast_once, command, pick_device
 from engine.files import make_folder
-from engine.loop import recompute_blocks
-from engine.state import optimizers
+from engine.step import optimizers, recompute_blocks
 from geometry import surface
 from geometry.shapes import CLASSES
 from research.exam import open_model, result_cache
@@ -116,7 +115,7 @@ def published(model, condition, seeds, steps, denoise_steps, cfg=2.):
     for known, then in backbone.schedule(n, steps):
         def contexts(prefix):                                 # of all tokens, as MAR, not of the new ones alone
             z = model.contexts(prefix, x, order, known, order)                                        # b n d
-            return rearrange(z[:, known:then], "b m d -> (b m) d")
+            return rearrange(model.net.c(z[:, known:then]), "b m d -> (b m) d")
 
         def net(x, t, z):
             out = model.net(x, t, z_unconditional)
@@ -164,7 +163,7 @@ def bench_quality(bench):
     """Scores of samples of the same captions and class names, with fewer and fewer steps."""
     args, rows = bench.args, []
     exam, model = Exam(args, 16, args.shapes), open_model(args, args.checkpoint)
-    masked = model.model.backbone
+    masked = model.backbone
     ways = {"as published, {steps} steps of {denoise_steps}, two passes".format(**PUBLISHED): (
         lambda condition, seeds, **_: published(masked, condition, seeds, **PUBLISHED), {})}
     for steps, few in [(10, 4)] if args.ends else [(16, 16), (10, 16), (10, 4), (10, 2), (8, 4), (5, 4)]:
@@ -197,7 +196,8 @@ def bench_decode(bench):
             with mock.patch.object(head, "evaluate", counted):
                 meshes[way] = [surface.extract(head, t, resolution, model.autocast, hierarchical) for t in tokens]
 
-        turns = bench.take_turns({"dense": partial(extract, "dense", False), "refined": partial(extract, "refined", True)})
+        ways = {"dense": partial(extract, "dense", False), "refined": partial(extract, "refined", True)}
+        turns = bench.take_turns(ways)
         same = np.mean([all(map(np.array_equal, *pair)) for pair in zip(*meshes.values())])
         rows += [{"resolution": f"{resolution}"} | row
                  | {"seconds": row["seconds"] / count, "points evaluated": points[row["way"]] / count,

@@ -1,5 +1,6 @@
 """exam.py - many prompts, one checkpoint: sampled in batches, decoded, and stored one by one."""
 import time
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
@@ -7,15 +8,16 @@ import torch
 from tqdm import tqdm
 
 import heads
+import tokenizer
 from data import kinds_of, prepare
 from engine.commands import UserError, pick_device
 from engine.files import read_config
+from engine.stage import RELATIVES
 from geometry.real import Files
-from models import model_in
-from research import peers
+from research import peers  # adds its classes to those that a folder may hold
 from research.closure import closure, code_digest
 from research.results import ResultCache, weights
-from sample import Sampler
+from sample import load, model_in
 
 POINTS = 1024       # of a cloud under Chamfer distance
 BATCH = 64          # prompts sampled at once
@@ -26,7 +28,7 @@ CLOUD = "points", "normals", "colours"
 
 def open_model(args, folder):
     """The model in a trained folder, or a variant of it (research/peers.py)."""
-    model = Sampler(folder, args.device, args.precision, models=peers.MODELS)
+    model = load(folder, args.device, args.precision)
     print(f"{folder}, running on {model.reason}")
     return model
 
@@ -51,7 +53,8 @@ def result_cache(args, label, folder, *modules, what=None, **settings):
     """The cache of a checkpoint and a command, or of `what` several commands share. It belongs to the weights, to these
     settings and to the code: that of sample.py, of the model, and of the research modules that measure."""
     rep = f"-{args.rep}" if "rep" in args else ""
-    code = code_digest(*closure("sample", "vat", "lost"), "judge", "research.exam", "research.peers", *modules)
+    models = closure("sample", *(f"relatives.{name}" for name in RELATIVES))
+    code = code_digest(*models, "judge", "research.exam", peers.__name__, *modules)
     settings |= dict(seed=args.seed, weights=weights(folder), code=code)
     settings["sampling"] = read_config(folder).get("backbone", {}).get("sampling")
     settings["data"] = Files("test", args.data).name if args.data else None
@@ -106,15 +109,27 @@ def picture_of(model, args, tokens, job, size=192):
     return model.decode(torch.from_numpy(tokens), args.rep, job.seed, args.resolution).picture(size)
 
 
+def last_stage(folder):
+    """The stage of a folder that generates."""
+    return "backbone" if (name := model_in(folder)) == "ltm3d" else f"{name}-generator"
+
+
+def open_tokenizer(folder, rep, device):
+    """-> what turns clouds of `points` points into tokens, {rep: what decodes them}; of any model."""
+    if (name := model_in(folder)) == "ltm3d":
+        return tokenizer.load(folder).to(device), heads.load(folder, [rep], device)
+    model = import_module(f"relatives.{name}")
+    if rep not in model.REPS:
+        raise UserError(f"{name}, the model in {folder}, generates {', '.join(model.REPS)}, not {rep}")
+    return model.open_tokenizer(folder, [rep], device)
+
+
 @torch.no_grad()
 def judge_reconstructions(args, folder, cache, judge):
     """Encode held-out shapes -> a row for each: its class and what judge(heads, tokens n c, set, row, ...) measures."""
     device, autocast, reason = pick_device(args.device, args.precision)
     print(f"{folder}, running on {reason}")
-    model = peers.MODELS[model_in(folder)]
-    if args.rep not in model.REPS:
-        raise UserError(f"the model in {folder} makes {', '.join(model.REPS)}, not {args.rep}")
-    encoder, decoders = model.open_tokenizer(folder, [args.rep], device)
+    encoder, decoders = open_tokenizer(folder, args.rep, device)
     test = held_out(args, list(dict.fromkeys(["surface", *kinds_of([heads.HEADS[args.rep]])])))
     results = []
     for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced

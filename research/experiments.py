@@ -18,15 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import models
 from data import prepare
 from engine.commands import UserError
 from engine.files import read_config, read_stage, read_weights, trained_stages
 from geometry import training_samples
+from geometry.metrics import chamfer, chamfer_matrix
 from geometry.render import render_mesh
 from research import exam, metrics
 from research.closure import ROOT
-from research.metrics import chamfer, chamfer_matrix
 from research.quality import save_sheet
 from research.results import interval, weights, write_table
 from research.scores import Exam
@@ -85,10 +84,11 @@ def train_stages(args, name, seed, flags, stages):
         if trained != [flags["--shapes"], flags["--steps"], flags["--batch"]]:
             raise UserError(f"{folder} was trained with --train-shapes {trained[0]} --steps {trained[1]} --batch "
                             f"{trained[2]}; give another --runs")
-        sources = weights(flags["--from"]) | {name: digest for name, digest in weights(folder).items() if name in stages}
+        own = {name: digest for name, digest in weights(folder).items() if name in stages}
+        sources = weights(flags["--from"]) | own
         if other := [name for name, digest in entry["made_with"].items() if sources.get(name) != digest]:
-            raise UserError(f"{folder} was trained with another {other[0]} than that in {flags['--from']}; give another "
-                            "--runs")
+            raise UserError(f"{folder} was trained with another {other[0]} than that in {flags['--from']}; "
+                            "give another --runs")
     return folder
 
 
@@ -104,7 +104,7 @@ def train(args, variant, share, seed):
     flags, steps = dict(zip(words[::2], words[1::2])), -(-args.steps * share // 1)
     name = re.sub(r"[^\w.]+", "-", variant).strip("-") or "ltm3d"
     name += f"-{steps:g}-steps" * (share < 1)
-    last = models.MODELS[flags.get("--model", "ltm3d")].LAST
+    last = f"{flags['--model']}-generator" if "--model" in flags else "backbone"
     return train_stages(args, f"{name}-{seed}", seed, flags | {"--steps": int(steps)}, [last])
 
 
@@ -143,7 +143,7 @@ def compare_variants(args):
         options = options | {"cfg": best_guidance(args, validation, folders[name][0], options)}
         scores = [benchmark.scores(exam.open_model(args, folder), variant_cache(args, "variants", folder, options),
                                    **options)[0] for folder in folders[name]]
-        stages = [models.MODELS[models.model_in(folders[name][0])].LAST, *["reconstruct"] * ("rgs" in options)]
+        stages = [exam.last_stage(folders[name][0]), *["reconstruct"] * ("rgs" in options)]
         config = [read_config(folder) for folder in folders[name]]
         files = [read_weights(folders[name][0] / f"{stage}.safetensors") for stage in stages]
         minutes = np.mean([sum(entry[stage]["seconds"] for stage in stages) for entry in config]) / 60

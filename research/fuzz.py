@@ -1,7 +1,7 @@
 """fuzz.py - randomly changed files: does any loader crash, hang, or open files outside the folder?
 
-Every loader reads a valid file in which bytes, numbers or names were changed. It may read it or refuse it with one line,
-a UserError. A fault is any other exception, more than SECONDS or MEGABYTES, or a file opened ELSEWHERE.
+Every loader reads a valid file in which bytes, numbers or names were changed. It may read it or refuse it with one
+line, a UserError. A fault is any other exception, more than SECONDS or MEGABYTES, or a file opened ELSEWHERE.
 
     python -m research.fuzz --count 10000
 """
@@ -38,7 +38,8 @@ SECONDS, MEGABYTES = 20, 1000                                 # that a file may 
 ELSEWHERE = b"../secret.txt", b"/etc/passwd", b"/dev/zero"    # names that are written into files
 NUMBERS = b"-1", b"0", b"1e30", b"nan", b"65536", b"4294967295", b"99999999999999999999", b'"x"', b"[]", b"null"
 opened = []                                                   # paths that Python opens, from `watch`
-OBJ = b"mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nvt 0 0\nvt 1 0\nvt 0 1\nusemtl a\nf 1/1 2/2 3/3\nf 1/1 2/2 4/3\n"
+OBJ = (b"mtllib a.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nv 0 0 1\nvt 0 0\nvt 1 0\nvt 0 1\nusemtl a\n"
+       b"f 1/1 2/2 3/3\nf 1/1 2/2 4/3\n")
 
 
 def watch(event, arguments):
@@ -100,7 +101,8 @@ def loaders():
         **{suffix: ({f"a.{suffix}": box(suffix)}, load_shapes) for suffix in ("ply", "glb", "stl", "off")},
         "obj": ({"a.obj": OBJ, "a.mtl": b"newmtl a\nKd 1 0 0\nmap_Kd a.png\n", "a.png": picture()}, load_shapes),
         "gltf": ({name.replace("model.gltf", "a.gltf"): raw for name, raw in gltf.items()}, load_shapes),
-        "sh3f": ({"a.sh3f": packed(members)}, load_shapes), "files in a sh3f": (members, partial(load_shapes, pack=True)),
+        "sh3f": ({"a.sh3f": packed(members)}, load_shapes),
+        "files in a sh3f": (members, partial(load_shapes, pack=True)),
         "csv": ({"a.off": box("off"), "captions.csv": b"file,caption\na.off,a red box\n"}, load_shapes),
         "png": ({"a.png": picture()}, lambda folder: picture_files.read_picture(folder / "a.png")),
         "sampled mesh": (sampled(Mesh), lambda folder: read_shape(folder / "a.glb")),

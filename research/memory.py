@@ -16,15 +16,14 @@ from engine.files import read_stage, trained_stages
 from geometry.built_in import BuiltIn
 from geometry.prepare import name_begins, version
 from geometry.real import Files
-from models import MODELS, model_in
-from research import metrics
+from research import exam, metrics
 
 BATCH = 64          # clouds encoded at once
 
 
 def training_set_of(folder, args):
     """The prepared shapes that a checkpoint was trained on. If they are not there: None, and prints why."""
-    name = read_stage(folder, MODELS[model_in(folder)].LAST)["data"]
+    name = read_stage(folder, exam.last_stage(folder))["data"]
     if not name.startswith(name_begins(args.data) if args.data else "shapes-train-"):
         raise UserError(f"the generator in {folder} learnt from {name}; give the --data that it was trained on")
     if args.data:
@@ -34,7 +33,7 @@ def training_set_of(folder, args):
         source = BuiltIn("train", int(count), classes)
         flags = " ".join([f"--shapes {count}", *["--classes"] * bool(classes), *classes])
     if not (Path(args.cache) / source.name).is_dir():
-        print(f"memorisation is left out: {source.name} is not in {args.cache}; prepare it with: python data.py {flags}")
+        print(f"memorisation is left out: {source.name} is not in {args.cache}; prepare it: python data.py {flags}")
         return None
     if version(source) != name:
         print(f"memorisation compares with {version(source)}, but {folder} learnt from {name}")
@@ -63,8 +62,8 @@ class Memory:
 
 
 def score_memorisation(train, args, model, samples, new):
-    """`memorisation` of samples, by held-out shapes `new`; and of copies: training shapes, with other points. A set of s
-    shapes is points, normals, colours: s k 3 each."""
+    """`memorisation` of samples, by held-out shapes `new`; and of copies: training shapes, with other points. A set of
+    s shapes is points, normals, colours: s k 3 each."""
     if train is None:
         return {"memorisation": "", "of copies": ""}
     own = "tokenizer" in trained_stages(model.folder)

@@ -1,14 +1,12 @@
-"""metrics.py - how good are shapes? Each metric is a plain function; its docstring states its convention.
-
-Papers differ in whether a Chamfer distance is squared, summed or averaged. Here distances are not squared, they are
-averaged over the points of a cloud, and the two directions are added. Shapes fill 1.8 of a cube of side 2.
+"""metrics.py - how good is a set of samples? Each docstring states the convention of its metric. Of two shapes:
+geometry/metrics.py.
 """
 import numpy as np
 import torch
 from scipy.linalg import eigh, eigvalsh
 
 from engine.commands import UserError
-from geometry.metrics import chamfer, chamfer_matrix, check, check_two, emd, faces_within, fscore, iou, psnr, ssim  # noqa: F401
+from geometry.metrics import chamfer_matrix, check, check_two
 
 # ---------------------------------------------------------------------------- sets of clouds
 

@@ -15,10 +15,9 @@ And a part of LoST:
     without-rida     its decoder learns from the flow alone
 
     python -m research.peers --from checkpoints/tiny --variant diffusion --out runs/diffusion       # flags of train.py
-    python evaluate.py versus                                                                       # compares all
+    python evaluate.py versus                                                                       # compares them
 """
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,35 +25,20 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-import lost
-import ltm3d
-import models
 import train
-from backbone import DENOISERS, Backbone, Flow, draw_noise, guidance_branches
+from backbone import BACKBONES, DENOISERS, Backbone, Flow, draw_noise, split_condition
 from engine.commands import UserError, command
-from engine.networks import Block, time_embedding
+from engine.networks import time_embedding
 from prefix import Prefix
+from relatives import lost
+from relatives.sequence import AdaBlock
 
 STEPS = 64    # of denoising all tokens at once
 
 # ---------------------------------------------------------------------------- other generators
 
-class TimedBlock(Block):
-    """A block whose shifts, scales and gates come from outside, the same for all blocks, but for an offset (adaLN)."""
-
-    def __init__(self, dim, heads):
-        super().__init__(dim, heads)
-        self.offset = nn.Parameter(torch.zeros(6, dim))
-
-    def forward(self, x, mask, time):                         # b k d, b k, b 6 d -> b k d
-        shift1, scale1, gate1, shift2, scale2, gate2 = rearrange(time + self.offset, "b i d -> i b 1 d")
-        x = x + (1 + gate1) * self.attention(self.norm1(x) * (1 + scale1) + shift1, mask=mask)
-        return x + (1 + gate2) * self.feed(self.norm2(x) * (1 + scale2) + shift2)
-
-
 class Diffusion(nn.Module):
     """[prefix, noisy tokens] -> velocity or noise of all tokens. To a denoiser a shape is one vector: b (n c)."""
-    takes_rgs = False
 
     def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
                  denoiser="flow"):
@@ -67,16 +51,17 @@ class Diffusion(nn.Module):
         self.place = nn.Parameter(torch.randn(tokens, dim) * .02)                 # n d
         spare = (5 * head_depth + 4) * head_dim ** 2 - 7 * dim ** 2               # of a DenoiseNet, less self.time
         count = encoder + decoder + round(spare / (12 * dim ** 2))
-        self.blocks = nn.ModuleList(TimedBlock(dim, heads) for _ in range(count))
+        self.blocks = nn.ModuleList(AdaBlock(dim, heads) for _ in range(count))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
 
-    def net(self, x, t, prefix, mask):                        # b (n c), b, b p d, b p -> b (n c)
+    def net(self, x, t, prefix, mask):                        # b (n c), b or 1, b p d, b p -> b (n c)
         x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place               # b n d
         t = time_embedding(t, self.dim) + rearrange(self.prefix.summary(prefix, mask), "b 1 d -> b d")
         t = rearrange(self.time(t), "b (i d) -> b i d", i=6)
-        y, mask = torch.cat([prefix, x], 1), F.pad(mask, (0, self.tokens), value=True)               # b (p + n) d
+        y = torch.cat([prefix, x], 1)                                             # b (p + n) d
+        mask = repeat(F.pad(mask, (0, self.tokens), value=True), "b k -> b q k", q=y.shape[1])
         for block in self.blocks:
-            y = block(y, mask, t)
+            y = block(y, t, mask)
         return rearrange(self.out(y[:, -self.tokens:]).float(), "b n c -> b (n c)")
 
     def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
@@ -84,15 +69,14 @@ class Diffusion(nn.Module):
         return self.denoiser.loss(partial(self.net, mask=mask), rearrange(x, "b n c -> b (n c)"), prefix)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, denoise_steps=STEPS, cfg=2., temperature=1., steer=None, **_):
+    def generate(self, condition, seeds, denoise_steps=STEPS, cfg=2., temperature=1., blend=None, **_):
         """As Backbone.generate, without unmasking steps, and without known tokens that RGS could blend."""
-        if steer:
+        if blend:
             raise UserError("RGS blends known tokens, and this checkpoint denoises all at once; give --rgs none")
         device, steps = self.place.device, denoise_steps or STEPS
         noise_shape = self.denoiser.draws(steps), self.tokens * self.channels
         noise = draw_noise(map(np.random.default_rng, seeds), noise_shape, device)                   # b s (n c)
-
-        condition, strengths = guidance_branches(condition, cfg)
+        condition, strengths = split_condition(condition, cfg)
         prefix, mask = self.prefix(condition)                                     # (r b) p d, (r b) p
         net = partial(self.net, mask=mask)
         x = self.denoiser.sample(net, prefix, noise, steps, strengths, temperature)                  # b (n c)
@@ -100,8 +84,7 @@ class Diffusion(nn.Module):
 
 
 class Autoregressive(lost.Generator):
-    """The generator of lost.py, but of shape tokens, in the order of the grid."""
-    takes_rgs = False
+    """The generator of LoST, but of shape tokens, in the order of the grid."""
 
     def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
                  denoiser="flow"):
@@ -113,9 +96,9 @@ class Autoregressive(lost.Generator):
     def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
         return super().loss(x, condition)[0]
 
-    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., steer=None, **_):
+    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
         """As Backbone.generate, in n steps of one token each."""
-        if steer:
+        if blend:
             raise UserError("RGS needs tokens in random order, this checkpoint samples them in turn; give --rgs none")
         return super().generate(condition, seeds, denoise_steps=denoise_steps or Flow.steps, cfg=cfg,
                                 temperature=temperature)
@@ -143,7 +126,6 @@ class Queries(Backbone):
 class Spaces(Backbone):
     """One backbone for four latent spaces. In each the channels of all tokens are multiplied by another orthogonal
     matrix: no channel means the same in two spaces. A label names the space."""
-    takes_rgs = False
 
     def __init__(self, *, channels, dim, **rest):
         super().__init__(channels=channels, dim=dim, **rest)
@@ -162,30 +144,21 @@ class Spaces(Backbone):
 
     def generate(self, condition, seeds, **options):
         """Samples of all spaces, rotated back; the seed chooses the space."""
-        if options.get("steer"):
+        if options.get("blend"):
             raise UserError("the reconstructor knows none of these latent spaces; give --rgs none")
         spaces = [np.random.default_rng(seed).integers(4) for seed in seeds]
         self.space = torch.tensor(spaces, device=self.unknown.device)             # b
         return super().generate(condition, seeds, **options) @ self.rotation[self.space].mT
 
 
-# ---------------------------------------------------------------------------- parts of lost.py
-
 class WithoutRIDA(lost.Codec):
     """Its decoder learns from the flow alone."""
     MEANING = 0.
 
 
-# ---------------------------------------------------------------------------- all of them
-
-GENERATORS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "spaces": Spaces}
-VARIANTS = {"backbone": GENERATORS, "lost-registers": {"without-rida": WithoutRIDA},         # stage: {variant: class}
-            "lost-generator": {"without-rida": lost.Generator}}
-MODELS = models.MODELS | {                                    # the models, which load variants, too
-    "ltm3d": SimpleNamespace(**vars(ltm3d) | {"load": partial(ltm3d.LTM3D, variants=VARIANTS)}),
-    "lost": SimpleNamespace(**vars(lost) | {"load": partial(lost.LoST, variants=VARIANTS),
-                                            "open_tokenizer": partial(lost.open_tokenizer, variants=VARIANTS)})}
-
+PEERS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "spaces": Spaces}
+BACKBONES.update(PEERS)                                       # the choices of --variant, for training and loading
+lost.CODECS["without-rida"] = WithoutRIDA
 
 if __name__ == "__main__":
-    command(lambda: train.main(VARIANTS))
+    command(train.main)

@@ -12,12 +12,12 @@ from einops import repeat
 from data import turned_back, turns_to_front
 from engine.commands import pick_device
 from geometry import training_pictures, training_samples
+from geometry.metrics import chamfer, chamfer_matrix, emd, fscore
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
 from judge import JUDGES
 from prompts import image_tower, text_tower
 from research import exam
-from research.metrics import chamfer, chamfer_matrix, emd, fscore
 from research.results import labels, mean, write_table, write_tables
 from research.scores import Exam
 
@@ -79,7 +79,7 @@ def evaluate_retrieval(args):
 # ---------------------------------------------------------------------------- pictures
 
 def evaluate_images(args):
-    """Samples held-out shapes from their name, any caption, the longest one, a picture of a random side, the last two."""
+    """Samples from the name, any caption, the longest one, a picture, the last two of a held-out shape."""
     test, tables = exam.held_out(args, ("surface", "pictures")), {}
     references, classes = exam.clouds_and_classes(test, args.seed)
     rows = np.arange(min(args.shapes, len(test)))
@@ -113,9 +113,9 @@ def evaluate_images(args):
             drawn += [exam.picture_of(model, args, *pair) for pair in zip(results["tokens"][:columns], jobs)]
             if args.data and prompt == "picture":             # sixty pictures, evenly spread, each beside its sample
                 chosen = np.linspace(0, len(jobs) - 1, min(60, len(jobs))).astype(int)
-                pairs = [[*enlarged(pictures[i:i + 1], 2), exam.picture_of(model, args, results["tokens"][i], jobs[i], 128)]
-                         for i in chosen]
-                save_sheet(args, f"pictures-{args.rep}-{label}", sum(pairs, []), 12)
+                samples = [exam.picture_of(model, args, results["tokens"][i], jobs[i], 128) for i in chosen]
+                pairs = zip(enlarged(pictures[chosen], 2), samples)
+                save_sheet(args, f"pictures-{args.rep}-{label}", sum(pairs, ()), 12)
         names = [name for name in ("the picture", *prompts) for _ in range(columns)]
         save_sheet(args, f"images-{args.rep}-{label}", drawn, columns, names)
     print(f"{len(rows)} held-out shapes, one sample each. Chamfer distance to the true shape, F-score at .05, of 8192 "

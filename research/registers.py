@@ -12,17 +12,16 @@ from einops import rearrange
 from tqdm import tqdm
 
 import heads
-import lost
 import tokenizer
 from engine.commands import pick_device
-from evaluation.search import find_folder
+from geometry.metrics import chamfer, chamfer_matrix
 from geometry.render import render_mesh
 from geometry.training_samples import vertex_coloured
-from prompts import relations
+from relatives import lost, relations
+from relatives.search import find_folder
 from research import exam
 from research.experiments import refuse_trained, train_stages
-from research.metrics import chamfer, chamfer_matrix, cosine
-from research.peers import VARIANTS
+from research.metrics import cosine
 from research.quality import save_sheet
 from research.results import interval, labels, write_table, write_tables
 from research.scores import Scorer
@@ -43,7 +42,7 @@ class Opened:
         self.device, self.autocast, reason = pick_device(args.device, args.precision)
         print(f"{folder}, running on {reason}")
         self.tokenizer = tokenizer.load(folder).to(self.device)
-        self.codec = lost.load_codec(folder, variants=VARIANTS).to(self.device)
+        self.codec = lost.load_codec(folder).to(self.device)
         self.student = lost.load_student(folder).to(self.device)
         self.heads, self.test = heads.load(folder, ["sdf"], self.device), exam.held_out(args)
 

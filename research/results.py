@@ -1,7 +1,7 @@
 """results.py - the output of evaluate.py: tables, plots, and a cache of single results.
 
-Each slow result has a file of its own, so a run that was stopped resumes. A table is a list of rows: dicts with the same
-keys, texts first. A number may be an Interval.
+Each slow result has a file of its own, so a run that was stopped resumes. A table is a list of rows: dicts with the
+same keys, texts first. A number may be an Interval.
 """
 import csv
 import json

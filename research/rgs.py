@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from engine.commands import UserError
+from geometry.metrics import chamfer_matrix
 from prompts import image_tower
 from research import exam
-from research.metrics import chamfer_matrix, cosine, kernel_distance
+from research.metrics import cosine, kernel_distance
 from research.results import Interval, interval, labels, write_table
 from research.scores import Scorer
 

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import vat
-from engine.codes import code_use, file_size
 from engine.commands import UserError, pick_device
 from engine.files import trained_stages
+from geometry.metrics import fscore
 from judge import grid_iou
+from relatives import vat
+from relatives.codes import code_use, file_size
 from research import exam
-from research.metrics import fscore
 from research.results import labels, write_table
 
 

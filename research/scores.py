@@ -10,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 from engine.commands import UserError
+from geometry.metrics import chamfer, chamfer_matrix
 from geometry.shapes import CLASSES
 from prompts import text_tower
 from research import exam, memory, metrics
-from research.metrics import chamfer, chamfer_matrix
 from research.results import mean
 
 SOUNDNESS = "one piece", "watertight", "closed edges"         # what a representation may say of its surface

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import evaluate
-import lost
 from conftest import rows_of, run, train_small
 from engine import files
+from relatives import lost
 from research import experiments
 
 

@@ -12,17 +12,17 @@ def test_peers_are_as_large(size):
     """Of every size, all generators have the same number of parameters, to 8 %."""
     settings = dict(tokens=64, channels=16, widths=WIDTHS, **backbone.SIZES[size])
     with torch.device("meta"):
-        models = [kind(**settings) for kind in (backbone.Backbone, *peers.GENERATORS.values())]
+        models = [kind(**settings) for kind in (backbone.Backbone, *peers.PEERS.values())]
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
     assert all(abs(count / counts[0] - 1) < .08 for count in counts), counts
 
 
-@pytest.mark.parametrize("variant", [None, *(name for name in peers.GENERATORS if name != "spaces")])     # slow
+@pytest.mark.parametrize("variant", [None, *(name for name in peers.PEERS if name != "spaces")])     # slow
 def test_every_generator_learns_what_belongs_to_a_prompt(variant):
     """Two prompts, two sets of tokens: after some steps each prompt gives its own."""
     torch.manual_seed(0)
     sizes = dict(dim=32, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2)
-    model = peers.GENERATORS.get(variant, backbone.Backbone)(tokens=6, channels=3, widths={"text": 8}, **sizes)
+    model = peers.PEERS.get(variant, backbone.Backbone)(tokens=6, channels=3, widths={"text": 8}, **sizes)
     x = torch.randn(2, 6, 3).repeat(10, 1, 1)                                     # b n c
     text, mask = torch.randn(2, 4, 8).repeat(10, 1, 1), torch.ones(20, 4, dtype=torch.bool)
     optimizer = torch.optim.Adam(model.parameters(), 4e-3)
@@ -36,7 +36,7 @@ def test_every_generator_learns_what_belongs_to_a_prompt(variant):
     assert min(distance[0, 1], distance[1, 0]) > .7
 
 
-@pytest.mark.parametrize("variant", peers.GENERATORS)
+@pytest.mark.parametrize("variant", peers.PEERS)
 def test_every_generator_is_sampled_in_chunks(variant):
     """A batch is cut by the size of the model, as sample.py does; every sample is a whole shape."""
     model, condition = small_backbone(variant=variant)

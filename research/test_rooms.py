@@ -24,7 +24,8 @@ def test_imports_go_one_way():
 
 
 @pytest.mark.parametrize("module, text, imported", [
-    ("engine.files", "import backbone", {"backbone"}), ("prefix", "class A:\n    from research import exam", {"research.exam"}),
+    ("engine.files", "import backbone", {"backbone"}),
+    ("prefix", "class A:\n    from research import exam", {"research.exam"}),
     ("prefix", "def f():\n    import sample\n", set())])
 def test_a_wrong_import_is_found(module, text, imported, tmp_path, monkeypatch):
     """Imports inside functions are lazy and do not count."""

@@ -13,27 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-<<<<<<< HEAD
-from engine.commands import UserError
-from engine.files import atomic_write
-from evaluation import exam
-from evaluation.attributes import ATTRIBUTES, colour, has_attribute, measure_shape
-from evaluation.metrics import chamfer_matrix
-from evaluation.results import labels, write_table
 from geometry.built_in import BuiltIn
-from geometry.render import contact_sheet, save_png
+from geometry.metrics import chamfer_matrix
 from geometry.shapes import CLASSES, LEAVES
 from geometry.words import COLOURS, SYNONYMS, article
-=======
-from geometry.captions import SYNONYMS, article
-from geometry.prepare import BuiltIn
-from geometry.shapes import CLASSES, COLOURS, LEAVES
->>>>>>> 64907ac (research/: shorter, without settings that no text cites; judge.py is what a stage measures of itself; results survive changed comments)
 from heads import field_of
 from prompts.reading import NEIGHBOURS
 from research import exam
 from research.attributes import ATTRIBUTES, colour, has_attribute, measure_shape
-from research.metrics import chamfer_matrix
 from research.results import labels, write_table
 
 MOTTLED = {"stool", "shelf"}          # classes whose first colour does not cover most of the surface
@@ -100,7 +87,7 @@ def write_pairs(count, seed):
 
 
 def typo(word, rng):
-    """Two letters swapped, one left out, one doubled, or one replaced by a neighbour on the keyboard; never the first."""
+    """Two letters swapped, one left out, doubled, or replaced by a neighbour on the keyboard; never the first."""
     i = int(rng.integers(1, len(word) - 1))
     near = sorted(set("".join(a + b for a, b in NEIGHBOURS if word[i] in (a, b))) - {word[i]})
     typos = [word[:i] + word[i + 1] + word[i] + word[i + 2:], word[:i] + word[i + 1:], word[:i] + word[i] + word[i:],
