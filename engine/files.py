@@ -182,13 +182,12 @@ def read_stage(folder, stage):
 
 
 def load_stage(folder, stage, part, variants={}):
-    """What a stage trained, frozen: a `part` or, if the stage is a variant, the class of it in `variants`, {stage:
-    {variant: class}}."""
+    """What a stage trained, frozen: a `part` or, if the stage is a variant, its class in `variants`."""
     entry = read_stage(folder, stage)
-    name, known = entry.get("variant"), variants.get(stage, {})
-    if name not in (None, *known):
-        raise UserError(f"the {stage} in {folder} is a variant, {name}; evaluate.py reads those, other commands do not")
-    return load_model(known.get(name, part), f"{folder}/{stage}.safetensors", **entry["settings"])
+    name = entry.get("variant")
+    if name not in (None, *variants):
+        raise UserError(f"the {stage} in {folder} is a variant, {name}; evaluate.py loads those, other commands do not")
+    return load_model(variants.get(name, part), f"{folder}/{stage}.safetensors", **entry["settings"])
 
 
 def trained_stages(folder):
