@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import backbone
+from backbone import BACKBONES
 from conftest import WIDTHS, small_backbone
 from research import peers
 
@@ -22,7 +23,7 @@ def test_every_generator_learns_what_belongs_to_a_prompt(variant):
     """Two prompts, two sets of tokens: after some steps each prompt gives its own."""
     torch.manual_seed(0)
     sizes = dict(dim=32, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2)
-    model = peers.PEERS.get(variant, backbone.Backbone)(tokens=6, channels=3, widths={"text": 8}, **sizes)
+    model = BACKBONES[variant or "mae"](tokens=6, channels=3, widths={"text": 8}, **sizes)
     x = torch.randn(2, 6, 3).repeat(10, 1, 1)                                     # b n c
     text, mask = torch.randn(2, 4, 8).repeat(10, 1, 1), torch.ones(20, 4, dtype=torch.bool)
     optimizer = torch.optim.Adam(model.parameters(), 4e-3)
@@ -39,14 +40,14 @@ def test_every_generator_learns_what_belongs_to_a_prompt(variant):
 @pytest.mark.parametrize("variant", peers.PEERS)
 def test_every_generator_is_sampled_in_chunks(variant):
     """A batch is cut by the size of the model, as sample.py does; every sample is a whole shape."""
-    model, condition = small_backbone(variant=variant)
+    model, condition = small_backbone(kind=BACKBONES[variant or "mae"])
     samples = [model.generate(*part, steps=2) for part in backbone.cache_sized(model, condition, range(3))]
     assert torch.cat(samples).shape == (3, model.tokens, 8)
 
 
 def test_latent_spaces_are_rotations(monkeypatch):
     """Training shapes are rotated into a space; samples of all spaces are rotated back."""
-    (plain, condition), (spaces, _) = small_backbone(), small_backbone(variant="spaces")
+    (plain, condition), (spaces, _) = small_backbone(), small_backbone(kind=peers.Spaces)
     spaces.load_state_dict(plain.state_dict(), strict=False)
     torch.nn.init.zeros_(spaces.label.weight)
     samples = spaces.generate(condition, [0, 1, 2], steps=3)
@@ -62,7 +63,7 @@ def test_latent_spaces_are_rotations(monkeypatch):
 @pytest.mark.parametrize("variant", [None, "queries"])
 def test_contexts_depend_on_the_condition_not_on_its_order(variant):
     """The context vectors depend on the condition tokens, not on their order nor on those that are masked."""
-    model, condition = small_backbone(variant=variant)
+    model, condition = small_backbone(kind=BACKBONES[variant or "mae"])
     x, order = torch.randn(3, 27, 8), torch.rand(3, 27).argsort(1)
 
     def contexts(change):
