@@ -18,6 +18,7 @@ from evaluation import judges
 from PIL import Image
 
 import data
+import judge
 import train
 from conftest import HERE, TrueHead, assert_one_line, run
 from engine.commands import UserError
@@ -191,8 +192,8 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
     split = data.prepare(out=cache, kinds=("surface", "pictures"), data=source, workers=1)
     points, _, _ = split.cloud(np.array([1]), 100, np.random.default_rng(0))
     assert split.classes == ["one", "two", "one"] and points.norm(dim=-1).min() > .89
-    monkeypatch.setattr(judges, "grid_iou", lambda *_: 1.)    # slow, and it does not read the samples
-    judged = judges.judge_sdf({"sdf": TrueHead(split.shape(1))}, torch.zeros(1, 1), split, 1, None, nullcontext, 0)
+    monkeypatch.setattr(judge, "grid_iou", lambda *_: 1.)    # slow, and it does not read the samples
+    judged = judge.judge_sdf({"sdf": TrueHead(split.shape(1))}, torch.zeros(1, 1), split, 1, None, nullcontext, 0)
     assert judged["L1"] < .01                                 # true distances are those of the samples of this row
     monkeypatch.setitem(training_samples.TAKE, "surface", lambda *_: 1 / 0)
     prepare.prepare_chunk(split.folder, split.source, 0, ["surface"])
