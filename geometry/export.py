@@ -36,6 +36,10 @@ class Shape:
     def positions(self):
         return next(iter(vars(self).values()))                      # vertices, points or means
 
+    def soundness(self):
+        """The faults that a shape of this kind can have: {test: result}."""
+        return {}
+
     def _repr_png_(self):
         from PIL import Image
         content = BytesIO()
@@ -81,7 +85,6 @@ class Mesh(Shape):
         return points, normals, np.einsum("kc,kci->ki", weights, self.colours[self.faces[face]])
 
     def soundness(self):
-        """The faults that a mesh of this kind can have: {test: result}."""
         if not self.smooth:
             _, place = np.unique(self.vertices, axis=0, return_inverse=True)      # corners may not be shared
             return {"closed edges": closed_edges(place.reshape(-1)[self.faces])}
@@ -108,9 +111,6 @@ class Cloud(Shape):
     def surface(self, k, rng):
         rows = rng.choice(len(self.points), k, replace=k > len(self.points))
         return self.points[rows], self.normals[rows], self.colours[rows]
-
-    def soundness(self):
-        return {}
 
 
 @dataclass(repr=False)
@@ -143,9 +143,6 @@ class Gaussians(Shape):
         normals = axes[np.arange(k), :, self.scales[rows].argmin(1)]
         outward = ((self.means[rows] - self.means.mean(0)) * normals).sum(1, keepdims=True) >= 0
         return self.means[rows], np.where(outward, normals, -normals), self.colours[rows]
-
-    def soundness(self):
-        return {}
 
 
 def check_suffix(path, suffix):

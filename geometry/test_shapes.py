@@ -46,31 +46,12 @@ def test_distance_is_that_to_the_surface(index):
     assert {*map(tuple, colours)} <= {*map(tuple, shape.palette)}
 
 
-def test_shapes_are_functions_of_seed_and_index():
-    """The same (seed, index) gives the same shape, bit by bit. Another seed or index gives another."""
-    x = np.random.default_rng(0).uniform(-1, 1, (500, 3))
-    one, again, *others = [shapes.make(*key) for key in ((0, 5), (0, 5), (1, 5), (0, 18))]
-    assert one.captions == again.captions
-    assert (one.distance(x) == again.distance(x)).all()
-    assert all((one.distance(x) != other.distance(x)).mean() > .5 for other in others)
-
-
 def test_train_and_test_never_meet(prepared):
     """Both sets have every class and no shape in common."""
     training, test = prepared
     assert set(training.classes) == set(test.classes) == set(shapes.CLASSES)
     assert max(prepare.TRAIN_SHAPES, 10 ** 7) <= built_in.TEST == min(record["index"] for record in test.records)
-    clouds = [{split.arrays["points"][row].tobytes() for row in range(26)} for split in prepared]
-    assert len(clouds[0]) == len(clouds[1]) == 26
-    assert not clouds[0] & clouds[1]
-
-
-@pytest.mark.parametrize("end", [(0, 0, 1), (0, 1, 0), (1, 0, 0), (.3, -.2, .4)])
-def test_a_rod_goes_from_start_to_end(end):
-    """Also along the axis that its rotation is made with."""
-    rod = solids.rod((.1, .1, .1), np.add(end, .1), .05, "red")
-    x = np.array([(.1, .1, .1), np.add(end, .1), np.array(end) / 2 + .1], np.float32)
-    assert np.allclose(solids.Shape("", [rod], {}, []).distance(x), -.05, atol=1e-5)
+    assert len({split.arrays["points"][row].tobytes() for split in prepared for row in range(26)}) == 52
 
 
 def test_captions_are_true():
@@ -258,13 +239,11 @@ def test_mesh_head_learns_from_tokens_between_two_shapes(prepared, monkeypatch):
     (np.eye(3), np.zeros((0, 3), int), "no faces"), (np.eye(3) * np.nan, [[0, 1, 2]], "NaN"),
     (np.eye(3), [[1, 2, 3]], "has vertex 3"), (np.eye(3) * 1e-6, [[0, 1, 2]], "larger than a bin")])
 def test_bad_meshes_are_one_line(vertices, faces, complaint):
-    """No faces, missing vertices, vertices that are not numbers, a mesh in one bin."""
     with pytest.raises(UserError, match=complaint):
         low_poly.canonical(vertices, np.array(faces), np.ones((len(faces), 3)))
 
 
-def test_repeated_faces_are_dropped():
-    """Of three faces one is degenerate and one is repeated from another corner."""
+def test_repeated_and_degenerate_faces_are_dropped():
     corners, _, _ = low_poly.canonical(np.eye(3), np.array([[0, 1, 2], [1, 2, 0], [0, 1, 1]]), np.ones((3, 3)))
     assert len(corners) == 1
 
