@@ -22,7 +22,6 @@ from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
 from geometry.low_poly import in_order_again
 from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
-from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.training_pictures import recolour, relight
 from geometry.training_samples import KINDS, POINTS, QUERIES, vertex_coloured
 
@@ -209,6 +208,7 @@ def parse_share(text):
 
 
 def main():
+    from geometry.render import contact_sheet, render_mesh, save_png
     from geometry.shapes import CLASSES
     parser = Parser(__doc__.split("\n")[0])
     flag = parser.add_argument

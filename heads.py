@@ -32,9 +32,8 @@ from engine.files import load_model, read_config, read_stage, trained_stages
 from engine.networks import Block, QueryDecoder, flow_pair, from_patches, time_embedding
 from engine.stage import Stage
 from geometry.export import Cloud, Gaussians, Mesh
-from geometry.light import baked_light
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
-from geometry.splat import splat
+from geometry.splat import baked_light, splat
 from geometry.surface import TRUNCATION, extract, in_chunks
 
 

@@ -1,4 +1,4 @@
-"""camera.py - a pinhole camera. Letters: k points, p pixels. A `view` is a rotation, 3 3."""
+"""camera.py - a pinhole camera, and sRGB. Letters: k points, p pixels. A `view` is a rotation, 3 3."""
 import math
 
 import numpy as np
@@ -35,3 +35,11 @@ def rays(view, width):
     s = (torch.arange(width) + .5) * 2 / width - 1
     y, x = torch.meshgrid(-s, s, indexing="ij")
     return torch.stack([x * HALF / EYE, y * HALF / EYE, -torch.ones_like(x)], -1).flatten(0, 1) @ view
+
+
+def to_linear(colour):                             # sRGB, as in pictures, -> proportional to the light
+    return torch.where(colour <= .04045, colour / 12.92, ((colour + .055) / 1.055) ** 2.4)
+
+
+def to_srgb(colour):
+    return torch.where(colour <= .0031308, colour * 12.92, 1.055 * colour.clamp(min=1e-8) ** (1 / 2.4) - .055)

@@ -20,8 +20,7 @@ import torch
 
 from engine.commands import UserError
 from engine.files import atomic_write
-from geometry.camera import as_tensor
-from geometry.light import to_linear
+from geometry.camera import as_tensor, to_linear
 from geometry.meshes import closed_edges, largest_component_share, sample_surface, watertight
 from geometry.splat import rotation_matrices
 

@@ -61,16 +61,3 @@ def arriving_light(cloud, azimuth, position, normal):
         visible = ((occluder[index] - depth) * (SHADOW / 4) + 1).clamp_(0, 1)            # k
         total.addcmul_((visible * (normal @ direction).clamp_(min=0))[:, None], colour)
     return total
-
-
-def baked_light(normal):
-    """The light in the colours of 3D Gaussians (... k 1), as viewers add none: one lamp at the upper left, in sRGB."""
-    return .75 + .25 * (normal @ F.normalize(torch.tensor([-.5, 1, .7]), dim=0).to(normal))[..., None]
-
-
-def to_linear(colour):                             # sRGB, as in pictures, -> proportional to the light
-    return torch.where(colour <= .04045, colour / 12.92, ((colour + .055) / 1.055) ** 2.4)
-
-
-def to_srgb(colour):
-    return torch.where(colour <= .0031308, colour * 12.92, 1.055 * colour.clamp(min=1e-8) ** (1 / 2.4) - .055)

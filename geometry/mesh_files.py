@@ -15,7 +15,7 @@ import trimesh
 from PIL import Image
 
 from engine.commands import UserError
-from geometry.light import to_srgb
+from geometry.camera import to_srgb
 from geometry.soup import Soup
 
 MOST_BYTES, MOST_FACES = 300_000_000, 1_000_000   # of a mesh with its materials, textures and buffers

@@ -14,8 +14,8 @@ from einops import rearrange, reduce
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.files import atomic_write
-from geometry.camera import EYE, as_tensor, rays, view_rotation
-from geometry.light import arriving_light, baked_light, lamps, scatter, to_linear, to_srgb
+from geometry.camera import EYE, as_tensor, rays, to_linear, to_srgb, view_rotation
+from geometry.light import arriving_light, lamps, scatter
 from geometry.rasterise import rasterise_mesh, rasterise_points
 from geometry.splat import splat
 
@@ -23,17 +23,6 @@ PAPER = (.985, .98, .972)          # the background, sRGB: white with a drop of 
 SAMPLES = 2                        # samples a pixel, along x and along y
 FLOOR, CELLS = 2.7, 96             # the floor that receives a shadow: half its width, and its cells along a side
 COVER = 30000                      # points that cover a surface, to cast its shadow
-
-
-def render_flat(vertices, faces, colours, azimuth, elevation, size):
-    """The target of a splatted picture: a mesh with colours (v 3) in baked light, no shadow, no floor.
-    -> (size size 4): colour times coverage, coverage."""
-    width = size * SAMPLES
-    pixel, _, normal, colour = rasterise_mesh(as_tensor(vertices), as_tensor(faces, torch.int64), as_tensor(colours),
-                                              view_rotation(azimuth, elevation), width)
-    image = torch.zeros(width * width, 4)
-    image[pixel] = torch.cat([colour * baked_light(normal), torch.ones_like(normal[:, :1])], -1)
-    return reduce(image, "(h a w b) c -> h w c", "mean", h=size, w=size, a=SAMPLES)
 
 
 # ---------------------------------------------------------------------------- floor and picture

@@ -13,6 +13,11 @@ TILE = 16                          # pixels along a side of a tile, which blends
 BLUR = .3                          # variance in pixels^2 that every Gaussian gains on the screen, as in 3DGS viewers
 
 
+def baked_light(normal):
+    """The light in the colours of 3D Gaussians (... k 1), as viewers add none: one lamp at the upper left, in sRGB."""
+    return .75 + .25 * (normal @ F.normalize(torch.tensor([-.5, 1, .7]), dim=0).to(normal))[..., None]
+
+
 def rotation_matrices(rotations):
     """Quaternions w x y z of any length (k 4) -> rotation matrices (k 3 3)."""
     w, x, y, z = F.normalize(rotations, dim=-1).unbind(-1)

@@ -11,8 +11,7 @@ import data
 from engine.commands import UserError
 from geometry import asset_names, mesh_files, real, soup
 from geometry.meshes import bin_centres
-from geometry.render import render_flat
-from geometry.training_samples import VIEW, take_faces, vertex_coloured
+from geometry.training_samples import render_flat, take_faces, vertex_coloured
 
 
 def kit(folder, *stems):
@@ -94,7 +93,7 @@ def test_samples_of_turned_shapes(lopsided, i):
 
     vertices, faces, colours = vertex_coloured(true)
     faces = faces[:, ::-1] if i % 2 else faces                # mirrored triangles face inwards
-    view = render_flat(vertices @ move.T, faces.copy(), colours, *samples["angles"][0].tolist(), VIEW)
+    view = render_flat(vertices @ move.T, faces.copy(), colours, *samples["angles"][0].tolist())
     assert abs(view - samples["views"][0]).mean() < .01
 
     count, before = (samples["components"] >= 0).sum(), train.faces([0])

@@ -12,8 +12,7 @@ from scipy.spatial.transform import Rotation
 from conftest import TrueHead
 from engine.commands import UserError
 from geometry import export, real, render, shapes, splat, surface
-from geometry.camera import EYE, HALF, view_rotation
-from geometry.light import to_linear
+from geometry.camera import EYE, HALF, to_linear, view_rotation
 from geometry.view import read_shape
 
 

@@ -6,13 +6,14 @@ them. The kind "records" has no arrays: its class, attributes and captions are J
 """
 import numpy as np
 import torch
+from einops import reduce
 
 from geometry.camera import as_tensor, view_rotation
+from geometry.crop import SIZE, crop_to_object
 from geometry.low_poly import canonical
 from geometry.meshes import FACES, simplify_to
 from geometry.rasterise import rasterise_mesh
-from geometry.render import render_flat
-from geometry.training_pictures import SIZE, crop_to_object
+from geometry.splat import baked_light
 
 POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
 VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
@@ -83,7 +84,17 @@ def take_views(shape, rng):
 
 
 def draw_view(shape, azimuth, elevation):
-    return render_flat(*vertex_coloured(shape), azimuth, elevation, VIEW).numpy()
+    return render_flat(*vertex_coloured(shape), azimuth, elevation).numpy()
+
+
+def render_flat(vertices, faces, colours, azimuth, elevation):
+    """The target of a splatted picture: a mesh with colours (v 3) in baked light, no shadow, no floor.
+    -> VIEW VIEW 4: colour times coverage, coverage."""
+    pixel, _, normal, colour = rasterise_mesh(as_tensor(vertices), as_tensor(faces, torch.int64), as_tensor(colours),
+                                              view_rotation(azimuth, elevation), 2 * VIEW)
+    image = torch.zeros(4 * VIEW ** 2, 4)
+    image[pixel] = torch.cat([colour * baked_light(normal), torch.ones_like(normal[:, :1])], -1)
+    return reduce(image, "(h a w b) c -> h w c", "mean", h=VIEW, w=VIEW, a=2)
 
 
 def vertex_coloured(shape):

@@ -13,9 +13,8 @@ from trimesh.exchange.gltf import load_glb
 
 from engine.commands import Parser, UserError, between, command
 from geometry import render
-from geometry.camera import as_tensor
+from geometry.camera import as_tensor, to_srgb
 from geometry.export import CLOUD, DC, GAUSSIANS, Cloud, Gaussians, Mesh
-from geometry.light import to_srgb
 from geometry.meshes import check_mesh, face_areas
 
 TYPES = {"float": "<f4", "float32": "<f4", "double": "<f8", "float64": "<f8", "uchar": "u1", "uint8": "u1",

@@ -25,7 +25,7 @@ from torch import nn
 
 from engine.files import load_stage
 from engine.networks import Block
-from geometry.training_pictures import SIZE
+from geometry.crop import SIZE
 from prompts.text_tower import POINTS
 
 SIZES = {  # dim is also e, the width of a condition token

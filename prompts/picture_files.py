@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 
 from engine.commands import Parser, UserError, command
-from geometry.training_pictures import crop_to_object
+from geometry.crop import crop_to_object
 
 LARGEST = 64_000_000  # pixels of a file
 SMALLEST = 16         # pixels along a side; no object can be recognised in a smaller picture

@@ -15,7 +15,7 @@ import sample
 from conftest import SMALL, assert_one_line, run
 from engine import files
 from engine.commands import UserError
-from geometry import asset_names, render, training_pictures
+from geometry import asset_names, crop, render, training_pictures
 from geometry.words import COLOURS
 from prompts import image_tower, picture_files, reading, text_tower
 
@@ -198,7 +198,7 @@ def save_disc(path, mode):
 def test_every_file_format_gives_the_same_picture(mode, suffix, tmp_path):
     """The same disc is cut out and framed, whatever file it comes from; some files have no colours."""
     picture, warning = picture_files.load_picture(save_disc(tmp_path / f"disc.{suffix}", mode))
-    true = torch.from_numpy(training_pictures.crop_to_object(disc()))
+    true = torch.from_numpy(crop.crop_to_object(disc()))
     true = rearrange(true[..., :3] + 1 - true[..., 3:], "h w c -> c h w")
     if mode in ("L", "LA", "I;16"):
         true, picture = true.mean(0), picture.mean(0)
