@@ -21,8 +21,8 @@ import tokenizer
 import train
 from engine import run as run_folder
 from engine.commands import command
+from geometry.kinds import KINDS
 from geometry.surface import TRUNCATION
-from geometry.training_samples import KINDS
 from prompts import image_tower, text_tower
 
 HERE = Path(__file__).parent

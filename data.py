@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
-from geometry.low_poly import in_order_again
+from geometry.kinds import KINDS, POINTS, QUERIES
 from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
 from geometry.training_pictures import recolour, relight
-from geometry.training_samples import KINDS, POINTS, QUERIES, vertex_coloured
 
 # method of Prepared that a head reads from -> the kind of samples that it needs
 READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
@@ -153,6 +152,7 @@ class Prepared:
         """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
         corners, components, colours = self.tensors(("corners", "components", "face_colours"), rows)
         for i in np.flatnonzero(self.symmetry[rows]):
+            from geometry.low_poly import in_order_again  # built-in shapes are never moved
             move, faces = SYMMETRIES[self.symmetry[rows[i]]], components[i] >= 0
             moved = in_order_again(corners[i][faces].numpy(), colours[i][faces].numpy(), move)
             components[i] = -1
@@ -210,6 +210,7 @@ def parse_share(text):
 def main():
     from geometry.render import contact_sheet, render_mesh, save_png
     from geometry.shapes import CLASSES
+    from geometry.training_samples import vertex_coloured
     parser = Parser(__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "

@@ -120,6 +120,7 @@ def prompted_tokens(run, stage, encoder, file="tokenizer"):
 
 def train_text(run):
     """The text tower, with a cloud tower that it learns to agree with."""
+    import judge
     # data
     captions = [caption for own in run.train.captions for caption in own]
     words, nouns = text_tower.vocabulary(captions), nouns_of(captions)
@@ -137,12 +138,13 @@ def train_text(run):
 
     # save
     with run.autocast():
-        found = dict(vocabulary=words, nouns=nouns, metrics=text_tower.retrieval(model, run.test))
+        found = dict(vocabulary=words, nouns=nouns, metrics=judge.caption_retrieval(model, run.test))
     run.finish("encoders", seconds, {"encoders": model}, settings=settings, **found)
 
 
 def train_vision(run):
     """The image tower, with the cloud tower, and a linear reader that is discarded."""
+    import judge
     # data: of each shape a cloud and VIEWS pictures
     aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
     tokens = {split: tokenizer.encode(run, encoder, split.repeated(8))
@@ -178,7 +180,7 @@ def train_vision(run):
 
     # save
     with run.autocast():
-        metrics = image_tower.retrieval(model["vision"], model["aligner"], run.test)
+        metrics = judge.picture_retrieval(model["vision"], model["aligner"], run.test)
     files = {"vision": model["vision"], "encoders": model["aligner"]}
     run.finish("vision", seconds, files, settings=settings, metrics=metrics)
 

@@ -12,8 +12,6 @@ an attribute is measured, not guessed by a classifier. Each command prints a Mar
 import time
 from importlib import import_module
 
-from models import MODELS, model_in
-
 import heads
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder, read_config

@@ -33,7 +33,6 @@ from engine.networks import Block, QueryDecoder, flow_pair, from_patches, time_e
 from engine.stage import Stage
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
-from geometry.splat import baked_light, splat
 from geometry.surface import TRUNCATION, extract, in_chunks
 
 
@@ -158,6 +157,7 @@ class GaussianHead(QueryDecoder):
 
     def loss(self, tokens, batch):
         """L1 of pictures of the Gaussians, before a random plain background, and of their colours."""
+        from geometry.splat import baked_light, splat  # rendering is for training alone
         x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # b k 3, error of the sdf head
         attributes, error = self.attributes(self.read(tokens), x), 0
         for i, gaussians in enumerate(zip(*attributes)):

@@ -16,15 +16,17 @@ from tqdm import tqdm
 
 from engine import processes
 from engine.networks import grid_points
+from geometry.kinds import VIEW
 from geometry.meshes import bin_centres, quantise, sample_surface
 from geometry.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, ssim
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
 from geometry.splat import splat
 from geometry.surface import TRUNCATION
-from geometry.training_samples import VIEW, draw_view
+from geometry.training_samples import draw_view
 from geometry.words import article
 from heads import field_of
+from prompts import text_tower
 
 SHAPES = 52         # held-out shapes on which a stage measures a head
 save_picture = processes.first_process_only(save_png)
@@ -143,3 +145,47 @@ def samples(run, heads, tokens):
 def reconstructions(run, heads, tokens, rep):
     """A contact sheet of held-out shapes, encoded and decoded."""
     return contact_sheet([decode(run, heads, x, rep).picture(160) for x in tokens], 7)
+
+
+# ---------------------------------------------------------------------------- the towers
+
+@torch.no_grad()
+def caption_retrieval(encoders, prepared, count=200):
+    """On held-out shapes: does a cloud find its class name, and a full caption its cloud? -> shares of 1."""
+    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
+    points = [x.to(encoders.scale.device) for x in prepared.cloud(rows, text_tower.POINTS, np.random.default_rng(0))]
+    cloud = torch.cat([encoders.embed_cloud(*chunk) for chunk in zip(*(x.split(64) for x in points))])       # m e
+
+    names = sorted(set(prepared.classes))
+    nearest_name = (cloud @ encoders.embed_text(*encoders.word_ids(names)).T).argmax(1).tolist()             # m
+    right = sum(names[i] == prepared.classes[row] for i, row in zip(nearest_name, rows)) / len(rows)
+
+    # a caption is also true of a shape with the same class and attributes, and of a shape that has the same caption
+    captions = [max(prepared.captions[row], key=len) for row in rows]
+    labels = [(prepared.classes[row], prepared.records[row]["attributes"]) for row in rows]
+    true = torch.tensor([[label == other or caption in prepared.captions[row] for other, row in zip(labels, rows)]
+                         for label, caption in zip(labels, captions)])            # m m
+    order = (encoders.embed_text(*encoders.word_ids(captions)) @ cloud.T).argsort(1, descending=True).cpu()  # m m
+    recall = {f"recall_at_{k}": round(true.gather(1, order[:, :k]).any(1).float().mean().item(), 4) for k in (1, 5)}
+    return {"shapes": len(rows), "class_accuracy": right} | recall
+
+
+@torch.no_grad()
+def embed_clouds(encoders, prepared):
+    """The clouds of all shapes of a prepared set: k out."""
+    chunks = np.array_split(np.arange(len(prepared)), -(-len(prepared) // 128))
+    clouds = (prepared.cloud(rows, text_tower.POINTS, np.random.default_rng(rows[0])) for rows in chunks)
+    return torch.cat([encoders.embed_cloud(*(x.to(encoders.scale.device) for x in cloud)).float() for cloud in clouds])
+
+
+@torch.no_grad()
+def picture_retrieval(vision, encoders, prepared, count=200):
+    """Does a picture of a held-out shape, from any side, find that shape's cloud? -> shares of 1."""
+    clouds = embed_clouds(encoders, prepared)                                     # k out
+    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
+    pictures = prepared.pictures(rows, np.random.default_rng(0))                  # m 3 s s
+    embedded = torch.cat([vision.embed(vision.tokens(chunk)[0]) for chunk in pictures.split(64)])            # m out
+    order = (embedded @ clouds[rows].T).argsort(1, descending=True).cpu()         # m m
+    right = order == torch.arange(len(rows))[:, None]                             # m m
+    recall = {f"recall_at_{k}": round(right[:, :k].any(1).float().mean().item(), 4) for k in (1, 5)}
+    return {"shapes": len(rows)} | recall

@@ -22,7 +22,6 @@ from engine.commands import UserError
 from engine.files import atomic_write
 from geometry.camera import as_tensor, to_linear
 from geometry.meshes import closed_edges, largest_component_share, sample_surface, watertight
-from geometry.splat import rotation_matrices
 
 
 class Shape:
@@ -137,6 +136,7 @@ class Gaussians(Shape):
 
     def surface(self, k, rng):
         """The normal is the shortest axis, on the side away from the centre of all Gaussians."""
+        from geometry.splat import rotation_matrices
         rows = rng.choice(len(self.means), k, replace=k > len(self.means))
         axes = rotation_matrices(torch.from_numpy(self.rotations[rows])).numpy()       # k 3 3, an axis a column
         normals = axes[np.arange(k), :, self.scales[rows].argmin(1)]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engine.commands import UserError
 from engine.files import atomic_write
-from geometry.training_samples import KINDS, TAKE
+from geometry.kinds import KINDS
 
 with contextlib.suppress(ImportError):                        # Windows has none
     import resource
@@ -67,6 +67,7 @@ def read_records(folder):
 
 def prepare_chunk(folder, source, chunk, kinds):
     """Fill the rows of a chunk in the arrays of these kinds, then write what became of its shapes. -> their number."""
+    from geometry.training_samples import TAKE  # only where samples are taken
     torch.set_num_threads(1)                                  # other workers use the other cores
     arrays = {name: np.load(folder / source.folder(kind) / f"{name}.npy", mmap_mode="r+")
               for kind in kinds for name in KINDS[kind]}

@@ -18,8 +18,8 @@ import numpy as np
 
 from engine.commands import Parser, UserError, command
 from geometry import asset_names, mesh_files, soup
+from geometry.kinds import KINDS
 from geometry.prepare import CHUNK, counts, name_begins, short_digest
-from geometry.training_samples import KINDS
 from geometry.words import FILLERS, words
 
 SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off")

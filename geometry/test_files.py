@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from evaluation import judges
 from PIL import Image
 
 import data

@@ -1,8 +1,7 @@
 """training_samples.py - four kinds of training samples, each a function of a shape and a random generator.
 
 A shape is any object with `surface`, `distance`, `mesh`, `low_poly` and `icon`: a built-in shape (geometry/solids.py)
-or triangles of a file (geometry/soup.py). KINDS lists the arrays that each kind fills, one row a shape; data.py reads
-them. The kind "records" has no arrays: its class, attributes and captions are JSON (geometry/prepare.py).
+or triangles of a file (geometry/soup.py). They fill the arrays of geometry/kinds.py.
 """
 import numpy as np
 import torch
@@ -10,24 +9,11 @@ from einops import reduce
 
 from geometry.camera import as_tensor, view_rotation
 from geometry.crop import SIZE, crop_to_object
+from geometry.kinds import KINDS, POINTS, QUERIES, VIEW
 from geometry.low_poly import canonical
 from geometry.meshes import FACES, simplify_to
 from geometry.rasterise import rasterise_mesh
 from geometry.splat import baked_light
-
-POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
-VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
-KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 29 (a picture) and 66 kB
-    "surface": dict(points=(np.float16, (POINTS, 3)), normals=(np.int8, (POINTS, 3)), colours=(np.uint8, (POINTS, 3)),
-                    queries=(np.float16, (QUERIES, 3)), distance=(np.float16, (QUERIES,))),
-    "faces": dict(corners=(np.int16, (FACES, 3, 3)), face_colours=(np.uint8, (FACES, 3)),
-                  components=(np.int16, (FACES,))),
-    "pictures": dict(picture_colours=(np.uint8, (SIZE, SIZE, 3)),
-                     picture_normals=(np.int8, (SIZE, SIZE, 3)),
-                     picture_coverage=(np.uint8, (SIZE, SIZE)), picture_azimuth=(np.float32, ())),
-    "views": dict(views=(np.uint8, (VIEW, VIEW, 4)), angles=(np.float32, (2,))),
-    "records": {},
-}
 
 
 def take_surface(shape, rng):

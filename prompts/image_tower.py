@@ -17,7 +17,6 @@ tokens x_i in the condition tokens. It is thrown away after training. A batch ha
 import itertools
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
@@ -26,7 +25,6 @@ from torch import nn
 from engine.files import load_stage
 from engine.networks import Block
 from geometry.crop import SIZE
-from prompts.text_tower import POINTS
 
 SIZES = {  # dim is also e, the width of a condition token
     "tiny": dict(dim=128, depth=2, heads=4), "mini": dict(dim=128, depth=2, heads=4, convolutions=2),
@@ -126,29 +124,6 @@ class Reader(nn.Module):
     def forward(self, condition):                             # b t e -> b n c
         x = self.out(self.into(rearrange(condition, "b t e -> b (t e)"))).float()
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
-
-
-# ---------------------------------------------------------------------------- training and evaluation
-
-@torch.no_grad()
-def embed_clouds(encoders, prepared):
-    """The clouds of all shapes of a prepared set: k out."""
-    chunks = np.array_split(np.arange(len(prepared)), -(-len(prepared) // 128))
-    clouds = (prepared.cloud(rows, POINTS, np.random.default_rng(rows[0])) for rows in chunks)
-    return torch.cat([encoders.embed_cloud(*(x.to(encoders.scale.device) for x in cloud)).float() for cloud in clouds])
-
-
-@torch.no_grad()
-def retrieval(vision, encoders, prepared, count=200):
-    """Does a picture of a held-out shape, from any side, find that shape's cloud? -> shares of 1."""
-    clouds = embed_clouds(encoders, prepared)                                     # k out
-    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
-    pictures = prepared.pictures(rows, np.random.default_rng(0))                  # m 3 s s
-    embedded = torch.cat([vision.embed(vision.tokens(chunk)[0]) for chunk in pictures.split(64)])            # m out
-    order = (embedded @ clouds[rows].T).argsort(1, descending=True).cpu()         # m m
-    right = order == rearrange(torch.arange(len(rows)), "m -> m 1")               # m m
-    recall = {f"recall_at_{k}": round(right[:, :k].any(1).float().mean().item(), 4) for k in (1, 5)}
-    return {"shapes": len(rows)} | recall
 
 
 def load(folder):

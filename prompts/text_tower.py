@@ -39,6 +39,17 @@ def vocabulary(captions):
     return sorted({NO_WORD} | {word for caption in captions for word in words(caption)})
 
 
+def info_nce(s, positive, negative):
+    """InfoNCE with several positives. s: b k, similarities over the temperature; booleans b k.
+
+        L = mean_i mean_{j in P(i)} -log( e^s_ij / (e^s_ij + sum_{l in N(i)} e^s_il) )
+
+    Rows without a positive do not count. The fraction is a sigmoid: -log is softplus."""
+    negatives = s.masked_fill(~negative, -1e4).logsumexp(1, keepdim=True)         # b 1
+    losses = F.softplus(negatives - s) * positive                                 # b k
+    return (losses.sum(1) / positive.sum(1).clamp(min=1)).sum() / positive.any(1).sum().clamp(min=1)
+
+
 class TextAndCloud(nn.Module):
     """The two towers, and the temperature of their comparison."""
 
@@ -80,13 +91,8 @@ class TextAndCloud(nn.Module):
         return F.normalize(self.cloud_out(rearrange(x, "b q e -> b (q e)")).float(), dim=-1)
 
     def loss(self, ids, mask, cloud, true):
-        """Symmetric InfoNCE with several positives. true: b b, [i, j] = caption i is true of cloud j.
-
-        s_ij = <text_i, cloud_j> / temperature;   P(i) = {j: true_ij}
-        L_rows = mean_i mean_{j in P(i)} -log( e^s_ij / (e^s_ij + sum_{k not in P(i)} e^s_ik) )
-        L = (L_rows + L_columns) / 2. CLIP has P(i) = {i}. Here "a table" is true of many clouds of a batch:
-        each is a positive, and none is a negative of another. The fraction is a sigmoid: -log is softplus.
-        """
+        """Symmetric InfoNCE over b captions and b clouds. true: b b, [i, j] = caption i is true of cloud j. In CLIP, i
+        is true of i alone. Here "a table" is true of many clouds of a batch: each is a positive."""
         return self.contrast(self.embed_text(ids, mask), self.embed_cloud(*cloud), true)
 
     def contrast(self, text, cloud, true):                    # b e each, b b
@@ -94,9 +100,7 @@ class TextAndCloud(nn.Module):
             score = text @ cloud.T * self.scale.exp().clamp(max=100)              # b b; 100 is CLIP's limit
             total, hits = 0, []
             for s, positive in ((score, true), (score.T, true.T)):
-                negatives = s.masked_fill(positive, -1e4).logsumexp(1, keepdim=True)           # b 1
-                losses = F.softplus(negatives - s) * positive                     # b b
-                total = total + (losses.sum(1) / positive.sum(1)).mean() / 2
+                total = total + info_nce(s, positive, ~positive) / 2
                 hits.append(positive.gather(1, s.argmax(1, keepdim=True)).float().mean())      # is the best one right?
         return total, {"text_to_cloud": hits[0], "cloud_to_text": hits[1], "temperature": (-self.scale).exp().detach()}
 
@@ -141,27 +145,6 @@ def captions_and_clouds(prepared, encoders, rows, rng):
     sets = [frozenset(prepared.captions[row]) for row in rows]
     true = torch.tensor([[caption in own for own in sets] for caption in captions])            # b b
     return *encoders.word_ids(captions), prepared.cloud(rows, POINTS, rng), true
-
-
-@torch.no_grad()
-def retrieval(encoders, prepared, count=200):
-    """On held-out shapes: does a cloud find its class name, and a full caption its cloud? -> shares of 1."""
-    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
-    points = [x.to(encoders.scale.device) for x in prepared.cloud(rows, POINTS, np.random.default_rng(0))]
-    cloud = torch.cat([encoders.embed_cloud(*chunk) for chunk in zip(*(x.split(64) for x in points))])       # m e
-
-    names = sorted(set(prepared.classes))
-    nearest_name = (cloud @ encoders.embed_text(*encoders.word_ids(names)).T).argmax(1).tolist()             # m
-    right = sum(names[i] == prepared.classes[row] for i, row in zip(nearest_name, rows)) / len(rows)
-
-    # a caption is also true of a shape with the same class and attributes, and of a shape that has the same caption
-    captions = [max(prepared.captions[row], key=len) for row in rows]
-    labels = [(prepared.classes[row], prepared.records[row]["attributes"]) for row in rows]
-    true = torch.tensor([[label == other or caption in prepared.captions[row] for other, row in zip(labels, rows)]
-                         for label, caption in zip(labels, captions)])            # m m
-    order = (encoders.embed_text(*encoders.word_ids(captions)) @ cloud.T).argsort(1, descending=True).cpu()  # m m
-    recall = {f"recall_at_{k}": round(true.gather(1, order[:, :k]).any(1).float().mean().item(), 4) for k in (1, 5)}
-    return {"shapes": len(rows), "class_accuracy": right} | recall
 
 
 def load(folder):

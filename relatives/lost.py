@@ -31,6 +31,7 @@ from engine.commands import UserError, cast_once, command
 from engine.files import load_stage
 from engine.networks import Block, flow_pair, time_embedding
 from engine.stage import Stage
+from prompts.text_tower import info_nce
 from relatives.sequence import AdaBlock, Growing, Sequence
 from sample import Sampler
 
@@ -63,15 +64,9 @@ class Student(nn.Module):
 
 
 def contrast(s, t, low, high, temperature=.07):
-    """InfoNCE with several positives. s, t: b b, similarities of shapes by the student and by the teacher.
-
-        L = mean_i mean_{j in P(i)} -log( e^(s_ij / T) / (e^(s_ij / T) + sum_{l in N(i)} e^(s_il / T)) )
-
-    P(i) = {j != i: t_ij > high}, N(i) = {l: t_il < low}; others do not count. i: those with some positive."""
-    positive = (t > high) & ~torch.eye(len(t), dtype=torch.bool, device=t.device)
-    negatives = (s / temperature).masked_fill(t >= low, -1e4).logsumexp(1, keepdim=True)      # b 1
-    losses = F.softplus(negatives - s / temperature) * positive                   # b b
-    return (losses.sum(1) / positive.sum(1).clamp(min=1)).sum() / positive.any(1).sum().clamp(min=1)
+    """s, t: b b, similarities of shapes by the student and by the teacher. Positives are more than `high` alike to the
+    teacher, negatives less than `low`; others do not count."""
+    return info_nce(s / temperature, (t > high) & ~torch.eye(len(t), dtype=torch.bool, device=t.device), t < low)
 
 
 def rank(s, t):

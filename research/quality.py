@@ -15,7 +15,7 @@ from geometry import training_pictures, training_samples
 from geometry.metrics import chamfer, chamfer_matrix, emd, fscore
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
-from judge import JUDGES
+from judge import JUDGES, caption_retrieval, picture_retrieval
 from prompts import image_tower, text_tower
 from research import exam
 from research.results import labels, mean, write_table, write_tables
@@ -69,8 +69,8 @@ def evaluate_retrieval(args):
     for folder, label in labels(args.checkpoint).items():
         towers, vision = text_tower.load(folder).to(device), image_tower.load(folder).to(device)
         with autocast():
-            recalls = {"caption": text_tower.retrieval(towers, test),
-                       "picture": image_tower.retrieval(vision, towers, test)}
+            recalls = {"caption": caption_retrieval(towers, test),
+                       "picture": picture_retrieval(vision, towers, test)}
         tables[label] = [{"prompt": kind, "shapes": str(found["shapes"]), "R@1": found["recall_at_1"],
                           "R@5": found["recall_at_5"]} for kind, found in recalls.items()]
     write_tables(args.out, args.command, tables, means=False)

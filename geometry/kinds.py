@@ -1,0 +1,22 @@
+"""kinds.py - the arrays that each kind of training samples fills (geometry/training_samples.py); data.py reads them.
+
+The kind "records" has no arrays: its class, attributes and captions are JSON (geometry/prepare.py).
+"""
+import numpy as np
+
+from geometry.crop import SIZE
+from geometry.meshes import FACES
+
+POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
+VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
+KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 29 (a picture) and 66 kB
+    "surface": dict(points=(np.float16, (POINTS, 3)), normals=(np.int8, (POINTS, 3)), colours=(np.uint8, (POINTS, 3)),
+                    queries=(np.float16, (QUERIES, 3)), distance=(np.float16, (QUERIES,))),
+    "faces": dict(corners=(np.int16, (FACES, 3, 3)), face_colours=(np.uint8, (FACES, 3)),
+                  components=(np.int16, (FACES,))),
+    "pictures": dict(picture_colours=(np.uint8, (SIZE, SIZE, 3)),
+                     picture_normals=(np.int8, (SIZE, SIZE, 3)),
+                     picture_coverage=(np.uint8, (SIZE, SIZE)), picture_azimuth=(np.float32, ())),
+    "views": dict(views=(np.uint8, (VIEW, VIEW, 4)), angles=(np.float32, (2,))),
+    "records": {},
+}
