@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from engine.commands import Parser, UserError, command
 from engine.files import atomic_write
-from geometry import training_pictures
+from geometry import crop, training_pictures
 
 LENGTH = 64    # word pieces of a prompt that are read
 
@@ -117,7 +117,7 @@ class TokenCache:
     caption or picture; inputs: a function from keys to the input of `tower.tokens`."""
 
     def __init__(self, tower, split, kind, keys, inputs, batch=64):
-        made_by = Path(training_pictures.__file__).read_text()                    # other pictures, other tokens
+        made_by = [Path(module.__file__).read_text() for module in (crop, training_pictures)]    # names the tokens
         name = hashlib.sha256(repr([tower.name, tower.model.config.to_dict(), made_by]).encode()).hexdigest()[:12]
         path, lengths = (split.folders[kind] / f"tower-{name}-{split.name}{end}" for end in (".half", "-lengths.npy"))
         if not lengths.is_file():                             # this file is written last
