@@ -186,7 +186,7 @@ class GaussianHead(QueryDecoder):
 
 class MeshHead(nn.Module):
     """Face queries and tokens attend to each other. A query predicts FACES faces, neighbours in canonical order
-    (geometry/meshes.py). Every coordinate is a distribution over bins; its logits have rank LEVELS, so that bins
+    (geometry/low_poly.py). Every coordinate is a distribution over bins; its logits have rank LEVELS, so that bins
     share weights. s face slots, l levels."""
     reads, needs, COUNT = {"faces": None}, (), None
     FACES, LEVELS = 4, 24

@@ -18,7 +18,7 @@ from engine import processes
 from engine.networks import grid_points
 from geometry.kinds import VIEW
 from geometry.meshes import bin_centres, quantise, sample_surface
-from geometry.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, ssim
+from geometry.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, soundness, ssim
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
 from geometry.splat import splat
@@ -74,7 +74,7 @@ def judge_mesh(heads, tokens, split, row, rng, autocast, points):
     true_mesh = bin_centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3)
     surface, second = (split.shape(row).surface(2048, rng)[0] for _ in range(2))  # k 3 each
     return {"within 1 bin": faces_within(found, true, 1), "within 2 bins": faces_within(found, true, 2),
-            **mesh.soundness(), "Chamfer": chamfer(mesh.surface(2048, rng)[0], surface),
+            **soundness(mesh), "Chamfer": chamfer(mesh.surface(2048, rng)[0], surface),
             "of the true mesh": chamfer(sample_surface(*true_mesh, 2048, rng, hidden=False)[0], surface),
             "its floor": chamfer(second, surface)}
 

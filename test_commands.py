@@ -22,7 +22,7 @@ import sample
 from conftest import HERE, assert_one_line, run, same_files
 from engine import files
 from engine.commands import UserError, pick_device
-from geometry import export
+from geometry import export, metrics
 from heads import field_of
 
 # ---------------------------------------------------------------------------- the shipped weights
@@ -39,7 +39,7 @@ def test_a_mesh_has_as_many_faces_as_asked():
     """With `faces`, the surface is simplified: closed, and never more faces."""
     for mesh in sample.load().generate("a chair", rep="mesh", n=2, faces=300):
         assert 200 < len(mesh.faces) <= 300
-        assert mesh.soundness()["closed edges"] > .98
+        assert metrics.soundness(mesh)["closed edges"] > .98
 
 
 def test_the_sdf_head_brings_points_to_its_surface():

@@ -78,7 +78,7 @@ def has_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
+        found = getattr(torch.cpu, "get_capabilities", dict)()               # torch 2.9 cannot tell
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))      # x86 (two) and ARM
     return False
 

@@ -7,6 +7,7 @@ d model width, h heads, q queries, k keys or points; of grids f features, s cell
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -15,6 +16,7 @@ from torch import nn
 # ---------------------------------------------------------------------------- attention
 
 # attention weights of far points are denormal numbers, with which a CPU is eight times slower; here they become 0
+np.finfo(np.float32), np.finfo(np.float64)                    # older numpy measures them now, or warns later
 torch.set_flush_denormal(True)
 GAMMAS = (0., 4., 16., 32.)  # distance bias per head, cycled: one head global, the others ever more local
 

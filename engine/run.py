@@ -1,7 +1,6 @@
 """run.py - a run folder: what is in it, whether new stages may join, and how a finished stage is saved."""
 import contextlib
 import copy
-import functools
 import os
 import shutil
 import subprocess
@@ -64,7 +63,7 @@ class Run:
     def __init__(self, args, stages, heads, reps, first, last, folder, fit):
         self.folder, self.size, self.seed = Path(folder), args.size, args.seed
         self.stages, self.heads = stages, heads
-        self.reps, self.first, self.last, self.fit = reps, first, last, functools.partial(fit, self)
+        self.reps, self.first, self.last, self.loop = reps, first, last, fit
         self.variant, self.denoiser = args.variant, args.denoiser
         self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}
         self.micro_batches = args.micro_batches or processes.world()
@@ -79,6 +78,10 @@ class Run:
             raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
+
+    def fit(self, stage, model, draw, loss_of, show=None):
+        """Trains a model (train.py) -> its moving average, and the seconds."""
+        return self.loop(self, stage, model, draw, loss_of, show)
 
     def part(self, stage, default):
         """The class of what a stage trains: the default, or that of --variant."""

@@ -21,7 +21,7 @@ import torch
 from engine.commands import UserError
 from engine.files import atomic_write
 from geometry.camera import as_tensor, to_linear
-from geometry.meshes import closed_edges, largest_component_share, sample_surface, watertight
+from geometry.meshes import sample_surface
 
 
 class Shape:
@@ -33,10 +33,6 @@ class Shape:
 
     def positions(self):
         return next(iter(vars(self).values()))                      # vertices, points or means
-
-    def soundness(self):
-        """The faults that a shape of this kind can have: {test: result}."""
-        return {}
 
     def _repr_png_(self):
         from PIL import Image
@@ -81,13 +77,6 @@ class Mesh(Shape):
         normals = np.cross(b - a, c - a)
         normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
         return points, normals, np.einsum("kc,kci->ki", weights, self.colours[self.faces[face]])
-
-    def soundness(self):
-        if not self.smooth:
-            _, place = np.unique(self.vertices, axis=0, return_inverse=True)      # corners may not be shared
-            return {"closed edges": closed_edges(place.reshape(-1)[self.faces])}
-        one_piece = largest_component_share(self.vertices, self.faces) >= .99
-        return {"one piece": one_piece, "watertight": watertight(self.faces)}
 
 
 @dataclass(repr=False)

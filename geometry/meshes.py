@@ -182,23 +182,5 @@ def sample_surface(vertices, faces, k, rng, hidden=True):
     return x, face, weights
 
 
-def largest_component_share(vertices, faces):
-    """Share of the surface area that is in the largest connected component; 0 for an empty mesh."""
-    if len(faces) == 0:
-        return 0.
-    area = np.bincount(face_components(faces, len(vertices)), face_areas(vertices, faces))
-    return area.max() / area.sum()
-
 def directed_edges(faces):
     return faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2)        # (f 3) 2
-
-def watertight(faces):
-    """Every edge belongs to exactly two faces, which run along it in opposite directions. An empty mesh is not."""
-    edges = directed_edges(faces)
-    forward, backward = (np.unique(ends @ [2 ** 31, 1]) for ends in (edges, edges[:, ::-1]))
-    return 0 < len(edges) == len(forward) and np.array_equal(forward, backward)
-
-def closed_edges(faces):
-    """Share of the edges that exactly two faces share; 0 for an empty mesh."""
-    edges = np.sort(directed_edges(faces), 1)
-    return np.mean(np.unique(edges, axis=0, return_counts=True)[1] == 2) if len(edges) else 0.

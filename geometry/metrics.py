@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from engine.commands import UserError
+from geometry.export import Mesh
+from geometry.meshes import directed_edges, face_areas, face_components
 
 
 def check(x, what, least=1, form="k 3"):
@@ -120,3 +122,37 @@ def chamfer_matrix(samples, references):
     finally:
         torch.set_num_threads(threads)
     return torch.maximum(matrix, matrix.T) if same else matrix
+
+
+# ---------------------------------------------------------------------------- how sound is a mesh?
+
+def largest_component_share(vertices, faces):
+    """Share of the surface area that is in the largest connected component; 0 for an empty mesh."""
+    if len(faces) == 0:
+        return 0.
+    area = np.bincount(face_components(faces, len(vertices)), face_areas(vertices, faces))
+    return area.max() / area.sum()
+
+
+def watertight(faces):
+    """Every edge belongs to exactly two faces, which run along it in opposite directions. An empty mesh is not."""
+    edges = directed_edges(faces)
+    forward, backward = (np.unique(ends @ [2 ** 31, 1]) for ends in (edges, edges[:, ::-1]))
+    return 0 < len(edges) == len(forward) and np.array_equal(forward, backward)
+
+
+def closed_edges(faces):
+    """Share of the edges that exactly two faces share; 0 for an empty mesh."""
+    edges = np.sort(directed_edges(faces), 1)
+    return np.mean(np.unique(edges, axis=0, return_counts=True)[1] == 2) if len(edges) else 0.
+
+
+def soundness(shape):
+    """The faults that a mesh of this kind can have: {test: result}; {} for shapes of other kinds."""
+    if not isinstance(shape, Mesh):
+        return {}
+    if not shape.smooth:
+        _, place = np.unique(shape.vertices, axis=0, return_inverse=True)         # corners may not be shared
+        return {"closed edges": closed_edges(place.reshape(-1)[shape.faces])}
+    one_piece = largest_component_share(shape.vertices, shape.faces) >= .99
+    return {"one piece": one_piece, "watertight": watertight(shape.faces)}

@@ -21,7 +21,7 @@ import judge
 import train
 from conftest import HERE, TrueHead, assert_one_line, run
 from engine.commands import UserError
-from geometry import mesh_files, meshes, prepare, real, soup, training_samples
+from geometry import mesh_files, meshes, metrics, prepare, real, soup, training_samples
 
 
 def white_soup(vertices, faces):
@@ -65,7 +65,7 @@ def test_a_flat_square_is_a_thin_solid():
     square = np.array([[-.5, 0, -.5], [.5, 0, -.5], [.5, 0, .5], [-.5, 0, .5]])
     solid = white_soup(square, [[0, 1, 2], [0, 2, 3]])
     vertices, faces, _ = solid.mesh()
-    assert meshes.watertight(faces)
+    assert metrics.watertight(faces)
     assert abs(np.ptp(vertices, 0) - [1, 0, 1] - 2 * soup.SKIN).max() < .02
     pictures = training_samples.draw_pictures(solid, [(0, 30), (0, 0)])
     assert [coverage.any() for coverage in pictures["picture_coverage"]] == [True, False]

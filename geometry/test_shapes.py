@@ -14,7 +14,7 @@ import heads
 from conftest import TrueHead
 from engine import networks
 from engine.commands import UserError
-from geometry import built_in, low_poly, meshes, prepare, shapes, solids, surface
+from geometry import built_in, low_poly, meshes, metrics, prepare, shapes, solids, surface
 from geometry.captions import NUMBERS, write_captions
 
 # ---------------------------------------------------------------------------- shapes
@@ -101,7 +101,7 @@ def one_hot_bins(corners):
 
 def volumes(vertices, faces):
     """The volume of each component of a mesh that is closed."""
-    assert meshes.watertight(faces)
+    assert metrics.watertight(faces)
     _, component = np.unique(meshes.face_components(faces, len(vertices)), return_inverse=True)
     return np.bincount(component, np.linalg.det(vertices[faces])) / 6
 
@@ -159,12 +159,12 @@ def test_welding_closes_what_was_closed(index):
     shape, rng = shapes.make(0, index), np.random.default_rng(0)
     corners, *_ = low_poly.canonical(*shape.mesh())
     vertices, faces, unfolded = meshes.weld(one_hot_bins(corners))
-    assert unfolded.all() and meshes.watertight(faces)
+    assert unfolded.all() and metrics.watertight(faces)
     assert abs(vertices[faces] - corners).max() < 1e-6
     assert len(volumes(vertices, faces)) == sum(part.sides > 0 for part in shape.parts)
     off = (rng.random(corners.shape) < .1) * rng.integers(-1, 2, corners.shape)
     _, faces, unfolded = meshes.weld(one_hot_bins((corners + off).clip(0, meshes.BINS - 1)))
-    assert meshes.closed_edges(faces) > .98
+    assert metrics.closed_edges(faces) > .98
     assert unfolded.mean() > .9
 
 
@@ -173,10 +173,10 @@ def test_holes_are_closed():
     corners, *_ = low_poly.canonical(*shapes.make(0, 12).mesh())
     _, faces, _ = meshes.weld(one_hot_bins(np.delete(corners, len(corners) // 2, 0)))
     closed = meshes.close_holes(faces)
-    assert not meshes.watertight(faces) and meshes.watertight(closed)
+    assert not metrics.watertight(faces) and metrics.watertight(closed)
     assert np.array_equal(closed[:-1], faces)
     assert np.array_equal(meshes.close_holes(closed), closed)
-    assert len(meshes.close_holes(faces[:0])) == meshes.closed_edges(faces[:0]) == 0
+    assert len(meshes.close_holes(faces[:0])) == metrics.closed_edges(faces[:0]) == 0
     assert [len(x) for x in meshes.weld(one_hot_bins(corners[:0]))] == [0, 0, 0]
 
 
@@ -187,7 +187,7 @@ def test_unsure_corners_decide_together():
     lean = .52 + .2 * (np.random.default_rng(0).random((*corners.shape, 1)) - .5)
     share = lean * one_hot_bins(corners) + (1 - lean) * one_hot_bins(corners - 12)
     vertices, faces, unfolded = meshes.weld(share)
-    assert unfolded.all() and meshes.watertight(faces)
+    assert unfolded.all() and metrics.watertight(faces)
     assert (share.argmax(-1) == corners).mean() < .65
     assert (np.round(vertices[faces]) == corners).mean() > .75
 
@@ -202,7 +202,7 @@ def test_unsure_components_are_left_out_whole(unsure, monkeypatch):
     monkeypatch.setattr(head, "logits", lambda levels: levels)
     monkeypatch.setattr(head, "forward", lambda tokens: (20. * bins[None], exists, torch.ones(*exists.shape, 3)))
     mesh, sure = head.decode(torch.zeros(8, 4), {}, None), components != unsure
-    assert meshes.watertight(mesh.faces) and len(mesh.faces) == sure.sum()
+    assert metrics.watertight(mesh.faces) and len(mesh.faces) == sure.sum()
     true = np.unique(meshes.bin_centres(corners[sure]).reshape(-1, 3), axis=0)
     assert abs(np.sort(mesh.vertices.ravel()) - np.sort(true.ravel())).max() < 1e-6
 
@@ -299,7 +299,7 @@ def test_nothing_leaves_the_cube(sign, full):
     head.evaluate = lambda memory, x: torch.full((1, x.shape[1], 4), sign)
     fine, dense = (surface.extract(head, torch.zeros(1, 1), 64, hierarchical=h) for h in (True, False))
     assert all(map(np.array_equal, fine, dense))
-    assert meshes.watertight(fine[1]) == full == (len(fine[1]) > 0)
+    assert metrics.watertight(fine[1]) == full == (len(fine[1]) > 0)
 
 
 def test_chunks_keep_points_in_order_and_have_few_sizes():

@@ -30,7 +30,10 @@ class Pretrained:
 
     def __init__(self, name, device="cpu"):
         os.environ["HF_HUB_OFFLINE"] = "1"                    # from the hub's cache or a folder, never over the network
-        import transformers  # takes seconds
+        try:
+            import transformers  # takes seconds
+        except ImportError:
+            raise UserError(f"{self.flag} needs the package transformers; pip install transformers") from None
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.name, self.device = name, torch.device(device)

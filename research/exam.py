@@ -13,6 +13,7 @@ from data import kinds_of, prepare
 from engine.commands import UserError, pick_device
 from engine.files import read_config
 from engine.stage import RELATIVES
+from geometry.metrics import soundness
 from geometry.real import Files
 from research import peers  # adds its classes to those that a folder may hold
 from research.closure import closure, code_digest
@@ -100,7 +101,7 @@ def shape_result(model, rep, resolution, points=POINTS):
     def result_of(tokens, job):
         shape = model.decode(tokens, rep, job.seed, resolution)
         cloud = [np.float32(x) for x in shape.surface(points, np.random.default_rng(job.seed))]     # k 3 each
-        return {"tokens": tokens.cpu().numpy()} | dict(zip(CLOUD, cloud)) | shape.soundness()
+        return {"tokens": tokens.cpu().numpy()} | dict(zip(CLOUD, cloud)) | soundness(shape)
     return result_of
 
 
