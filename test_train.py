@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import trimesh
 
 import backbone
 import data
@@ -166,6 +167,19 @@ def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     assert train_small(monkeypatch, tmp_path / "own", 2, *flags) == 0
     assert files.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
     assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
+
+
+def test_files_are_learnt_in_eight_positions(tmp_path, monkeypatch):
+    """Tokenizer and heads learn from turned and mirrored copies of files, and the loop gets that set."""
+    for i in range(3):
+        trimesh.creation.box((1, .5, .2 + .2 * i)).export(tmp_path / f"box{i}x.obj")
+    counts, fit = {}, train.fit
+    monkeypatch.setattr(train, "fit", lambda run, stage, *rest: (counts.update({stage: len(run.train)}),
+                                                                 fit(run, stage, *rest))[1])
+    flags = "--data", tmp_path, "--steps", 1, "--batch", 2, "--rep", "sdf", "pc", "--stage"
+    for stage in ("encoders", "tokenizer", "head"):
+        assert train_small(monkeypatch, tmp_path / "run", 2, *flags, stage) == 0
+    assert counts["tokenizer"] == counts["head-pc"] == 4 * counts["encoders"] > 0
 
 
 def test_a_head_goes_on_where_the_tokenizer_left_it(overfitted, tmp_path, monkeypatch, capsys):
