@@ -17,7 +17,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ import data
 import tokenizer
 from engine.commands import Parser, add_device_flags, between, cast_once, command, pick_device
 from engine.files import make_folder
-from engine.step import optimizers, recompute_blocks
+from engine.step import optimizers, recompute_blocks, update
 from geometry import surface
 from geometry.shapes import CLASSES
 from research.exam import open_model, result_cache
@@ -50,19 +49,19 @@ def memory(field="VmRSS"):
 
 def measure(way, device=torch.device("cpu")):
     """-> the seconds that way() takes, and the most MB that it adds to those in use before."""
-    if device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
-        before, start = torch.cuda.memory_allocated(), time.perf_counter()
-        way()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-
-    surface.give_back_memory()                                # its reuse would not be counted
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")         # resets VmHWM
-    before, start = memory(), time.perf_counter()
+    else:
+        surface.give_back_memory()                            # its reuse would not be counted
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")     # resets VmHWM
+    before, start = torch.cuda.memory_allocated() if cuda else memory(), time.perf_counter()
     way()
-    return time.perf_counter() - start, (memory("VmHWM") - before) / 2 ** 20
+    if cuda:
+        torch.cuda.synchronize()
+    seconds, most = time.perf_counter() - start, torch.cuda.max_memory_allocated() if cuda else memory("VmHWM")
+    return seconds, (most - before) / 2 ** 20
 
 
 class Bench:
@@ -81,13 +80,11 @@ class Bench:
         return backbone.Backbone(**backbone.SIZES[self.args.size] | settings).to(self.device)
 
     def take_turns(self, ways):
-        """{name: function} take turns, --rounds times -> a row for each."""
-        rounds, results, rows = self.args.rounds, {name: [] for name in ways}, []
-        for _ in range(rounds + (rounds > 1)):                # of several, the first warms up
-            for name, way in ways.items():
-                results[name].append(measure(way, self.device))
-        for name, measured in results.items():
-            seconds, megabytes = zip(*measured[-rounds:])
+        """{name: function} take turns, --rounds times; if more than once, after one to warm up. -> a row for each."""
+        rounds, rows = self.args.rounds, []
+        turns = [[measure(way, self.device) for way in ways.values()] for _ in range(rounds + (rounds > 1))][-rounds:]
+        for name, measured in zip(ways, zip(*turns)):
+            seconds, megabytes = zip(*measured)
             median = statistics.median(seconds)
             rows.append({"way": name, "seconds": median, "spread": (max(seconds) - min(seconds)) / median,
                          "times as fast": rows[0]["seconds"] / median if rows else 1., "peak MB": max(megabytes)})
@@ -182,26 +179,16 @@ def bench_quality(bench):
 def bench_decode(bench):
     """Meshes of shapes of different classes: a dense grid, and one refined near the surface. Is it the same mesh?"""
     count, rows, model = bench.args.shapes, [], open_model(bench.args, bench.args.checkpoint).load_heads("sdf")
-    tokens, head = model.tokens(CLASSES[:count], [(0, i) for i in range(count)]), model.heads["sdf"]  # b n c
-    evaluate = head.evaluate
+    tokens, head, meshes = model.tokens(CLASSES[:count], [(0, i) for i in range(count)]), model.heads["sdf"], {}
+
+    def extract(way, resolution):
+        meshes[way] = [surface.extract(head, x, resolution, model.autocast, way == "refined") for x in tokens]
+
     for resolution in bench.args.resolutions:
-        points, meshes = {}, {}
-
-        def extract(way, hierarchical):                       # and count the points that the head evaluates
-            def counted(memory, x):
-                points[way] += x.shape[1]
-                return evaluate(memory, x)
-
-            points[way] = 0
-            with mock.patch.object(head, "evaluate", counted):
-                meshes[way] = [surface.extract(head, t, resolution, model.autocast, hierarchical) for t in tokens]
-
-        ways = {"dense": partial(extract, "dense", False), "refined": partial(extract, "refined", True)}
-        turns = bench.take_turns(ways)
+        turns = bench.take_turns({way: partial(extract, way, resolution) for way in ("dense", "refined")})
         same = np.mean([all(map(np.array_equal, *pair)) for pair in zip(*meshes.values())])
-        rows += [{"resolution": f"{resolution}"} | row
-                 | {"seconds": row["seconds"] / count, "points evaluated": points[row["way"]] / count,
-                    "times fewer": points["dense"] / points[row["way"]], "same mesh": same} for row in turns]
+        rows += [{"resolution": f"{resolution}"} | row | {"seconds": row["seconds"] / count, "same mesh": same}
+                 for row in turns]
     return rows
 
 
@@ -214,9 +201,9 @@ def bench_train(bench):
 
     def trainer(autocast, micro_batches, recompute):
         model, b = bench.backbone(), batch // micro_batches
+        opts = optimizers(model, 1e-4)
         if recompute:
             recompute_blocks(model)
-        opts = optimizers(model, 1e-4)
 
         def run():
             for seed in seeds:
@@ -227,9 +214,8 @@ def bench_train(bench):
                         loss = model.loss(x, random_condition(b, bench.device)) / micro_batches
                     loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.)
-                for opt in opts:
-                    opt.step()
-                    opt.zero_grad()
+                update(opts, 1e-4)
+                model.zero_grad()
         return run
 
     turns = bench.take_turns({name: trainer(*settings) for name, settings in ways.items()})

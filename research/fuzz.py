@@ -58,14 +58,13 @@ def box(suffix):
 
 
 def picture():
-    image, content = Image.new("RGB", (64, 64), "white"), io.BytesIO()
-    image.paste((200, 40, 40), (16, 16, 48, 48))
-    image.save(content, "png")
+    content = io.BytesIO()
+    Image.fromarray(np.pad(np.full((32, 32, 3), (200, 40, 40), np.uint8), ((16, 16), (16, 16), (0, 0)),
+                           constant_values=255)).save(content, "png")
     return content.getvalue()
 
 
-def packed(files):
-    """{name: content} -> a library of Sweet Home 3D."""
+def packed(files):                                            # {name: content} -> a library of Sweet Home 3D
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, raw in files.items():
@@ -73,15 +72,11 @@ def packed(files):
     return content.getvalue()
 
 
-def sampled(kind):
-    """A file that sample.py would write: a Mesh, a Cloud or Gaussians of a box."""
-    mesh = trimesh.creation.box()
-    v, c = np.float32(mesh.vertices), np.float32(abs(mesh.vertices))
-    shape = {Mesh: lambda: Mesh(v, mesh.faces, c), Cloud: lambda: Cloud(v, v, c),
-             Gaussians: lambda: Gaussians(v, c, c[:, [0, 1, 2, 0]], c[:, 0], c)}[kind]()
+def sampled(shape):                                           # the file that sample.py would write of it
     with tempfile.TemporaryDirectory() as folder:
-        shape.save(Path(folder) / f"a{shape.suffix}")
-        return {f"a{shape.suffix}": (Path(folder) / f"a{shape.suffix}").read_bytes()}
+        path = Path(folder) / f"a{shape.suffix}"
+        shape.save(path)
+        return {path.name: path.read_bytes()}
 
 
 def load_shapes(folder, pack=False):
@@ -96,7 +91,8 @@ def loaders():
     """{what is read: its files, {name: content}, and a function of their folder}"""
     gltf = trimesh.exchange.gltf.export_gltf(trimesh.Scene(trimesh.creation.box()))
     members = {"PluginFurnitureCatalog.properties": b"license=CC0\nname#1=box\nmodel#1=/a.off\n", "a.off": box("off")}
-    tiny = ROOT / "checkpoints/tiny"
+    tiny, cube = ROOT / "checkpoints/tiny", trimesh.creation.box()
+    v, c = np.float32(cube.vertices), np.float32(abs(cube.vertices))
     return {
         **{suffix: ({f"a.{suffix}": box(suffix)}, load_shapes) for suffix in ("ply", "glb", "stl", "off")},
         "obj": ({"a.obj": OBJ, "a.mtl": b"newmtl a\nKd 1 0 0\nmap_Kd a.png\n", "a.png": picture()}, load_shapes),
@@ -105,9 +101,10 @@ def loaders():
         "files in a sh3f": (members, partial(load_shapes, pack=True)),
         "csv": ({"a.off": box("off"), "captions.csv": b"file,caption\na.off,a red box\n"}, load_shapes),
         "png": ({"a.png": picture()}, lambda folder: picture_files.read_picture(folder / "a.png")),
-        "sampled mesh": (sampled(Mesh), lambda folder: read_shape(folder / "a.glb")),
-        "sampled cloud": (sampled(Cloud), lambda folder: read_shape(folder / "a.ply")),
-        "sampled Gaussians": (sampled(Gaussians), lambda folder: read_shape(folder / "a.ply")),
+        "sampled mesh": (sampled(Mesh(v, cube.faces, c)), lambda folder: read_shape(folder / "a.glb")),
+        "sampled cloud": (sampled(Cloud(v, v, c)), lambda folder: read_shape(folder / "a.ply")),
+        "sampled Gaussians": (sampled(Gaussians(v, c, c[:, [0, 1, 2, 0]], c[:, 0], c)),
+                              lambda folder: read_shape(folder / "a.ply")),
         "checkpoint": ({name: (tiny / name).read_bytes() for name in ("config.json", "head-sdf.safetensors")},
                        lambda folder: heads.load(folder, ["sdf"]))}
 
