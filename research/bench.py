@@ -36,6 +36,7 @@ from research.results import write_table
 from research.scores import Exam
 
 PUBLISHED = dict(steps=64, denoise_steps=100)                 # of MAR
+SAMPLES = 16                                                  # of each class name, in `quality`
 SCORES = "prompt score,of form,R-precision,Frechet,kernel,1-NNA,right class,one piece,diversity".split(",")
 
 
@@ -159,7 +160,7 @@ def bench_sample(bench):
 def bench_quality(bench):
     """Scores of samples of the same captions and class names, with fewer and fewer steps."""
     args, rows = bench.args, []
-    exam, model = Exam(args, 16, args.shapes), open_model(args, args.checkpoint)
+    exam, model = Exam(args, SAMPLES, args.shapes), open_model(args, args.checkpoint)
     masked = model.backbone
     ways = {"as published, {steps} steps of {denoise_steps}, two passes".format(**PUBLISHED): (
         lambda condition, seeds, **_: published(masked, condition, seeds, **PUBLISHED), {})}

@@ -42,6 +42,7 @@ def closure(*names):
     return sorted(found) if found == {*names} else closure(*found)
 
 
+@cache
 def code_digest(*names):
     """A digest of the syntax trees of modules: comments and docstrings do not change it."""
     trees = []

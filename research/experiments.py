@@ -131,7 +131,7 @@ def best_guidance(args, validation, folder, options):
 def compare_variants(args):
     """Trains every variant with every seed; compares them by all metrics."""
     variants = VARIANTS[args.command]
-    if args.command == "versus":
+    if any("rgs" in options for *_, options in variants.values()):
         read_stage(args.checkpoint[0], "reconstruct")         # a missing one is an error now, not after hours
     benchmark, rows = Exam(args, args.n, args.shapes), []
     if not benchmark.scorer.text:

@@ -13,31 +13,24 @@ import tokenizer
 from data import prepare
 from engine.commands import UserError
 from engine.files import read_stage, trained_stages
-from geometry.built_in import BuiltIn
-from geometry.prepare import name_begins, version
-from geometry.real import Files
+from geometry.prepare import name_begins
 from research import exam, metrics
 
 BATCH = 64          # clouds encoded at once
 
 
 def training_set_of(folder, args):
-    """The prepared shapes that a checkpoint was trained on. If they are not there: None, and prints why."""
-    name = read_stage(folder, exam.last_stage(folder))["data"]
+    """The prepared shapes that a checkpoint was trained on; None and a remark, if they are not in --cache."""
+    name = read_stage(folder, exam.last_stage(folder))["data"].rpartition("-")[0]           # NAME-DIGEST
     if not name.startswith(name_begins(args.data) if args.data else "shapes-train-"):
         raise UserError(f"the generator in {folder} learnt from {name}; give the --data that it was trained on")
-    if args.data:
-        source, flags = Files("train", args.data), f"--data {args.data}"
-    else:
-        _, _, count, *classes, _ = name.split("-")            # shapes-train-COUNT-CLASSES-DIGEST
-        source = BuiltIn("train", int(count), classes)
-        flags = " ".join([f"--shapes {count}", *["--classes"] * bool(classes), *classes])
-    if not (Path(args.cache) / source.name).is_dir():
-        print(f"memorisation is left out: {source.name} is not in {args.cache}; prepare it: python data.py {flags}")
+    if not (Path(args.cache) / name).is_dir():
+        print(f"memorisation is left out: {name} is not in {args.cache}; data.py prepares it")
         return None
-    if version(source) != name:
-        print(f"memorisation compares with {version(source)}, but {folder} learnt from {name}")
-    return prepare("train", source.count, args.cache, data=args.data, classes=None if args.data else source.classes)
+    if args.data:
+        return prepare("train", None, args.cache, data=args.data)
+    _, _, count, *classes = name.split("-")                   # shapes-train-COUNT-CLASSES
+    return prepare("train", int(count), args.cache, classes=classes or None)
 
 
 class Memory:

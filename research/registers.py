@@ -28,7 +28,6 @@ from research.scores import Scorer
 
 STAGES = "lost-student", "lost-registers"
 SEEDS = 3           # of a prefix, in the picture
-RESOLUTION = 64     # of surfaces
 POINTS = 8192       # for Chamfer distances; of fewer, it is mostly that of two samplings
 FEW_POINTS = 256    # tell which shape is nearest
 FEW = 1, 2, 4       # numbers of registers, by which trainings with RIDA and without are compared
@@ -41,9 +40,8 @@ class Opened:
         folder = find_folder(folder, *STAGES)
         self.device, self.autocast, reason = pick_device(args.device, args.precision)
         print(f"{folder}, running on {reason}")
-        self.tokenizer = tokenizer.load(folder).to(self.device)
-        self.codec = lost.load_codec(folder).to(self.device)
-        self.student = lost.load_student(folder).to(self.device)
+        parts = tokenizer.load(folder), lost.load_codec(folder), lost.load_student(folder)
+        self.tokenizer, self.codec, self.student = (part.to(self.device) for part in parts)
         self.heads, self.test = heads.load(folder, ["sdf"], self.device), exam.held_out(args)
 
     @torch.no_grad()
@@ -53,15 +51,12 @@ class Opened:
             return self.tokenizer(*(x.to(self.device) for x in cloud)).float()
 
     @torch.no_grad()
-    def made(self, tokens, k, seed):
-        """Tokens 1 n c, encoded and decoded with k registers; k None: unchanged."""
-        if k is None:
-            return tokens
-        with self.autocast():
-            return self.codec.decode(self.codec.encoder(tokens)[:, :k], [seed]).float()
-
-    def mesh(self, tokens, rng):
-        return self.heads["sdf"].decode(tokens[0], self.heads, rng, self.autocast, RESOLUTION)
+    def mesh(self, tokens, k, seed, rng):
+        """Tokens 1 n c, encoded, decoded with k registers (None: unchanged), meshed."""
+        if k is not None:
+            with self.autocast():
+                tokens = self.codec.decode(self.codec.encoder(tokens)[:, :k], [seed]).float()
+        return self.heads["sdf"].decode(tokens[0], self.heads, rng, self.autocast, 64)
 
 
 def judge_registers(args, label, folder, only=()):
@@ -74,7 +69,7 @@ def judge_registers(args, label, folder, only=()):
     for row in tqdm(range(count), unit="shape"):
         if str(row) not in cache:
             tokens, rng = model.tokens(row, args.seed), np.random.default_rng((args.seed, row))
-            meshes = [model.mesh(model.made(tokens, k, (args.seed, row)), rng) for k in lengths]
+            meshes = [model.mesh(tokens, k, (args.seed, row), rng) for k in lengths]
             clouds = [mesh.surface(POINTS, rng) for mesh in meshes]
             true, second = (model.test.shape(row).surface(POINTS, rng)[0] for _ in range(2))
             result = {name: np.float32([x[:exam.POINTS] for x in xs]) for name, xs in zip(exam.CLOUD, zip(*clouds))}
@@ -95,40 +90,37 @@ def judge_registers(args, label, folder, only=()):
 
 
 def evaluate_registers(args):
-    """What the first registers of a shape keep of it."""
+    """Decodes held-out shapes from their first registers."""
     tables = {}
     for folder, label in labels(args.checkpoint).items():
         scores, floor, model = judge_registers(args, label, folder)
         tables[label] = [{"registers": str(k) if k else "(its tokens)"} | row for k, row in scores.items()]
         draw_prefixes(args, label, model)
         print(f"Chamfer: to the shape, {POINTS} points; of two samplings of the shape {floor:.3f}")
-    print("similarity: cosine of the features of the shape and of what its first registers give.\n"
-          "right class: is the nearest of the other held-out shapes of its class?")
+    print("similarity: cosine of the features of the shape and of the decoded one. right class: of the nearest other")
     write_tables(args.out, args.command, tables, means=False)
 
 
 def draw_prefixes(args, label, model):
-    """A row for each of four shapes: from 1, 2, 4 ... registers, then the shape. Below, the first shape again, from 1,
-    4 and all registers, with as many seeds as there is room for."""
+    """A row for each of four shapes: from 1, 2, 4 ... registers, then the shape. Below, the first shape from 1, 4 and
+    all registers, with several seeds."""
     rng, pictures, names = np.random.default_rng(0), [], [*map(str, model.codec.lengths), "the shape"]
     rows = [model.test.classes.index(name) for name in dict.fromkeys(model.test.classes)][:4]     # of four classes
-    for row in rows:
-        tokens = model.tokens(row, args.seed)
-        made = [model.mesh(model.made(tokens, k, (args.seed, row)), rng) for k in model.codec.lengths]
-        pictures += [mesh.picture(160) for mesh in made]
+    tokens = [model.tokens(row, args.seed) for row in rows]
+    for row, x in zip(rows, tokens):
+        pictures += [model.mesh(x, k, (args.seed, row), rng).picture(160) for k in model.codec.lengths]
         pictures.append(render_mesh(*vertex_coloured(model.test.shape(row)), size=160))
     seeds = [(k, seed) for k in (1, 4, model.codec.count) for seed in range(SEEDS)][:len(names)]
-    tokens = model.tokens(rows[0], args.seed)
-    pictures += [model.mesh(model.made(tokens, k, seed), rng).picture(160) for k, seed in seeds]
-    words = names * len(rows) + [f"{k}, seed {seed}" for k, seed in seeds]
-    save_sheet(args, f"{args.command}-{label}", pictures, len(names), words)
+    pictures += [model.mesh(tokens[0], k, seed, rng).picture(160) for k, seed in seeds]
+    titles = names * len(rows) + [f"{k}, seed {seed}" for k, seed in seeds]
+    save_sheet(args, f"{args.command}-{label}", pictures, len(names), titles)
 
 
 # ---------------------------------------------------------------------------- search
 
 @torch.no_grad()
 def evaluate_search(args):
-    """Held-out shapes as queries: is one of the shapes that share most with it among the nearest k others?"""
+    """Searches held-out shapes by held-out shapes, with several features."""
     tables = {}
     for folder, label in labels(args.checkpoint).items():
         model, scorer = Opened(args, folder), Scorer(args.scorer, args.device or "cpu")
@@ -144,10 +136,8 @@ def evaluate_search(args):
         features = {name: torch.as_tensor(x).cpu().numpy() for name, x in features.items()}
         tables[label] = [{"features": name} | {f"R@{k}": recall(x, shared, k) for k in (1, 3)}
                          for name, x in features.items()]
-    print(f"{len(facts)} held-out shapes. R@k: the share of queries for which one of those that share most attributes\n"
-          "with it (class, form, colours; of all others) is among the k nearest, by the cosine of features.\n"
-          "Shapes that share nothing with any other are no queries.\n"
-          "The student was taught these attributes, and the point tower captions, of other shapes")
+    print(f"{len(facts)} held-out shapes. R@k: the share of queries that find, among the k nearest by the cosine of\n"
+          "features, one of those that share most attributes with it. Student and point tower learnt such attributes")
     write_tables(args.out, args.command, tables, means=False)
 
 

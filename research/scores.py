@@ -2,7 +2,7 @@
 
 Exam's docstring explains every column; evaluate.py prints it. The metrics: geometry/metrics.py, research/metrics.py.
 """
-import importlib.util
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -25,43 +25,41 @@ class Scorer:
 
     def __init__(self, source, device="cpu"):
         self.source, self.device = source, device
-        if Path(source).suffix != ".py":
-            towers = text_tower.load(source).to(device)
-            k, scale = text_tower.POINTS, towers.width ** .5  # it is trained on k points; scaled to about unit variance
-            self.cloud = lambda *cloud: towers.embed_cloud(*(x[:, :k] for x in cloud)) * scale
-            self.text = lambda prompts: towers.embed_text(*towers.word_ids(prompts))
+        if Path(source).suffix == ".py":
+            functions = self.attempt(runpy.run_path, str(source))
+            self.cloud, self.text = self.attempt(functions.__getitem__, "cloud"), functions.get("text")
             return
+        towers = text_tower.load(source).to(device)
+        k, scale = text_tower.POINTS, towers.width ** .5      # it is trained on k points; scaled to about unit variance
+        self.cloud = lambda *cloud: towers.embed_cloud(*(x[:, :k] for x in cloud)) * scale
+        self.text = lambda prompts: towers.embed_text(*towers.word_ids(prompts))
+
+    def attempt(self, function, *args):
         try:
-            spec = importlib.util.spec_from_file_location("scorer", source)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            self.cloud, self.text = module.cloud, getattr(module, "text", None)
+            return function(*args)
         except (Exception, SystemExit) as error:              # the file may do anything
-            raise UserError(f"{source} gives no features ({type(error).__name__}: {error}); define cloud(points, "
-                            "normals, colours)") from None
+            raise UserError(f"{self.source} gives no features ({type(error).__name__}: {error}); define "
+                            "cloud(points, normals, colours) -> b e") from None
 
     @torch.no_grad()
-    def features(self, name, batches):
-        """Batches of arguments of self.cloud or self.text (the name) -> their features n e, checked."""
+    def features(self, function, batches):
+        """Batches of arguments of self.cloud or self.text -> their features n e, checked."""
         features = []
         for batch in batches:
-            try:
-                x = getattr(self, name)(*batch).float().cpu()                     # b e
-                if x.ndim != 2 or len(x) != len(batch[0]) or not (x.isfinite().all() and x.norm(dim=1).all()):
-                    raise ValueError(f"the shape {tuple(x.shape)} for {len(batch[0])}, or rows not finite, or all 0")
-            except (Exception, SystemExit) as error:          # the file may do anything
-                raise UserError(f"{name} of the scorer {self.source} failed ({type(error).__name__}: {error}); it must "
-                                "return a tensor b e") from None
+            x = self.attempt(lambda: function(*batch).float().cpu())              # b e
+            if x.ndim != 2 or len(x) != len(batch[0]) or not (x.isfinite().all() and x.norm(dim=1).all()):
+                raise UserError(f"features of {self.source} have the shape {tuple(x.shape)} for {len(batch[0])}, or "
+                                "rows that are not finite, or all 0; return a tensor b e")
             features.append(x)
         return torch.cat(features).numpy()
 
     def clouds(self, *cloud):
         """points, normals, colours, n k 3 each -> n e."""
         cloud = [torch.as_tensor(x, dtype=torch.float).to(self.device) for x in cloud]
-        return self.features("cloud", zip(*(x.split(exam.BATCH) for x in cloud)))
+        return self.features(self.cloud, zip(*(x.split(exam.BATCH) for x in cloud)))
 
     def texts(self, prompts):                                 # -> n e
-        return self.features("text", [(prompts[i:i + exam.BATCH],) for i in range(0, len(prompts), exam.BATCH)])
+        return self.features(self.text, [(prompts[i:i + exam.BATCH],) for i in range(0, len(prompts), exam.BATCH)])
 
 
 class Exam:

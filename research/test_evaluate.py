@@ -1,6 +1,5 @@
 """test_evaluate.py - the tests of evaluate.py and of research/bench.py."""
 import csv
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -10,10 +9,9 @@ import trimesh
 import evaluate
 import sample
 from conftest import SMALL, TrueHead, assert_one_line, rows_of, run
-from engine import files
 from geometry import shapes
 from judge import grid_iou
-from research import bench, closure, memory, quality
+from research import bench, closure, quality
 
 # ---------------------------------------------------------------------------- bench.py
 
@@ -38,6 +36,7 @@ def test_benches(command, column, values, overfitted, tmp_path, monkeypatch):
 def test_fewer_steps_are_scored(overfitted, tmp_path, examined, monkeypatch):
     """bench.py quality: the same prompts by both ways, which give other samples."""
     monkeypatch.setattr(bench, "PUBLISHED", dict(steps=20, denoise_steps=20))
+    monkeypatch.setattr(bench, "SAMPLES", 2)
     flags = "--shapes", 4, "--checkpoint", overfitted, "--out", tmp_path
     assert run(bench.main, "quality", "--ends", *flags) == 0
     rows = rows_of(tmp_path / "quality")
@@ -103,12 +102,6 @@ def test_pictures_of_files_stand_beside_samples(overfitted, kit, tmp_path):
     flags = "--checkpoint", overfitted, "--shapes", 2, "--resolution", 32
     assert run(evaluate.main, "images", *kit, tmp_path, *flags) == 0
     assert (tmp_path / "pictures-sdf-overfitted.png").is_file()
-
-
-def test_a_training_set_of_some_classes_is_named(tmp_path, capsys):
-    files.write_config(tmp_path, "backbone", data="shapes-train-4-table-chair-0123")
-    assert memory.training_set_of(tmp_path, Namespace(data=None, cache=tmp_path)) is None
-    assert "python data.py --shapes 4 --classes table chair" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
 
 def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, monkeypatch, capsys):
     """versus: two variants share a training, a second run trains nothing, other settings are an error."""
-    variants = {"LTM3D": ("", 1, {}), "few steps": ("", 1, {"steps": 8}), "half": ("--variant queries", 1 / 2, {})}
+    variants = {"few steps": ("", 1, {"steps": 4}), "fewer": ("", 1, {"steps": 2}),
+                "half": ("--variant queries", 1 / 2, {"steps": 2})}
     monkeypatch.setitem(experiments.VARIANTS, "versus", variants)
     monkeypatch.setattr(experiments, "GUIDANCE", (1, 3))
     small = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted
@@ -109,7 +110,7 @@ def test_a_stopped_experiment_lets_training_save(tmp_path, monkeypatch):
 def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch, capsys):
     """A rule that reaches everywhere is sampling only; a = 0 is not."""
     monkeypatch.setattr("research.rgs.WITHIN", (100,))
-    flags = "--shapes 2 --n 2 --seeds 2 --resolution 32 --alphas 0 --windows".split()
+    flags = "--shapes 2 --n 2 --seeds 1 --resolution 32 --alphas 0 --windows".split()
     folders = "--checkpoint", overfitted, "--out", tmp_path
     assert run(evaluate.main, "ablate-rgs", *flags, *folders, "--scorer", overfitted) == 0
     real, plain, blended, wide = rows_of(tmp_path / "ablate-rgs")[:4]

@@ -62,7 +62,7 @@ def test_copies_are_known(overfitted, prepared):
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("x = 1", "no attribute 'cloud'"), ("import ulip", "No module named 'ulip'"), ("exit(3)", "SystemExit"),
+    ("x = 1", "KeyError: 'cloud'"), ("import ulip", "No module named 'ulip'"), ("exit(3)", "SystemExit"),
     (None, "gives no features")])
 def test_a_scorer_without_features_is_one_line(text, complaint, tmp_path, capsys):
     if text:

@@ -27,7 +27,7 @@ def test_unchanged_files_are_read(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_changed_files_are_read_or_refused(name):
-    assert fuzz.fuzz(name, 5)[0].keys() == {"read", "refused"}
+    assert fuzz.fuzz(name, 5)[0].keys() <= {"read", "refused"}
 
 
 @pytest.mark.fuzz
@@ -40,11 +40,11 @@ def test_a_thousand_changed_files_are_read_or_refused(name):
     (lambda folder: open("/etc/passwd").close(), "it reads"), (lambda folder: {}["a"], "KeyError: 'a'"),
     (lambda folder: (folder / "../secret.txt").read_text(), "it reads"),
     (lambda folder: (folder / "../new.txt").write_text("new"), "it writes"),
-    (lambda folder: time.sleep(1.1), "1 seconds"),
+    (lambda folder: time.sleep(1.1), "1 s"),
     pytest.param(lambda folder: len(b"x" * 2 ** 28), "256 MB", marks=pytest.mark.skipif(
         math.isnan(memory()), reason="memory is read from /proc"))])
 def test_faults_are_found(load, found, monkeypatch):
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     monkeypatch.setattr(fuzz, "MEGABYTES", 100)
     monkeypatch.setattr(fuzz, "loaders", lambda: {"a": ({"a.txt": b"a"}, load)})
-    assert any(result.startswith(found) for result in fuzz.fuzz("a", 1)[0]), found
+    assert any(found in result for result in fuzz.fuzz("a", 1)[0]), found
