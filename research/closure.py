@@ -1,6 +1,5 @@
-"""closure.py - the static import closure of a file: what a reader of it may have to read.
-
-Imports inside functions are not counted: they are lazy, for what a run may not use.
+"""closure.py - the static import closure of a file: what its reader may have to read. Imports inside functions do not
+count: they are lazy, for what a run may not use.
 
     python -m research.closure sample train
 """
@@ -56,6 +55,6 @@ def code_digest(*names):
 
 if __name__ == "__main__":
     for start in sys.argv[1:]:
-        lines = {name: len(FILES[name].read_text().splitlines()) for name in closure(start)}
+        lines = {name: FILES[name].read_text().count("\n") for name in closure(start)}
         print(*(f"{count:6} {name}" for name, count in lines.items()), sep="\n")
         print(f"{start}: {len(lines)} files, {sum(lines.values())} lines")

@@ -30,15 +30,15 @@ def save_sheet(args, name, *sheet):
 
 def evaluate_tokenizer(args):
     """Encodes and decodes held-out shapes."""
-    judge, tables = JUDGES[args.rep], {}
+    measure, tables = JUDGES[args.rep], {}
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder)
-        results = exam.judge_reconstructions(args, folder, cache, partial(judge, points=100_000))
+        results = exam.judge_reconstructions(args, folder, cache, partial(measure, points=100_000))
         tables[label] = []
         for name in sorted({result["class"] for result in results}):
             rows = [result for result in results if result["class"] == name]
             tables[label].append({"class": name, "shapes": str(len(rows))} | mean(rows))
-    print(" ".join(judge.__doc__.split()))
+    print(" ".join(measure.__doc__.split()))
     write_tables(args.out, f"{args.command}-{args.rep}", tables)
 
 
