@@ -21,12 +21,9 @@ import torch
 from data import prepare
 from engine.commands import UserError
 from engine.files import read_config, read_stage, read_weights, trained_stages
-from geometry import training_samples
 from geometry.metrics import chamfer, chamfer_matrix
-from geometry.render import render_mesh
 from research import exam, metrics
 from research.closure import ROOT
-from research.quality import save_sheet
 from research.results import interval, weights, write_table
 from research.scores import Exam
 
@@ -174,6 +171,3 @@ def overfit(args):
                      "nearest of the others": distance[i, others].min().item(),
                      "nearest is its own": float(captions[distance[i].argmin()] == text)})
     write_table(args.out, args.command, rows, mean_row=True)
-    pictures = [render_mesh(*training_samples.vertex_coloured(split.shape(row)), size=192) for row in range(len(split))]
-    pictures += [exam.picture_of(model, args, *pair) for pair in zip(results["tokens"], jobs)]
-    save_sheet(args, "overfit-shapes", pictures, len(split))

@@ -14,7 +14,6 @@ from engine.commands import pick_device
 from geometry import training_pictures, training_samples
 from geometry.metrics import chamfer, chamfer_matrix, emd, fscore
 from geometry.render import contact_sheet, save_png
-from geometry.shapes import CLASSES
 from judge import JUDGES, caption_retrieval, picture_retrieval
 from prompts import image_tower, text_tower
 from research import exam
@@ -99,8 +98,7 @@ def evaluate_images(args):
     for folder, label in labels(args.checkpoint).items():
         cache, model = exam.result_cache(args, label, folder, "research.quality"), exam.open_model(args, folder)
         result_of = exam.shape_result(model, args.rep, args.resolution, 8192)
-        tables[label], columns = [floor], min(len(CLASSES), len(rows))
-        drawn = enlarged(pictures[:columns], 3)               # 3 SIZE = 192 pixels
+        tables[label] = [floor]
         for prompt, (texts, images) in prompts.items():
             jobs = [exam.Job(f"{prompt}-{row}", text, image, (args.seed, int(row)))
                     for row, text, image in zip(rows, texts, images)]
@@ -110,22 +108,15 @@ def evaluate_images(args):
             nearest = chamfer_matrix(clouds, references).argmin(1)                # r
             tables[label].append({"prompt": prompt, **distances([*zip(points, true)]),
                                   "right class": np.mean(classes[nearest] == classes[rows])})
-            drawn += [exam.picture_of(model, args, *pair) for pair in zip(results["tokens"][:columns], jobs)]
-            if args.data and prompt == "picture":             # sixty pictures, evenly spread, each beside its sample
+            if prompt == "picture":                           # sixty of them, evenly spread, each beside its sample
                 chosen = np.linspace(0, len(jobs) - 1, min(60, len(jobs))).astype(int)
                 samples = [exam.picture_of(model, args, results["tokens"][i], jobs[i], 128) for i in chosen]
-                pairs = zip(enlarged(pictures[chosen], 2), samples)
-                save_sheet(args, f"pictures-{args.rep}-{label}", sum(pairs, ()), 12)
-        names = [name for name in ("the picture", *prompts) for _ in range(columns)]
-        save_sheet(args, f"images-{args.rep}-{label}", drawn, columns, names)
+                shown = (pictures[chosen].clamp(0, 1) * 255).byte().numpy()
+                shown = repeat(shown, "b c h w -> b (h i) (w j) c", i=2, j=2)     # twice SIZE = 128 pixels
+                save_sheet(args, f"images-{args.rep}-{label}", sum(zip(shown, samples), ()), 12)
     print(f"{len(rows)} held-out shapes, one sample each. Chamfer distance to the true shape, F-score at .05, of 8192 "
           "points")
     write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
-
-
-def enlarged(pictures, times):
-    """Pictures b 3 s s -> b images of bytes, each (s times) (s times) 3."""
-    return [*repeat((pictures.clamp(0, 1) * 255).byte().numpy(), "b c h w -> b (h i) (w j) c", i=times, j=times)]
 
 
 def evaluate_views(args):

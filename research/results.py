@@ -1,4 +1,4 @@
-"""results.py - the output of evaluate.py: tables, plots, and a cache of single results.
+"""results.py - the output of evaluate.py: tables, and a cache of single results.
 
 Each slow result has a file of its own, so a run that was stopped resumes. A table is a list of rows: dicts with the
 same keys, texts first. A number may be an Interval.
@@ -103,8 +103,8 @@ def write_tables(out, name, tables, means=True):
         write_table(out, name, [{"checkpoint": label} | row for label, rows in tables.items() for row in rows])
 
 
-def write_table(out, name, rows, mean_row=False, draw=None):
-    """Print a table; write it as Markdown, as CSV and, where there is draw(plt, rows) -> figure, as a plot."""
+def write_table(out, name, rows, mean_row=False):
+    """Print a table; write it as Markdown and as CSV."""
     keys = list(rows[0])
     if mean_row:
         rows = rows + [{key: "" for key in keys} | mean(rows) | {keys[0]: "mean"}]
@@ -120,12 +120,3 @@ def write_table(out, name, rows, mean_row=False, draw=None):
         writer.writeheader()
         writer.writerows(rows)
     print(f"{out}/{name}.md", f"{out}/{name}.csv", sep="\n")
-    if draw:
-        import matplotlib  # takes a second to import
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure = draw(plt, rows)
-        with atomic_write(f"{out}/{name}.png") as part:
-            figure.savefig(part, dpi=100)
-        plt.close(figure)
-        print(f"{out}/{name}.png")

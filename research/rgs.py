@@ -87,21 +87,25 @@ def ablate_rgs(args):
             table.append(row)
     print(f"{len(rows)} prompts of a kind, {args.n} samples each, {args.seeds} samplings. share of diversity: mean\n"
           "Chamfer distance of pairs of samples of a prompt, over that of sampling only; less floor: without its floor")
-    write_table(args.out, args.command, table, draw=draw_rgs)
+    write_table(args.out, args.command, table)
+    draw_rgs(f"{args.out}/{args.command}.png", table)
 
 
-def draw_rgs(plt, rows):
+def draw_rgs(path, rows):
     """A panel for each kind of prompt: diversity to the right, prompt score upwards."""
+    import matplotlib  # takes a second to import
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     kinds, ends = list(dict.fromkeys(row["prompt"] for row in rows)), lambda x: x if isinstance(x, Interval) else (x, 0)
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.2), squeeze=False, layout="constrained")
-    for axis, kind in zip(axes[0], kinds):
+    figure, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.2), layout="constrained")
+    for axis, kind in zip(axes, kinds):
         real, *others = [row for row in rows if row["prompt"] == kind]
-        axis.axhline(real["prompt score"], color="grey", linewidth=.5, linestyle="dashed", label=REAL)
-        axis.legend(loc="lower left", fontsize="x-small")
+        axis.axhline(real["prompt score"], color="grey", linewidth=.5, linestyle="dashed")
         for row in others:
             (x, dx), (y, dy) = ends(row["share of diversity less floor"]), ends(row["prompt score"])
             axis.errorbar(x, y, dy, dx, "o", elinewidth=.5, markersize=4)
             axis.annotate(row["rule"], (x, y), xytext=(1, 3), textcoords="offset points", size="x-small", rotation=55)
         axis.margins(.16, .24)                                # room for the labels
         axis.set(title=f"prompt: a {kind}", xlabel="share of diversity less floor", ylabel="prompt score")
-    return figure
+    figure.savefig(path, dpi=100)
+    print(path)

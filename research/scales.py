@@ -59,18 +59,5 @@ def evaluate_scales(args):
         use.append({"checkpoint": label, "CS-IoU": found["IoU"].mean()} | {key: x.item() for key, x in used.items()})
     print("bytes: of a file. IoU on a 64^3 grid; F-score at .02. CS-IoU: mean IoU over the scales.\n"
           "code use: share of all codes that occur in these shapes; perplexity: the effective number of codes")
-    write_table(args.out, "scales", rows, draw=draw_curve)
+    write_table(args.out, "scales", rows)
     write_table(args.out, "scales-use", use)
-
-
-def draw_curve(plt, rows):
-    """Bytes to the right, IoU and F-score upwards; a line a checkpoint."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    for axis, key in zip(axes, ("IoU", "F-score")):
-        for label in dict.fromkeys(row["checkpoint"] for row in rows):
-            line = [(int(row["bytes"]), row[key]) for row in rows if row["checkpoint"] == label]
-            axis.plot(*zip(*line), "o-", label=label)
-        axis.set(xlabel="bytes", title=key, xscale="log")
-        axis.grid(linewidth=.3)
-    axes[0].legend(fontsize="small")
-    return figure

@@ -74,20 +74,15 @@ def test_prompts_of_all_kinds_are_compared(four, tmp_path, examined):
     assert (tmp_path / f"images-sdf-{four.name}.png").is_file()
 
 
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory):
-    """Flags for four boxes of a kit, two of them held out."""
-    folder = tmp_path_factory.mktemp("assets")
-    for i, name in enumerate(("table", "chair", "mug", "sofa")):
-        (folder / "some kit").mkdir(exist_ok=True)
-        trimesh.creation.box((1, 1, 2 + i)).export(folder / f"some kit/{name}.glb")
-    return "--data", folder / "some kit", "--cache", folder / "cache", "--out"
-
-
-def test_samples_of_names_are_compared_with_training_shapes(overfitted, kit, tmp_path, monkeypatch, capsys):
+def test_samples_of_names_are_compared_with_training_shapes(overfitted, tmp_path, monkeypatch, capsys):
     """Training shapes are copies, samples are not. First without the check that these weights learnt from these files,
     then with it."""
-    flags = *kit, tmp_path, "--checkpoint", overfitted, "--resolution", 32
+    kit = tmp_path / "some kit"
+    kit.mkdir()
+    for i, name in enumerate(("table", "chair", "mug", "sofa")):                  # two of them are held out
+        trimesh.creation.box((1, 1, 2 + i)).export(kit / f"{name}.glb")
+    flags = "--data", kit, "--cache", tmp_path / "cache", "--out", tmp_path, "--checkpoint", overfitted
+    flags += "--resolution", 32
     with monkeypatch.context() as patch:
         patch.setattr("research.names.training_set_of", lambda folder, args: None)
         assert run(evaluate.main, "names", *flags) == 0
@@ -96,12 +91,6 @@ def test_samples_of_names_are_compared_with_training_shapes(overfitted, kit, tmp
     assert (tmp_path / "names-sdf-overfitted.png").is_file()
     assert run(evaluate.main, "names", *flags) == 2
     assert_one_line(capsys.readouterr().err.splitlines()[-1], "give the --data that it was trained on")
-
-
-def test_pictures_of_files_stand_beside_samples(overfitted, kit, tmp_path):
-    flags = "--checkpoint", overfitted, "--shapes", 2, "--resolution", 32
-    assert run(evaluate.main, "images", *kit, tmp_path, *flags) == 0
-    assert (tmp_path / "pictures-sdf-overfitted.png").is_file()
 
 
 @pytest.fixture
