@@ -21,7 +21,7 @@ import judge
 import train
 from conftest import HERE, TrueHead, assert_one_line, run
 from engine.commands import UserError
-from geometry import mesh_files, meshes, metrics, prepare, real, soup, training_samples
+from geometry import mesh_files, metrics, prepare, real, soup, training_samples
 
 
 def white_soup(vertices, faces):
