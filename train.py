@@ -10,7 +10,6 @@
 A stage that is done is skipped. A stage that was stopped goes on exactly where it was. runs/<name>/
 holds what sample.py reads (safetensors, config.json), and for people <stage>.csv, <stage>-<step>.png and losses.png.
 """
-import copy
 from importlib import import_module
 from pathlib import Path
 
@@ -45,7 +44,10 @@ def fit(run, stage, model, draw, loss_of, show=None):
     frozen, and the seconds. show(model, path) draws a picture of what the model does."""
     steps, batch, lr = run.stages[stage][2:5]
     state_path = make_folder(run.folder) / f"{stage}.state.safetensors"
-    model, ema, result = set_up(run, stage, model)
+    model = model.to(run.device).train()
+    ema = EMA(model)
+    if run.recompute:
+        recompute_blocks(model)
     opts = optimizers(model, lr)
     first, sums = load_state(state_path, {"steps": steps, "batch": batch, "seed": run.seed}, model, ema, opts)
     log = Log(run.folder / f"{stage}.csv", first, sums)
@@ -64,7 +66,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.)
 
             # --- update, unless a gradient is not finite
-            skipped = 0 if processes.whole_tensor(norm).isfinite() else skipped + 1
+            skipped = 0 if norm.isfinite() else skipped + 1
             log.add(logs, waited, skipped > 0)
             if skipped == min(MOST_SKIPPED, steps):
                 raise UserError(f"{stage}: the gradients of {skipped} steps in a row are not finite; "
@@ -90,23 +92,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
                 raise KeyboardInterrupt
 
     ready.close()
-    if result is not ema.model:
-        result.load_state_dict({k: processes.whole_tensor(v) for k, v in ema.model.state_dict().items()})
-    return result, log.seconds()
-
-
-def set_up(run, stage, model):
-    """The model on its device, its moving average, and the model that the average ends up in, as the flags say."""
-    model = model.to(run.device).train()
-    ema = EMA(model)
-    result = ema.model
-    if run.recompute:
-        recompute_blocks(model)
-    if run.shard and stage == run.last:
-        result = copy.deepcopy(ema.model)
-        processes.shard(model, run.device)
-        processes.shard(ema.model, run.device)
-    return model, ema, result
+    return ema.model, log.seconds()
 
 
 # ---------------------------------------------------------------------------- the chain of stages
@@ -214,7 +200,6 @@ def arguments():
 
     flag = parser.add_argument_group("many GPUs").add_argument
     flag("--micro-batches", type=between(1), help="shares of a batch: more need less memory (default: one a process)")
-    flag("--shard", action="store_true", help="every process holds a share of the backbone: for large models")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     args = parser.parse_args()
     for name in ("data", "source", "out", "cache"):

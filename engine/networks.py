@@ -90,7 +90,7 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention (self, or onto a context), then feed-forward."""
-    is_block = True                                           # what --recompute and --shard work on
+    is_block = True                                           # what --recompute works on
 
     def __init__(self, dim, heads, context_dim=None, expand=4):
         super().__init__()

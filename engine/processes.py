@@ -6,7 +6,7 @@
 A step's batch consists of micro-batches, each with its own randomness. Of w processes, process r takes the
 micro-batches r, r + w, ..., and all gradients are added up. So what is learnt depends on the number of micro-batches,
 not of processes: a run that was stopped goes on with more processes or with one. Only the first process prints and
-writes. With --shard every process holds a share of the backbone instead of a copy, for models too large for one GPU.
+writes.
 
     python -m pytest -q engine -k processes         # its tests
 """
@@ -96,35 +96,3 @@ def first_process_only(write):
             write(*args, **settings)
         any_process(False)
     return run
-
-
-# ---------------------------------------------------------------------------- shares of a model
-
-def blocks_of(model):
-    """Its transformer blocks."""
-    return [module for module in model.modules() if getattr(module, "is_block", False)]
-
-
-def shard(model, device):
-    """FSDP2: a process holds a share of every tensor: weights, gradients, moments. The weights of a block are gathered
-    when it computes; gradients are added up in the backward pass."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # takes a second to import
-    mesh = dist.init_device_mesh(device.type, (world(),))
-    for module in (*blocks_of(model), model):
-        fully_shard(module, mesh=mesh)
-        module.set_gradient_divide_factor(1.)                 # sums, not means
-        module.set_force_sum_reduction_for_comms(True)        # gloo can do nothing else
-    for name in ("loss", "generate"):
-        register_fsdp_forward_method(model, name)
-
-
-def whole_tensor(x):
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def sharded_like(x, share):
-    """The whole tensor x, sharded as `share` is."""
-    if not hasattr(share, "full_tensor") or x.shape != share.shape:
-        return x
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(x.to(share.device), share.device_mesh, share.placements)

@@ -67,13 +67,10 @@ class Run:
         self.variant, self.denoiser = args.variant, args.denoiser
         self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}
         self.micro_batches = args.micro_batches or processes.world()
-        self.shard, self.recompute = args.shard, args.recompute
+        self.recompute = args.recompute
         self.source, self.finetune = args.source, args.finetune
         if self.finetune and not self.source:
             raise UserError("--finetune goes on from trained stages; name their folder, --from checkpoints/tiny")
-        if self.shard and processes.world() == 1:
-            raise UserError("--shard needs several processes to share the backbone; start train.py with torchrun, "
-                            "or leave --shard out")
         if self.micro_batches % processes.world():
             raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
                             f"give --micro-batches {processes.world()} or a multiple")

@@ -21,8 +21,7 @@ def save_state(path, step, flags, model, ema, opts, sums):
     for i, opt in enumerate(opts):
         for j, slots in opt.state_dict()["state"].items():
             state |= {f"opt.{i}.{j}.{k}": v for k, v in slots.items()}
-    state = {k: processes.whole_tensor(v).clone() for k, v in state.items()}
-    processes.first_process_only(save_weights)(path, state)
+    processes.first_process_only(save_weights)(path, {k: v.clone() for k, v in state.items()})
 
 
 def load_state(path, flags, model, ema, opts):
@@ -36,16 +35,15 @@ def load_state(path, flags, model, ema, opts):
                             "delete it to start the stage again")
     try:
         for name, module in (("model.", model), ("ema.", ema.model)):
-            own = module.state_dict()
-            module.load_state_dict({k: processes.sharded_like(state[name + k], v) for k, v in own.items()})
+            module.load_state_dict({k: state[name + k] for k in module.state_dict()})
     except (KeyError, RuntimeError):
         raise UserError(f"{path} is of a model of another size; "
                         "use another --out, or delete it to start again") from None
     for i, opt in enumerate(opts):
-        slots, params = {}, [p for group in opt.param_groups for p in group["params"]]
+        slots = {}
         for key in (k for k in state if k.startswith(f"opt.{i}.")):
             j, name = key.split(".")[2:]
-            slots.setdefault(int(j), {})[name] = processes.sharded_like(state[key], params[int(j)])
+            slots.setdefault(int(j), {})[name] = state[key]
         opt.load_state_dict({"state": slots, "param_groups": opt.state_dict()["param_groups"]})
     return int(state["step"]), {k[5:]: v for k, v in state.items() if k.startswith("sums.")}
 

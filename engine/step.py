@@ -68,8 +68,8 @@ def gradients(run, model, loss_of, ready):
         (loss / run.micro_batches).backward()
         for key, value in ({"loss": loss.detach()} | logs).items():
             total[key] = total.get(key, 0) + value.float().to(run.device) / run.micro_batches
-    whole = [p.grad for p in model.parameters() if type(p.grad) is torch.Tensor]          # not those that are sharded
-    processes.sum_over_processes(whole + list(total.values()))
+    own = [p.grad for p in model.parameters() if p.grad is not None]
+    processes.sum_over_processes(own + list(total.values()))
     return total, waited
 
 
@@ -97,7 +97,7 @@ def shares_of_loss(run, model, loss_of, samples_of):
 
 def recompute_blocks(model):
     """Activations inside a block are not stored for the backward pass but computed again: less memory, longer steps."""
-    for block in processes.blocks_of(model):
+    for block in [module for module in model.modules() if getattr(module, "is_block", False)]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 

@@ -12,7 +12,7 @@ from prefix import Prefix
 class AdaBlock(nn.Module):
     """A transformer block with QK-norm (queries and keys are normalised) and adaLN: shifts, scales and gates come from
     outside, the same for all rows; gates start at 1."""
-    is_block = True                                           # what --recompute and --shard work on
+    is_block = True                                           # what --recompute works on
 
     def __init__(self, dim, heads):
         super().__init__()
