@@ -323,7 +323,7 @@ def load(folder):
     return load_stage(folder, "backbone", Backbone, BACKBONES)
 
 
-# ---------------------------------------------------------------------------- training: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: data, model, loss, save
 
 def train(run):
     """Prefix, masked auto-encoder and DenoiseNet, on frozen tokens and frozen encoders."""

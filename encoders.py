@@ -116,7 +116,7 @@ def prompted_tokens(run, stage, encoder, file="tokenizer"):
     return towers, {"tokens": n, "channels": channels, "widths": towers.widths}, draw
 
 
-# ---------------------------------------------------------------------------- training: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: data, model, loss, save
 
 def train_text(run):
     """The text tower, with a cloud tower that it learns to agree with."""

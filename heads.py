@@ -321,7 +321,7 @@ def load(folder, reps, device="cpu"):
     return heads
 
 
-# ---------------------------------------------------------------------------- training: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: data, model, loss, save
 
 def train(run, rep):
     """One head on frozen tokens, with the tokenizer's noise."""

@@ -117,7 +117,7 @@ def load(folder):
     return load_stage(folder, "reconstruct", Reconstructor)
 
 
-# ---------------------------------------------------------------------------- training: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: data, model, loss, save
 
 def train(run):
     """The deterministic first guess of RGS, on frozen tokens and frozen encoders."""

@@ -115,7 +115,7 @@ def load(folder):
     return load_stage(folder, "tokenizer", Tokenizer)
 
 
-# ---------------------------------------------------------------------------- training: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: data, model, loss, save
 
 def head_losses(heads, tokens, samples, share=1.):
     """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads are scaled

@@ -45,38 +45,7 @@ SIZES["mini"] = SIZES["tiny"] | dict(width=64, dim=256, heads=8)       # of 27 t
 STUDENTS["mini"], GENERATORS["mini"] = STUDENTS["tiny"], GENERATORS["tiny"]
 
 
-# ---------------------------------------------------------------------------- RIDA: Relational Inter-Distance Alignment
-
-class Student(nn.Module):
-    """Shape tokens -> features, of length 1. It learns the similarities of its teacher."""
-
-    def __init__(self, tokens, channels, dim, depth, heads):
-        super().__init__()
-        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
-
-    def forward(self, x):                                     # b n c -> b e
-        x = self.token(x) + self.place
-        for block in self.blocks:
-            x = block(x)
-        return F.normalize(self.out(reduce(x, "b n d -> b d", "mean")).float(), dim=-1)
-
-
-def contrast(s, t, low, high, temperature=.07):
-    """s, t: b b, similarities of shapes by the student and by the teacher. Positives are more than `high` alike to the
-    teacher, negatives less than `low`; others do not count."""
-    return info_nce(s / temperature, (t > high) & ~torch.eye(len(t), dtype=torch.bool, device=t.device), t < low)
-
-
-def rank(s, t):
-    """Rank distillation: the rows of s and of t, without the diagonal, standardised; then their mean squared error."""
-    other = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
-    s, t = (F.layer_norm(rearrange(x[other], "(b j) -> b j", b=len(x)), [len(x) - 1]) for x in (s, t))    # j = b - 1
-    return F.mse_loss(s, t)
-
-
-# ---------------------------------------------------------------------------- registers
+# ---------------------------------------------------------------------------- encode: registers
 
 class Registers(nn.Module):
     """Shape tokens and registers, one sequence. Tokens attend to tokens; register i, initialised with token order_i,
@@ -99,6 +68,8 @@ class Registers(nn.Module):
             y = block(y, mask=self.mask)
         return F.layer_norm(self.out(y[:, x.shape[1]:]).float(), [self.out[-1].out_features])
 
+
+# ---------------------------------------------------------------------------- decode: a flow from any number of registers
 
 class PrefixDecoder(nn.Module):
     """A flow from noise to shape tokens, which attend to each other and to the first k registers."""
@@ -130,6 +101,37 @@ class PrefixDecoder(nn.Module):
         for block, pair in zip(self.blocks, pairs):           # keys and values of the registers come first
             x = block(x, time, mask, lambda *own: [torch.cat(both, 2) for both in zip(pair, own)])
         return rearrange(self.out(x).float(), "b n c -> b (n c)")
+
+
+# ---------------------------------------------------------------------------- loss: RIDA, Relational Inter-Distance Alignment
+
+class Student(nn.Module):
+    """Shape tokens -> features, of length 1. It learns the similarities of its teacher."""
+
+    def __init__(self, tokens, channels, dim, depth, heads):
+        super().__init__()
+        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+
+    def forward(self, x):                                     # b n c -> b e
+        x = self.token(x) + self.place
+        for block in self.blocks:
+            x = block(x)
+        return F.normalize(self.out(reduce(x, "b n d -> b d", "mean")).float(), dim=-1)
+
+
+def contrast(s, t, low, high, temperature=.07):
+    """s, t: b b, similarities of shapes by the student and by the teacher. Positives are more than `high` alike to the
+    teacher, negatives less than `low`; others do not count."""
+    return info_nce(s / temperature, (t > high) & ~torch.eye(len(t), dtype=torch.bool, device=t.device), t < low)
+
+
+def rank(s, t):
+    """Rank distillation: the rows of s and of t, without the diagonal, standardised; then their mean squared error."""
+    other = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    s, t = (F.layer_norm(rearrange(x[other], "(b j) -> b j", b=len(x)), [len(x) - 1]) for x in (s, t))    # j = b - 1
+    return F.mse_loss(s, t)
 
 
 class Codec(nn.Module):
@@ -171,7 +173,7 @@ class Codec(nn.Module):
         return rearrange(Flow.sample(net, there, noise, steps), "b (n c) -> b n c", n=self.tokens)
 
 
-# ---------------------------------------------------------------------------- LoST-GPT
+# ---------------------------------------------------------------------------- loss, generate: LoST-GPT
 
 class Generator(Sequence):
     """[prefix, start, r_1 ... r_(m-1)] -> causal blocks -> context vectors z_1 ... z_m -> DenoiseNet."""
@@ -211,7 +213,7 @@ class Generator(Sequence):
 CODECS = {"rida": Codec}                                      # the choices of --variant; research/peers.py adds others
 
 
-# ---------------------------------------------------------------------------- training: data, model, loss, save
+# ---------------------------------------------------------------------------- stages: data, model, loss, save
 
 def tokens_of(run):
     """{split: tokens of all its shapes, r n c}, and the sizes n and c by name."""
@@ -296,7 +298,7 @@ def stages(ltm3d):
                   pictures=True)]
 
 
-# ---------------------------------------------------------------------------- sampling
+# ---------------------------------------------------------------------------- a checkpoint folder, opened
 
 def generate_tokens(codec, generator, condition, seeds, **options):
     """-> shape tokens b n c. Each sample has its own random generator, for registers and then for the decoder."""

@@ -51,7 +51,7 @@ down = F.adaptive_avg_pool3d                                  # b c S S S, s -> 
 as_rows = partial(rearrange, pattern="b c x y z -> b (x y z) c")
 
 
-# ---------------------------------------------------------------------------- in-context transformer
+# ---------------------------------------------------------------------------- encode: in-context transformer
 
 class Encoder(nn.Module):
     """Features of the surface and learnt latents attend to each other, as one sequence. Returns the latents."""
@@ -82,7 +82,7 @@ def latents_of(posterior, sampled=False):                     # what the encoder
     return mean + (log_variance / 2).exp() * torch.randn_like(mean) if sampled else mean
 
 
-# ---------------------------------------------------------------------------- variational vector quantiser
+# ---------------------------------------------------------------------------- encode: variational vector quantiser
 
 class Quantiser(nn.Module):
     """Residual quantisation over scales. f_k is what the codes of scales 0 ... k - 1 say of the latents z:
@@ -135,7 +135,7 @@ class Quantiser(nn.Module):
         return z + (f[-1] - z).detach(), loss, indices        # straight-through: gradients reach z unchanged
 
 
-# ---------------------------------------------------------------------------- triplane decoder
+# ---------------------------------------------------------------------------- decode: three planes
 
 class ToPlanes(nn.Module):
     """side^3 tokens -> three planes (xy, yz, zx) of features, in levels of 4, 8 and 16 times the side. A cell of a
@@ -187,6 +187,8 @@ class Decoder(heads_.SdfHead):
         return OCCUPANCY * occupancy + others, logs | {"occupancy": occupancy.detach()}
 
 
+# ---------------------------------------------------------------------------- loss: tokenizer and decoder
+
 class Tokenizer(nn.Module):
     def __init__(self, side, channels, codes, scales, features, dim, heads, depth):
         super().__init__()
@@ -216,7 +218,7 @@ class Tokenizer(nn.Module):
         return total + KL * kl + CODEBOOK * loss, logs
 
 
-# ---------------------------------------------------------------------------- next-scale generator
+# ---------------------------------------------------------------------------- loss, generate: next-scale transformer
 
 class Generator(Sequence):
     """[prefix, scale 0, scale 1 ...]: a scale attends to the prefix, earlier scales and itself. The first token is the
@@ -260,7 +262,7 @@ class Generator(Sequence):
         return as_rows(f)
 
 
-# ---------------------------------------------------------------------------- training: data, model, loss, save
+# ---------------------------------------------------------------------------- stages: data, model, loss, save
 
 def fit_tokenizer(run, stage, model, files, quantised, latents):
     """What the phases share. files: {name of a file of weights: module}; latents: model, clouds -> latents."""
@@ -347,7 +349,7 @@ def stages(ltm3d):
                   pictures=True)]
 
 
-# ---------------------------------------------------------------------------- sampling
+# ---------------------------------------------------------------------------- a checkpoint folder, opened
 
 def load_tokenizer(folder):
     """-> Tokenizer and Decoder: that of phase 3, where it is done, else of phase 2."""
