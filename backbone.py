@@ -112,7 +112,7 @@ def combine(branches, strengths):
 def denoise(net, x, t, z, strengths):
     """The guided output of a DenoiseNet. x: k c, t: 1 are shared by all branches; z: (r k) d holds their context
     vectors."""
-    return combine(net(x.repeat(len(z) // len(x), 1), t, z), strengths)           # k c
+    return combine(net(x.repeat(len(strengths) + 1, 1), t, z), strengths)         # k c
 
 
 # ---------------------------------------------------------------------------- denoisers

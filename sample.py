@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from importlib import import_module
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,21 @@ def check_numbers(**values):
     """Of the Python API; the command's flags have the same limits."""
     for name, value in values.items():
         kind, least, most = LIMITS.get(name, (None, 0, 0))
-        number = type(value) is int or kind is float and type(value) is float
+        number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
         if kind and value is not None and not (number and least <= value <= most):
             span = f"of at least {least}" if most == MANY else f"from {least:g} to {most:,}"
             raise UserError(f"{name} is a {'whole ' * (kind is int)}number {span}, not {value!r}")
+
+
+def check_shape(rep, resolution, points, faces):
+    """What `decode` and `generate` are asked for."""
+    if not isinstance(rep, str) or rep not in heads.HEADS:
+        raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not {rep!r}; call it once for each")
+    if resolution not in RESOLUTIONS:
+        raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
+    check_numbers(points=points, faces=faces)
+    if faces and rep != "mesh":
+        raise UserError(f'faces is the number of faces of a low-poly mesh; give rep="mesh", not "{rep}"')
 
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened
@@ -101,13 +113,7 @@ class Sampler:
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
         faces: of "mesh", which then is a simplified surface; by default the mesh head decides."""
-        if rep not in heads.HEADS:                            # a list is no key of it, either
-            raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not '{rep}'")
-        if resolution not in RESOLUTIONS:
-            raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
-        check_numbers(points=points, faces=faces)
-        if faces and rep != "mesh":
-            raise UserError(f"faces is the number of faces of a low-poly mesh; give rep=\"mesh\", not \"{rep}\"")
+        check_shape(rep, resolution, points, faces)
         head = heads.SimplifiedMesh(faces) if faces else None
         self.load_heads(*head.needs if head else [rep])
         head, rng = head or self.heads[rep], np.random.default_rng(seed)
@@ -116,6 +122,7 @@ class Sampler:
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, faces=None,
                  **options):
         """`sample`, then `decode`: a list of n shapes."""
+        check_shape(rep, resolution, points, faces)
         tokens = self.sample(prompt, image, n, seed, **options)
         return [self.decode(x, rep, (seed, i), resolution, points, faces) for i, x in enumerate(tokens)]
 

@@ -69,7 +69,7 @@ class Registers(nn.Module):
         return F.layer_norm(self.out(y[:, x.shape[1]:]).float(), [self.out[-1].out_features])
 
 
-# ---------------------------------------------------------------------------- decode: a flow from any number of registers
+# ---------------------------------------------------------------------------- decode: a flow, from any prefix
 
 class PrefixDecoder(nn.Module):
     """A flow from noise to shape tokens, which attend to each other and to the first k registers."""
@@ -103,7 +103,7 @@ class PrefixDecoder(nn.Module):
         return rearrange(self.out(x).float(), "b n c -> b (n c)")
 
 
-# ---------------------------------------------------------------------------- loss: RIDA, Relational Inter-Distance Alignment
+# ---------------------------------------------------------------------------- loss: Relational Inter-Distance Alignment
 
 class Student(nn.Module):
     """Shape tokens -> features, of length 1. It learns the similarities of its teacher."""
@@ -169,8 +169,9 @@ class Codec(nn.Module):
         """The first k registers of b shapes, b k w, and one seed per shape -> shape tokens b n c."""
         there = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
         noise = draw_noise(map(np.random.default_rng, seeds), (1, self.tokens * self.decoder.channels), there.device)
-        net = partial(self.decoder.velocity, memory=self.decoder.read(registers))             # net(x, t, there)
-        return rearrange(Flow.sample(net, there, noise, steps), "b (n c) -> b n c", n=self.tokens)
+        memory = self.decoder.read(registers)
+        net = lambda x, t, _: self.decoder.velocity(x, t, there, memory)          # its condition is the memory
+        return rearrange(Flow.sample(net, None, noise, steps), "b (n c) -> b n c", n=self.tokens)
 
 
 # ---------------------------------------------------------------------------- loss, generate: LoST-GPT
