@@ -190,8 +190,12 @@ def load_stage(folder, stage, part, variants={}):
     return load_model(variants.get(name, part), f"{folder}/{stage}.safetensors", **entry["settings"])
 
 
+def joint_heads(config):
+    """{head: the stage that it was trained with}; such a head may have no entry of its own."""
+    return {f"head-{rep}": stage for stage, entry in config.items() for rep in entry.get("heads", ())}
+
+
 def trained_stages(folder):
-    """The stages in a checkpoint folder; a head that was trained with the encoder is a stage, too."""
+    """The stages in a checkpoint folder, joint heads included."""
     config = read_config(folder)
-    heads = config.get("tokenizer", {}).get("heads", ())
-    return list(dict.fromkeys([*config, *(f"head-{rep}" for rep in heads)]))
+    return list(dict.fromkeys([*config, *joint_heads(config)]))

@@ -12,6 +12,7 @@ from engine.files import (
     atomic_write,
     check_shapes,
     digest,
+    joint_heads,
     make_folder,
     read_config,
     read_stage,
@@ -117,7 +118,7 @@ class Run:
             found = f"--variant {variant}; give that" if variant else "no --variant; leave it out"
             raise UserError(f"{stage} in {folder}: {found}, or give another folder")
         if entry.get("heads", self.first) != self.first:
-            raise UserError(f"the tokenizer in {folder} was trained for {', '.join(entry['heads'])}; "
+            raise UserError(f"the {stage} in {folder} was trained for {', '.join(entry['heads'])}; "
                             "give the same --tokens, or another folder")
         if entry.get("towers", self.encoder_names) != self.encoder_names:
             names = " ".join(f"--{kind}-encoder {name}" for kind, name in entry["towers"].items() if name)
@@ -181,16 +182,15 @@ def copy_stages(run, source, begin, training):
         raise UserError(f"there is no trained stage in {source} that could be copied; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
-    tokenizer = source / "tokenizer.safetensors"
-    generator = () if run.finetune and training else (run.last,)
-    training = {*training} - {f"head-{rep}" for rep in config.get("tokenizer", {}).get("heads", [])}      # they go on
+    generator, joint = () if run.finetune and training else (run.last,), joint_heads(config)
+    training = {*training} - joint.keys()                     # training of these heads is resumed
     wanted = [stage for stage in trained_stages(source)
               if stage in run.stages and stage not in (*generator, *training, *trained_stages(folder))
               and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
     for stage in config.keys() & wanted:
         run.check_stage(source, stage, config[stage], begin)
-    with_encoder = {"made_with": {"tokenizer": digest(tokenizer)}} if tokenizer.is_file() else {}       # no config
-    made_with = {stage: config.get(stage, with_encoder).get("made_with", {}) for stage in wanted}
+    made_with = {stage: config[stage].get("made_with", {}) if stage in config else
+                 {joint[stage]: digest(source / f"{joint[stage]}.safetensors")} for stage in wanted}
     for stage in sorted(wanted, key=lambda stage: len(made_with[stage])):         # what others were trained on first
         others = [name for name, weights in made_with[stage].items() if name in training
                   or (path := folder / f"{name}.safetensors").is_file() and digest(path) != weights]
