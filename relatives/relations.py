@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import encoders
 from engine.commands import UserError
-from prompts import pretrained, text_tower
+from prompts import text_tower
 
 BATCH = 256
 POSITIVE, NEGATIVE = .96, .92     # quantiles of similarities: shapes above the first are alike, below the second unlike
@@ -32,7 +33,7 @@ def table_of(rows, known):
 def seen(tower, split, mean=None):
     """What a tower makes of a shape's pictures, on average, less the mean of all shapes (pictures have much in common)
     or a given mean -> r e, of length 1; that mean."""
-    tokens, count = pretrained.picture_cache(tower, split), split.source.pictures
+    tokens, count = tower.cache(split), split.source.pictures
     x = torch.stack([tokens.draw(range(row * count, (row + 1) * count))[0].float().mean((0, 1))
                      for row in range(len(split))])                               # r e
     mean = x.mean(0) if mean is None else mean
@@ -46,7 +47,7 @@ def features(run):
     known = {fact: i for i, fact in enumerate(sorted(set().union(*facts(run.train)), key=str))}
     name, mean, found = run.encoder_names["image"], None, []
     text_encoder = text_tower.load(run.folder)
-    image_encoder = pretrained.Image(name, run.device) if name not in (None, "pixels") else None
+    _, image_encoder = encoders.load_pretrained(image=name, device=run.device)
     for split in (run.train, run.test):
         captions = [max(captions, key=len) for captions in split.captions]
         text = [text_encoder.embed_text(*text_encoder.word_ids(captions[i:i + BATCH]))
