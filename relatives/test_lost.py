@@ -2,7 +2,6 @@
 
     python -m pytest -q relatives/test_lost.py
 """
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +12,11 @@ from torch import nn
 
 import evaluate
 import sample
-from conftest import PREPARE, WIDTHS, assert_one_line, prompted, rows_of, run, train_small
+from conftest import PREPARE, WIDTHS, assert_one_line, prompted, run, train_small
 from engine import files, step
 from engine.commands import UserError
 from geometry.built_in import BuiltIn
+from geometry.metrics import soundness
 from prompts.test_pretrained import pretrained_folder
 from relatives import lost, relations, search
 
@@ -26,8 +26,7 @@ GENERATOR = dict(dim=32, depth=2, heads=4, prefix=2, head_dim=32, head_depth=2)
 STUDENT = dict(dim=32, depth=1, heads=4)
 
 
-def awake(model):
-    """Random weights everywhere, also where training starts with zeros."""
+def awake(model):                                             # random weights also where training starts with zeros
     for p in model.parameters():
         if not p.any():
             nn.init.normal_(p, std=.15)
@@ -53,8 +52,8 @@ def test_contrast_by_hand():
     T))). 2 has no positive, so it does not count; 3 is in between, whatever s says."""
     t = torch.tensor([[1., .9, .1, .6], [.9, 1., .1, .6], [.1, .1, 1., .6], [.6, .6, .6, 1.]])
     s = torch.tensor([[1., .2, .1, 5.], [.2, 1., .3, 5.], [.1, .3, 1., 5.], [5., 5., 5., 1.]])
-    rows = [math.log(1 + math.exp((other - .2) / .07)) for other in (.1, .3)]
-    assert lost.contrast(s, t, low=.5, high=.8).item() == pytest.approx(np.mean(rows), rel=1e-5)
+    rows = np.log(1 + np.exp((np.array([.1, .3]) - .2) / .07))
+    assert lost.contrast(s, t, low=.5, high=.8).item() == pytest.approx(rows.mean(), rel=1e-5)
 
 
 def test_rank_by_hand():
@@ -87,7 +86,7 @@ def test_registers_see_earlier_registers_alone(codec):
     """Another register 5 changes registers 5 to 8, and no other; another shape changes all. Without blocks, register i
     depends on token order_i alone; no two begin as the same."""
     def changed(x):
-        return ((codec.encoder(x) - before).abs().amax((0, 2)) > 1e-6).tolist()
+        return ((codec.encoder(x) - before).abs().amax((0, 2)) > 1e-5).tolist()
 
     x, order = torch.randn(2, 27, 8), codec.encoder.order
     before = codec.encoder(x)
@@ -130,14 +129,12 @@ def test_every_size_can_be_built(size):
 
 
 def test_the_true_velocity_has_no_loss(codec, monkeypatch):
-    """With v = x - noise, x' is x: no error, and the same meaning. The registers that are there are the first 1, 2, 4
-    or 8."""
+    """With v = x - noise, x' is x: no error, and the same meaning. Of each shape 1, 2, 4 or 8 registers are there."""
     x, masks = torch.randn(40, 27, 8), []
     monkeypatch.setattr(codec.decoder, "velocity", lambda noisy, t, there, memory:
                         masks.append(there) or (x.flatten(1) - noisy) / (1 - t[:, None]))
     _, logs = codec.loss(x, lambda x: nn.functional.normalize(x.flatten(1), dim=-1))
-    assert logs["flow"].item() == pytest.approx(0, abs=1e-6)
-    assert logs["meaning"].item() == pytest.approx(0, abs=1e-5)
+    assert [logs["flow"].item(), logs["meaning"].item()] == pytest.approx([0, 0], abs=1e-5)
     counts = masks[0].sum(1)
     assert {*counts.tolist()} == {1, 2, 4, 8}
     assert torch.equal(masks[0], torch.arange(8) < counts[:, None])
@@ -185,15 +182,13 @@ def test_recomputed_blocks_learn_the_same(generator):
         torch.manual_seed(0)
         gradients += torch.autograd.grad(generator.loss(x, condition)[0], generator.token.weight)
         step.recompute_blocks(generator)
-    assert torch.allclose(*gradients, atol=1e-6)
-    assert len(runs) == 1 + 2
+    assert torch.allclose(*gradients, atol=1e-6) and len(runs) == 1 + 2
 
 
 # ---------------------------------------------------------------------------- as a whole
 
-def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
-    """The chain, on the tokenizer of another folder; a prompt becomes a mesh, of few registers or all; a search finds
-    the mesh in its folder; a table of registers; mistakes are one line."""
+def test_all_stages_end_to_end(tmp_path, monkeypatch, capsys):
+    """The chain, on another folder's tokenizer; a prompt becomes a mesh; a search finds it; mistakes are one line."""
     for sizes, size in ((lost.SIZES, SIZE), (lost.STUDENTS, STUDENT), (lost.GENERATORS, GENERATOR)):
         monkeypatch.setitem(sizes, "tiny", size | {"dim": 64})
     folder, out = tmp_path / "run", tmp_path / "out"
@@ -214,14 +209,10 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     assert run(lost.main, *look, out / "a-ball.glb") == 0
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first == "1.000  a-ball.glb" and second.endswith("a-table-lost-0.glb")
-    judged = "--checkpoint", folder, "--out", tmp_path / "exams"
-    assert run(evaluate.main, "registers", *judged, "--shapes", 1) == 0
-    assert [row["registers"] for row in rows_of(tmp_path / "exams/registers")] == ["1", "2", "4", "8", "(its tokens)"]
-
     for main, words, complaint in (
             (sample.main, (*sampled, "--top-k", 2), "LoST, the model in"),
             (sample.main, (*sampled, "--registers", 9), "9 registers are not between 1 and 8"),
-            (evaluate.main, ("ablate-rida", *judged), "trains lost-registers itself"),
+            (evaluate.main, ("ablate-rida", "--checkpoint", folder, "--out", out), "trains lost-registers itself"),
             (lost.main, (*look, "a table", "--in", tmp_path / "none"), "there is no"),
             (lost.main, (*look, "a table", "--checkpoint", "checkpoints/tiny"), "holds no lost-student"),
             *((lost.main, (*look, out / name), "there is no file") for name in ("none.glb", "none.gif", "none"))):
@@ -231,11 +222,10 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
 
 
 def test_one_register_leaves_open_what_all_decide():
-    """Shipped weights: from the first register of a chair each seed gives another shape, in one piece; from all
-    registers nearly the same."""
+    """Shipped weights: of a chair's first register each seed makes another shape, in one piece; of all, nearly one."""
     model, heads = lost.open_tokenizer("checkpoints/lost", ["sdf"], "cpu")
     cloud = search.cloud_of(BuiltIn("test", 1, ["chair"]).shape(0), model.points)             # 1 k 3 each
     r = model.codec.encoder(model.tokenizer(*cloud))                                          # 1 m w
     first, every = (model.codec.decode(r[:, :k].expand(4, -1, -1), range(4)) for k in (1, model.codec.count))
     assert first.var(0).mean() > 4 * every.var(0).mean()
-    assert all(heads["sdf"].decode(x, heads, None, resolution=32).soundness()["one piece"] for x in first)
+    assert all(soundness(heads["sdf"].decode(x, heads, None, resolution=32))["one piece"] for x in first)
