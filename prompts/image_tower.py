@@ -103,14 +103,11 @@ class ImageTower(nn.Module):
         right = (score.argmax(2) == own).float().mean()
         return loss + READER_WEIGHT * error, {"picture_to_cloud": right, "token_error": error.detach()}
 
-    def condition(self, pictures):
-        """b 3 s s -> condition b t e and mask b t: the input of Prefix Learning."""
-        tokens = self(pictures)                                                   # b t e
-        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-
     @torch.no_grad()
     def tokens(self, pictures):
-        return self.condition(pictures.to(self.scale.device))
+        """b 3 s s -> condition b t e and mask b t: the input of Prefix Learning."""
+        tokens = self(pictures.to(self.scale.device))                             # b t e
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 class Reader(nn.Module):
