@@ -4,7 +4,7 @@
 
 A masked auto-encoder (MAE) encodes [prefix, known tokens] and gives every unknown token i a context vector z_i; a small
 MLP (DenoiseNet) runs a diffusion on that one token, conditioned on z_i. Training masks a random share of the tokens;
-generation starts with none known and samples a few more at every step. Unlike MAR: no dropout, no learnt variance, a
+generation starts with all tokens unknown and samples a few at every step. Unlike MAR: no dropout, no learnt variance, a
 learning rate that decays linearly (engine/step.py).
 
     python train.py --rep sdf --stage backbone
@@ -78,7 +78,7 @@ def split_condition(condition, cfg):
         dropped:  {}                              {image}             {text, image}
         strengths: [cfg of the image (0 against 1), cfg of the text (1 against 2)]
 
-    cfg: one strength, or {kind: strength}. If all strengths are 1 the branches add up to branch 0 alone: then r = 1.
+    cfg: one strength, or {kind: strength}. If all strengths are 1, the branches cancel to branch 0: then r = 1.
     -> the condition of r b samples; the strengths.
     """
     kinds = list(condition)                                                       # ["text", "image"]
@@ -96,12 +96,12 @@ def split_condition(condition, cfg):
 
 def ramp(strengths, known, n):
     """Guidance grows linearly from 1 at the first token to its full strength where a quarter of the n tokens is known
-    (MAR's grows to the end). Guiding early tokens makes samples alike."""
+    (MAR's grows to the end). Guidance of early tokens reduces diversity."""
     return [1 + (strength - 1) * min(1, 4 * known / n) for strength in strengths]
 
 
 def combine(branches, strengths):
-    """The outputs of r branches, one below the other, (r b) ... -> guided, b ... (Brooks et al. 2023).
+    """The outputs of r branches, stacked along the batch, (r b) ... -> guided, b ... (Brooks et al. 2023).
 
         out = out_unconditional + sum_i strength_i (out_i - out_(i+1))
     """
@@ -123,16 +123,16 @@ def draw_noise(generators, shape, device):
 
 
 class Flow:
-    """The default, a rectified flow: x_t = (1 - t) noise + t x, the network gives the velocity x - noise."""
+    """The default, a rectified flow: x_t = (1 - t) noise + t x, the network predicts the velocity x - noise."""
     steps = 4                                                 # by default
 
     @staticmethod
-    def draws(steps):                                         # noise draws that sampling a token takes
+    def draws(steps):                                         # noise draws per sampled token
         return 1
 
     @staticmethod
     def loss(net, x, z):                                      # k c, k d -> mean squared error
-        t = torch.randn(len(x), device=x.device).sigmoid()    # logit-normal: most effort in the middle
+        t = torch.randn(len(x), device=x.device).sigmoid()    # logit-normal: most samples near t = .5
         noisy, velocity = flow_pair(x, rearrange(t, "k -> k 1"))                  # k c
         return F.mse_loss(net(noisy, t, z), velocity)
 
@@ -150,7 +150,7 @@ class Flow:
 
 
 class DDPM:
-    """The paper's and MAR's: x_t = sqrt(a_t) x + sqrt(1 - a_t) noise, cosine a_t, the network gives the noise."""
+    """The paper's and MAR's: x_t = sqrt(a_t) x + sqrt(1 - a_t) noise, cosine a_t, the network predicts the noise."""
     steps = 100                                               # by default
     T = 1000                                                  # noise levels
     alphas = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + .008) / 1.008 * math.pi / 2) ** 2
@@ -169,7 +169,7 @@ class DDPM:
     @classmethod
     def sample(cls, net, z, noise, steps, strengths=(), temperature=1.):
         """noise k steps c, context vectors z (r k) d -> tokens k c. Ancestral sampling over `steps` of the 1000 levels;
-        temperature scales the noise that is injected on the way."""
+        temperature scales the injected noise, not the initial noise."""
         levels = torch.linspace(cls.T, 0, steps + 1).round().long()
         x = noise[:, 0]
         for step, (i, j) in enumerate(zip(levels[:-1], levels[1:])):
@@ -214,27 +214,27 @@ class Backbone(nn.Module):
         index = repeat(order[:, :known], "b k -> b k d", d=d)                     # b k d
         y = (self.token(x) + self.place_in).gather(1, index)                      # b k d
         y = torch.cat([prefix, y], 1)                                             # b (p + k) d
-        seen = F.pad(mask, (0, known), value=True)                                # b (p + k)
-        for block in self.encoder:                                                # attends to known tokens only
-            y = block(y, mask=seen)
+        mask_in = F.pad(mask, (0, known), value=True)                             # b (p + k)
+        for block in self.encoder:                                                # prefix and known tokens
+            y = block(y, mask=mask_in)
         y = self.norm_in(y)
 
         full = repeat(self.unknown, "d -> b n d", b=b, n=n).to(y.dtype)
         full = full.scatter(1, index, y[:, p:])                                   # b n d
         place = F.pad(self.place_out, (0, 0, p + n - len(self.place_out), 0))     # (p + n) d
         y = torch.cat([y[:, :p], full], 1) + place                                # b (p + n) d
-        seen = F.pad(mask, (0, n), value=True)                                    # b (p + n)
-        for block in self.decoder[:-1]:                                           # attends to all n places
-            y = block(y, mask=seen)
-        y = self.decoder[-1](y, mask=seen, rows=p + rows)                         # b m d
+        mask_out = F.pad(mask, (0, n), value=True)                                # b (p + n)
+        for block in self.decoder[:-1]:                                           # prefix, known and mask tokens
+            y = block(y, mask=mask_out)
+        y = self.decoder[-1](y, mask=mask_out, rows=p + rows)                     # b m d
         return self.norm_out(y) + self.prefix.summary(prefix, mask)
 
     def loss(self, x, condition, moment=None):
         """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the masked tokens.
-        moment: of generation, from 0 (nothing is known) to 1; by default a random one."""
+        moment: progress of generation, from 0 (all tokens unknown) to 1; default: random."""
         b, n, device = len(x), self.tokens, x.device
         # One mask ratio for the whole batch: no padding. Early moments, when the prompt decides most, are drawn more
-        # often. (MAR masks at least .7 of the tokens, by a truncated normal: then the last tokens are never learnt.)
+        # often. (MAR masks at least .7 of the tokens, by a truncated normal: then the last tokens are never trained.)
         moment = torch.rand(1).item() ** 1.5 if moment is None else moment
         known = n - math.ceil(n * math.cos(math.pi / 2 * moment))
         order = torch.rand(b, n, device=device).argsort(1)                        # b n
@@ -250,7 +250,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def generate(self, condition, seeds, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.75):
         """condition (prefix.py) and one seed per sample -> shape tokens b n c.
-        blend: RGS, a function of x that gives what the MAE sees in the first `window` of the steps (reconstruct.py)."""
+        blend: RGS, a function of x; in the first `window` of the steps the MAE encodes its output (reconstruct.py)."""
         b, n, c, device = len(seeds), self.tokens, self.channels, self.unknown.device
         denoise_steps = denoise_steps or self.denoiser.steps
         generators = [np.random.default_rng(seed) for seed in seeds]              # a sample is independent of its batch
@@ -261,21 +261,21 @@ class Backbone(nn.Module):
         prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
         rgs_steps = math.ceil(window * steps) if blend else 0
 
-        x = torch.zeros(b, n, c, device=device)                                   # b n c, tokens not known yet are 0
-        for step, (known, then) in enumerate(schedule(n, steps)):
-            new = order[:, known:then]                                            # b m, the tokens of this step
-            blended = blend(x) if step < rgs_steps else x                         # b n c, RGS; only known tokens count
-            strength = ramp(strengths, known, n) if known else []                 # at first 1: no other branch
-            r = len(strength) + 1
+        x = torch.zeros(b, n, c, device=device)                                   # b n c, unknown tokens are 0
+        for step, (known, after) in enumerate(schedule(n, steps)):
+            new = order[:, known:after]                                           # b m, the tokens of this step
+            blended = blend(x) if step < rgs_steps else x                         # b n c, RGS; only known count
+            ramped = ramp(strengths, known, n) if known else []                   # first step: branch 0 alone
+            r = len(ramped) + 1
 
-            # MAE: z_i = f(prefix, known tokens), in all r branches; the fully conditional one sees the blend
-            seen = torch.cat([blended] + [x] * len(strength))                     # (r b) n c
-            places, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (order, new))
-            z = self.contexts([y[:r * b] for y in prefix], seen, places, known, rows)             # (r b) m d
+            # MAE: z_i = f(prefix, known tokens), in all r branches; branch 0 encodes the blended tokens
+            inputs = torch.cat([blended] + [x] * len(ramped))                     # (r b) n c
+            orders, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (order, new))
+            z = self.contexts([y[:r * b] for y in prefix], inputs, orders, known, rows)           # (r b) m d
             z = rearrange(self.net.c(z), "rb m d -> (rb m) d")
 
             # DenoiseNet: x_i ~ p(x_i | z_i), guided by the r branches
-            sample = self.denoiser.sample(self.net, z, take(noise, new), denoise_steps, strength, temperature)
+            sample = self.denoiser.sample(self.net, z, take(noise, new), denoise_steps, ramped, temperature)
             x = put(x, new, sample)                                               # b n c; sample: (b m) c
         return x
 
@@ -284,7 +284,7 @@ BACKBONES = {"mae": Backbone}                                 # the choices of -
 
 
 def take(x, rows):
-    """x b n ..., rows b m -> those rows of every batch element, one below the other: (b m) ..."""
+    """x b n ..., rows b m -> those rows of every batch element, stacked: (b m) ..."""
     return torch.cat([element[chosen] for element, chosen in zip(x, rows)])
 
 
@@ -295,8 +295,8 @@ def put(x, rows, values):
 
 
 def cache_sized(backbone, condition, seeds):
-    """Splits a batch into chunks whose activations fit a CPU's cache, which takes a fifth less time. Yields pairs:
-    condition, seeds."""
+    """Splits a batch into chunks whose activations fit a CPU's cache: a fifth faster. Yields pairs: condition,
+    seeds."""
     size = len(seeds)
     if backbone.token.weight.device.type == "cpu":
         size = max(1, CACHED // (backbone.tokens * backbone.dim * (len(condition) + 1)))
@@ -311,10 +311,10 @@ def schedule(n, steps):
                         "least one")
     known, pairs = 0, []
     for step in range(1, steps + 1):
-        then = n - math.floor(n * math.cos(math.pi / 2 * step / steps) + 1e-9)
-        then = min(max(then, known + 1), n - (steps - step))                      # leave one token for every later step
-        pairs.append((known, then))
-        known = then
+        after = n - math.floor(n * math.cos(math.pi / 2 * step / steps) + 1e-9)
+        after = min(max(after, known + 1), n - (steps - step))                    # at least one token for later steps
+        pairs.append((known, after))
+        known = after
     return pairs
 
 
@@ -337,7 +337,7 @@ def train(run):
     run.load_to_finetune("backbone", {"backbone": model}, settings=settings, variant=run.variant,
                          towers=run.encoder_names)
 
-    # loss: in training at a random moment of generation, of held-out shapes the mean of eight
+    # loss: in training at one random moment of generation, on held-out shapes the mean over eight moments
     def loss_of(model, batch):
         x, condition = batch[0], towers.encode_drawn(batch[1])
         moments = [None] if model.training else [(i + .5) / 8 for i in range(8)]
@@ -349,7 +349,7 @@ def train(run):
 
 def fit_generator(run, stage, model, draw, loss_of, towers, decoders,
                   generate=lambda model, condition, seeds: model.generate(condition, seeds), **entries):
-    """Trains and saves what generates shape tokens from prompts, of any model. Samples are drawn and judged."""
+    """Trains, evaluates and saves the generator of any model; show draws pictures of its samples."""
     import judge
 
     def show(model, path):
