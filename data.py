@@ -24,7 +24,7 @@ from geometry.kinds import KINDS, POINTS, QUERIES
 from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
 from geometry.training_pictures import recolour, relight
 
-# method of Prepared that a head reads from -> the kind of samples that it needs
+# entry of a head's `reads`, a method of Prepared -> its kind of samples
 READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
 MIRROR, TURN = np.diag([-1, 1, 1]), np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])      # x to -x; x to -z, z to x
 SYMMETRIES = np.stack([np.linalg.matrix_power(TURN, i // 2) @ np.linalg.matrix_power(MIRROR, i % 2)      # 8 3 3
@@ -37,16 +37,16 @@ def turns_to_front(azimuth):
 
 
 def turned_back(points, turns):
-    """Clouds r k 3 of shapes that stand as pictures show them, and their turns r -> as the shapes stand in files."""
+    """Clouds r k 3 of shapes turned as in pictures, and their turns r -> clouds oriented as in files."""
     return np.einsum("rji,rkj->rki", SYMMETRIES[2 * turns], points).astype(np.float32)
 
 
 def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",), data=None, shard=(0, 1),
             classes=None):
-    """Prepare the missing samples of built-in shapes, or of the files of `data` -> Prepared. shard (i, n): only share i
-    of n."""
+    """Prepares the missing samples of built-in shapes, or of the files of `data`. shard (i, n): only share i of n.
+    -> Prepared"""
     if data:
-        from geometry.real import Files  # readers of mesh files, which only --data needs
+        from geometry.real import Files  # only for --data
         source = Files(split, data)
     else:
         from geometry.built_in import BuiltIn
@@ -69,7 +69,7 @@ def training_sets(args, kinds):
 
 
 def kinds_of(heads):
-    """The kinds of samples that some heads learn from."""
+    """The kinds of training samples of some heads."""
     return list(dict.fromkeys(READ_FROM[name] for head in heads for name in head.reads))
 
 
@@ -104,11 +104,11 @@ class Prepared:
         return len(self.records)
 
     def repeated(self, count):
-        """A set of files `count` times: 2 adds mirror images, 8 also turns of 90, 180 and 270 degrees. Files are few,
-        and this costs nothing. Of built-in shapes there are always more: theirs is the set itself."""
+        """A set of files `count` times: 2 adds mirror images, 8 also turns of 90, 180 and 270 degrees. Files are few.
+        Built-in shapes are unlimited: their set is returned unchanged."""
         if not self.source.files:
             return self
-        first = np.flatnonzero(self.symmetry == 0)            # a set that is repeated already
+        first = np.flatnonzero(self.symmetry == 0)            # of a set that is already repeated
         other = copy.copy(self)
         other.name, other.symmetry = f"{self.name}-{count}", np.repeat(np.arange(count), len(first))
         other.rows = np.tile(self.rows[first], count)
@@ -117,7 +117,7 @@ class Prepared:
         return other
 
     def shape(self, row):
-        """The shape itself, where samples are not enough: for exact distances at any point."""
+        """The source shape, for exact distances at any point."""
         return self.source.shape(self.rows[row])
 
     def tensors(self, names, rows, columns=slice(None)):
@@ -125,7 +125,7 @@ class Prepared:
         return [torch.from_numpy(self.arrays[name][self.rows[rows]][:, columns].astype(np.float32)) for name in names]
 
     def samples(self, rows, reads, rng):
-        """What a head learns from (heads.py). reads: {method below: number of points} -> {name: tensor of b rows}."""
+        """Training samples of a head (heads.py). reads: {method below: point count} -> {name: tensor of b rows}."""
         batch = {}
         for name, count in reads.items():
             values = getattr(self, name)(rows, count, rng)
@@ -141,7 +141,7 @@ class Prepared:
     def moved(self, x, rows):
         """Points or vectors b k 3, mirrored and turned as the symmetries of these rows say."""
         moves = SYMMETRIES[self.symmetry[rows]].astype(np.float32)                # b 3 3
-        return torch.from_numpy(np.einsum("bij,bkj->bki", moves, x.numpy()))      # torch would round it under autocast
+        return torch.from_numpy(np.einsum("bij,bkj->bki", moves, x.numpy()))      # in torch, autocast would round
 
     def queries(self, rows, k, rng):
         """k points of each row and their signed distance: b k 3, b k."""
@@ -170,19 +170,19 @@ class Prepared:
         return {"views": views / 255, "angles": angles}
 
     def turns(self, rows, which):
-        """How many right angles a shape is turned, until its picture `which` is from the front, to 45 degrees: b. No
-        file says which side of a thing is its front; so beside a picture, it stands as the picture shows it. Built-in
-        shapes have a front: they are not turned."""
+        """How many right angles a shape is turned, until its picture `which` is from the front, to 45 degrees: b. Files
+        do not define a front: with a picture, the shape is turned as in the picture. Built-in shapes have a front: they
+        are not turned."""
         azimuth = self.arrays["picture_azimuth"][self.rows[rows], which]
         azimuth = np.where(self.symmetry[rows] % 2 == 1, -azimuth, azimuth)
         return turns_to_front(azimuth) * bool(self.source.files)
 
     def rows_as_shown(self, rows, which, seen=True):
-        """The rows of `repeated(8)` of these shapes, turned as their pictures `which` show them, if these are seen."""
+        """The rows of `repeated(8)` of these shapes, turned as in their pictures `which`, where `seen` is true."""
         return rows + np.where(seen, 2 * np.count_nonzero(self.symmetry == 0) * self.turns(rows, which), 0)
 
     def draw_captions(self, rows, rng):
-        """One caption of each shape; one with twice the words, which says more, is drawn twice as often."""
+        """One caption of each shape; the odds are its number of words."""
         lengths = [np.array([len(caption.split()) for caption in self.captions[row]]) for row in rows]
         return [self.captions[row][rng.choice(len(k), p=k / k.sum())] for row, k in zip(rows, lengths)]
 
@@ -216,13 +216,13 @@ def main():
     flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
                         "(geometry/real.py); default: the built-in shapes")
     flag("--kinds", nargs="+", choices=[kind for kind in KINDS if KINDS[kind]], default=["surface", "pictures"],
-         help="samples to take: surface for all heads, pictures for image prompts, faces for mesh, views for gs")
+         help="training samples: surface for all heads, pictures for image prompts, faces for mesh, views for gs")
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
          help="only share i of n, from 0: n machines can fill one folder")
-    flag("--shapes", type=between(1), default=TRAIN_SHAPES, help="how many built-in training shapes to prepare")
+    flag("--shapes", type=between(1), default=TRAIN_SHAPES, help="number of built-in training shapes")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes (default: all)")
     flag("--out", default="cache", help="folder of the prepared sets")
-    flag("--workers", type=between(1), default=2, help="processes to use")
+    flag("--workers", type=between(1), default=2, help="processes that prepare data")
     flag("--picture", default="out/shapes.png", help="contact sheet to write")
     args = parser.parse_args()
 
