@@ -1,4 +1,4 @@
-"""encoders.py - a prompt becomes condition tokens: the frozen text and image encoders (LTM3D section 4).
+"""encoders.py - prompt -> condition tokens: the frozen text and image encoders (LTM3D section 4).
 
     condition = {"text": (tokens b t e, mask b t), "image": (tokens b t e, mask b t)}          one kind or both
 
@@ -20,16 +20,16 @@ from engine.stage import Stage
 from prompts import image_tower, text_tower
 from prompts.reading import nouns_of
 
-SHOWN = {  # kinds of prompt that a training sample sees -> share of samples
+SHOWN = {  # kinds of prompt that are not dropped -> share of training samples
     (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
-RECOLOURED = .5     # share of the pictures beside a caption in which the colours that it names are replaced
+RECOLOURED = .5     # share of pictures beside a caption whose named colours are replaced
 
 
 class Encoders:
     def __init__(self, text, image):
         self.towers = {"text": text, "image": image}
         self.widths = {kind: tower.width for kind, tower in self.towers.items()}  # e of each
-        self.caches = {}                                      # tokens of a prepared set, of towers that are slow
+        self.caches = {}                                      # tokens of prepared sets, by pretrained towers
 
     def encode(self, prompts=None, pictures=None):
         """b strings, pictures b 3 s s, or both -> the condition of backbone and reconstructor."""
@@ -41,15 +41,15 @@ class Encoders:
         return self.towers["text"].remarks(prompt)
 
     def draw(self, split, rows, rng):
-        """One caption and one picture of each training shape, and which of them it sees: what `encode_drawn` takes; and
-        the rows of `repeated(8)`, of the shapes as the pictures show them.
+        """One caption and one picture of each training shape, and which of them are not dropped, for `encode_drawn`;
+        and the rows of `repeated(8)`: the shapes turned as in their pictures.
 
         In half of the pictures that have a caption beside them, the colours that it names are replaced (but not for
-        towers of transformers, which read every picture once). So the backbone takes colours from words and form from
+        pretrained towers, which encode every picture once). So the backbone learns colours from words and form from
         pictures: a picture of a green chair with "a red chair" gives a red chair."""
         captions = split.draw_captions(rows, rng)
         choice = rng.choice(len(SHOWN), len(rows), p=[*SHOWN.values()])           # b, numbers of entries of SHOWN
-        shown = {kind: np.array([kind in kinds for kinds in SHOWN])[choice] for kind in self.towers}  # b: is it seen?
+        shown = {kind: np.array([kind in kinds for kinds in SHOWN])[choice] for kind in self.towers}  # b: not dropped
         recoloured = shown["text"] & shown["image"] & (rng.random(len(rows)) < RECOLOURED)
         text = self.cache("text", split).draw(captions) if self.is_pretrained("text") else captions
         pictures = split.source.pictures                      # of each shape
@@ -60,7 +60,7 @@ class Encoders:
                 "rows": split.rows_as_shown(rows, which, shown["image"])}
 
     def encode_drawn(self, drawn):
-        """The same as `encode`, of what was drawn; what a sample does not see is behind the mask."""
+        """`encode` of the output of `draw`; dropped prompts are masked."""
         condition = {}
         for kind, shown in drawn["shown"].items():                                # shown: b
             x = drawn[kind]
@@ -68,7 +68,7 @@ class Encoders:
             condition[kind] = tokens, mask & shown[:, None].to(mask.device)       # b t e, b t
         return condition
 
-    def is_pretrained(self, kind):                            # slow: its tokens of a prepared set are computed once
+    def is_pretrained(self, kind):                            # its tokens of a prepared set are cached
         return hasattr(self.towers[kind], "cache")
 
     def cache(self, kind, split):
@@ -100,8 +100,8 @@ def load(folder, stage, device="cpu"):
 # ---------------------------------------------------------------------------- training data of generators
 
 def prompted_tokens(run, stage, encoder, file="tokenizer"):
-    """What a generator learns from: frozen towers, the sizes of tokens, and a function that draws a batch of tokens,
-    with one caption and one picture of each shape. encoder: clouds -> tokens; file: the name of its weights."""
+    """The training data of a generator: frozen towers, the sizes of tokens, and a function that draws a batch of
+    tokens with captions and pictures. encoder: clouds -> tokens; file: the name of its weights."""
     towers, encoder = make(run.folder, **run.encoder_names, device=run.device), encoder.to(run.device)
     tokens = {split: tokenizer.encode(run, encoder, split.repeated(8), file=file)
               for split in (run.train, run.test)}             # shapes n c
@@ -112,14 +112,14 @@ def prompted_tokens(run, stage, encoder, file="tokenizer"):
         return tokens[split][drawn.pop("rows")], drawn
 
     for split in (run.train, run.test):
-        draw(split, np.random.default_rng(0))                 # towers of transformers encode all prompts here, once
+        draw(split, np.random.default_rng(0))                 # fills the caches of pretrained towers
     return towers, {"tokens": n, "channels": channels, "widths": towers.widths}, draw
 
 
 # ---------------------------------------------------------------------------- stage: data, model, loss, save
 
 def train_text(run):
-    """The text tower, with a cloud tower that it learns to agree with."""
+    """The text tower, contrastively with a cloud tower."""
     import judge
     # data
     captions = [caption for own in run.train.captions for caption in own]
@@ -143,7 +143,7 @@ def train_text(run):
 
 
 def train_vision(run):
-    """The image tower, with the cloud tower, and a linear reader that is discarded."""
+    """The image tower, with the cloud tower and a linear probe (Reader), which is discarded."""
     import judge
     # data: of each shape a cloud and VIEWS pictures
     aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
@@ -151,7 +151,7 @@ def train_vision(run):
               for split in (run.train, run.test)}             # shapes n c
 
     def draw(split, rng):
-        count = -(-run.micro_batch_size("vision") // image_tower.VIEWS)           # k; of one picture, too, one
+        count = -(-run.micro_batch_size("vision") // image_tower.VIEWS)           # k, at least 1
         rows = rng.permutation(len(split))[:count]            # k
         captioned = text_tower.captions_and_clouds(split, aligner, rows, rng)
         rows = np.tile(rows, image_tower.VIEWS)               # (v k)
