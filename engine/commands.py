@@ -10,8 +10,8 @@ from torch import nn
 # ---------------------------------------------------------------------------- mistakes of users, and flags
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message says what was wrong, with what, and what to do: in one line, also
-    if it quotes a file."""
+    """An error that the user can fix. The message names the fault, its object and the remedy, in one line, even if it
+    quotes a file."""
 
     def __str__(self):
         return " ".join(super().__str__().splitlines())
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **rest)
 
     def error(self, message):
-        first = os.environ.get("RANK", "0") == "0"            # of several processes, the first says it
+        first = os.environ.get("RANK", "0") == "0"            # only the first process prints it
         self.exit(2, f"error: {message}; see {self.prog} --help\n" if first else None)
 
 
@@ -47,8 +47,8 @@ def between(low, high=2 ** 63 - 1, kind=int):
 
 
 def command(main):
-    """Runs a script. A user's mistake is one line and exit status 2, also a file that cannot be used; Ctrl-C or kill is
-    one word and 130; a reader of its output that has enough, like `head`, ends it without a word."""
+    """Runs a script. Exit status: 2 after one line for a UserError or an unusable file; 130 after one word for Ctrl-C
+    or kill; 0, silently, for a closed output pipe (`head`)."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -60,7 +60,7 @@ def command(main):
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
-        if not error.filename:                                # no file, but a fault of ours
+        if not error.filename:                                # no file: a bug of ours
             raise
         print(f"error: cannot use {error.filename}: {error.strerror}; name another file or folder", file=sys.stderr)
         raise SystemExit(2) from None
@@ -74,17 +74,17 @@ def command(main):
 # ---------------------------------------------------------------------------- device and precision
 
 def has_bf16(device):
-    """Does the processor multiply bf16 matrices itself? Otherwise bf16 is slower than fp32."""
+    """Has the device native bf16 matrix products? Emulated bf16 is slower than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        found = getattr(torch.cpu, "get_capabilities", dict)()               # torch 2.9 cannot tell
+        found = getattr(torch.cpu, "get_capabilities", dict)()               # missing in torch 2.9
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))      # x86 (two) and ARM
     return False
 
 
 def pick_device(name=None, precision=None):
-    """The one place that chooses: -> device, a function giving its autocast context, and the reason."""
+    """-> device, a function that returns its autocast context, and the reason. No other function chooses."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -102,7 +102,7 @@ def pick_device(name=None, precision=None):
 
 
 def add_device_flags(parser):
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is available)")
     parser.add_argument("--precision", choices=["fp32", "bf16"],
                         help="of matrix products (default: bf16 where the processor has it)")
 
