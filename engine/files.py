@@ -1,4 +1,4 @@
-"""files.py - files that a stopped program leaves whole, and checkpoints: weights, and config.json beside them."""
+"""files.py - atomic writes, and checkpoints: weights, and config.json beside them."""
 import contextlib
 import hashlib
 import json
@@ -14,7 +14,7 @@ from engine.commands import UserError
 
 
 def make_folder(folder):
-    """Makes the folder for results. An error now is better than an error after minutes of work."""
+    """Creates the folder of results, before minutes of work: then an error costs nothing."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -36,12 +36,12 @@ def atomic_write(path):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; name another file") from None
     finally:
-        with contextlib.suppress(OSError):                    # the error above says what is wrong
+        with contextlib.suppress(OSError):                    # the error above has the reason
             part.unlink(missing_ok=True)
 
 
 def save_weights(path, state, half=False):
-    """A state dict to safetensors; half: floating-point weights as fp16 (what is shipped)."""
+    """A state dict to safetensors; half: floating-point weights as fp16, as in shipped checkpoints."""
     state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     if not all(v.isfinite().all() for v in state.values()):
@@ -49,23 +49,23 @@ def save_weights(path, state, half=False):
     with atomic_write(path) as part:
         try:
             save_file(state, part)
-            part.chmod(0o644)             # safetensors makes files that only their owner can read
-        except SafetensorError as error:  # how a full disk shows up here
+            part.chmod(0o644)             # safetensors' default: only the owner can read
+        except SafetensorError as error:  # a full disk, too
             raise OSError(str(error)) from None
 
 
-def read_weights(path, cure="copy or train it again"):
+def read_weights(path, remedy="copy or train it again"):
     """A safetensors file -> dict of tensors."""
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}; train {Path(path).stem} first, or name another folder")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file ({error}); {cure}") from None
+        raise UserError(f"{path} is truncated or no safetensors file ({error}); {remedy}") from None
 
 
 def check_shapes(own, saved, path):
-    """Are the names and shapes of the tensors in the file `path` those of the model?"""
+    """Raises an error unless the tensors of the file `path` have the names and shapes of the model."""
     wrong = [f"missing {k}" for k in own.keys() - saved.keys()] + [f"unknown {k}" for k in saved.keys() - own.keys()]
     wrong += [f"{k} is {tuple(saved[k].shape)}, not {tuple(own[k].shape)}" for k in own.keys() & saved.keys()
               if saved[k].shape != own[k].shape]
@@ -95,13 +95,13 @@ LARGEST = {"side": 64, "depth": 1000, "encoder": 1000, "decoder": 1000, "head_de
 
 
 def is_sizes(value):
-    """{name: a whole number that a network can have for a size}"""
+    """{name: a valid size of a network}"""
     return type(value) is dict and all(
         type(x) is int and 0 < x <= LARGEST.get(name, 65_536) for name, x in value.items())
 
 
 def is_settings(value):
-    """What a network is built with: sizes, words, and sizes by kind of prompt."""
+    """Arguments of a network: sizes, words, and sizes by kind of prompt."""
     return type(value) is dict and all(type(x) is str or is_sizes({name: x}) or name == "widths" and is_sizes(x)
                                        for name, x in value.items())
 
@@ -162,12 +162,12 @@ def write_config(folder, stage, **entries):
 
 
 def digest(*paths):
-    """Twelve hex digits that stand for the content of one file or several."""
+    """The digest of the content of files, twelve hex digits."""
     return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:12]
 
 
 def read_stage(folder, stage):
-    """The entry of a trained stage in config.json. Stages beside it have to be those that it was trained on."""
+    """The entry of a trained stage in config.json. Stages beside it must be those that it was trained on."""
     entry = read_config(folder).get(stage)
     if entry is None:
         raise UserError(f"{folder} holds no trained {stage}; name another folder, or train it there: "
@@ -182,7 +182,7 @@ def read_stage(folder, stage):
 
 
 def load_stage(folder, stage, part, variants={}):
-    """What a stage trained, frozen: a `part` or, if the stage is a variant, its class in `variants`."""
+    """The model of a trained stage, frozen: a `part` or, if the stage is a variant, its class in `variants`."""
     entry = read_stage(folder, stage)
     name = entry.get("variant")
     if name not in (None, *variants):
