@@ -1,4 +1,4 @@
-"""networks.py - what every network is built from: attention with a distance bias, blocks, embeddings, grids.
+"""networks.py - components of every network: attention with a distance bias, blocks, embeddings, grids.
 
 Letters in every file: b batch, n shape tokens, c channels of a shape token, p prefix tokens, t condition tokens,
 d model width, h heads, q queries, k keys or points; of grids f features, s cells along the cube.
@@ -15,8 +15,8 @@ from torch import nn
 
 # ---------------------------------------------------------------------------- attention
 
-# attention weights of far points are denormal numbers, with which a CPU is eight times slower; here they become 0
-np.finfo(np.float32), np.finfo(np.float64)                    # older numpy measures them now, or warns later
+# attention weights of far points are denormal numbers, which slow a CPU eight times; flushed to 0
+np.finfo(np.float32), np.finfo(np.float64)                    # older numpy caches them here, or warns later
 torch.set_flush_denormal(True)
 GAMMAS = (0., 4., 16., 32.)  # distance bias per head, cycled: one head global, the others ever more local
 
@@ -78,19 +78,19 @@ class Attention(nn.Module):
         if mask is not None:
             mask = rearrange(mask, "b k -> b 1 1 k" if mask.ndim == 2 else "b q k -> b 1 q k")
         if q.is_cuda:
-            v = F.pad(v, (0, q.shape[-1] - width))      # flash attention wants one width for all three
+            v = F.pad(v, (0, q.shape[-1] - width))      # flash attention needs one width for all three
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.)[..., :width]
         else:                                           # unfused is twice as fast for short sequences on a CPU
             scores = q @ k.mT                                                     # b h q k
             if mask is not None:
                 scores = scores.masked_fill(~mask, -torch.inf)
-            out = scores.softmax(-1).to(v.dtype) @ v    # b h q w; the softmax itself adds up in fp32
+            out = scores.softmax(-1).to(v.dtype) @ v    # b h q w; the softmax accumulates in fp32
         return self.to_out(rearrange(out, "b h k w -> b k (h w)"))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention (self, or onto a context), then feed-forward."""
-    is_block = True                                           # what --recompute works on
+    is_block = True                                           # for --recompute
 
     def __init__(self, dim, heads, context_dim=None, expand=4):
         super().__init__()
@@ -110,7 +110,7 @@ class Block(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A block without its attention: every row for itself, ... d -> ... d."""
+    """A block without attention, independent for each row: ... d -> ... d."""
 
     def __init__(self, dim, expand=2):
         super().__init__()
@@ -169,14 +169,14 @@ def to_patches(x, patch):
 
 
 def from_patches(x, patch):
-    """The inverse."""
+    """The inverse of to_patches."""
     side = round(x.shape[1] ** (1 / 3))
     return rearrange(x, "b (x y z) (i j k c) -> b (x i y j z k) c", x=side, y=side, z=side, i=patch, j=patch, k=patch)
 
 
 class FromCells(nn.Module):
-    """Points with f features each -> side^3 tokens. A token has cells^3 cells; it reads the mean of the points in each,
-    which is 0 in empty cells."""
+    """Points with f features each -> side^3 tokens. A token has cells^3 cells; it pools the mean of the points in each,
+    0 in empty cells."""
 
     def __init__(self, side, cells, features, dim):
         super().__init__()
@@ -218,7 +218,7 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 
 
 class QueryDecoder(nn.Module):
-    """Tokens become a memory once; then it is evaluated at any number of points."""
+    """`read` encodes tokens as a memory, once; `evaluate` decodes the memory at any number of points."""
 
     def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1):
         super().__init__()
@@ -232,7 +232,7 @@ class QueryDecoder(nn.Module):
         self.feed = nn.ModuleList(FeedForward(dim) for _ in range(2 if self.grids else 0))
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
-    def make_grids(self, side, dim, cells):                   # of features that a point looks up, if any
+    def make_grids(self, side, dim, cells):                   # of features, interpolated at points
         return [ToCells(side, cells // 2, 32, dim), ToCells(side, cells, 16, dim)] if cells else []
 
     def read(self, tokens):                                   # b n c -> memory: b side^3 d, or grids of features
@@ -245,10 +245,10 @@ class QueryDecoder(nn.Module):
     def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
         found = [grid.look_up(features, x) for grid, features in zip(self.grids, memory)]
         y = self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra                # b k d
-        for block in self.feed:                               # with grids: each point for itself
+        for block in self.feed:                               # with grids: each point independently
             y = block(y)
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
-        for block in self.cross:                              # without: points attend to tokens
+        for block in self.cross:                              # without: points cross-attend to tokens
             y = block(y, memory, positions=(x, anchors))
         y = self.norm(y)
         with torch.autocast(y.device.type, enabled=False):    # a surface is where this crosses zero: fp32
