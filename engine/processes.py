@@ -4,9 +4,8 @@
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 train.py ...      # on each of four machines
 
 A step's batch consists of micro-batches, each with its own randomness. Of w processes, process r takes the
-micro-batches r, r + w, ..., and all gradients are added up. So what is learnt depends on the number of micro-batches,
-not of processes: a run that was stopped goes on with more processes or with one. Only the first process prints and
-writes.
+micro-batches r, r + w, ..., and all gradients are added up. So the weights depend on the number of micro-batches,
+not of processes: a stopped run resumes with more processes or with one. Only the first process prints and writes.
 
     python -m pytest -q engine -k processes         # its tests
 """
@@ -23,10 +22,10 @@ from engine.commands import UserError
 
 
 def start():
-    """Joins the other processes, if torchrun has started some."""
+    """Joins the process group, if torchrun started this process."""
     if "RANK" not in os.environ:
         return
-    # numbers of the CPU travel by gloo, without waiting for a GPU; the first process may prepare data for hours
+    # gloo for CPU tensors: no GPU synchronisation; the first process may prepare data for hours
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=12))
     if rank():
         sys.stdout = open(os.devnull, "w")
@@ -63,13 +62,13 @@ def sum_over_processes(tensors):
         dist.all_reduce(flat)
     except RuntimeError as error:
         raise UserError(f"process {rank()} of {world()} waits for one that has ended, see above; the same command "
-                        f"goes on from what was saved last ({str(error).splitlines()[0]})") from None
+                        f"resumes from the last save ({str(error).splitlines()[0]})") from None
     for x, summed in zip(tensors, flat.split([x.numel() for x in tensors])):
         x.copy_(summed.view_as(x))
 
 
 def any_process(condition):
-    """Is it true in any process?"""
+    """Is `condition` true in any process?"""
     flag = torch.tensor([float(bool(condition))])
     sum_over_processes([flag])
     return flag.item() > 0
@@ -77,7 +76,7 @@ def any_process(condition):
 
 @contextmanager
 def first_process_ahead():
-    """The first process goes ahead: the others find the files that it writes, and it alone reports errors."""
+    """The first process runs the body before the others: they find its files, and it alone reports errors."""
     if rank():
         try:
             any_process(False)
