@@ -1,4 +1,4 @@
-"""run.py - a run folder: what is in it, whether new stages may join, and how a finished stage is saved."""
+"""run.py - a run folder: its stages, their compatibility with new stages, and how a finished stage is saved."""
 import contextlib
 import copy
 import os
@@ -30,7 +30,7 @@ except ImportError:                                           # Windows has none
 
 @contextlib.contextmanager
 def locked(folder):
-    """As long as this is open, no other command trains in the folder. The system lets go of the lock of a dead one."""
+    """In its body, no other command trains in the folder. The system releases the lock of a killed command."""
     if processes.rank():                                      # one lock for all processes of a command
         yield
         return
@@ -54,11 +54,11 @@ def locked(folder):
 
 
 class Run:
-    """What the training function of a stage receives.
+    """The argument of the training function of a stage.
 
-    stages: {name: Stage}, with the steps, batch and learning rate of this run; heads: {rep: class}; reps: those to
-    decode; first: those that the tokenizer is trained with; last: the stage that generates; fit: the training loop.
-    train.py adds what it has prepared: `train` and `test` (data.Prepared), `classes` and `prompts` (judge.py).
+    stages: {name: Stage}, with the steps, batch and learning rate of this run; heads: {rep: class}; reps: heads to
+    train; first: heads that the tokenizer is trained with; last: the generator's stage; fit: the training loop.
+    train.py adds prepared data: `train` and `test` (data.Prepared), `classes` and `prompts` (judge.py).
     """
 
     def __init__(self, args, stages, heads, reps, first, last, folder, fit):
@@ -71,7 +71,7 @@ class Run:
         self.recompute = args.recompute
         self.source, self.finetune = args.source, args.finetune
         if self.finetune and not self.source:
-            raise UserError("--finetune goes on from trained stages; name their folder, --from checkpoints/tiny")
+            raise UserError("--finetune continues from trained stages; name their folder, --from checkpoints/tiny")
         if self.micro_batches % processes.world():
             raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
                             f"give --micro-batches {processes.world()} or a multiple")
@@ -82,23 +82,23 @@ class Run:
         return self.loop(self, stage, model, draw, loss_of, show)
 
     def part(self, stage, default):
-        """The class of what a stage trains: the default, or that of --variant."""
+        """The class that a stage trains: the default, or that of --variant."""
         return self.stages[stage].variants.get(self.variant, default)
 
     def turned(self):
-        """The same run, on files in eight positions (data.py): for stages that see no prompts. A prompt does not say
-        which side is the front, so the others learn from shapes as they stand."""
+        """The same run, on files in eight positions (data.py): for stages without prompts. A prompt does not
+        define the front, so the other stages train on shapes as oriented in their files."""
         other = copy.copy(self)
         other.train = self.train.repeated(8)
         return other
 
     def micro_batch_size(self, stage):
-        """How many shapes a micro-batch has."""
+        """Shapes in a micro-batch."""
         batch, smallest = self.stages[stage].batch, self.stages[stage].smallest
         if batch % self.micro_batches:
-            mend = -(-batch // self.micro_batches) * self.micro_batches
+            fixed = -(-batch // self.micro_batches) * self.micro_batches
             raise UserError(f"a batch of {batch} ({stage}) cannot be cut into {self.micro_batches} micro-batches; "
-                            f"train it alone: --stage {'head' if stage.startswith('head-') else stage} --batch {mend}")
+                            f"train it alone: --stage {'head' if stage.startswith('head-') else stage} --batch {fixed}")
         if batch // self.micro_batches < smallest:
             raise UserError(f"{stage} compares shapes; give --batch {smallest * self.micro_batches} or more")
         return batch // self.micro_batches
@@ -128,13 +128,13 @@ class Run:
                             "give the same --data, or another folder")
 
     def is_copied(self, stage):
-        """Are the weights of a stage those of the folder of --from?"""
+        """Are the weights of a stage equal to those of --from?"""
         own, other = (Path(folder) / f"{stage}.safetensors" for folder in (self.folder, self.source))
         return other.is_file() and digest(own) == digest(other)
 
     def load_to_finetune(self, stage, files, **settings):
-        """With --finetune, loads the weights of a stage in the folder of --from, trained with the same settings.
-        files: {name of a file of weights: the module that they are for}."""
+        """With --finetune, loads the weights of a stage from --from, if it was trained with the same settings.
+        files: {name of a weights file: its module}."""
         if not self.finetune:
             return
         entry = read_stage(self.source, stage)
@@ -176,8 +176,8 @@ class Run:
 
 def copy_stages(run, source, begin, training):
     """Copies the stages of a trained folder that fit. Not copied: the generator, unless another stage alone is to be
-    fine-tuned; stages in `training`; those of other models; those that stand on other encoders of transformers, or on
-    other weights than those in the folder."""
+    fine-tuned; stages in `training`; those of other models; those trained on other pretrained encoders, or on other
+    weights than those in the folder."""
     if not run.stages.keys() & {*trained_stages(source)}:
         raise UserError(f"there is no trained stage in {source} that could be copied; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
