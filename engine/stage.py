@@ -1,4 +1,4 @@
-"""stage.py - what train.py needs to know of a stage: its name, its training function, its defaults."""
+"""stage.py - the description of a stage for train.py: its name, its training function, its defaults."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ class Stage(NamedTuple):
     steps: int                  # defaults, tuned at size tiny
     batch: int
     lr: float                   # peak learning rate
-    after: tuple = ()           # stages whose weights it learns from
-    pictures: bool = False      # does it learn from pictures?
-    smallest: int = 1           # shapes in a micro-batch, at least
+    after: tuple = ()           # stages whose weights it is trained on
+    pictures: bool = False      # is it trained on pictures?
+    smallest: int = 1           # minimum of shapes in a micro-batch
     variants: dict = {}         # other classes for what it trains: {name: class}
 
 
