@@ -1,4 +1,4 @@
-"""state.py - what surrounds the training loop: what a stopped run goes on from, its log, its curves."""
+"""state.py - around the training loop: the state to resume from, the log, the loss curves."""
 import csv
 import signal
 import time
@@ -10,10 +10,10 @@ from engine import processes
 from engine.commands import UserError
 from engine.files import atomic_write, read_weights, save_weights
 
-# ---------------------------------------------------------------------------- stop and go on
+# ---------------------------------------------------------------------------- stop and resume
 
 def save_state(path, step, flags, model, ema, opts, sums):
-    """Everything a run needs to go on, as plain tensors. flags: those that decide what is learnt, and their numbers."""
+    """The state to resume from, as plain tensors. flags: {name: number} of flags that must stay the same."""
     state = {"step": torch.tensor(step)} | {f"flags.{k}": torch.tensor(v) for k, v in flags.items()}
     state |= {f"model.{k}": v for k, v in model.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
@@ -25,7 +25,7 @@ def save_state(path, step, flags, model, ema, opts, sums):
 
 
 def load_state(path, flags, model, ema, opts):
-    """-> the step to go on from and the sums since the last log line; 0 and none at the very start."""
+    """-> the step to resume from and the sums since the last row of the log; 0 and {} for a new stage."""
     if not path.is_file():
         return 0, {}
     state = read_weights(path, "delete it to start the stage again")
@@ -50,14 +50,14 @@ def load_state(path, flags, model, ema, opts):
 
 @contextmanager
 def stop_after_step(bar, stage):
-    """Ctrl-C and kill are obeyed when a step is complete: they fill the list that this yields."""
+    """Yields a list, empty until Ctrl-C or kill: the training loop stops after the current step."""
     stop = []
 
-    def obey(*_):
+    def request(*_):
         bar.write(f"stopping {stage} after this step")
         stop.append(True)
 
-    before = {name: signal.signal(name, obey) for name in (signal.SIGINT, signal.SIGTERM)}
+    before = {name: signal.signal(name, request) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
@@ -88,7 +88,7 @@ class Log:
             self.sums[key] = self.sums.get(key, torch.zeros(())).to(value.device) + value
 
     def write(self, done, rate, held_out):
-        """Ends a row after step `done`; -> what the progress bar shows of it."""
+        """Ends a row after step `done`; -> its columns for the progress bar."""
         if "steps" not in self.sums:                          # all were skipped
             return {}
         count = int(self.sums.pop("steps"))
