@@ -1,7 +1,7 @@
-"""step.py - what a training step consists of: micro-batches, gradients, optimizers, the moving average of the weights.
+"""step.py - components of a training step: micro-batches, gradients, optimizers, the moving average of the weights.
 
-Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone. So a run that was stopped goes on as
-if it had not been, and many processes (engine/processes.py) learn what one does with as many micro-batches.
+Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone. So a resumed run equals an
+uninterrupted one, and many processes (engine/processes.py) equal one with as many micro-batches.
 """
 import copy
 import functools
@@ -20,23 +20,23 @@ from tqdm import tqdm
 from engine import processes
 from engine.commands import has_bf16
 
-THREADS = 4                                  # that draw batches for a GPU
+THREADS = 4                                  # draw batches for a GPU
 
 
 # ---------------------------------------------------------------------------- micro-batches and gradients
 
 def batches(run, stage, draw, first, steps):
-    """The micro-batches of all steps to come, each with a seed, a function of (seed, stage, step, micro-batch) alone:
-    resumed = uninterrupted, many processes = one with as many micro-batches."""
+    """The micro-batches of all remaining steps, each with a seed, a function of (seed, stage, step, micro-batch)
+    alone."""
     def drawn(step, i):
         rng = np.random.default_rng((run.seed, crc32(stage.encode()), step, i))
         return int(rng.integers(2 ** 62)), draw(run.train, rng)
 
     todo = product(range(first, steps), range(processes.rank(), run.micro_batches, processes.world()))
-    if run.device.type == "cpu":                              # a core that draws is a core that does not learn
+    if run.device.type == "cpu":                              # drawing ahead would take cores from training
         yield from (drawn(*item) for item in todo)
         return
-    with ThreadPoolExecutor(THREADS) as pool:                 # draws micro-batches to come while the GPU learns
+    with ThreadPoolExecutor(THREADS) as pool:                 # draws the next micro-batches while the GPU trains
         ahead = deque(pool.submit(drawn, *item) for item in islice(todo, 2 * THREADS))
         while ahead:
             yield ahead.popleft().result()
@@ -47,7 +47,7 @@ def to_device(batch, device):
     """Moves every tensor of a batch, which may be a dict or a list, to the device."""
     if isinstance(batch, torch.Tensor):
         if device.type == "cuda" and not batch.is_cuda:
-            batch = batch.pin_memory()                        # else the copy is waited for
+            batch = batch.pin_memory()                        # else the copy is synchronous
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
@@ -56,7 +56,7 @@ def to_device(batch, device):
 
 def gradients(run, model, loss_of, ready):
     """Forward and backward passes of a step, whose micro-batches all processes share; -> its loss and logs, and the
-    seconds that it waited for data."""
+    seconds of waiting for data."""
     total, waited = {}, 0
     for _ in range(run.micro_batches // processes.world()):
         start = time.perf_counter()
@@ -75,7 +75,7 @@ def gradients(run, model, loss_of, ready):
 
 @torch.no_grad()
 def held_out_loss(run, model, draw, loss_of):
-    """The loss on one batch of held-out shapes, always the same."""
+    """The loss on one fixed batch of held-out shapes."""
     torch.manual_seed(0)
     with run.autocast():
         batch = to_device(draw(run.test, np.random.default_rng(0)), run.device)
@@ -96,14 +96,14 @@ def shares_of_loss(run, model, loss_of, samples_of):
 
 
 def recompute_blocks(model):
-    """Activations inside a block are not stored for the backward pass but computed again: less memory, longer steps."""
+    """Activation checkpointing: activations inside a block are recomputed in the backward pass."""
     for block in [module for module in model.modules() if getattr(module, "is_block", False)]:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 # ---------------------------------------------------------------------------- optimizers
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315     # steep at 0: five steps bring singular values to 1, up to .3 off
+COEFFICIENTS = 3.4445, -4.7750, 2.0315     # steep at 0: after five steps singular values are within .3 of 1
 
 
 def orthogonalise(m):
@@ -119,7 +119,7 @@ def orthogonalise(m):
 
 
 class Muon(torch.optim.Optimizer):
-    """The optimizer of weight matrices (Jordan 2024): all directions of a step are equally long.
+    """The optimizer of weight matrices (Jordan 2024): updates are orthogonalised.
 
         M = momentum M + (1 - momentum) G                   G: the gradient of W
         W = W - lr (.2 sqrt(longer side) U V^T + decay W)   momentum M + (1 - momentum) G = U S V^T (Nesterov)
@@ -139,12 +139,12 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(w)
                 m = state["momentum_buffer"].lerp_(w.grad, 1 - momentum)
-                update = orthogonalise(w.grad.lerp(m, momentum))                  # Nesterov's look ahead
+                update = orthogonalise(w.grad.lerp(m, momentum))                  # Nesterov momentum
                 w.mul_(1 - lr * group["decay"]).add_(update, alpha=-lr * .2 * max(w.shape) ** .5)
 
 
 def optimizers(model, lr):
-    """Muon for Linear weights of at least 64 x 64, AdamW for the rest; a module's RATE multiplies its rate."""
+    """Muon for Linear weights of at least 64 x 64, AdamW for the rest; a module's RATE multiplies its learning rate."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = {module.weight for module in linear if min(module.weight.shape) >= 64}
     rates = {p: m.RATE for m in model.modules() if hasattr(m, "RATE") for p in m.parameters()}
@@ -172,7 +172,7 @@ def update(opts, rate):
 
 
 class EMA:
-    """Exponential moving average of the weights; the decay warms up so that short runs work too."""
+    """Exponential moving average of the weights; the decay warms up, for short runs."""
 
     def __init__(self, model, decay=.999):
         self.decay = decay
