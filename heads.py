@@ -1,18 +1,18 @@
 """heads.py - shape tokens -> a representation: signed distance, points, 3D Gaussians, faces.
 
-LTM3D trains a tokenizer for each representation. Here four heads read the tokens of one tokenizer, and the backbone,
-which generates the tokens, never knows which head will read them. A head is a class with
+LTM3D trains a tokenizer for each representation. Here four heads decode the tokens of one tokenizer, and the backbone,
+which generates the tokens, is independent of the head. A head is a class with
 
-    reads       what it learns from: {cloud, queries, faces or views: how many points; None: all there are}
+    reads       its training samples: {cloud, queries, faces or views: how many points; None: all there are}
     needs       other heads that it decodes with
-    helpers     other heads that it decodes better with, where they are trained; optional
-    COUNT       how many points it makes by default; None: it makes no points
-    RATE        how many times the learning rate it learns with (engine/state.py); optional
+    helpers     other heads that improve its decoding, where they are trained; optional
+    COUNT       default number of points; None: not a point representation
+    RATE        factor of its learning rate (engine/step.py); optional
     token       an nn.Linear, its first layer: tokenizer.standardise changes it
     loss        (tokens b n c, batch: what the methods of data.Prepared named in `reads` return) -> loss, logs
     decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (geometry/export.py)
 
-A new head also needs a line in HEADS, in STAGES and in JUDGES of judge.py.
+A new head also needs an entry in HEADS, in TRAINING and in JUDGES of judge.py.
 
     python train.py --rep pc --stage head        # trains one on frozen tokens
     python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes
@@ -37,7 +37,7 @@ from geometry.surface import TRUNCATION, extract, in_chunks
 
 
 def field_of(head, tokens, autocast):
-    """Tokens n c -> a function of points k 3, wherever they are: what a head says of them, k o."""
+    """Tokens n c -> a function: points k 3, on any device -> outputs of the head, k o."""
     with torch.no_grad(), autocast():
         memory = head.read(tokens[None])
 
@@ -51,8 +51,8 @@ def field_of(head, tokens, autocast):
 # ---------------------------------------------------------------------------- sdf
 
 def rarity(colours):
-    """Colours of the points of b shapes, b k 3 -> weights with mean 1, b k. The weights of all points of one colour add
-    up to the same for every colour of a shape."""
+    """Colours of the points of b shapes, b k 3 -> weights with mean 1, b k. The weights of the points of one colour
+    have the same sum for every colour of a shape."""
     share = reduce((torch.cdist(colours, colours) < .02).float(), "b q k -> b q", "mean")
     return 1 / share / reduce(1 / share, "b k -> b 1", "mean")
 
@@ -86,11 +86,11 @@ class SdfHead(QueryDecoder):
 # ---------------------------------------------------------------------------- pc
 
 class PointHead(QueryDecoder):
-    """A flow that carries noise to the surface, one point at a time: any number of points from one set of tokens.
+    """A flow from noise to the surface, independent for each point: any number of points from one set of tokens.
     x_t = (1 - t) noise + t x; outputs are the velocity x - noise, and at t = 1 normal and colour. Where there is an
-    sdf head, two steps along the normals bring the points to its surface."""
+    sdf head, two steps along the normals project the points onto its surface."""
     reads, needs, helpers, COUNT = {"cloud": 768}, (), ("sdf",), 4096
-    STEPS = 32       # of the flow; later steps are smaller, because they decide where a point lands
+    STEPS = 32       # of the flow; later steps are smaller: they determine the final position
 
     def __init__(self, **size):
         super().__init__(**size, outputs=9)
@@ -140,24 +140,24 @@ class PointHead(QueryDecoder):
 # ---------------------------------------------------------------------------- gs
 
 class GaussianHead(QueryDecoder):
-    """Tokens and points of the surface that the sdf head makes -> one Gaussian a point; learnt from pictures."""
-    POINTS = 4096    # Gaussians of a training picture; if there are more, each is a little smaller
-    SIZE = .016      # standard deviation that an output of 0 means
+    """Tokens and surface points of the sdf head -> one Gaussian per point; trained on pictures."""
+    POINTS = 4096    # Gaussians of a training picture; more Gaussians are smaller
+    SIZE = .016      # standard deviation at output 0
     reads, needs, COUNT = {"cloud": POINTS, "views": None}, ("sdf",), 16384
 
     def __init__(self, **size):
         super().__init__(**size, outputs=14)
 
     def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities, colours
-        offset, scale, turn, opacity, colour = self.evaluate(memory, x).split([3, 3, 4, 1, 3], -1)
+        offset, scale, rotation, opacity, colour = self.evaluate(memory, x).split([3, 3, 4, 1, 3], -1)
         larger = (self.POINTS / x.shape[1]) ** .125
         identity = torch.tensor([1., 0, 0, 0], device=x.device)                           # as a quaternion
-        return (x + .05 * offset.tanh(), self.SIZE * larger * scale.clamp(-3, 2).exp(), turn + identity,
+        return (x + .05 * offset.tanh(), self.SIZE * larger * scale.clamp(-3, 2).exp(), rotation + identity,
                 (opacity[..., 0] + 3).sigmoid(), colour.sigmoid())
 
     def loss(self, tokens, batch):
         """L1 of pictures of the Gaussians, before a random plain background, and of their colours."""
-        from geometry.splat import baked_light, splat  # rendering is for training alone
+        from geometry.splat import baked_light, splat  # only for training
         x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # b k 3, error of the sdf head
         attributes, error = self.attributes(self.read(tokens), x), 0
         for i, gaussians in enumerate(zip(*attributes)):
@@ -190,9 +190,9 @@ class MeshHead(nn.Module):
     share weights. s face slots, l levels."""
     reads, needs, COUNT = {"faces": None}, (), None
     FACES, LEVELS = 4, 24
-    RATE = 4         # times the learning rate of the others: it learns fastest there
+    RATE = 4         # factor of the learning rate
 
-    def __init__(self, side, channels, dim, heads, cells=0, patch=1):         # cells: of the other heads
+    def __init__(self, side, channels, dim, heads, cells=0, patch=1):         # cells: unused
         super().__init__()
         self.patch, dim = patch, dim * 3 // 2
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)
@@ -230,8 +230,8 @@ class MeshHead(nn.Module):
 
         bins = F.cross_entropy(logits.flatten(0, 1), corners[true].flatten())
         face = F.binary_cross_entropy_with_logits(exists_logit, exists.float())
-        paint = F.l1_loss(colour[exists], colours[true])
-        return bins + face + 2 * paint, {"bins": bins.detach(), "face": face.detach(), "colour": paint.detach()}
+        error = F.l1_loss(colour[exists], colours[true])
+        return bins + face + 2 * error, {"bins": bins.detach(), "face": face.detach(), "colour": error.detach()}
 
     @staticmethod
     def between_shapes(tokens):
@@ -248,14 +248,14 @@ class MeshHead(nn.Module):
             levels, exists_logit, colours = self(tokens[None])                            # 1 s 9 l, 1 s, 1 s 3
             exists = exists_logit[0].sigmoid()                                            # s
             chosen = exists > .05
-            share = self.logits(levels[0, chosen]).softmax(-1)                            # f 9 bins
+            probability = self.logits(levels[0, chosen]).softmax(-1)                      # f 9 bins
         exists, colours = exists[chosen].cpu().numpy(), colours[0, chosen].clamp(0, 1).cpu().numpy()
 
-        # 2. weld: corners become shared vertices; welding may fold a face up
-        vertices, faces, unfolded = weld(rearrange(share, "f (i j) bins -> f i j bins", i=3).cpu().numpy())
+        # 2. weld: corners become shared vertices; degenerate faces are removed
+        vertices, faces, unfolded = weld(rearrange(probability, "f (i j) bins -> f i j bins", i=3).cpu().numpy())
         exists, colours = exists[unfolded], colours[unfolded]
 
-        # 3. keep a component as a whole, or drop it where the tokens are unsure of it: half a component is debris
+        # 3. keep a component with mean existence above .8, or drop it as a whole: half a component is debris
         component = face_components(faces, len(vertices))                                 # f
         kept = (np.bincount(component, exists) > .8 * np.bincount(component))[component]
 
@@ -265,13 +265,13 @@ class MeshHead(nn.Module):
         total = np.stack([np.bincount(faces.ravel(), channel, len(used)) for channel in corner_colours], 1)
         colours = total / np.bincount(faces.ravel())[:, None]                             # v 3
 
-        # 5. close the holes that a missing face or two left
+        # 5. close holes of one or two missing faces
         faces = close_holes(faces.reshape(-1, 3))
         return Mesh(bin_centres(vertices[used]).astype(np.float32), faces, colours.astype(np.float32), smooth=False)
 
 
 class SimplifiedMesh:
-    """The surface of the sdf head with `count` faces, by quadric error; also where no mesh head was trained."""
+    """The surface of the sdf head, simplified to `count` faces by quadric error; replaces a missing mesh head."""
     needs, COUNT = ("sdf",), None
 
     def __init__(self, count=256):
@@ -296,7 +296,7 @@ def spelling(name):
 
 
 def with_needs(reps):
-    """Representations -> these and the ones that they need, which come first."""
+    """Representations -> these, each after the representations that it needs."""
     return list(dict.fromkeys(name for rep in reps for name in (*HEADS[rep].needs, rep)))
 
 
@@ -305,7 +305,7 @@ def helpers(rep):
 
 
 def load(folder, reps, device="cpu"):
-    """Heads of a checkpoint folder, and those that they need, frozen: {rep: head}."""
+    """Heads of a checkpoint folder and the heads that they need, frozen: {rep: head}."""
     settings, heads = read_stage(folder, "tokenizer")["settings"], {}
     found = [name.removeprefix("head-") for name in trained_stages(folder) if name.startswith("head-")]
     for rep in with_needs([*(name for rep in reps for name in helpers(rep) if name in found), *reps]):
@@ -316,7 +316,7 @@ def load(folder, reps, device="cpu"):
             raise UserError(f"{folder} has no head for {rep}, only for {', '.join(found)}; make it with: "
                             f"python train.py --rep {rep} --stage head --out {folder}")
         if f"head-{rep}" in read_config(folder):
-            read_stage(folder, f"head-{rep}")                 # was it trained on these tokens?
+            read_stage(folder, f"head-{rep}")                 # checks the weights of its tokenizer
         heads[rep] = load_model(HEADS[rep], f"{folder}/head-{rep}.safetensors", **settings).to(device)
     return heads
 
@@ -330,14 +330,14 @@ def train(run, rep):
     run, stage = run.turned(), f"head-{rep}"
     encoder = tokenizer.load(run.folder).to(run.device)
     others = [*HEADS[rep].needs, *(name for name in helpers(rep) if name in run.first)]
-    needed = load(run.folder, others, run.device)             # to decode with
+    needed = load(run.folder, others, run.device)             # for decoding
     tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}       # shapes n c
 
     def draw(split, rng):
         rows = rng.integers(len(split), size=run.micro_batch_size(stage))
         return tokens[split][rows], split.samples(rows, HEADS[rep].reads, rng)
 
-    # model: a head that the tokenizer was trained with goes on
+    # model: a head that was trained with the tokenizer is fine-tuned
     if stage in trained_stages(run.folder):
         model = nn.ModuleDict({rep: load(run.folder, [rep])[rep]}).requires_grad_()
     else:
