@@ -1,9 +1,9 @@
-"""judge.py - how good is what a stage has learnt? Metrics and pictures of held-out shapes, in a run and in evaluate.py.
+"""judge.py - evaluates stages: metrics and pictures of held-out shapes, in a run and in evaluate.py.
 
     JUDGES[rep](heads, tokens n c, a prepared set, row, rng, autocast, points) -> {metric: number}
 
 compares the decoded shape with the true one; points: for the F-score of sdf; 0 skips it, which saves time. A new head
-needs a line in JUDGES. Stages import this file when they end: nothing that is learnt depends on it.
+needs an entry in JUDGES. Stages import this file in their functions: no weights depend on it.
 
     python evaluate.py tokenizer --rep sdf       # held-out shapes, encoded and decoded
 """
@@ -54,8 +54,8 @@ def judge_sdf(heads, tokens, split, row, rng, autocast, points):
 
 
 def judge_pc(heads, tokens, split, row, rng, autocast, points):
-    """Chamfer distance of 2048 points to as many true ones, EMD of 1024; floors: of a second true cloud. Normals and
-    colours against those of the nearest true point."""
+    """Chamfer distance of 2048 points to as many true ones, EMD of 1024; floors: those of a second true cloud. Normals
+    and colours against those of the nearest true point."""
     cloud = heads["pc"].decode(tokens, heads, rng, autocast, points=2048)
     true, normals, colours = split.shape(row).surface(2048, rng)                  # k 3 each
     second = split.shape(row).surface(2048, rng)[0]                               # k 3
@@ -67,7 +67,7 @@ def judge_pc(heads, tokens, split, row, rng, autocast, points):
 
 
 def judge_mesh(heads, tokens, split, row, rng, autocast, points):
-    """Faces within so many bins of the true ones in all nine coordinates; edges of the mesh that two faces share;
+    """Faces within 1 or 2 bins of the true ones in all nine coordinates; edges of the mesh that two faces share;
     Chamfer distance to the true surface of 2048 visible points, of the true low-poly mesh, of a second true cloud."""
     mesh, true = heads["mesh"].decode(tokens, heads, rng, autocast), split.arrays["corners"][split.rows[row]]
     found, true = quantise(mesh.vertices)[mesh.faces], true[true[:, 0, 0] >= 0]   # f 3 3, g 3 3, in bins
@@ -99,8 +99,8 @@ JUDGES = {"sdf": judge_sdf, "pc": judge_pc, "mesh": judge_mesh, "gs": judge_gs}
 # ---------------------------------------------------------------------------- a run
 
 def classes_and_prompts(train, test, built_in):
-    """The classes that samples are judged by, those of the held-out shapes; and the prompts that are sampled while
-    training: the most common training classes. (Names of held-out families were never learnt.)"""
+    """The classes of `class_accuracy`, those of the held-out shapes; and the prompts of training pictures: the most
+    common training classes. (Names of held-out families have no training shapes.)"""
     if built_in:
         classes = [name for name in CLASSES if name in {*test.classes}]
         return classes, [article(name) for name in classes] + ["a round table"] * ("table" in classes)
@@ -132,7 +132,7 @@ def head_metrics(run, heads, tokens, rep):
 
 
 def decode(run, heads, tokens, rep=None):
-    """Tokens n c -> a small shape, by the head of `rep`, default: the one that the tokenizer was trained with."""
+    """Tokens n c -> a coarse shape, by the head of `rep`, default: the last head trained with the tokenizer."""
     head, rng = heads[rep or run.first[-1]], np.random.default_rng(0)
     return head.decode(tokens.to(run.device), heads, rng, run.autocast, resolution=64, points=2048)
 
@@ -151,7 +151,7 @@ def reconstructions(run, heads, tokens, rep):
 
 @torch.no_grad()
 def caption_retrieval(encoders, prepared, count=200):
-    """On held-out shapes: does a cloud find its class name, and a full caption its cloud? -> shares of 1."""
+    """On held-out shapes: accuracy of class names by clouds, recall of clouds by full captions; from 0 to 1."""
     rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
     points = [x.to(encoders.scale.device) for x in prepared.cloud(rows, text_tower.POINTS, np.random.default_rng(0))]
     cloud = torch.cat([encoders.embed_cloud(*chunk) for chunk in zip(*(x.split(64) for x in points))])       # m e
@@ -172,7 +172,7 @@ def caption_retrieval(encoders, prepared, count=200):
 
 @torch.no_grad()
 def embed_clouds(encoders, prepared):
-    """The clouds of all shapes of a prepared set: k out."""
+    """Cloud embeddings of all shapes of a prepared set: k out."""
     chunks = np.array_split(np.arange(len(prepared)), -(-len(prepared) // 128))
     clouds = (prepared.cloud(rows, text_tower.POINTS, np.random.default_rng(rows[0])) for rows in chunks)
     return torch.cat([encoders.embed_cloud(*(x.to(encoders.scale.device) for x in cloud)).float() for cloud in clouds])
@@ -180,7 +180,7 @@ def embed_clouds(encoders, prepared):
 
 @torch.no_grad()
 def picture_retrieval(vision, encoders, prepared, count=200):
-    """Does a picture of a held-out shape, from any side, find that shape's cloud? -> shares of 1."""
+    """Recall of the clouds of held-out shapes by their pictures, from any side; from 0 to 1."""
     clouds = embed_clouds(encoders, prepared)                                     # k out
     rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
     pictures = prepared.pictures(rows, np.random.default_rng(0))                  # m 3 s s
