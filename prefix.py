@@ -2,14 +2,14 @@
 
     prefix = [condition, FFN(CrossAttention(learnable queries, condition))]     p = t + q tokens of the backbone's width
 
-It aligns the condition with the shape space while generating, so the shape tokenizer never has to know about language
-or pictures. The paper's prefix is the q query outputs alone. They are a bottleneck (docs/RESULTS.md), so here the
-condition tokens, projected to the same width, stand beside them; and the mean of the prefix, through a Linear, is added
+It aligns the condition with the shape space while generating, so the shape tokenizer needs no text or
+pictures. The paper's prefix is the q query outputs alone. They are a bottleneck (docs/RESULTS.md), so here the
+condition tokens, projected to the same width, are concatenated; and the mean of the prefix, through a Linear, is added
 to every context vector z_i. (`Queries` in research/peers.py is the paper's.)
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. The mask is
-False for padding, and for all tokens of a hidden prompt: training hides some at random, guidance on purpose. Each kind
-has its own width e and its own Linear to the width d, whose bias tells the backbone which kind a token is of.
+False for padding, and for all tokens of a dropped prompt: training drops prompts at random, guidance drops them by
+branch. Each kind has its own width e and its own Linear to the width d, whose bias is the embedding of the kind.
 
     python -m pytest -q test_all.py -k prefix       # its tests
 """
@@ -27,11 +27,11 @@ class Conditions(nn.Module):
     def __init__(self, widths, dim):
         super().__init__()
         self.norm = nn.ModuleDict({kind: nn.LayerNorm(e) for kind, e in widths.items()})
-        self.into = nn.ModuleDict({kind: nn.Linear(e, dim) for kind, e in widths.items()})      # bias: which kind it is
-        self.nothing = nn.Parameter(torch.randn(dim) * .02)   # stands for "no prompt"
+        self.into = nn.ModuleDict({kind: nn.Linear(e, dim) for kind, e in widths.items()})      # bias: embeds the kind
+        self.nothing = nn.Parameter(torch.randn(dim) * .02)   # null token: no prompt
 
     def forward(self, condition):
-        """-> tokens b t d and their mask b t. The last token is `nothing`, to be seen only where all others are
+        """-> tokens b t d and their mask b t. The last token, `nothing`, is unmasked only where all others are
         masked."""
         tokens = [self.into[kind](self.norm[kind](x)) for kind, (x, _) in condition.items()]     # b t d each
         mask = torch.cat([mask for _, mask in condition.values()], 1)             # b t
@@ -48,13 +48,13 @@ class Prefix(nn.Module):
         self.pool = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
 
     def forward(self, condition):
-        """-> prefix tokens b p d, p = t + q, and their mask, False = padding or a prompt that is hidden."""
+        """-> prefix tokens b p d, p = t + q, and their mask, False = padding or a dropped prompt."""
         context, mask = self.conditions(condition)                                # b t d, b t
         query = repeat(self.query, "q d -> b q d", b=len(context))
-        answers = self.cross(query, context, mask)                                # b q d
-        return torch.cat([context, answers], 1), F.pad(mask, (0, len(self.query)), value=True)
+        outputs = self.cross(query, context, mask)                                # b q d
+        return torch.cat([context, outputs], 1), F.pad(mask, (0, len(self.query)), value=True)
 
     def summary(self, tokens, mask):
         """Prefix tokens b p d and their mask -> b 1 d, to be added to every context vector."""
-        shown = rearrange(mask, "b p -> b p 1").to(tokens.dtype)
-        return self.pool(reduce(tokens * shown, "b p d -> b 1 d", "sum") / reduce(shown, "b p 1 -> b 1 1", "sum"))
+        valid = rearrange(mask, "b p -> b p 1").to(tokens.dtype)
+        return self.pool(reduce(tokens * valid, "b p d -> b 1 d", "sum") / reduce(valid, "b p 1 -> b 1 1", "sum"))
