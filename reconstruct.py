@@ -2,11 +2,11 @@
 
     x_recon = SelfAttention^D(CrossAttention(learnt queries, condition))      n x c
 
-A deterministic first guess of all shape tokens, trained apart from the backbone with MSE against the tokenizer's
-tokens: the mean of what the prompt allows. During the first steps of generation the MAE sees the known tokens blended
-with this guess (`blend`), so that samples stay close to the prompt.
+A deterministic reconstruction of all shape tokens, trained apart from the backbone with MSE against the tokenizer's
+tokens: their conditional mean. During the first steps of generation the MAE encodes the known tokens blended with
+x_recon (`blend`), so that samples stay close to the prompt.
 
-Blending with a mean costs diversity. A second rule, ours (`within`), needs the guess's uncertainty. So the
+Blending with a mean costs diversity. A second rule, ours (`within`), needs the variance of x_recon. So the
 reconstructor also predicts log sigma^2, by maximum likelihood of N(x_recon, sigma^2).
 
     python train.py --rep sdf --stage reconstruct
@@ -48,32 +48,32 @@ class Reconstructor(nn.Module):
         x = self.cross(repeat(self.query, "n d -> b n d", b=len(context)), context, mask)
         for block in self.blocks:
             x = block(x)                                                          # b n d
-        log_variance = self.log_variance(x.detach()).float().clamp(-10, 10)       # detach: MSE alone decides the guess
+        log_variance = self.log_variance(x.detach()).float().clamp(-10, 10)       # detach: MSE alone trains x_recon
         return self.out(x).float(), log_variance
 
     def loss(self, tokens, condition):
-        """tokens b n c -> mean squared error + negative log likelihood, and both for the log."""
+        """tokens b n c -> mean squared error + negative log likelihood, and logs of both."""
         recon, log_variance = self(condition)
         error = (recon - tokens) ** 2                                             # b n c
         nll = (log_variance + error.detach() / log_variance.exp()).mean() / 2     # -log N(x; x_recon, sigma^2) + const.
         return error.mean() + nll, {"error": error.mean().detach(), "nll": nll.detach()}
 
 
-# ---------------------------------------------------------------------------- RGS: what the backbone sees at first
+# ---------------------------------------------------------------------------- Reconstruction-Guided Sampling
 
 def blend(sampled, recon, weight):
     """The paper's rule: known = (1 - a) x_recon + a x_sampled, where `weight` = a is the weight of the sampled tokens.
 
-    That is alpha in the paper's pipeline figure (alpha = .1 keeps 90 % of the reconstruction). The paper's text reads
-    it the other way round ("alpha = 0 is pure diffusion"): there it is the weight of the reconstruction, 1 - a.
+    That is alpha in the paper's pipeline figure (alpha = .1 keeps 90 % of the reconstruction). The paper's text
+    defines the opposite ("alpha = 0 is pure diffusion"): there alpha is the weight of the reconstruction, 1 - a.
     """
     return torch.lerp(recon, sampled, weight)
 
 
 def within(sampled, recon, log_variance, reach):
-    """Our rule, which keeps diversity: each channel of a sampled token stays within `reach` sigma of the guess."""
-    far = reach * (log_variance / 2).exp()                                        # b n c
-    return sampled.clamp(recon - far, recon + far)
+    """Our rule, which keeps diversity: each channel of a sampled token stays within `reach` sigma of x_recon."""
+    margin = reach * (log_variance / 2).exp()                                     # b n c
+    return sampled.clamp(recon - margin, recon + margin)
 
 
 RGS_FORMS = "none, auto, sampled=A or recon=A (A: a weight from 0 to 1) or within=S (S: standard deviations)"
@@ -84,21 +84,21 @@ def parse_rgs(text):
     if text in ("none", "auto"):
         return text, None
     rule, _, number = str(text).partition("=")
-    most = {"sampled": 1., "recon": 1., "within": 100.}.get(rule, -1.)
+    maximum = {"sampled": 1., "recon": 1., "within": 100.}.get(rule, -1.)
     try:
         value = float(number)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= most:
+    if not 0 <= value <= maximum:
         raise UserError(f"RGS takes {RGS_FORMS}, not '{text}'")
     return rule, value
 
 
 def blending(model, condition, rgs):
-    """The function that turns the tokens sampled so far into those that the MAE sees; None: no RGS.
+    """The function from the tokens sampled so far to the tokens that the MAE encodes; None: no RGS.
 
-    rgs: a rule of `parse_rgs`. auto blends where there is a picture alone, which leaves little open. Text leaves much
-    open, and text beside a picture asks for what it does not show: then auto is none.
+    rgs: a rule of `parse_rgs`. auto: sampled=.1 for a picture alone, which determines most of the shape; none with
+    a text, which is ambiguous or adds what the picture lacks.
     """
     rule, value = parse_rgs(rgs)
     if rule == "auto":
@@ -120,7 +120,7 @@ def load(folder):
 # ---------------------------------------------------------------------------- stage: data, model, loss, save
 
 def train(run):
-    """The deterministic first guess of RGS, on frozen tokens and frozen encoders."""
+    """The deterministic reconstruction of RGS, on frozen tokens and frozen encoders."""
     import judge
     # data
     towers, sizes, draw = encoders.prompted_tokens(run, "reconstruct", tokenizer.load(run.folder))
