@@ -1,19 +1,19 @@
-"""lost.py - LoST (arXiv 2603.17995): a shape becomes registers; the first ones carry the most meaning.
+"""lost.py - LoST (arXiv 2603.17995): a shape is encoded as registers, from semantics to details.
 
-The first register alone gives a whole chair; each further one brings it closer to *this* chair:
+The first register alone decodes to a whole chair; each further one adds details of the encoded chair:
 
     shape tokens   -> Registers -> r_1 ... r_m
-    r_1 ... r_k    -> PrefixDecoder, a flow -> shape tokens       for any k; what they leave open is sampled
-    shape tokens   -> Student -> which shapes are alike           RIDA: teaches the decoder semantics
+    r_1 ... r_k    -> PrefixDecoder, a flow -> shape tokens       for any k; the rest is sampled
+    shape tokens   -> Student -> similarities of shapes           RIDA: a semantic loss of the decoder
     prompt         -> Generator -> one register after another
 
-In and out go the frozen shape tokens of tokenizer.py: LTM3D's heads decode them. Departures: docs/LOST.md.
+Input and output are the frozen shape tokens of tokenizer.py: LTM3D's heads decode them. Departures: docs/LOST.md.
 
     python train.py --model lost                                          # trains it
-    python sample.py --model lost --text "table" --registers 8            # stops early
+    python sample.py --model lost --text "table" --registers 8            # the first 8 alone
     python -m relatives.lost search --query chair.glb --in FOLDER
 
-Letters: n shape tokens of c channels; m registers of w numbers, of which the first k are there; e features.
+Letters: n shape tokens of c channels; m registers of w numbers, of which the first k are kept; e features.
 """
 from functools import partial
 
@@ -91,12 +91,12 @@ class PrefixDecoder(nn.Module):
         pairs = (rearrange(into(y), "b k (i h j) -> i b h k j", i=2, h=self.heads) for into in self.cross)
         return y, [(F.normalize(k, dim=-1), v) for k, v in pairs]
 
-    def velocity(self, x, t, there, memory):
-        """Noisy tokens b (n c), time b, which registers are there b k, and what `read` returned for them -> b (n c)."""
+    def velocity(self, x, t, kept, memory):
+        """Noisy tokens b (n c), time b, a mask of kept registers b k, and their `read` -> b (n c)."""
         y, pairs = memory
-        mean = (y * rearrange(there, "b k -> b k 1")).sum(1) / there.sum(1, keepdim=True)         # b d
+        mean = (y * rearrange(kept, "b k -> b k 1")).sum(1) / kept.sum(1, keepdim=True)           # b d
         x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place
-        mask = repeat(F.pad(there, (0, x.shape[1]), value=True), "b k -> b n k", n=x.shape[1])
+        mask = repeat(F.pad(kept, (0, x.shape[1]), value=True), "b k -> b n k", n=x.shape[1])
         time = rearrange(self.time(time_embedding(t, self.dim) + mean), "b (i d) -> b i d", i=6)
         for block, pair in zip(self.blocks, pairs):           # keys and values of the registers come first
             x = block(x, time, mask, lambda *own: [torch.cat(both, 2) for both in zip(pair, own)])
@@ -106,7 +106,7 @@ class PrefixDecoder(nn.Module):
 # ---------------------------------------------------------------------------- loss: Relational Inter-Distance Alignment
 
 class Student(nn.Module):
-    """Shape tokens -> features, of length 1. It learns the similarities of its teacher."""
+    """Shape tokens -> unit-norm features, trained on the similarities of its teacher."""
 
     def __init__(self, tokens, channels, dim, depth, heads):
         super().__init__()
@@ -147,30 +147,30 @@ class Codec(nn.Module):
         self.lengths = [*(2 ** i for i in range((len(order) - 1).bit_length())), len(order)]      # 1, 2, 4 ... m
 
     def loss(self, x, student):
-        """Nested dropout: of each shape only the first k registers are there, k = 1, 2, 4 ... m at random. A flow:
+        """Nested dropout: of each shape only the first k registers are kept, k = 1, 2, 4 ... m at random. A flow:
 
             x_t = (1 - t) noise + t x       v = x - noise       x' = x_t + (1 - t) v'
-            L = mean (v' - v)^2 + MEANING (1 - <S(x'), S(x)>)   v': what the decoder gives, S: the student
+            L = mean (v' - v)^2 + MEANING (1 - <S(x'), S(x)>)   v': of the decoder, S: the student
         """
         r, b = self.encoder(x), len(x)                                            # b m w
         r = r + self.training * tokenizer_.NOISE * torch.randn_like(r)
         k = torch.tensor(self.lengths)[torch.randint(len(self.lengths), (b, 1))].to(x.device)
-        there = torch.arange(self.count, device=x.device) < k                     # b m
-        t = (torch.randn(b, 1, device=x.device) - 1).sigmoid()                    # mostly noise: there registers decide
+        kept = torch.arange(self.count, device=x.device) < k                      # b m
+        t = (torch.randn(b, 1, device=x.device) - 1).sigmoid()                    # mostly noise: registers matter there
         flat = rearrange(x, "b n c -> b (n c)")
         noisy, velocity = flow_pair(flat, t)                                      # b (n c)
-        v = self.decoder.velocity(noisy, t[:, 0], there, self.decoder.read(r))
-        flow, guess = F.mse_loss(v, velocity), rearrange(noisy + (1 - t) * v, "b (n c) -> b n c", n=self.tokens)
-        meaning = 1 - (student(guess) * student(x)).sum(-1).mean()
+        v = self.decoder.velocity(noisy, t[:, 0], kept, self.decoder.read(r))
+        flow, clean = F.mse_loss(v, velocity), rearrange(noisy + (1 - t) * v, "b (n c) -> b n c", n=self.tokens)
+        meaning = 1 - (student(clean) * student(x)).sum(-1).mean()
         return flow + self.MEANING * meaning, {"flow": flow.detach(), "meaning": meaning.detach()}
 
     @torch.no_grad()
     def decode(self, registers, seeds, steps=10):
         """The first k registers of b shapes, b k w, and one seed per shape -> shape tokens b n c."""
-        there = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
-        noise = draw_noise(map(np.random.default_rng, seeds), (1, self.tokens * self.decoder.channels), there.device)
+        kept = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
+        noise = draw_noise(map(np.random.default_rng, seeds), (1, self.tokens * self.decoder.channels), kept.device)
         memory = self.decoder.read(registers)
-        net = lambda x, t, _: self.decoder.velocity(x, t, there, memory)          # its condition is the memory
+        net = lambda x, t, _: self.decoder.velocity(x, t, kept, memory)           # its condition is the memory
         return rearrange(Flow.sample(net, None, noise, steps), "b (n c) -> b n c", n=self.tokens)
 
 
@@ -186,12 +186,12 @@ class Generator(Sequence):
         self.net = DenoiseNet(width, dim, head_dim, head_depth)
 
     def loss(self, registers, condition):                     # b m w
-        prefix, shown, first, modulation = self.begin(condition)
+        prefix, valid, first, modulation = self.begin(condition)
         p = prefix.shape[1]
         before = registers[:, :-1] + self.training * tokenizer_.NOISE * torch.randn_like(registers[:, :-1])
         x = torch.cat([prefix, torch.cat([first, self.token(before)], 1) + self.place], 1)            # b (p + m) d
         i = torch.arange(x.shape[1], device=x.device)
-        mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(shown, (0, self.count), value=True), "b k -> b 1 k")
+        mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(valid, (0, self.count), value=True), "b k -> b 1 k")
         z = self.read(x, modulation, mask)[:, p:]                                 # b m d
         z, x = (repeat(y, "b m d -> (draws b m) d", draws=DRAWS) for y in (z, registers))
         return Flow.loss(self.net, x, self.net.c(z)), {}
@@ -226,11 +226,11 @@ def tokens_of(run):
 def train_student(run):
     """RIDA. The teacher has class, attributes, captions and maybe pictures; the student has shape tokens alone."""
     from relatives import relations
-    known, teacher = relations.features(run)                  # of shapes as they stand, r e
-    low, high = relations.thresholds(known[0])
+    targets, teacher = relations.features(run)                # of shapes oriented as in files, r e
+    low, high = relations.thresholds(targets[0])
     run = run.turned()
     tokens, sizes = tokens_of(run)
-    features = dict(zip((run.train, run.test), known))        # eight positions of a shape share them: hence the %
+    features = dict(zip((run.train, run.test), targets))      # eight positions of a shape share them: hence the %
 
     def draw(split, rng):
         rows = rng.permutation(len(split))[:run.micro_batch_size("lost-student")]
@@ -240,10 +240,10 @@ def train_student(run):
     run.load_to_finetune("lost-student", {"lost-student": model}, settings=settings)
 
     def loss_of(model, batch):
-        x, known = batch
+        x, target = batch
         own = model(x + model.training * tokenizer_.NOISE * torch.randn_like(x))
         with torch.autocast(x.device.type, enabled=False):
-            s, t = own @ own.T, known @ known.T
+            s, t = own @ own.T, target @ target.T
             alike, ranks = contrast(s, t, low, high), rank(s, t)                  # both have weight 1, as in the paper
         return alike + ranks, {"contrast": alike.detach(), "rank": ranks.detach()}
 
@@ -290,7 +290,7 @@ def train_generator(run):
 
 
 def stages(ltm3d):
-    """Its own, on the tokens and heads of LTM3D."""
+    """Stages of LTM3D, for its tokens and heads, then those of LoST."""
     shared = [stage for stage in ltm3d if stage.name not in ("backbone", "reconstruct")]
     return [*shared, Stage("lost-student", train_student, 1000, 128, 1e-3, after=("encoders", "tokenizer"), smallest=3),
             Stage("lost-registers", train_registers, 2000, 64, 2e-3, after=("tokenizer", "lost-student"),
@@ -303,7 +303,7 @@ def stages(ltm3d):
 
 def generate_tokens(codec, generator, condition, seeds, **options):
     """-> shape tokens b n c. Each sample has its own random generator, for registers and then for the decoder."""
-    generators = [*map(np.random.default_rng, seeds)]         # default_rng of one of these is that one
+    generators = [*map(np.random.default_rng, seeds)]         # default_rng(generator) is the generator
     return codec.decode(generator.generate(condition, generators, **options), generators)
 
 
