@@ -1,4 +1,4 @@
-"""sequence.py - a transformer whose sequence begins with a prefix and then grows: what VAT and LoST generate with."""
+"""sequence.py - a transformer on a prefix and a growing sequence, with a KV cache: the generator of VAT and LoST."""
 import math
 
 import torch
@@ -12,13 +12,13 @@ from prefix import Prefix
 class AdaBlock(nn.Module):
     """A transformer block with QK-norm (queries and keys are normalised) and adaLN: shifts, scales and gates come from
     outside, the same for all rows; gates start at 1."""
-    is_block = True                                           # what --recompute works on
+    is_block = True                                           # for --recompute
 
     def __init__(self, dim, heads):
         super().__init__()
         self.heads, self.norm = heads, nn.LayerNorm(dim, elementwise_affine=False)
         self.qkv, self.merge = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.sharpness = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))    # log of the factor of cosines
+        self.sharpness = nn.Parameter(torch.full((heads, 1, 1), math.log(10)))    # log of the scale of cosines
         self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.offset = nn.Parameter(torch.zeros(6, dim))
 
@@ -60,7 +60,7 @@ class Sequence(nn.Module):
 
 
 class Cache:
-    """Keys and values of up to `length` rows, b h k w each, written in place."""
+    """KV cache: keys and values of up to `length` rows, b h k w each, written in place."""
 
     def __init__(self, length):
         self.length, self.used = length, 0
