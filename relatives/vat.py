@@ -1,6 +1,6 @@
-"""vat.py - VAT (arXiv 2412.02202): a shape becomes whole numbers, coarse to fine, and a transformer predicts them.
+"""vat.py - VAT (arXiv 2412.02202): a shape is quantised to codes, coarse to fine; a transformer generates them.
 
-The opposite bet to LTM3D, whose tokens are continuous and have no order:
+In contrast, the tokens of LTM3D are continuous and have no order:
 
     shape  -> Encoder -> latents z -> Quantiser.encode -> codes of the scales 1^3, 2^3, 3^3, 4^3 ...
     codes  -> Quantiser.decode -> f, nearly z -> Decoder -> shape
@@ -10,9 +10,9 @@ Data, towers, training loop and surfaces are those of LTM3D. Departures from the
 
     python train.py --model vat                           # trains it
     python sample.py --model vat --text "table"
-    python -m relatives.vat compress chair.glb chair.vat  # a shape in 299 bytes; decompress brings it back
+    python -m relatives.vat compress chair.glb chair.vat  # a shape in 299 bytes; decompress decodes it
 
-A code is a whole number; it stands for a vector of the codebook. Letters: n latents of c channels, on a grid S S S; m
+A code is the index of a vector of the codebook. Letters: n latents of c channels, on a grid S S S; m
 features; N codes, of K scales; s the side of scale k = 0 ... K - 1; v vectors of the codebook; b k: k points or keys.
 """
 from functools import partial
@@ -55,7 +55,7 @@ as_rows = partial(rearrange, pattern="b c x y z -> b (x y z) c")
 
 class Encoder(nn.Module):
     """Features of the surface and learnt latents attend to each other, as one sequence. Returns the latents."""
-    points, patch = 4096, 1       # it reads 4096 points, in training half; encode_set names files by the patch
+    points, patch = 4096, 1       # input points, half of them in training; encode_set names files by the patch
 
     def __init__(self, side, channels, features, dim, heads, depth, cells=4):
         super().__init__()
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         return self.out(x[:, features.shape[1]:]).float()     # b n 2c
 
 
-def latents_of(posterior, sampled=False):                     # what the encoder says, b n 2c -> latents z, b n c
+def latents_of(posterior, sampled=False):                     # posterior b n 2c -> latents z, b n c
     mean, log_variance = posterior.chunk(2, -1)
     return mean + (log_variance / 2).exp() * torch.randn_like(mean) if sampled else mean
 
@@ -85,7 +85,7 @@ def latents_of(posterior, sampled=False):                     # what the encoder
 # ---------------------------------------------------------------------------- encode: variational vector quantiser
 
 class Quantiser(nn.Module):
-    """Residual quantisation over scales. f_k is what the codes of scales 0 ... k - 1 say of the latents z:
+    """Residual quantisation over scales. f_k approximates the latents z by the codes of scales 0 ... k - 1:
 
         f_0 = 0       q_k = argmin_v | Down_k(z - f_k) - code_v |^2             s_k^3 codes
                       f_(k+1) = f_k + phi_k(Up(code[q_k]))                      phi_k(x) = (x + conv_k(x)) / 2
@@ -139,7 +139,7 @@ class Quantiser(nn.Module):
 
 class ToPlanes(nn.Module):
     """side^3 tokens -> three planes (xy, yz, zx) of features, in levels of 4, 8 and 16 times the side. A cell of a
-    plane reads the column of tokens that it stands for."""
+    plane is a projection of its column of tokens."""
 
     def __init__(self, side, dim, features=(64, 32, 16)):     # features: of each level
         super().__init__()
@@ -226,7 +226,7 @@ class Generator(Sequence):
 
     def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, prefix):
         super().__init__(prefix, widths, dim, depth, heads)
-        self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)           # a copy, it makes f
+        self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)           # a copy, for f
         self.scales, self.counts, self.token = self.quantiser.scales, self.quantiser.counts, nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(sum(self.counts), dim) * .02)
         self.out = nn.Linear(dim, codes)
@@ -237,13 +237,13 @@ class Generator(Sequence):
         return place + (self.token(as_rows(down(f, self.scales[k]))) if k else first)
 
     def loss(self, indices, condition):
-        """Codes b N and their condition -> cross-entropy, and the share of codes that is guessed right."""
-        prefix, shown, first, modulation = self.begin(condition)
+        """Codes b N and their condition -> cross-entropy, and the accuracy of the predicted codes."""
+        prefix, valid, first, modulation = self.begin(condition)
         p, levels = prefix.shape[1], self.quantiser.decode(indices)[:-1]
         x = torch.cat([prefix, *(self.tokens(k, f, first) for k, f in enumerate(levels))], 1)     # b (p + N) d
         scale = torch.tensor([0] * p + [k for k, count in enumerate(self.counts, 1) for _ in range(count)]).to(x.device)
-        shown = F.pad(shown, (0, len(scale) - p), value=True)
-        mask = (scale <= scale[:, None]) & rearrange(shown, "b k -> b 1 k")                       # b q k
+        valid = F.pad(valid, (0, len(scale) - p), value=True)
+        mask = (scale <= scale[:, None]) & rearrange(valid, "b k -> b 1 k")                       # b q k
         logits = self.out(self.read(x, modulation, mask)[:, p:]).float()          # b N v
         right = (logits.argmax(-1) == indices).float().mean()
         return F.cross_entropy(logits.flatten(0, 1), indices.flatten()), {"right": right}
@@ -265,7 +265,7 @@ class Generator(Sequence):
 # ---------------------------------------------------------------------------- stages: data, model, loss, save
 
 def fit_tokenizer(run, stage, model, files, quantised, latents):
-    """What the phases share. files: {name of a file of weights: module}; latents: model, clouds -> latents."""
+    """Trains a phase. files: model -> {name of a weights file: module}; latents: model -> held-out latents."""
     import judge
     run.load_to_finetune(stage, files(model), settings=SIZES[run.size])
 
@@ -292,7 +292,7 @@ def begin_tokenizer(run, stage):
 
 
 def held_out(run, encoder):
-    """Latents of the first held-out shapes."""
+    """Outputs of `encoder` for the first held-out shapes."""
     import judge
     return tokenizer_.encode_set(encoder, run.test, run.device, run.autocast, limit=judge.SHAPES).to(run.device)
 
@@ -332,7 +332,7 @@ def train_generator(run):
     model.quantiser.load_state_dict(tokenizer.quantiser.state_dict())
     run.load_to_finetune("vat-generator", {"vat-generator": model}, towers=run.encoder_names, settings=settings)
 
-    def loss_of(model, batch):                                # fresh codes at each step: they are not memorised
+    def loss_of(model, batch):                                # latents are sampled at each step, against memorisation
         codes = tokenizer.quantiser.encode(latents_of(batch[0], sampled=model.training))
         return model.loss(codes, encoders.encode_drawn(batch[1]))
 
@@ -340,7 +340,7 @@ def train_generator(run):
 
 
 def stages(ltm3d):
-    """Its own, after those of LTM3D that it shares: the image tower learns to predict LTM3D's shape tokens."""
+    """Stages of LTM3D, then those of VAT. The image tower is trained on LTM3D's shape tokens: hence its tokenizer."""
     shared = [stage for stage in ltm3d if stage.name in ("encoders", "tokenizer", "vision", "head-sdf")]
     return [*shared, Stage("vat-latents", train_latents, 1500, 32, 2e-3),
             Stage("vat-codes", train_codes, 4500, 16, 1e-3),
@@ -371,7 +371,7 @@ class VAT(Sampler):
         self.generator = cast_once(load_stage(self.folder, "vat-generator", Generator).to(self.device), self.autocast)
         _, self.heads = open_tokenizer(self.folder, REPS, self.device)
 
-    def load_heads(self, *reps):                              # they are there
+    def load_heads(self, *reps):                              # `open` loaded them
         if other := {*reps} - {*REPS}:
             raise UserError(f"vat generates {', '.join(REPS)}, not {', '.join(sorted(other))}; give another --rep")
         return self
