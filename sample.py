@@ -1,4 +1,4 @@
-"""sample.py - a prompt becomes files: text, image -> condition -> prefix -> shape tokens -> shapes, pictures.
+"""sample.py - prompt -> files: text, image -> condition -> prefix -> shape tokens -> shapes, pictures.
 
     python sample.py --text "table"
     python sample.py --text "a red chair with arms" --n 4 --turntable --out out
@@ -29,27 +29,27 @@ from engine.stage import RELATIVES
 from prompts.reading import choose, find
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
-MANY = 2 ** 63 - 1
-LIMITS = {  # of numbers that a user may give: type, least, most
-    "n": (int, 1, 10_000), "seed": (int, 0, MANY), "points": (int, 1, 1_000_000), "faces": (int, 12, 100_000),
+MAX_INT = 2 ** 63 - 1
+LIMITS = {  # option: type, minimum, maximum
+    "n": (int, 1, 10_000), "seed": (int, 0, MAX_INT), "points": (int, 1, 1_000_000), "faces": (int, 12, 100_000),
     "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "cfg": (float, 0, 100), "cfg_image": (float, 0, 100),
-    "temperature": (float, 0, 10), "window": (float, 0, 1), "registers": (int, 1, MANY), "top_k": (int, 1, 10 ** 6),
-    "top_p": (float, 1e-6, 1)}
+    "temperature": (float, 0, 10), "window": (float, 0, 1), "registers": (int, 1, MAX_INT),
+    "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
 OPTIONS = "steps", "denoise_steps", "cfg", "cfg_image", "temperature", "rgs", "window", "registers", "top_k", "top_p"
 
 
 def check_numbers(**values):
-    """Of the Python API; the command's flags have the same limits."""
+    """Checks options of the Python API; the command's flags have the same limits."""
     for name, value in values.items():
         kind, least, most = LIMITS.get(name, (None, 0, 0))
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
         if kind and value is not None and not (number and least <= value <= most):
-            span = f"of at least {least}" if most == MANY else f"from {least:g} to {most:,}"
+            span = f"of at least {least}" if most == MAX_INT else f"from {least:g} to {most:,}"
             raise UserError(f"{name} is a {'whole ' * (kind is int)}number {span}, not {value!r}")
 
 
 def check_shape(rep, resolution, points, faces):
-    """What `decode` and `generate` are asked for."""
+    """Checks arguments of `decode` and `generate`."""
     if not isinstance(rep, str) or rep not in heads.HEADS:
         raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not {rep!r}; call it once for each")
     if resolution not in RESOLUTIONS:
@@ -59,11 +59,11 @@ def check_shape(rep, resolution, points, faces):
         raise UserError(f'faces is the number of faces of a low-poly mesh; give rep="mesh", not "{rep}"')
 
 
-# ---------------------------------------------------------------------------- a checkpoint folder, opened
+# ---------------------------------------------------------------------------- the models of checkpoint folders
 
 class Sampler:
-    """Prompts -> shape tokens -> shapes. A model is a subclass: it adds LAST, its last stage; OPTIONS, those of
-    sampling with their defaults; `open`, which loads its generator; and `shape_tokens`."""
+    """Prompts -> shape tokens -> shapes. A model is a subclass: it adds LAST, its last stage; OPTIONS of
+    sampling, with their defaults; `open`, which loads its generator; and `shape_tokens`."""
 
     def __init__(self, folder, device=None, precision=None):
         self.folder = folder
@@ -73,7 +73,7 @@ class Sampler:
         self.open()
 
     def load_heads(self, *reps):
-        """Loads the heads of these representations, and those that they need; a missing one is an error at once."""
+        """Loads the heads of these representations and the heads that they need; a missing head is an error."""
         if not self.heads.keys() >= {*reps}:
             self.heads |= heads.load(self.folder, reps, self.device)
         return self
@@ -81,7 +81,7 @@ class Sampler:
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, **options):
         """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: those of OPTIONS;
-        None stands for the default."""
+        None: the default."""
         options = {option: value for option, value in options.items() if value is not None}
         if unknown := options.keys() - self.OPTIONS.keys():
             flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
@@ -112,11 +112,11 @@ class Sampler:
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
-        faces: of "mesh", which then is a simplified surface; by default the mesh head decides."""
+        faces: at most, of "mesh", by simplifying the surface; default: the mesh head predicts them."""
         check_shape(rep, resolution, points, faces)
-        head = heads.SimplifiedMesh(faces) if faces else None
-        self.load_heads(*head.needs if head else [rep])
-        head, rng = head or self.heads[rep], np.random.default_rng(seed)
+        simplified = heads.SimplifiedMesh(faces) if faces else None
+        self.load_heads(*simplified.needs if simplified else [rep])
+        head, rng = simplified or self.heads[rep], np.random.default_rng(seed)
         return head.decode(tokens.to(self.device), self.heads, rng, self.autocast, resolution, points or head.COUNT)
 
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, faces=None,
@@ -130,15 +130,15 @@ class Sampler:
 class LTM3D(Sampler):
     LAST = "backbone"
     OPTIONS = {"steps": 10, "denoise_steps": None, "cfg": 2., "cfg_image": 2., "temperature": 1., "rgs": "auto",
-               "window": .75}                        # unless config.json has others for the backbone, "sampling"
-    recon = None                                     # the reconstructor, loaded when needed
+               "window": .75}                        # defaults; "sampling" of the backbone in config.json overrides
+    reconstructor = None                             # loaded at first use
 
     def open(self):
-        remembered = dict(read_stage(self.folder, "backbone").get("sampling", {}))
-        if unknown := remembered.keys() - self.OPTIONS.keys():
+        stored = dict(read_stage(self.folder, "backbone").get("sampling", {}))
+        if unknown := stored.keys() - self.OPTIONS.keys():
             raise UserError(f"{self.folder}/config.json: the backbone's sampling has no {', '.join(sorted(unknown))}, "
                             f"but {', '.join(self.OPTIONS)}")
-        self.OPTIONS = self.OPTIONS | remembered
+        self.OPTIONS = self.OPTIONS | stored
         self.backbone = cast_once(backbone.load(self.folder).to(self.device), self.autocast)
 
     def shape_tokens(self, condition, seeds, rgs, **options):
@@ -150,27 +150,27 @@ class LTM3D(Sampler):
         return torch.cat(chunks)                                                  # b n c
 
     def reconstruct(self, condition):
-        if self.recon is None:
-            self.recon = cast_once(reconstruct.load(self.folder).to(self.device), self.autocast)
-        return self.recon(condition)
+        if self.reconstructor is None:
+            self.reconstructor = cast_once(reconstruct.load(self.folder).to(self.device), self.autocast)
+        return self.reconstructor(condition)
 
 
 def model_in(folder, wanted=None):
-    """The name of the model in a folder: its generator is there, or else a stage of its own; or it is ltm3d.
-    wanted: the one that it has to be."""
+    """The name of the model in a folder: that of its generator, else of any stage of a relative, else ltm3d.
+    wanted: the model that the folder must hold."""
     stages = [*read_config(folder)]
     if wanted and not stages:
         raise UserError(f"nothing is trained in {folder}; --checkpoint takes a folder that train.py made")
-    whole = ["ltm3d"] * ("backbone" in stages) + [name for name in RELATIVES if f"{name}-generator" in stages]
-    begun = [name for name in RELATIVES if any(stage.startswith(f"{name}-") for stage in stages)]
-    found = [*whole, *begun] or ["ltm3d"]
+    complete = ["ltm3d"] * ("backbone" in stages) + [name for name in RELATIVES if f"{name}-generator" in stages]
+    started = [name for name in RELATIVES if any(stage.startswith(f"{name}-") for stage in stages)]
+    found = [*complete, *started] or ["ltm3d"]
     if wanted and wanted not in found:
         raise UserError(f"{folder} holds {found[0]}, not {wanted}; give another --checkpoint")
     return wanted or found[0]
 
 
 def load(folder="checkpoints/tiny", device=None, precision=None, model=None):
-    """Opens a checkpoint folder, whichever model is in it."""
+    """Loads the model in a checkpoint folder."""
     if not folder or (found := find(folder)) is None:
         raise UserError(f"there is no folder '{folder}'; "
                         "--checkpoint takes checkpoints/tiny, checkpoints/assets, or a folder that train.py made")
@@ -194,17 +194,17 @@ def arguments():
     flag("--image", help="a picture of it (png, jpg, webp), alone or with --text")
     flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
          help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
-    number("n", "how many shapes", 1)
-    number("seed", "shape i of a seed is the same for every --n, up to rounding, which depends on the machine and its "
-           "threads, too", 0)
+    number("n", "number of shapes", 1)
+    number("seed", "random seed; shape i is the same for every --n, up to rounding, which depends on the machine and "
+           "its threads", 0)
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
     number("points", f"number of points or Gaussians (default: {points})")
-    number("faces", "a mesh with at most so many faces: the simplified surface (default: the mesh head decides, up to "
-           "256)")
-    flag("--turntable", action="store_true", help="also a GIF of each shape turning")
-    flag("--model", choices=["ltm3d", *RELATIVES], help="the model that --checkpoint must hold; alone: its shipped "
-         "weights")
-    flag("--checkpoint", help="folder of trained weights (default: the shipped ones that know the noun of --text)")
+    number("faces", "simplify the surface to at most this many faces, instead of the mesh head (default: the mesh head "
+           "predicts up to 256)")
+    flag("--turntable", action="store_true", help="also write a turntable GIF of each shape")
+    flag("--model", choices=["ltm3d", *RELATIVES], help="the model in --checkpoint (default of --checkpoint: "
+         "its shipped weights)")
+    flag("--checkpoint", help="folder of trained weights (default: the shipped ones trained on the noun of --text)")
     add_device_flags(parser)
     flag("--out", default="out", help="folder to write to")
 
@@ -212,21 +212,21 @@ def arguments():
     flag = parser.add_argument_group("sampling", f"default: the checkpoint's own, else {known}").add_argument
     number("steps", "unmasking steps, at most the number of shape tokens")
     number("denoise_steps", "denoising steps of a token (default: 4 flow, 100 ddpm)")
-    number("cfg", "classifier-free guidance by the text; 1 is none (lost: 1.5)")
-    number("cfg_image", "the same by the picture")
-    number("temperature", "of the noise; lower gives less variety")
-    number("registers", "of lost: stop after so many (default: all)")
-    number("top_k", "of vat: sample among the k likeliest codes")
-    number("top_p", "of vat: sample among the likeliest codes whose probabilities add up to p")
+    number("cfg", "scale of classifier-free guidance by the text; 1: no guidance (default of lost: 1.5)")
+    number("cfg_image", "scale of guidance by the picture")
+    number("temperature", "temperature of the noise; lower: less diversity")
+    number("registers", "lost: number of registers to generate (default: all)")
+    number("top_k", "vat: sample among the k most likely codes")
+    number("top_p", "vat: sample among the most likely codes whose probabilities add up to p")
     flag("--rgs", metavar="RULE",
-         help="Reconstruction-Guided Sampling: what the MAE sees in the first steps. sampled=A, recon=A: a blend, A is "
-              "the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (alpha in its "
-              "text); within=S: tokens within S standard deviations of the reconstruction; none; auto: sampled=.1 with "
-              "a picture alone, else none")
-    number("window", "the share of steps, from the first, in which RGS acts")
+         help="Reconstruction-Guided Sampling: the tokens that the MAE encodes in the first steps. sampled=A, recon=A: "
+              "a blend, A is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction "
+              "(alpha in its text); within=S: tokens within S standard deviations of the reconstruction; none; auto: "
+              "sampled=.1 with a picture alone, else none")
+    number("window", "RGS: its share of the steps, from the first")
     args = parser.parse_args()
     if args.text is None and not args.image:
-        parser.error("say what to generate, with --text or --image")
+        parser.error("there is no prompt; give --text or --image")
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
     if args.rgs:
@@ -240,7 +240,7 @@ def arguments():
 
 
 def file_name(text, image):
-    """What the files of a prompt are called. A picture adds from-NAME, so that it is not written over."""
+    """The base name of a prompt's files. A picture adds from-NAME, so that pictures do not overwrite each other."""
     name = (text or "") + (f" from {Path(image).stem}" if image else "")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "shape"
 
@@ -258,7 +258,7 @@ class Stopwatch:
 
 
 def write_shape(shape, path, turn):
-    """The shape, a picture of it and perhaps a GIF; -> the picture."""
+    """Writes the shape, a picture and, if `turn`, a GIF; -> the picture."""
     from geometry.render import save_gif, save_png, turntable
     picture = shape.picture()
     shape.save(path)
@@ -272,7 +272,7 @@ def write_shape(shape, path, turn):
 
 def main():
     args, watch = arguments(), Stopwatch()
-    if args.image:                                            # a picture that cannot be read is an error now
+    if args.image:                                            # an unreadable picture is an error before loading
         from prompts import picture_files
         picture_files.load_picture(args.image)
     relative = args.model if args.model in RELATIVES else None
