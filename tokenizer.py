@@ -2,7 +2,7 @@
 
 In LTM3D (section 3.1) the shape encoder and decoder are frozen; the backbone generates tokens.
 paper: tokens have no order; here: shape token i belongs to anchor a_i, a fixed point of a grid in [-1, 1]^3,
-so token i stands at the same place in every shape, and attention knows distances.
+so token i has the same position in every shape, and attention has a distance bias.
 
     points, normals, colours, b k 3 each  ->  tokens b n c, unit variance
 
@@ -20,8 +20,8 @@ from engine.files import atomic_write, digest, load_stage
 from engine.networks import BANDS, Block, FromCells, PointEmbedding, from_patches, grid_points, to_patches
 from engine.stage import Stage
 
-# n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads look features up in a grid, of
-# which each of the side^3 has cells^3.
+# n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads interpolate features of a
+# grid, cells^3 for each of the side^3.
 SIZES = {
     "tiny": dict(side=4, channels=16, dim=128, heads=4),
     "mini": dict(side=6, patch=2, channels=16, dim=160, heads=4, cells=4),
@@ -30,7 +30,7 @@ SIZES = {
     "large": dict(side=10, channels=32, dim=768, heads=12),
 }
 NOISE = .05      # on the tokens in training: it makes the latent space smooth, and needs no KL weight
-STAY = .3        # weight of the distance that tokens move, when a trained tokenizer is fine-tuned
+STAY = .3        # weight of the squared drift of tokens in fine-tuning
 
 
 class Tokenizer(nn.Module):
@@ -39,7 +39,7 @@ class Tokenizer(nn.Module):
     def __init__(self, side, channels, dim, heads, cells=0, patch=1):
         super().__init__()
         self.patch = patch
-        self.points = 4096 if cells else 2048                 # how many it reads; in training, half as many
+        self.points = 4096 if cells else 2048                 # of an input; half as many in training
         self.register_buffer("anchors", grid_points(side), persistent=False)             # n 3
         width = 64 if cells else dim                                                     # e
         self.point = PointEmbedding(dim, width, BANDS)
@@ -58,10 +58,10 @@ class Tokenizer(nn.Module):
         context = self.point(points, normals, colours)                            # b k e
         x = repeat(self.query, "n d -> b n d", b=b)                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=b)                       # b n 3
-        if self.cells:                                        # a token reads the points in its own cells, once
+        if self.cells:                                        # a token pools the points in its own cells, once
             x = x + self.cells(points, context)
         for i, blocks in enumerate(self.blocks):
-            if not self.cells:                                # or it attends to all, to near ones most
+            if not self.cells:                                # or it cross-attends to all, with a distance bias
                 x = self.cross[i](x, context, positions=(anchors, points))        # b n d
             for block in blocks:
                 x = block(x, positions=(anchors, anchors))                        # b n d
@@ -106,12 +106,12 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
 
 
 def encode(run, tokenizer, split, limit=None, file="tokenizer"):
-    """The tokens of a prepared set: shapes n c. file: of the tokenizer's weights."""
+    """The tokens of a prepared set: shapes n c. file: the name of the weights."""
     return encode_set(tokenizer, split, run.device, run.autocast, run.folder / f"{file}.safetensors", limit)
 
 
 def load(folder):
-    """The encoder of a checkpoint folder, frozen."""
+    """The tokenizer of a checkpoint folder, frozen."""
     return load_stage(folder, "tokenizer", Tokenizer)
 
 
@@ -119,7 +119,7 @@ def load(folder):
 
 def head_losses(heads, tokens, samples, share=1.):
     """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads are scaled
-    to one norm, the micro-batch's share of the batch: all pull equally hard at the tokenizer, whatever their losses."""
+    to one norm, the micro-batch's share of the batch: the tokenizer weighs all heads equally, whatever their losses."""
     losses, logs = [], {}
     for rep, batch in samples.items():
         x = tokens[:len(next(iter(batch.values())))].clone()                                  # b n c
@@ -132,7 +132,7 @@ def head_losses(heads, tokens, samples, share=1.):
 
 
 def train(run):
-    """The tokenizer, with the heads that it is to serve. Data come last: how often a shape is drawn needs the loss."""
+    """The tokenizer, jointly with the heads run.first. Data come last: the odds of a shape need the loss."""
     import judge
     from engine.step import shares_of_loss
     run = run.turned()
@@ -144,7 +144,7 @@ def train(run):
     run.load_to_finetune("tokenizer", {file: model[name] for name, file in files.items()})
     before = load(run.source).to(run.device) if run.finetune else None
 
-    # loss: of the heads; with --finetune, tokens may move only a little: heads and backbone need few steps to follow
+    # loss: of the heads; with --finetune, a penalty on drift: heads and backbone need few steps to adapt
     def loss_of(model, batch):
         cloud, samples = batch
         tokens = model["tokenizer"](*cloud)                                                   # b n c
@@ -156,7 +156,7 @@ def train(run):
     points = model["tokenizer"].points // 2
 
     def samples_of(split, rows, rng):
-        own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.first}          # as many as its own stage
+        own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.first}          # batch of its own stage
         return split.cloud(rows, points, rng), {rep: split.samples(own[rep], run.heads[rep].reads, rng) for rep in own}
 
     odds = {run.train: shares_of_loss(run, model, loss_of, samples_of)} if run.finetune else {}
