@@ -1,14 +1,14 @@
 """train.py - every stage, chained: encoders -> tokenizer -> vision -> head -> backbone (+ prefix) -> reconstruct.
 
     python train.py --rep sdf                          # everything, built-in shapes, an hour on two cores
-    python train.py --rep pc                           # what is missing for point clouds: if the above is done, a head
+    python train.py --rep pc                           # the stages that pc still lacks: after the line above, one head
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
     python train.py --model vat                        # another model (relatives/)
     torchrun --nproc_per_node=8 train.py --rep sdf --size large      # many GPUs (engine/processes.py)
 
-A stage that is done is skipped. A stage that was stopped goes on exactly where it was. runs/<name>/
-holds what sample.py reads (safetensors, config.json), and for people <stage>.csv, <stage>-<step>.png and losses.png.
+A finished stage is skipped, a stopped stage resumes exactly. runs/<name>/ holds the checkpoint (safetensors,
+config.json), logs (<stage>.csv), pictures (<stage>-<step>.png) and loss curves (losses.png).
 """
 from importlib import import_module
 from pathlib import Path
@@ -40,8 +40,8 @@ MOST_SKIPPED = 10                            # steps in a row
 # ---------------------------------------------------------------------------- the loop of every stage
 
 def fit(run, stage, model, draw, loss_of, show=None):
-    """Trains `model` on loss_of(model, draw(split, rng)), which gives loss and logs. Returns its moving average,
-    frozen, and the seconds. show(model, path) draws a picture of what the model does."""
+    """Trains `model` on loss_of(model, draw(split, rng)), -> loss, logs. Returns its moving average, frozen, and
+    the seconds. show(model, path) draws a picture of the model's output."""
     steps, batch, lr = run.stages[stage][2:5]
     state_path = make_folder(run.folder) / f"{stage}.state.safetensors"
     model = model.to(run.device).train()
@@ -49,13 +49,13 @@ def fit(run, stage, model, draw, loss_of, show=None):
     if run.recompute:
         recompute_blocks(model)
     opts = optimizers(model, lr)
-    first, sums = load_state(state_path, {"steps": steps, "batch": batch, "seed": run.seed}, model, ema, opts)
-    log = Log(run.folder / f"{stage}.csv", first, sums)
+    start, sums = load_state(state_path, {"steps": steps, "batch": batch, "seed": run.seed}, model, ema, opts)
+    log = Log(run.folder / f"{stage}.csv", start, sums)
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
-          + f", going on from step {first}" * bool(first))
+          + f", resuming from step {start}" * bool(start))
 
-    ready = batches(run, stage, draw, first, steps)
-    bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.,
+    ready = batches(run, stage, draw, start, steps)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.,
                disable=processes.rank() > 0)
     skipped = 0                                               # in a row
     with stop_after_step(bar, stage) as stop:
@@ -76,7 +76,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
                 ema.update(model, step)
             model.zero_grad()
 
-            # --- log, save, draw a picture; of many processes the first writes
+            # --- log, save, draw a picture; only the first process writes
             done, last, stopped = step + 1, step + 1 == steps, processes.any_process(stop)
             if done % CHECK == 0 or last:
                 bar.set_postfix(log.write(done, rate, held_out_loss(run, ema.model, draw, loss_of)))
@@ -88,7 +88,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
                     show(ema.model, run.folder / f"{stage}-{done:06d}.png")
             if stopped:
                 bar.close()
-                print(f"{stage} is saved at step {done} of {steps}; the same command goes on from there")
+                print(f"{stage} is saved at step {done} of {steps}; the same command resumes it")
                 raise KeyboardInterrupt
 
     ready.close()
@@ -103,43 +103,43 @@ def stages_of(model):
 
 
 def chosen(args, stages, reps):
-    """The names of the stages to train: all, or those of --stage; a head for each representation."""
+    """The names of the stages to train, all or --stage, with a head for each representation."""
     names = [stage.name for stage in stages if not stage.name.startswith("head-") or stage.name[5:] in reps]
-    if args.image_encoder:                                    # takes the place of the image tower
+    if args.image_encoder:                                    # replaces the image tower
         names.remove("vision")
     return [name for name in names if args.stage in (None, name, "head" if name.startswith("head-") else name)]
 
 
 def chain(args, reps, first, folder):
-    """All stages that are not done, or one."""
+    """Trains all unfinished stages, or --stage. first: the heads that the tokenizer is trained with."""
     import judge
     with processes.first_process_ahead():
         stages = {stage.name: stage._replace(steps=args.steps or stage.steps, batch=args.batch or stage.batch,
                                              lr=args.lr or stage.lr) for stage in stages_of(args.model)}
         last = "backbone" if args.model == "ltm3d" else f"{args.model}-generator"
         run, begin = Run(args, stages, heads.HEADS, reps, first, last, folder, fit), name_begins(args.data)
-        encoders.load_pretrained(**run.encoder_names, device=run.device)          # if missing: an error now, not later
+        encoders.load_pretrained(**run.encoder_names, device=run.device)          # a missing one is an error here
         names = chosen(args, stages.values(), reps)
         if args.source:
             copy_stages(run, Path(args.source), begin, names if args.stage else ())
         run.check_folder(begin)
         print(f"{run.folder}, running on {run.reason}")
         if not names:
-            raise UserError("--image-encoder takes the place of the image tower; leave out --stage vision")
+            raise UserError("--image-encoder replaces the image tower; leave out --stage vision")
         check_order(args, run, names)
         done = {*trained_stages(run.folder)}
         for name in sorted({*names} - done):
-            run.micro_batch_size(name)                        # an error now, not later
+            run.micro_batch_size(name)                        # a wrong --batch is an error here
             if args.finetune and name not in trained_stages(args.source):
-                raise UserError(f"{args.source} holds no trained {name} that could go on; leave out --finetune")
+                raise UserError(f"{args.source} holds no trained {name} to fine-tune; leave out --finetune")
         pictures = args.image_encoder or any(stages[name].pictures for name in names)
         kinds = ["surface", *["pictures"] * bool(pictures), *kinds_of(heads.HEADS[rep] for rep in first + reps)]
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
         run.classes, run.prompts = judge.classes_and_prompts(run.train, run.test, built_in=args.data is None)
     with locked(run.folder):
         for name in names:
-            goes_on = args.stage and name.removeprefix("head-") in args.rep       # trained with the tokenizer
-            done = read_config(run.folder) if goes_on else trained_stages(run.folder)
+            again = args.stage and name.removeprefix("head-") in args.rep       # trained with the tokenizer
+            done = read_config(run.folder) if again else trained_stages(run.folder)
             if name in done and not (args.stage and args.finetune and run.is_copied(name)):
                 print(f"{name}: already done in {run.folder}")
                 continue
@@ -150,7 +150,7 @@ def chain(args, reps, first, folder):
 
 
 def check_order(args, run, names):
-    """A shipped folder lacks stages that only the training of others needs. They are not trained unasked."""
+    """Raises an error if --from holds a relative but lacks its earlier stages: shipped folders omit some."""
     done = {*trained_stages(run.folder)}
     own = done & run.stages.keys() - {stage.name for stage in LTM3D}
     missing = [name for i, name in enumerate(names) if name not in done and own & {*names[i:]}]
@@ -170,7 +170,7 @@ def arguments():
     flag("--model", choices=["ltm3d", *RELATIVES], help="what to train (default: ltm3d, or the model of --stage)")
     flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
          help="representations")
-    flag("--data", help="files to train on, whatever `data.py --data` takes (default: the built-in shapes)")
+    flag("--data", help="files to train on, as in `data.py --data` (default: the built-in shapes)")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS",
          help=f"built-in classes to learn, of {', '.join(CLASSES)} (default: all)")
@@ -179,9 +179,9 @@ def arguments():
     flag("--size", choices=list(tokenizer.SIZES), default="tiny", help="model size")
     flag("--steps", type=between(1), help=f"training steps of every stage (default: {defaults[0]})")
     flag("--batch", type=between(1), help=f"batch size of every stage (default: {defaults[1]})")
-    flag("--from", dest="source", metavar="FOLDER", help="start with the stages of this trained folder; the backbone, "
-         "and the stage of --stage, are trained here")
-    flag("--finetune", action="store_true", help="with --from: start from the weights of the folder")
+    flag("--from", dest="source", metavar="FOLDER", help="copy the stages of this checkpoint, except the generator "
+         "(backbone) and --stage, which are trained here")
+    flag("--finetune", action="store_true", help="with --from: initialise with its weights")
     flag("--out", help="run folder (default: runs/<size>, runs/<model>); with --tokens own, -<rep> is added to it")
     flag("--cache", default="cache", help="folder of the prepared data")
     flag("--workers", type=between(1), default=2, help="processes that prepare data")
@@ -193,13 +193,13 @@ def arguments():
     for kind in ("text", "image"):
         flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers (prompts/pretrained.py): "
              "a name in the hub's cache, or a folder (default: the built-in one, trained here)")
-    flag("--variant", help="train another class for a part of the model (python -m research.peers --help lists them)")
+    flag("--variant", help="train a variant of the backbone or codec (python -m research.peers --help lists them)")
     flag("--denoiser", choices=list(backbone.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")
-    flag("--seed", type=between(0), default=0, help="of weights, batches and noise")
+    flag("--seed", type=between(0), default=0, help="random seed of weights, batches and noise")
 
     flag = parser.add_argument_group("many GPUs").add_argument
-    flag("--micro-batches", type=between(1), help="shares of a batch: more need less memory (default: one a process)")
+    flag("--micro-batches", type=between(1), help="shares of a batch: more, less memory (default: one per process)")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     args = parser.parse_args()
     for name in ("data", "source", "out", "cache"):
