@@ -329,7 +329,7 @@ def train(run):
     """Prefix, masked auto-encoder and DenoiseNet, on frozen tokens and frozen encoders."""
     # data
     towers, sizes, draw = encoders.prompted_tokens(run, "backbone", tokenizer.load(run.folder))
-    decoders = heads.load(run.folder, run.first, run.device)
+    decoders = heads.load(run.folder, run.joint, run.device)
 
     # model
     settings = SIZES[run.size] | sizes | {"denoiser": run.denoiser}

@@ -329,7 +329,7 @@ def train(run, rep):
     # data
     run, stage = run.turned(), f"head-{rep}"
     encoder = tokenizer.load(run.folder).to(run.device)
-    others = [*HEADS[rep].needs, *(name for name in helpers(rep) if name in run.first)]
+    others = [*HEADS[rep].needs, *(name for name in helpers(rep) if name in run.joint)]
     needed = load(run.folder, others, run.device)             # for decoding
     tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}       # shapes n c
 

@@ -133,7 +133,7 @@ def head_metrics(run, heads, tokens, rep):
 
 def decode(run, heads, tokens, rep=None):
     """Tokens n c -> a coarse shape, by the head of `rep`, default: the last head trained with the tokenizer."""
-    head, rng = heads[rep or run.first[-1]], np.random.default_rng(0)
+    head, rng = heads[rep or run.joint[-1]], np.random.default_rng(0)
     return head.decode(tokens.to(run.device), heads, rng, run.autocast, resolution=64, points=2048)
 
 

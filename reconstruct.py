@@ -124,7 +124,7 @@ def train(run):
     import judge
     # data
     towers, sizes, draw = encoders.prompted_tokens(run, "reconstruct", tokenizer.load(run.folder))
-    decoders = heads.load(run.folder, run.first, run.device)
+    decoders = heads.load(run.folder, run.joint, run.device)
 
     # model
     settings = SIZES[run.size] | sizes

@@ -132,15 +132,15 @@ def head_losses(heads, tokens, samples, share=1.):
 
 
 def train(run):
-    """The tokenizer, jointly with the heads run.first. Data come last: the odds of a shape need the loss."""
+    """The tokenizer, jointly with the heads run.joint. Data come last: the odds of a shape need the loss."""
     import judge
     from engine.step import shares_of_loss
     run = run.turned()
     # model
     settings = SIZES[run.size]
     model = nn.ModuleDict({"tokenizer": Tokenizer(**settings)})
-    model.update({rep: run.heads[rep](**settings) for rep in run.first})
-    files = {"tokenizer": "tokenizer"} | {rep: f"head-{rep}" for rep in run.first}
+    model.update({rep: run.heads[rep](**settings) for rep in run.joint})
+    files = {"tokenizer": "tokenizer"} | {rep: f"head-{rep}" for rep in run.joint}
     run.load_to_finetune("tokenizer", {file: model[name] for name, file in files.items()})
     before = load(run.source).to(run.device) if run.finetune else None
 
@@ -156,7 +156,7 @@ def train(run):
     points = model["tokenizer"].points // 2
 
     def samples_of(split, rows, rng):
-        own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.first}          # batch of its own stage
+        own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.joint}          # batch of its own stage
         return split.cloud(rows, points, rng), {rep: split.samples(own[rep], run.heads[rep].reads, rng) for rep in own}
 
     odds = {run.train: shares_of_loss(run, model, loss_of, samples_of)} if run.finetune else {}
@@ -166,17 +166,17 @@ def train(run):
 
     def show(model, path):
         tokens = encode(run, model["tokenizer"], run.test, limit=14)
-        judge.save_picture(path, judge.reconstructions(run, model, tokens, run.first[-1]))
+        judge.save_picture(path, judge.reconstructions(run, model, tokens, run.joint[-1]))
 
     model, seconds = run.fit("tokenizer", model, draw, loss_of, show)
 
     # save
-    own_heads = {rep: model[rep] for rep in run.first}
+    own_heads = {rep: model[rep] for rep in run.joint}
     standardise(model["tokenizer"], own_heads.values(), encode(run, model["tokenizer"], run.train, 2000).to(run.device))
     tokens = encode(run, model["tokenizer"], run.test, judge.SHAPES)
-    metrics = judge.head_metrics(run, own_heads, tokens, run.first[-1])
+    metrics = judge.head_metrics(run, own_heads, tokens, run.joint[-1])
     run.finish("tokenizer", seconds, {file: model[name] for name, file in files.items()}, settings=settings,
-               heads=list(run.first), metrics=metrics)
+               heads=list(run.joint), metrics=metrics)
 
 
 STAGE = Stage("tokenizer", train, 1500, 32, 2e-3)

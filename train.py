@@ -42,7 +42,7 @@ MOST_SKIPPED = 10                            # steps in a row
 def fit(run, stage, model, draw, loss_of, show=None):
     """Trains `model` on loss_of(model, draw(split, rng)), -> loss, logs. Returns its moving average, frozen, and
     the seconds. show(model, path) draws a picture of the model's output."""
-    steps, batch, lr = run.stages[stage][2:5]
+    steps, batch, lr = run.stages[stage].steps, run.stages[stage].batch, run.stages[stage].lr
     state_path = make_folder(run.folder) / f"{stage}.state.safetensors"
     model = model.to(run.device).train()
     ema = EMA(model)
@@ -110,14 +110,14 @@ def chosen(args, stages, reps):
     return [name for name in names if args.stage in (None, name, "head" if name.startswith("head-") else name)]
 
 
-def chain(args, reps, first, folder):
-    """Trains all unfinished stages, or --stage. first: the heads that the tokenizer is trained with."""
+def chain(args, reps, joint, folder):
+    """Trains all unfinished stages, or --stage. joint: the heads trained jointly with the tokenizer."""
     import judge
     with processes.first_process_ahead():
         stages = {stage.name: stage._replace(steps=args.steps or stage.steps, batch=args.batch or stage.batch,
                                              lr=args.lr or stage.lr) for stage in stages_of(args.model)}
         last = "backbone" if args.model == "ltm3d" else f"{args.model}-generator"
-        run, begin = Run(args, stages, heads.HEADS, reps, first, last, folder, fit), name_begins(args.data)
+        run, begin = Run(args, stages, heads.HEADS, reps, joint, last, folder, fit), name_begins(args.data)
         encoders.load_pretrained(**run.encoder_names, device=run.device)          # a missing one is an error here
         names = chosen(args, stages.values(), reps)
         if args.source:
@@ -133,7 +133,7 @@ def chain(args, reps, first, folder):
             if args.finetune and name not in trained_stages(args.source):
                 raise UserError(f"{args.source} holds no trained {name} to fine-tune; leave out --finetune")
         pictures = args.image_encoder or any(stages[name].pictures for name in names)
-        kinds = ["surface", *["pictures"] * bool(pictures), *kinds_of(heads.HEADS[rep] for rep in first + reps)]
+        kinds = ["surface", *["pictures"] * bool(pictures), *kinds_of(heads.HEADS[rep] for rep in joint + reps)]
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
         run.classes, run.prompts = judge.classes_and_prompts(run.train, run.test, built_in=args.data is None)
     with locked(run.folder):

@@ -57,14 +57,14 @@ class Run:
     """The argument of the training function of a stage.
 
     stages: {name: Stage}, with the steps, batch and learning rate of this run; heads: {rep: class}; reps: heads to
-    train; first: heads that the tokenizer is trained with; last: the generator's stage; fit: the training loop.
+    train; joint: heads trained jointly with the tokenizer; last: the generator's stage; fit: the training loop.
     train.py adds prepared data: `train` and `test` (data.Prepared), `classes` and `prompts` (judge.py).
     """
 
-    def __init__(self, args, stages, heads, reps, first, last, folder, fit):
+    def __init__(self, args, stages, heads, reps, joint, last, folder, fit):
         self.folder, self.size, self.seed = Path(folder), args.size, args.seed
         self.stages, self.heads = stages, heads
-        self.reps, self.first, self.last, self.loop = reps, first, last, fit
+        self.reps, self.joint, self.last, self.loop = reps, joint, last, fit
         self.variant, self.denoiser = args.variant, args.denoiser
         self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}
         self.micro_batches = args.micro_batches or processes.world()
@@ -117,7 +117,7 @@ class Run:
         if self.variant != variant:
             found = f"--variant {variant}; give that" if variant else "no --variant; leave it out"
             raise UserError(f"{stage} in {folder}: {found}, or give another folder")
-        if entry.get("heads", self.first) != self.first:
+        if entry.get("heads", self.joint) != self.joint:
             raise UserError(f"the {stage} in {folder} was trained for {', '.join(entry['heads'])}; "
                             "give the same --tokens, or another folder")
         if entry.get("towers", self.encoder_names) != self.encoder_names:
@@ -152,8 +152,8 @@ class Run:
         """Saves weights in half precision, then the entry of config.json that marks the stage as done."""
         for name, module in files.items():
             save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True)
-        _, _, steps, batch, lr, after, *_ = self.stages[stage]
-        weights = {name: self.folder / f"{name}.safetensors" for name in after}
+        own = self.stages[stage]
+        weights = {name: self.folder / f"{name}.safetensors" for name in own.after}
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
         entries = {key: value for key, value in entries.items() if value is not None}         # no variant: no entry
         if self.finetune:
@@ -161,7 +161,7 @@ class Run:
             entries["finetuned"] = {key: before.get(key) for key in ("steps", "revision")}
         git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True,
                              text=True)
-        write_config(self.folder, stage, size=self.size, steps=steps, batch=batch, lr=lr, seed=self.seed,
+        write_config(self.folder, stage, size=self.size, steps=own.steps, batch=own.batch, lr=own.lr, seed=self.seed,
                      seconds=round(seconds), data=self.train.version, made_with=made_with,
                      revision=git.stdout.strip(), **entries)
         (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
@@ -175,14 +175,14 @@ class Run:
 
 
 def copy_stages(run, source, begin, training):
-    """Copies the stages of a trained folder that fit. Not copied: the generator, unless another stage alone is to be
-    fine-tuned; stages in `training`; those of other models; those trained on other pretrained encoders, or on other
-    weights than those in the folder."""
+    """Copies the stages of a trained folder that fit. Not copied: the generator, unless --stage names another stage;
+    stages in `training`, those of --stage; those of other models; those trained on other pretrained encoders, or on
+    other weights than those in the folder."""
     if not run.stages.keys() & {*trained_stages(source)}:
         raise UserError(f"there is no trained stage in {source} that could be copied; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
-    generator, joint = () if run.finetune and training else (run.last,), joint_heads(config)
+    generator, joint = () if training else (run.last,), joint_heads(config)
     training = {*training} - joint.keys()                     # training of these heads is resumed
     wanted = [stage for stage in trained_stages(source)
               if stage in run.stages and stage not in (*generator, *training, *trained_stages(folder))

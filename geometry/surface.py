@@ -5,7 +5,7 @@ evaluates the points in chunks.
 
 Letters: r grid points along a side, k points.
 
-    python bench.py decode             # compares its mesh and its time with those of the dense grid
+    python -m research.bench decode             # compares its mesh and its time with those of the dense grid
 """
 import ctypes
 from contextlib import nullcontext, suppress

@@ -256,7 +256,7 @@ def train_registers(run):
     import judge
     run = run.turned()
     tokens, sizes = tokens_of(run)
-    heads = heads_.load(run.folder, run.first, run.device)
+    heads = heads_.load(run.folder, run.joint, run.device)
     student = load_student(run.folder).to(run.device)
     draw = lambda split, rng: tokens[split][rng.integers(len(split), size=run.micro_batch_size("lost-registers"))]
     settings = SIZES[run.size] | sizes
@@ -267,7 +267,7 @@ def train_registers(run):
         with run.autocast():
             r = model.encoder(tokens[run.test][:4].to(run.device))
             decoded = torch.stack([model.decode(r[:, :k], range(len(r))) for k in model.lengths], 1)     # b lengths n c
-        judge.save_picture(path, judge.reconstructions(run, heads, decoded.flatten(0, 1), run.first[-1]))
+        judge.save_picture(path, judge.reconstructions(run, heads, decoded.flatten(0, 1), run.joint[-1]))
 
     model, seconds = run.fit("lost-registers", model, draw, lambda model, x: model.loss(x, student), show)
     run.finish("lost-registers", seconds, {"lost-registers": model}, settings=settings, variant=run.variant)
@@ -284,7 +284,7 @@ def train_generator(run):
     def loss_of(model, batch):
         return model.loss(codec.encoder(batch[0]), encoders.encode_drawn(batch[1]))
 
-    heads = heads_.load(run.folder, run.first, run.device)
+    heads = heads_.load(run.folder, run.joint, run.device)
     generate = partial(generate_tokens, codec)
     fit_generator(run, "lost-generator", model, draw, loss_of, encoders, heads, generate, settings=settings)
 
