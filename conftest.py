@@ -182,7 +182,7 @@ def examined(tmp_path_factory, monkeypatch):
         return PREPARE(other, 8, folder, kinds=kinds, classes=["table", "chair"], workers=1)
 
     names = [path.stem for path in (HERE / "research").glob("*.py") if not path.stem.startswith("test_")]
-    for module in [import_module(f"research.{name}") for name in names if name != "fuzz"]:
+    for module in [import_module(f"research.{name}") for name in names]:
         for name, value in {"POINTS": 64, "prepare": prepare, "CLASSES": ("table", "chair")}.items():
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, value)

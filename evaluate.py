@@ -22,7 +22,6 @@ COMMANDS = {  # module of research/ and function, help
     "tokenizer": ("quality.evaluate_tokenizer", "held-out shapes, encoded and decoded"),
     "generate": ("quality.evaluate_generate", "samples of captions and class names, by every metric"),
     "attributes": ("attributes.evaluate_attributes", "\"a table with one leg\": does the sample have one?"),
-    "words": ("words.evaluate_words", "prompts worded unlike captions, typos, plurals, synonyms"),
     "retrieval": ("quality.evaluate_retrieval", "towers: does a caption or a picture find its shape among 200?"),
     "images": ("quality.evaluate_images", "from a caption, a picture, both: how near to the true shape?"),
     "names": ("names.evaluate_names", "of files: does a sample match its name, and is it new?"),
@@ -70,7 +69,6 @@ def arguments():
         flag(names, "--shapes", type=between(1, 520), default=count, help="held-out shapes, of all classes alike")
     for names, count in ((["generate"], 16), (["attributes"], 8), (["ablate-rgs", *COMPARED], 4)):
         flag(names, "--n", type=between(2, 1000), default=count, help="samples of each prompt")
-    flag(["words"], "--count", type=between(2, 10_000), default=200, help="prompts, and pairs; half as many variants")
     flag(["generate"], "--registers", type=between(1), help="LoST: stop after so many (default: all)")
     flag(["names"], "--data", required=True, help="the files that it was trained on")
     flag(["tokenizer", "generate", "retrieval", "images", "cross-view", "registers", "search"], "--data",

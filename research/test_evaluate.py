@@ -56,7 +56,7 @@ def test_iou_of_the_true_field_is_one():
 # ---------------------------------------------------------------------------- evaluate.py
 
 @pytest.mark.parametrize("command, table", [
-    ("tokenizer --rep pc --shapes 2", "tokenizer-pc"), ("retrieval", "retrieval"), ("words --count 2", "words"),
+    ("tokenizer --rep pc --shapes 2", "tokenizer-pc"), ("retrieval", "retrieval"),
     ("cross-view --shapes 1 --resolution 32", "cross-view-sdf")])
 def test_evaluations_write_their_tables(command, table, four, tmp_path, examined):
     assert run(evaluate.main, *command.split(), "--checkpoint", four, "--out", tmp_path) == 0

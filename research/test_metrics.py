@@ -14,8 +14,7 @@ from conftest import run
 from engine.commands import UserError, pick_device
 from geometry import shapes
 from heads import field_of
-from prompts import reading, text_tower
-from research import attributes, exam, metrics, results, words
+from research import attributes, exam, metrics, results
 from research.memory import score_memorisation
 from research.scores import Scorer
 
@@ -186,29 +185,6 @@ def test_stripes_survive_the_tokenizer():
         shape = attributes.measure_shape(field_of(head, tokens, autocast))
         right.append(attributes.has_attribute(shape, "second", check, mug.attributes["second"]))
     assert sum(right) >= 10
-
-
-def test_prompts_are_worded_unlike_captions():
-    """No prompt is a caption; each names its class and is understood; pairs name what is wanted."""
-    captions = {caption for index in range(1300) for caption in shapes.make(0, index).captions}
-    vocabulary, nouns = text_tower.vocabulary(captions), reading.nouns_of(captions)
-    prompts = words.write_prompts(200, 0)
-    assert not captions & {prompt.text for prompt in prompts}
-    for prompt in prompts:
-        understood = reading.Reading(prompt.text, vocabulary, nouns)
-        assert understood.noun and (prompt.name in understood.words or prompt.name == "car")
-    pairs = {prompt.text: prompt for prompt in words.write_pairs(26, 0)}
-    wanted = pairs["a short purple lamp with a cone shade"].wanted
-    assert {attribute: value for attribute, _, value in wanted} == {
-        "height": "short", "shade": "cone", "colour": "purple"}
-
-
-def test_typos_are_understood():
-    captions = {caption for index in range(1300) for caption in shapes.make(0, index).captions}
-    vocabulary, rng = text_tower.vocabulary(captions), np.random.default_rng(0)
-    meant = [str(rng.choice(["table", "chair", "bottle", "yellow", "purple", "stool"])) for _ in range(100)]
-    read = [reading.known_form(words.typo(word, rng), vocabulary) for word in meant]
-    assert sum(a == b for a, b in zip(read, meant)) >= 95
 
 
 def test_intervals_are_written(tmp_path):
