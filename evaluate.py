@@ -1,9 +1,8 @@
 """evaluate.py - how good checkpoints are, in tables: reconstruction, generation, attributes, pictures, ablations.
 
-LTM3D section 4 reports such tables on ShapeNet. Here they are on held-out built-in shapes, whose true solids are known:
-an attribute is measured, not guessed by a classifier. Each command prints a Markdown table and writes it and a CSV to
---out. Single results are stored there too: a run that was stopped resumes. Several checkpoints are compared with
---checkpoint checkpoints/tiny runs/mine.
+LTM3D section 4 reports such tables on ShapeNet; here they are on held-out built-in shapes. A command prints a Markdown
+table, and writes it and a CSV to --out. Single results are stored there too: a run that was stopped resumes. Several
+checkpoints are compared with --checkpoint checkpoints/tiny runs/mine.
 
     python evaluate.py tokenizer --rep sdf
     python evaluate.py generate --rep sdf
@@ -74,8 +73,7 @@ def arguments():
     flag(["tokenizer", "generate", "retrieval", "images", "cross-view", "registers", "search"], "--data",
          help="the files that it was trained on, a tenth held out (default: the built-in shapes)")
     flag(["generate", "ablate-rgs", "registers", "search", *TRAINED], "--scorer", default="checkpoints/tiny",
-         help="features of clouds and prompts: a trained folder, or a Python file with cloud(points, normals, colours) "
-         "and text(prompts)")
+         help="trained folder, whose towers give features of clouds and prompts")
     flag(["ablate-rgs"], "--alphas", nargs="*", type=between(0, 1, float), default=[0, .05, .1, .15, .2, .3, .9],
          help="weights of the sampled tokens")
     flag(["ablate-rgs"], "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .5],
@@ -101,8 +99,6 @@ def main():
             raise UserError(f"nothing is trained in {folder}; --checkpoint takes folders that train.py made")
         if args.command in ("cross-view", "ablate-rgs") and model_in(folder) != "ltm3d":
             raise UserError(f"{folder} holds {model_in(folder)}, which has no Reconstruction-Guided Sampling")
-        for stage, entry in read_config(folder).items():
-            print(f"{folder}: {stage}, {entry.get('steps', '?')} steps, git revision {entry.get('revision', '?')}")
     module, function = COMMANDS[args.command][0].split(".")
     getattr(import_module(f"research.{module}"), function)(args)
     print(f"{time.time() - start:.0f} seconds")

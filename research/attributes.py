@@ -13,7 +13,7 @@ from scipy.ndimage import binary_erosion, binary_fill_holes
 from scipy.signal import find_peaks
 
 from geometry.shapes import COUNTS
-from geometry.surface import TRUNCATION, sdf_grid
+from geometry.surface import sdf_grid
 from geometry.words import COLOURS
 from heads import field_of
 from research import exam
@@ -24,10 +24,7 @@ SPECK = 8           # cells; every built-in shape is longer than 12 in each dire
 
 
 def crop(o):
-    for axis in range(o.ndim):
-        used = np.flatnonzero(o.any(tuple(i for i in range(o.ndim) if i != axis)))
-        o = o.take(range(used[0], used[-1] + 1), axis)
-    return o
+    return o[tuple(slice(used.min(), used.max() + 1) for used in np.nonzero(o))]
 
 
 def span(n, low, high):
@@ -36,8 +33,7 @@ def span(n, low, high):
     return slice(start, max(start + 1, int(high * n)))
 
 
-def middle(o, low, high):
-    """The cells of o whose x is between two shares of its width."""
+def middle(o, low, high):                                     # the cells whose x is between two shares of the width
     return o[span(len(o), low, high)]
 
 
@@ -52,8 +48,7 @@ def count_components(o):
     return int(np.median(counts))
 
 
-def heights(o):
-    """Height of the upper surface over every (x, z), in cells; 0 where there is nothing."""
+def heights(o):                                               # of the upper surface, in cells: x z
     return np.where(o.any(1), o.shape[1] - o[:, ::-1].argmax(1), 0)
 
 
@@ -76,8 +71,8 @@ def chair_arms(o):
     return bool(above.sum() * CELL ** 3 > .003)                  # a sixth of the volume of two arms there
 
 
-def sofa_front(o):
-    return heights(o)[:, span(o.shape[2], .5, .9)].mean(1)       # of the seat and the arms, along x
+def sofa_front(o):                                            # heights of the seat and the arms, along x
+    return heights(o)[:, span(o.shape[2], .5, .9)].mean(1)
 
 
 def sofa_arms(o):
@@ -109,8 +104,7 @@ def car_kind(o):
     return "sedan" if share < .63 else "van"
 
 
-def wing_tips(o):
-    """x, y, z of the occupied cells at both ends of the wings."""
+def wing_tips(o):                                             # x, y, z of the cells at both ends of the wings
     return np.nonzero(np.concatenate([middle(o, 0, .06), middle(o, .94, 1)]))
 
 
@@ -123,8 +117,7 @@ def engines(o):
     return sum(int(place.any()) for place in places)
 
 
-def crown_layers(o):
-    """Every layer of a fir is a bulge of the width (root of the area) along y; 3 cells are less than any of them."""
+def crown_layers(o):          # of a fir: bulges of the width (root of the area) along y; any has more than 3 cells
     return len(find_peaks(np.sqrt(np.append(o.sum((0, 2)), 0)), prominence=3)[0])
 
 
@@ -202,11 +195,6 @@ ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, {value: p
     ("bottle", "second", colour(y=(.94, 1)), prompts("a black bottle with a {} cap", "red", "yellow"))]
 
 
-def true_field(shape):
-    """The field of a built-in shape, as that of a head: points k 3 -> distance, in truncations, and colour: k 4."""
-    return lambda x: torch.from_numpy(np.column_stack(shape.field(x.numpy())) / [TRUNCATION, 1, 1, 1]).float()
-
-
 def measure_shape(field):
     """A field: points k 3 -> distance, colour -> o and paint, as checkers take them."""
     o = sdf_grid(lambda x: field(x)[:, 0], 64) < 0            # x y z: vertices of the grid
@@ -217,8 +205,7 @@ def measure_shape(field):
     nearest = torch.cdist(colours, torch.tensor(list(COLOURS.values()))).argmin(1)          # k, rows of COLOURS
     paint = np.full(o.shape, -1)
     paint[tuple(surface.T)] = nearest.numpy()
-    box = tuple(slice(low, high + 1) for low, high in zip(surface.min(0), surface.max(0)))
-    return o[box], paint[box]
+    return crop(o), paint[tuple(slice(x.min(), x.max() + 1) for x in surface.T)]
 
 
 def has_attribute(measured, attribute, checker, value):
@@ -229,12 +216,10 @@ def has_attribute(measured, attribute, checker, value):
 
 def evaluate_attributes(args):
     """Measures on the solid whether it has the visible attribute that its prompt names."""
-    tables, jobs, wanted = {}, [], {}
-    for _, *attribute, texts in ATTRIBUTES:
-        for value, prompt in texts.items():
-            wanted[prompt] = *attribute, value
-            jobs += [exam.Job(f"{prompt}-{i}", prompt, None, (args.seed, i)) for i in range(args.n)]
+    wanted = {prompt: (*attribute, value) for _, *attribute, texts in ATTRIBUTES for value, prompt in texts.items()}
+    jobs = [exam.Job(f"{x}-{i}", x, None, (args.seed, i)) for x in wanted for i in range(args.n)]
     second = np.array([attribute == "second" for attribute, *_ in wanted.values()])               # prompts
+    tables = {}
     for folder, label in labels(args.checkpoint).items():
         cache = exam.result_cache(args, label, folder, "research.attributes")
         model = exam.open_model(args, folder).load_heads("sdf")

@@ -29,12 +29,13 @@ from geometry.shapes import CLASSES
 from research.exam import open_model
 from research.results import write_table
 
-PUBLISHED = 64, 100       # unmasking steps and denoising steps of MAR
+PUBLISHED = 64, 100           # unmasking steps and denoising steps of MAR
+SAMPLED, TRAINED = (1, 16), 64            # shapes in a batch
 
 
 # ---------------------------------------------------------------------------- measuring
 
-def memory(field="VmRSS"):
+def memory(field):
     """Bytes that the process holds (VmRSS), or held at most (VmHWM); nan where there is no /proc."""
     status = Path("/proc/self/status")
     return int(status.read_text().split(f"{field}:")[1].split()[0]) * 1024 if status.is_file() else math.nan
@@ -49,7 +50,7 @@ def measure(way, device):
         surface.give_back_memory()                            # its reuse would not be counted
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")     # resets VmHWM
-    before, start = torch.cuda.memory_allocated() if cuda else memory(), time.perf_counter()
+    before, start = torch.cuda.memory_allocated() if cuda else memory("VmRSS"), time.perf_counter()
     way()
     if cuda:
         torch.cuda.synchronize()
@@ -57,30 +58,22 @@ def measure(way, device):
     return seconds, (most - before) / 2 ** 20
 
 
-class Bench:
-    """Where and how things are measured."""
+def take_turns(args, ways):
+    """{name: function} take turns, --rounds times; if more than once, after one to warm up. -> a row for each."""
+    rounds, rows = args.rounds, []
+    turns = [[measure(way, args.place) for way in ways.values()] for _ in range(rounds + (rounds > 1))][-rounds:]
+    for name, measured in zip(ways, zip(*turns)):
+        seconds, megabytes = zip(*measured)
+        rows.append({"way": name, "seconds": statistics.median(seconds), "peak MB": max(megabytes)})
+        rows[-1]["times as fast"] = rows[0]["seconds"] / rows[-1]["seconds"]
+    return rows
 
-    def __init__(self, args):
-        self.args = args
-        self.device, self.autocast, reason = pick_device(args.device, args.precision)
-        print(f"running on {reason}")
 
-    def backbone(self, denoiser="flow"):
-        """A backbone with random weights."""
-        torch.manual_seed(0)
-        sizes = tokenizer.SIZES[self.args.size]
-        settings = dict(tokens=sizes["side"] ** 3, channels=sizes["channels"], widths={"text": 128}, denoiser=denoiser)
-        return backbone.Backbone(**backbone.SIZES[self.args.size] | settings).to(self.device)
-
-    def take_turns(self, ways):
-        """{name: function} take turns, --rounds times; if more than once, after one to warm up. -> a row for each."""
-        rounds, rows = self.args.rounds, []
-        turns = [[measure(way, self.device) for way in ways.values()] for _ in range(rounds + (rounds > 1))][-rounds:]
-        for name, measured in zip(ways, zip(*turns)):
-            seconds, megabytes = zip(*measured)
-            rows.append({"way": name, "seconds": statistics.median(seconds), "peak MB": max(megabytes)})
-            rows[-1]["times as fast"] = rows[0]["seconds"] / rows[-1]["seconds"]
-        return rows
+def random_backbone(args, denoiser="flow"):
+    torch.manual_seed(0)
+    sizes = tokenizer.SIZES[args.size]
+    settings = dict(tokens=sizes["side"] ** 3, channels=sizes["channels"], widths={"text": 128}, denoiser=denoiser)
+    return backbone.Backbone(**backbone.SIZES[args.size] | settings).to(args.place)
 
 
 def random_condition(b, device):
@@ -124,65 +117,64 @@ def ours(model, condition, seeds):
         model.generate(chunk, chunk_seeds)
 
 
-def bench_sample(bench):
+def bench_sample(args):
     """Sampling tokens, as MAR published it and as sample.py does it."""
-    models = {denoiser: cast_once(bench.backbone(denoiser).eval().requires_grad_(False), bench.autocast)
+    models = {denoiser: cast_once(random_backbone(args, denoiser).eval().requires_grad_(False), args.autocast)
               for denoiser in ("ddpm", "flow")}
 
     def sample(way, denoiser, b):
-        with bench.autocast():
-            way(models[denoiser], random_condition(b, bench.device), [(0, i) for i in range(b)])
+        with args.autocast():
+            way(models[denoiser], random_condition(b, args.place), [(0, i) for i in range(b)])
 
-    return [{"batch": f"{b}"} | row for b in bench.args.batch for row in bench.take_turns({
+    return [{"batch": f"{b}"} | row for b in SAMPLED for row in take_turns(args, {
         "as published": partial(sample, published, "ddpm", b), "ours": partial(sample, ours, "flow", b)})]
 
 
 # ---------------------------------------------------------------------------- decoding, training
 
-def bench_decode(bench):
+def bench_decode(args):
     """Meshes of shapes of different classes: a dense grid, and one refined near the surface. Is it the same mesh?"""
-    count, rows, model = bench.args.shapes, [], open_model(bench.args, "checkpoints/tiny").load_heads("sdf")
+    count, rows, model = args.shapes, [], open_model(args, "checkpoints/tiny").load_heads("sdf")
     tokens, head, meshes = model.tokens(CLASSES[:count], [(0, i) for i in range(count)]), model.heads["sdf"], {}
 
     def extract(way, resolution):
         meshes[way] = [surface.extract(head, x, resolution, model.autocast, way == "refined") for x in tokens]
 
-    for resolution in bench.args.resolutions:
-        turns = bench.take_turns({way: partial(extract, way, resolution) for way in ("dense", "refined")})
+    for resolution in args.resolutions:
+        turns = take_turns(args, {way: partial(extract, way, resolution) for way in ("dense", "refined")})
         same = np.mean([all(map(np.array_equal, *pair)) for pair in zip(*meshes.values())])
         rows += [{"resolution": f"{resolution}"} | row | {"seconds": row["seconds"] / count, "same mesh": same}
                  for row in turns]
     return rows
 
 
-def bench_train(bench):
+def bench_train(args):
     """A training step of the backbone, on random tokens."""
-    batch, seeds = bench.args.batch[0], range(3)              # a seed decides the mask ratio
     ways = {  # name: autocast, micro-batches, recompute
-        "fp32": (contextlib.nullcontext, 1, False), "as train.py does it": (bench.autocast, 1, False),
-        "with --recompute": (bench.autocast, 1, True), "with --micro-batches 4": (bench.autocast, 4, False)}
+        "fp32": (contextlib.nullcontext, 1, False), "as train.py does it": (args.autocast, 1, False),
+        "with --recompute": (args.autocast, 1, True), "with --micro-batches 4": (args.autocast, 4, False)}
 
     def trainer(autocast, micro_batches, recompute):
-        model, b = bench.backbone(), batch // micro_batches
+        model, b = random_backbone(args), TRAINED // micro_batches
         opts = optimizers(model, 1e-4)
         if recompute:
             recompute_blocks(model)
 
-        def run():
-            for seed in seeds:
+        def steps():
+            for seed in range(3):                             # decides the mask ratio
                 for _ in range(micro_batches):
-                    x = torch.randn(b, model.tokens, model.channels, device=bench.device)
                     torch.manual_seed(seed)
+                    x = torch.randn(b, model.tokens, model.channels, device=args.place)
                     with autocast():
-                        loss = model.loss(x, random_condition(b, bench.device)) / micro_batches
+                        loss = model.loss(x, random_condition(b, args.place)) / micro_batches
                     loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.)
                 update(opts, 1e-4)
                 model.zero_grad()
-        return run
+        return steps
 
-    turns = bench.take_turns({name: trainer(*settings) for name, settings in ways.items()})
-    return [row | {"seconds": row["seconds"] / len(seeds)} for row in turns]
+    turns = take_turns(args, {name: trainer(*settings) for name, settings in ways.items()})
+    return [row | {"seconds": row["seconds"] / 3} for row in turns]
 
 
 # ---------------------------------------------------------------------------- the command
@@ -202,13 +194,13 @@ def main():
             flag("--shapes", type=between(1, len(CLASSES)), default=2, help="how many")
             flag("--resolutions", nargs="+", type=int, choices=(64, 128, 256, 512), default=[64, 128, 256],
                  help="cells along a side of the grid")
-            continue
-        flag("--size", choices=list(backbone.SIZES), default="tiny", help="of the untrained model")
-        flag("--batch", nargs="+", type=between(1, 4096), default=[1, 16] if name == "sample" else [64],
-             help="shapes at once; of train, a multiple of 4")
+        else:
+            flag("--size", choices=list(backbone.SIZES), default="tiny", help="of the untrained model")
     args = parser.parse_args()
+    args.place, args.autocast, reason = pick_device(args.device, args.precision)
+    print(f"running on {reason}")
     make_folder(args.out)
-    write_table(args.out, args.command, BENCHES[args.command](Bench(args)))
+    write_table(args.out, args.command, BENCHES[args.command](args))
 
 
 if __name__ == "__main__":

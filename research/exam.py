@@ -1,6 +1,7 @@
 """exam.py - many prompts, one checkpoint: sampled in batches, decoded, and stored one by one."""
 import time
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,15 +10,15 @@ from tqdm import tqdm
 
 import heads
 import tokenizer
-from data import kinds_of, prepare
-from engine.commands import UserError, pick_device
-from engine.files import read_config
+from data import prepare
+from engine.commands import UserError
+from engine.files import digest, read_config
 from engine.stage import RELATIVES
 from geometry.metrics import soundness
 from geometry.real import Files
 from research import peers  # adds its classes to those that a folder may hold
 from research.closure import closure, code_digest
-from research.results import ResultCache, weights
+from research.results import ResultCache
 from sample import load, model_in
 
 POINTS = 1024       # of a cloud under Chamfer distance
@@ -34,36 +35,55 @@ def open_model(args, folder):
     return model
 
 
+def open_tokenizer(folder, rep, device):
+    """-> what turns clouds of `points` points into tokens, {rep: what decodes them}; of any model."""
+    if (name := model_in(folder)) == "ltm3d":
+        return tokenizer.load(folder).to(device), heads.load(folder, [rep], device)
+    model = import_module(f"relatives.{name}")
+    if rep not in model.REPS:
+        raise UserError(f"{name}, the model in {folder}, generates {', '.join(model.REPS)}, not {rep}")
+    return model.open_tokenizer(folder, [rep], device)
+
+
+def last_stage(folder):
+    """The stage of a folder that generates."""
+    return "backbone" if (name := model_in(folder)) == "ltm3d" else f"{name}-generator"
+
+
+def weights(folder):
+    """{stage: digest of its weights} of a checkpoint folder."""
+    files = [path for path in sorted(Path(folder).glob("*.safetensors")) if not path.stem.endswith(".state")]
+    return {path.stem: digest(path) for path in files}
+
+
 def held_out(args, kinds=("surface",)):
-    split = getattr(args, "split", "test")
-    if args.data and split == "validation":
-        raise UserError("files have no validation split; leave --split out")
-    return prepare(split, out=args.cache, kinds=kinds, data=args.data)
-
-
-def clouds_and_classes(split, seed):
-    """A cloud of every shape, r k 3, and its class."""
-    return split.cloud(range(len(split)), POINTS, np.random.default_rng(seed))[0], np.array(split.classes)
+    return prepare(getattr(args, "split", "test"), out=args.cache, kinds=kinds, data=args.data)
 
 
 def longest_captions(split, rows):
     return [max(split.captions[row], key=len) for row in rows]
 
 
+# ---------------------------------------------------------------------------- results
+
 def result_cache(args, label, folder, *modules, what=None, **settings):
-    """The cache of a checkpoint and a command, or of `what` several commands share. It belongs to the weights, to these
-    settings and to the code: that of sample.py, of the model, and of the research modules that measure."""
-    rep = f"-{args.rep}" if "rep" in args else ""
+    """The cache of a checkpoint and a command, or of `what` several commands share. Its key: the weights, these
+    settings, and the code of sample.py, of the models, and of the research modules that measure."""
     models = closure("sample", *(f"relatives.{name}" for name in RELATIVES))
-    code = code_digest(*models, "judge", "research.exam", peers.__name__, *modules)
-    settings |= dict(seed=args.seed, weights=weights(folder), code=code)
-    settings["sampling"] = read_config(folder).get("backbone", {}).get("sampling")
-    settings["data"] = Files("test", args.data).name if args.data else None
-    settings |= dict(resolution=getattr(args, "resolution", None), split=getattr(args, "split", ""))
-    return ResultCache(f"{args.out}/{what or args.command}{rep}/{label}", **settings)
+    settings |= {key: getattr(args, key, None) for key in ("rep", "seed", "resolution", "split")}
+    settings |= dict(weights=weights(folder), sampling=read_config(folder).get("backbone", {}).get("sampling"),
+                     data=Files("test", args.data).name if args.data else None,
+                     code=code_digest(*models, "judge", "research.exam", peers.__name__, *modules))
+    return ResultCache(f"{args.out}/{what or args.command}/{label}", **settings)
 
 
-# ---------------------------------------------------------------------------- samples
+def each_shape(args, test, cache, judge):
+    """judge(row, rng), or what is cached of it, of the first --shapes shapes. Classes take turns: they are balanced."""
+    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):
+        if str(row) not in cache:
+            cache.write(str(row), judge(row, np.random.default_rng((args.seed, row))))
+    return [cache.read(str(row)) for row in range(min(args.shapes, len(test)))]
+
 
 class Job(NamedTuple):
     """A sample to generate. With the seed (s, i) it is sample i of `sample.py --n ... --seed s`."""
@@ -88,10 +108,7 @@ def sample_all(model, jobs, cache, result_of, **options):
                 cache.write(job.name, {"seconds": seconds} | result_of(x, job))
                 bar.update()
     results = [cache.read(job.name) for job in jobs]
-    try:
-        return {key: np.stack([result[key] for result in results]) for key in results[0]}
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{cache.folder} holds results of different forms ({error}); delete the folder") from None
+    return {key: np.stack([result[key] for result in results]) for key in results[0]}
 
 
 def shape_result(model, rep, resolution, points=POINTS):
@@ -108,37 +125,3 @@ def shape_result(model, rep, resolution, points=POINTS):
 def picture_of(model, args, tokens, job, size=192):
     """The picture of a sample: its tokens n c as an array, decoded."""
     return model.decode(torch.from_numpy(tokens), args.rep, job.seed, args.resolution).picture(size)
-
-
-def last_stage(folder):
-    """The stage of a folder that generates."""
-    return "backbone" if (name := model_in(folder)) == "ltm3d" else f"{name}-generator"
-
-
-def open_tokenizer(folder, rep, device):
-    """-> what turns clouds of `points` points into tokens, {rep: what decodes them}; of any model."""
-    if (name := model_in(folder)) == "ltm3d":
-        return tokenizer.load(folder).to(device), heads.load(folder, [rep], device)
-    model = import_module(f"relatives.{name}")
-    if rep not in model.REPS:
-        raise UserError(f"{name}, the model in {folder}, generates {', '.join(model.REPS)}, not {rep}")
-    return model.open_tokenizer(folder, [rep], device)
-
-
-@torch.no_grad()
-def judge_reconstructions(args, folder, cache, judge):
-    """Encode held-out shapes -> a row for each: its class and what judge(heads, tokens n c, set, row, ...) measures."""
-    device, autocast, reason = pick_device(args.device, args.precision)
-    print(f"{folder}, running on {reason}")
-    encoder, decoders = open_tokenizer(folder, args.rep, device)
-    test = held_out(args, list(dict.fromkeys(["surface", *kinds_of([heads.HEADS[args.rep]])])))
-    results = []
-    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):       # classes take turns: balanced
-        if str(row) not in cache:
-            rng = np.random.default_rng((args.seed, row))
-            cloud = [x.to(device) for x in test.cloud([row], encoder.points, rng)]          # 1 k 3 each
-            with autocast():
-                tokens = encoder(*cloud)[0].float()                               # n c
-            cache.write(str(row), judge(decoders, tokens, test, row, rng, autocast))
-        results.append({"class": test.classes[row]} | {key: float(x) for key, x in cache.read(str(row)).items()})
-    return results

@@ -7,10 +7,7 @@ experiments share their first row.
     python evaluate.py versus            # and ablate-prefix, ablate-denoiser, latent-spaces: these train (VARIANTS)
     python evaluate.py overfit           # the paper's first experiment: ten shapes of one class
 """
-import os
 import re
-import signal
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -18,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import train
 from data import prepare
 from engine.commands import UserError
-from engine.files import read_config, read_stage, read_weights, trained_stages
+from engine.files import read_config, read_stage, read_weights
 from geometry.metrics import chamfer, chamfer_matrix
 from research import exam, metrics
-from research.closure import ROOT
-from research.results import interval, weights, write_table
+from research.exam import weights
+from research.results import interval, write_table
 from research.scores import Exam
 
 GUIDANCE = 1.5, 2., 3., 4.      # for each variant the one with the best prompt score on captions of validation shapes
@@ -50,14 +48,9 @@ VARIANTS = {  # experiment: {variant: (flags of training, share of the steps, op
 # ---------------------------------------------------------------------------- training
 
 def launch(flags):
-    """Trains in a process of its own -> its exit status. If this process is stopped, that one has time to save."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    with subprocess.Popen([sys.executable, "-m", "research.peers", *flags], env=environment) as child:
-        while True:
-            try:
-                return child.wait()
-            except KeyboardInterrupt:
-                child.send_signal(signal.SIGINT)
+    """train.py with these flags. After Ctrl-C it saves and ends this process, too."""
+    sys.argv = ["train.py", *flags]
+    train.main()
 
 
 def train_stages(args, name, seed, flags, stages):
@@ -71,31 +64,18 @@ def train_stages(args, name, seed, flags, stages):
         if entry is None:
             print(f"training {stage} in {folder}")
             command = flags | {"--stage": stage}
-            status = launch([str(word) for flag in command.items() if flag[1] is not None for word in flag])
-            if status == 130:
-                raise KeyboardInterrupt
-            if status:
-                raise UserError(f"training {folder} ended with status {status}; see above")
+            launch([str(word) for flag in command.items() if flag[1] is not None for word in flag])
             continue
-        trained = [int(entry["data"].split("-")[2]), entry["steps"], entry["batch"]]        # shapes-train-COUNT-...
-        if trained != [flags["--shapes"], flags["--steps"], flags["--batch"]]:
-            raise UserError(f"{folder} was trained with --train-shapes {trained[0]} --steps {trained[1]} --batch "
-                            f"{trained[2]}; give another --runs")
         own = {name: digest for name, digest in weights(folder).items() if name in stages}
-        sources = weights(flags["--from"]) | own
-        if other := [name for name, digest in entry["made_with"].items() if sources.get(name) != digest]:
-            raise UserError(f"{folder} was trained with another {other[0]} than that in {flags['--from']}; "
-                            "give another --runs")
+        sources, count = weights(flags["--from"]) | own, int(entry["data"].split("-")[2])   # shapes-train-COUNT-...
+        if ([count, entry["steps"], entry["batch"]] != [flags["--shapes"], flags["--steps"], flags["--batch"]]
+                or any(sources.get(name) != digest for name, digest in entry["made_with"].items())):
+            raise UserError(f"{folder} was trained with other flags, or with other weights than those in "
+                            f"{flags['--from']}; give another --runs")
     return folder
 
 
-def refuse_trained(args, stage):
-    """For experiments that train a stage of a relative themselves, on LTM3D's tokens."""
-    if stage in trained_stages(args.checkpoint[0]):
-        raise UserError(f"{args.command} trains {stage} itself; --checkpoint takes a folder without, checkpoints/tiny")
-
-
-def train(args, variant, share, seed):
+def train_variant(args, variant, share, seed):
     """A generator with the flags of a variant and its share of the steps; -> its folder."""
     words = variant.split()                                   # --flag value --flag value ...
     flags, steps = dict(zip(words[::2], words[1::2])), -(-args.steps * share // 1)
@@ -107,18 +87,12 @@ def train(args, variant, share, seed):
 
 # ---------------------------------------------------------------------------- comparing
 
-def variant_cache(args, what, folder, options):
-    """The cache of the samples of a trained variant, by these options of sampling."""
-    label = "-".join([folder.name, *(f"{key}-{value}" for key, value in options.items())])
-    return exam.result_cache(args, label, folder, what=what, options=options)
-
-
 def best_guidance(args, validation, folder, options):
     """The GUIDANCE with the best prompt score on captions of validation shapes."""
     model, scores = exam.open_model(args, folder), {}
     result_of = exam.shape_result(model, args.rep, args.resolution)
     for cfg in GUIDANCE:
-        cache = variant_cache(validation.args, "guidance", folder, options | {"cfg": cfg})
+        cache = exam.result_cache(validation.args, folder.name, folder, what="guidance", options=options, cfg=cfg)
         results = exam.sample_all(model, validation.captioned, cache, result_of, **options, cfg=cfg)
         features = validation.scorer.clouds(*(results[key] for key in exam.CLOUD))            # r e
         scores[cfg] = metrics.prompt_score(validation.prompt_features, features)
@@ -131,15 +105,15 @@ def compare_variants(args):
     if any("rgs" in options for *_, options in variants.values()):
         read_stage(args.checkpoint[0], "reconstruct")         # a missing one is an error now, not after hours
     benchmark, rows = Exam(args, args.n, args.shapes), []
-    if not benchmark.scorer.text:
-        raise UserError(f"{args.scorer} scores no prompts, by which guidance is chosen; give another --scorer")
     validation = Exam(Namespace(**vars(args) | {"split": "validation"}), args.n, args.shapes // 2)
-    folders = {name: [train(args, flags, share, seed) for seed in range(args.seeds)]
+    folders = {name: [train_variant(args, flags, share, seed) for seed in range(args.seeds)]
                for name, (flags, share, _) in variants.items()}
     for name, (*_, options) in variants.items():
         options = options | {"cfg": best_guidance(args, validation, folders[name][0], options)}
-        scores = [benchmark.scores(exam.open_model(args, folder), variant_cache(args, "variants", folder, options),
-                                   **options)[0] for folder in folders[name]]
+        caches = [exam.result_cache(args, folder.name, folder, what="variants", options=options)
+                  for folder in folders[name]]
+        scores = [benchmark.scores(exam.open_model(args, folder), cache, **options)[0]
+                  for folder, cache in zip(folders[name], caches)]
         stages = [exam.last_stage(folders[name][0]), *["reconstruct"] * ("rgs" in options)]
         config = [read_config(folder) for folder in folders[name]]
         files = [read_weights(folders[name][0] / f"{stage}.safetensors") for stage in stages]
@@ -155,7 +129,7 @@ def compare_variants(args):
 
 def overfit(args):
     """Trains on ten chairs: does each longest caption give its shape? (The paper's first experiment.)"""
-    folder = train(args, f"--classes chair --shapes {args.train_shapes}", 1, 0)
+    folder = train_variant(args, "--classes chair", 1, 0)
     split = prepare("train", args.train_shapes, args.cache, classes=["chair"])
     captions, model = exam.longest_captions(split, range(len(split))), exam.open_model(args, folder)
     jobs = [exam.Job(f"shape-{row}", text, None, (args.seed, row)) for row, text in enumerate(captions)]
@@ -168,6 +142,5 @@ def overfit(args):
     for i, text in enumerate(captions):
         others = torch.arange(len(split)) != i
         rows.append({"caption": text, "Chamfer": distance[i, i].item(), "its floor": chamfer(true[i], second[i]),
-                     "nearest of the others": distance[i, others].min().item(),
-                     "nearest is its own": float(captions[distance[i].argmin()] == text)})
+                     "nearest of the others": distance[i, others].min().item()})
     write_table(args.out, args.command, rows, mean_row=True)

@@ -1,8 +1,6 @@
 """memory.py - are samples copies? Their distance to training shapes, over that of held-out shapes.
 
 The distance of two surfaces is that of their tokens, by LTM3D's tokenizer: the folder's own, if it has one.
-
-    python evaluate.py generate                  # one of its columns; and evaluate.py names
 """
 from pathlib import Path
 
@@ -49,10 +47,6 @@ class Memory:
             tokens = [self.encoder(*(x.to(self.device) for x in chunk)).float().cpu() for chunk in chunks]
         return torch.cat(tokens).flatten(1)
 
-    def ratio(self, x, new):
-        """Distance of vectors s (n c) to their nearest training shapes, over that of held-out shapes."""
-        return metrics.memorisation(x, new, self.known)
-
 
 def score_memorisation(train, args, model, samples, new):
     """`memorisation` of samples, by held-out shapes `new`; and of copies: training shapes, with other points. A set of
@@ -65,4 +59,5 @@ def score_memorisation(train, args, model, samples, new):
     copies = [train.shape(row).surface(points, np.random.default_rng(row)) for row in range(min(len(train), BATCH))]
     copies = [np.float32(x) for x in map(np.stack, zip(*copies))]                 # b k 3 each
     samples, copies, new = map(memory.vectors, (samples, copies, new))            # s (n c) each
-    return {"memorisation": memory.ratio(samples, new), "of copies": memory.ratio(copies, new)}
+    return {"memorisation": metrics.memorisation(samples, new, memory.known),
+            "of copies": metrics.memorisation(copies, new, memory.known)}

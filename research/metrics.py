@@ -10,16 +10,10 @@ from geometry.metrics import chamfer_matrix, check, check_two
 
 # ---------------------------------------------------------------------------- sets of clouds
 
-def distances_to_others(clouds):
-    """`chamfer` from every cloud to every other: n k 3 -> n (n - 1)."""
-    n = len(check(clouds, "the set of clouds", 2, "n k 3"))
-    return chamfer_matrix(clouds, clouds)[~torch.eye(n, dtype=torch.bool)].reshape(n, n - 1)
-
-
 def diversity(clouds):
-    """Mean Chamfer distance of all pairs of different clouds: n k 3, n at least 2. Of samples of one prompt it says how
-    different they are; of samples of several views of one shape it is cross-view consistency, where less is better."""
-    return distances_to_others(clouds).mean().item()
+    """Mean Chamfer distance of all pairs of different clouds: n k 3, n at least 2."""
+    n = len(check(clouds, "the set of clouds", 2, "n k 3"))
+    return chamfer_matrix(clouds, clouds)[~torch.eye(n, dtype=torch.bool)].mean().item()
 
 
 def mmd_cov_1nna(samples, references):

@@ -11,7 +11,7 @@ from geometry.training_samples import vertex_coloured
 from research import exam, metrics
 from research.memory import Memory, training_set_of
 from research.quality import save_sheet
-from research.results import labels, write_tables
+from research.results import labels, write_table
 from research.scores import Scorer
 
 
@@ -19,33 +19,30 @@ from research.scores import Scorer
 def evaluate_names(args):
     """Samples 200 names of training shapes: is its own name the nearest of all, and is it a copy?"""
     train, test = (prepare(split, None, args.cache, data=args.data) for split in ("train", "test"))
-    names, first = np.unique(train.classes, return_index=True)                    # first: one shape of each name
-    chosen = np.linspace(0, len(names) - 1, min(200, len(names))).astype(int)
-    names, first = names[chosen].tolist(), first[chosen]
+    names = np.unique(train.classes)
+    names, rows = names[np.linspace(0, len(names) - 1, min(200, len(names))).astype(int)].tolist(), []
     jobs = [exam.Job(f"name-{name}", name, None, (args.seed, i)) for i, name in enumerate(names)]
-    true = train.cloud(first, exam.POINTS, np.random.default_rng(args.seed))                              # r k 3 each
     new = test.cloud(range(len(test)), exam.POINTS, np.random.default_rng(args.seed))                     # h k 3 each
-    tables = {}
     for folder, label in labels(args.checkpoint).items():
         training_set_of(folder, args)                         # an error, if it learnt from other files
         cache, model = exam.result_cache(args, label, folder), exam.open_model(args, folder)
-        scorer, memory = Scorer(folder, args.device or "cpu"), Memory(folder, model.device, model.autocast, train)
+        scorer, memory = Scorer(folder, args.device), Memory(folder, model.device, model.autocast, train)
         results = exam.sample_all(model, jobs, cache, exam.shape_result(model, args.rep, args.resolution))
-        prompts, own = scorer.texts(names), np.eye(len(names), dtype=bool)        # r e, r r
-        clouds = {"training shapes": true, "samples": [results[key] for key in exam.CLOUD]}
-        vectors, held_out = {what: memory.vectors(cloud) for what, cloud in clouds.items()}, memory.vectors(new)
-        tables[label] = [{"": what, "R-precision": metrics.r_precision(prompts, scorer.clouds(*cloud), own),
-                          "memorisation": memory.ratio(vectors[what], held_out)} for what, cloud in clouds.items()]
+        cloud, own = [results[key] for key in exam.CLOUD], np.eye(len(names), dtype=bool)                 # r r
+        vectors = memory.vectors(cloud)                                           # r (n c)
+        rows.append({"checkpoint": label,
+                     "R-precision": metrics.r_precision(scorer.texts(names), scorer.clouds(*cloud), own),
+                     "memorisation": metrics.memorisation(vectors, memory.vectors(new), memory.known)})
 
         # forty samples, evenly spread; on a second sheet each beside its nearest training shape
-        nearest = torch.cdist(vectors["samples"], memory.known).argmin(1).tolist()
-        rows = np.linspace(0, len(jobs) - 1, min(40, len(jobs))).astype(int)
-        samples = [exam.picture_of(model, args, results["tokens"][i], jobs[i], 160) for i in rows]
+        nearest = torch.cdist(vectors, memory.known).argmin(1).tolist()
+        chosen = np.linspace(0, len(jobs) - 1, min(40, len(jobs))).astype(int)
+        samples = [exam.picture_of(model, args, results["tokens"][i], jobs[i], 160) for i in chosen]
         pairs = [(sample, render_mesh(*vertex_coloured(train.shape(nearest[i])), size=160))
-                 for i, sample in zip(rows, samples)]
-        titles = [(names[i], train.captions[nearest[i]][-1]) for i in rows]
-        save_sheet(args, f"names-{args.rep}-{label}", samples, 8, [names[i] for i in rows])
+                 for i, sample in zip(chosen, samples)]
+        titles = [(names[i], train.captions[nearest[i]][-1]) for i in chosen]
+        save_sheet(args, f"names-{args.rep}-{label}", samples, 8, [names[i] for i in chosen])
         save_sheet(args, f"names-{args.rep}-{label}-nearest", sum(pairs, ()), 8, sum(titles, ()))
     print(f"{len(names)} names. R-precision: the share whose nearest name, of all of these, is its own. memorisation: "
           "the distance to the nearest training shape, in tokens of surfaces, over that of held-out shapes")
-    write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
+    write_table(args.out, f"{args.command}-{args.rep}", rows)

@@ -1,18 +1,10 @@
 """peers.py - the peers of backbone.py: same shape tokens, same prompts, as many parameters, to 8 %.
 
-Two other ways to model all tokens x_1 ... x_n of a shape given a prompt T:
-
     diffusion        p(X | T): a transformer denoises all tokens at once (as the generator of 3DShape2VecSet)
     autoregressive   prod_i p(x_i | x_1 ... x_{i-1}, T): one token after the other, in a fixed order, by a DenoiseNet
-
-The masked backbone with another prefix, and on a harder task:
-
-    queries          the prefix of the paper: the q outputs of learnt queries alone
-    spaces           four latent spaces, each rotated differently: the paper's reason for a backbone per representation
-
-And a part of LoST:
-
-    without-rida     its decoder learns from the flow alone
+    queries          the masked backbone with the prefix of the paper: the q outputs of learnt queries alone
+    spaces           the masked backbone for four latent spaces, each rotated differently
+    without-rida     LoST: its decoder learns from the flow alone
 
     python -m research.peers --from checkpoints/tiny --variant diffusion --out runs/diffusion       # flags of train.py
     python evaluate.py versus                                                                       # compares them
@@ -69,17 +61,16 @@ class Diffusion(nn.Module):
         return self.denoiser.loss(partial(self.net, mask=mask), rearrange(x, "b n c -> b (n c)"), prefix)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, denoise_steps=STEPS, cfg=2., temperature=1., blend=None, **_):
+    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
         """As Backbone.generate, without unmasking steps, and without known tokens that RGS could blend."""
         if blend:
             raise UserError("RGS blends known tokens, and this checkpoint denoises all at once; give --rgs none")
-        device, steps = self.place.device, denoise_steps or STEPS
+        steps = denoise_steps or STEPS
         noise_shape = self.denoiser.draws(steps), self.tokens * self.channels
-        noise = draw_noise(map(np.random.default_rng, seeds), noise_shape, device)                   # b s (n c)
+        noise = draw_noise(map(np.random.default_rng, seeds), noise_shape, self.place.device)        # b s (n c)
         condition, strengths = split_condition(condition, cfg)
         prefix, mask = self.prefix(condition)                                     # (r b) p d, (r b) p
-        net = partial(self.net, mask=mask)
-        x = self.denoiser.sample(net, prefix, noise, steps, strengths, temperature)                  # b (n c)
+        x = self.denoiser.sample(partial(self.net, mask=mask), prefix, noise, steps, strengths, temperature)
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
@@ -152,12 +143,11 @@ class Spaces(Backbone):
 
 
 class WithoutRIDA(lost.Codec):
-    """Its decoder learns from the flow alone."""
-    MEANING = 0.
+    MEANING = 0.                                              # weight of RIDA
 
 
 PEERS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "spaces": Spaces}
-BACKBONES.update(PEERS)                                       # the choices of --variant, for training and loading
+BACKBONES.update(PEERS)                                       # choices of --variant
 lost.CODECS["without-rida"] = WithoutRIDA
 
 if __name__ == "__main__":

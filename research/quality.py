@@ -2,14 +2,14 @@
 
     python evaluate.py tokenizer                 # and generate, retrieval, images, cross-view
 """
-from functools import partial
 from itertools import combinations
 
 import numpy as np
 import torch
 from einops import repeat
 
-from data import turned_back, turns_to_front
+import heads
+from data import kinds_of, turned_back, turns_to_front
 from engine.commands import pick_device
 from geometry import training_pictures, training_samples
 from geometry.metrics import chamfer, chamfer_matrix, emd, fscore
@@ -29,15 +29,22 @@ def save_sheet(args, name, *sheet):
 
 def evaluate_tokenizer(args):
     """Encodes and decodes held-out shapes."""
-    measure, tables = JUDGES[args.rep], {}
+    (device, autocast, _), tables = pick_device(args.device, args.precision), {}
+    test = exam.held_out(args, list(dict.fromkeys(["surface", *kinds_of([heads.HEADS[args.rep]])])))
     for folder, label in labels(args.checkpoint).items():
-        cache = exam.result_cache(args, label, folder)
-        results = exam.judge_reconstructions(args, folder, cache, partial(measure, points=100_000))
-        tables[label] = []
-        for name in sorted({result["class"] for result in results}):
-            rows = [result for result in results if result["class"] == name]
-            tables[label].append({"class": name, "shapes": str(len(rows))} | mean(rows))
-    print(" ".join(measure.__doc__.split()))
+        encoder, decoders = exam.open_tokenizer(folder, args.rep, device)
+
+        @torch.no_grad()
+        def judge(row, rng):
+            with autocast():
+                cloud = test.cloud([row], encoder.points, rng)                    # 1 k 3 each
+                tokens = encoder(*(x.to(device) for x in cloud))[0].float()       # n c
+            return JUDGES[args.rep](decoders, tokens, test, row, rng, autocast, points=100_000)
+
+        results = exam.each_shape(args, test, exam.result_cache(args, label, folder), judge)
+        tables[label] = [{"class": name} | mean([x for x, other in zip(results, test.classes) if other == name])
+                         for name in sorted({*test.classes[:len(results)]})]
+    print(" ".join(JUDGES[args.rep].__doc__.split()))
     write_tables(args.out, f"{args.command}-{args.rep}", tables)
 
 
@@ -62,16 +69,15 @@ def evaluate_generate(args):
 
 def evaluate_retrieval(args):
     """Finds the clouds of 200 held-out shapes by a full caption, by a picture of any side."""
-    device, autocast, reason = pick_device(args.device, args.precision)
-    print(f"running on {reason}")
+    device, autocast, _ = pick_device(args.device, args.precision)
     test, tables = exam.held_out(args, ("surface", "pictures")), {}
     for folder, label in labels(args.checkpoint).items():
         towers, vision = text_tower.load(folder).to(device), image_tower.load(folder).to(device)
         with autocast():
             recalls = {"caption": caption_retrieval(towers, test),
                        "picture": picture_retrieval(vision, towers, test)}
-        tables[label] = [{"prompt": kind, "shapes": str(found["shapes"]), "R@1": found["recall_at_1"],
-                          "R@5": found["recall_at_5"]} for kind, found in recalls.items()]
+        tables[label] = [{"prompt": kind, "R@1": found["recall_at_1"], "R@5": found["recall_at_5"]}
+                         for kind, found in recalls.items()]
     write_tables(args.out, args.command, tables, means=False)
 
 
@@ -80,18 +86,16 @@ def evaluate_retrieval(args):
 def evaluate_images(args):
     """Samples from the name, any caption, the longest one, a picture, the last two of a held-out shape."""
     test, tables = exam.held_out(args, ("surface", "pictures")), {}
-    references, classes = exam.clouds_and_classes(test, args.seed)
-    rows = np.arange(min(args.shapes, len(test)))
+    references, classes = test.cloud(range(len(test)), exam.POINTS, np.random.default_rng(args.seed))[0], test.classes
+    rows, rng = np.arange(min(args.shapes, len(test))), np.random.default_rng(args.seed)
     any_caption, longest = test.draw_captions(rows, np.random.default_rng(args.seed)), exam.longest_captions(test, rows)
-    rng = np.random.default_rng(args.seed)
     which = rng.integers(test.source.pictures, size=len(rows))                    # r, a picture of each shape
     pictures, turns = test.pictures(rows, rng, which), test.turns(rows, which)    # r 3 s s, r
     true, again = ([test.shape(row).surface(8192, np.random.default_rng((args.seed, row, i)))[0] for row in rows]
                    for i in range(2))                         # r times k 3
     nothing = [None] * len(rows)
-    prompts = {"name": (classes[rows].tolist(), nothing), "any caption": (any_caption, nothing),
-               "longest caption": (longest, nothing), "picture": (nothing, pictures),
-               "picture and longest caption": (longest, pictures)}
+    prompts = {"name": (classes, nothing), "any caption": (any_caption, nothing), "longest caption": (longest, nothing),
+               "picture": (nothing, pictures), "picture and longest caption": (longest, pictures)}
     distances = lambda pairs: {"Chamfer": np.mean([chamfer(*pair) for pair in pairs]),
                                "F-score": np.mean([fscore(*pair, .05) for pair in pairs])}
     floor = {"prompt": "(two samplings of the true surface)", **distances([*zip(true, again)]), "right class": ""}
@@ -104,10 +108,10 @@ def evaluate_images(args):
                     for row, text, image in zip(rows, texts, images)]
             results = exam.sample_all(model, jobs, cache, result_of)
             points = results["points"] if images is nothing else turned_back(results["points"], turns)    # r k 3
-            clouds = torch.from_numpy(points[:, :exam.POINTS].copy())
-            nearest = chamfer_matrix(clouds, references).argmin(1)                # r
+            nearest = chamfer_matrix(points[:, :exam.POINTS].copy(), references).argmin(1)                # r
             tables[label].append({"prompt": prompt, **distances([*zip(points, true)]),
-                                  "right class": np.mean(classes[nearest] == classes[rows])})
+                                  "right class": np.mean([classes[near] == classes[row]
+                                                          for near, row in zip(nearest, rows)])})
             if prompt == "picture":                           # sixty of them, evenly spread, each beside its sample
                 chosen = np.linspace(0, len(jobs) - 1, min(60, len(jobs))).astype(int)
                 samples = [exam.picture_of(model, args, results["tokens"][i], jobs[i], 128) for i in chosen]

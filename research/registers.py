@@ -4,7 +4,6 @@
     python evaluate.py search         # R@1, R@3 of several features
     python evaluate.py ablate-rida    # trained with RIDA and without
 """
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,24 +12,24 @@ from tqdm import tqdm
 
 import heads
 import tokenizer
-from engine.commands import pick_device
+from engine.commands import UserError, pick_device
+from engine.files import trained_stages
 from geometry.metrics import chamfer, chamfer_matrix
 from geometry.render import render_mesh
 from geometry.training_samples import vertex_coloured
 from relatives import lost, relations
 from relatives.search import find_folder
 from research import exam
-from research.experiments import refuse_trained, train_stages
+from research.experiments import train_stages
 from research.metrics import cosine
 from research.quality import save_sheet
 from research.results import interval, labels, write_table, write_tables
 from research.scores import Scorer
 
 STAGES = "lost-student", "lost-registers"
-SEEDS = 3           # of a prefix, in the picture
 POINTS = 8192       # for Chamfer distances; of fewer, it is mostly that of two samplings
 FEW_POINTS = 256    # tell which shape is nearest
-FEW = 1, 2, 4       # numbers of registers, by which trainings with RIDA and without are compared
+FEW = 1, 4          # numbers of registers, by which trainings with RIDA and without are compared
 
 
 class Opened:
@@ -38,8 +37,7 @@ class Opened:
 
     def __init__(self, args, folder):
         folder = find_folder(folder, *STAGES)
-        self.device, self.autocast, reason = pick_device(args.device, args.precision)
-        print(f"{folder}, running on {reason}")
+        self.device, self.autocast, _ = pick_device(args.device, args.precision)
         parts = tokenizer.load(folder), lost.load_codec(folder), lost.load_student(folder)
         self.tokenizer, self.codec, self.student = (part.to(self.device) for part in parts)
         self.heads, self.test = heads.load(folder, ["sdf"], self.device), exam.held_out(args)
@@ -62,28 +60,26 @@ class Opened:
 def judge_registers(args, label, folder, only=()):
     """-> {k: mean scores of held-out shapes, decoded from k registers; None: from their tokens}; the Chamfer distance
     of two samplings of a shape; the model. only: these k."""
-    model, scorer = Opened(args, folder), Scorer(args.scorer, args.device or "cpu")
-    lengths, results = [k for k in (*model.codec.lengths, None) if not only or k in only], []
+    model, scorer = Opened(args, folder), Scorer(args.scorer, args.device)
+    lengths = [k for k in (*model.codec.lengths, None) if not only or k in only]
+
+    def judge(row, rng):
+        tokens = model.tokens(row, args.seed)
+        clouds = [model.mesh(tokens, k, (args.seed, row), rng).surface(POINTS, rng) for k in lengths]
+        true, second = (model.test.shape(row).surface(POINTS, rng)[0] for _ in range(2))
+        return {name: np.float32([x[:exam.POINTS] for x in xs]) for name, xs in zip(exam.CLOUD, zip(*clouds))} | {
+            "Chamfer": [chamfer(x, true) for x, *_ in clouds], "floor": chamfer(second, true)}
+
     cache = exam.result_cache(args, label, folder, "research.registers", what="registers", lengths=lengths)
-    count = min(args.shapes, len(model.test))
-    for row in tqdm(range(count), unit="shape"):
-        if str(row) not in cache:
-            tokens, rng = model.tokens(row, args.seed), np.random.default_rng((args.seed, row))
-            meshes = [model.mesh(tokens, k, (args.seed, row), rng) for k in lengths]
-            clouds = [mesh.surface(POINTS, rng) for mesh in meshes]
-            true, second = (model.test.shape(row).surface(POINTS, rng)[0] for _ in range(2))
-            result = {name: np.float32([x[:exam.POINTS] for x in xs]) for name, xs in zip(exam.CLOUD, zip(*clouds))}
-            distances = {"Chamfer": [chamfer(x, true) for x, *_ in clouds], "floor": chamfer(second, true)}
-            cache.write(str(row), result | distances)
-        results.append(cache.read(str(row)))
+    results = exam.each_shape(args, model.test, cache, judge)
     held_out = model.test.cloud(range(len(model.test)), exam.POINTS, np.random.default_rng(args.seed))    # r k 3 each
-    features, classes = scorer.clouds(*(x[:count] for x in held_out)), np.array(model.test.classes)
-    scores = {}
+    count, classes, scores = len(results), np.array(model.test.classes), {}
+    features = scorer.clouds(*(x[:count] for x in held_out))
     for i, k in enumerate(lengths):
-        made = [torch.from_numpy(np.stack([result[name][i] for result in results])) for name in exam.CLOUD]
-        distance = chamfer_matrix(made[0][:, :FEW_POINTS], held_out[0][:, :FEW_POINTS])                   # s r
+        clouds = [torch.from_numpy(np.stack([result[name][i] for result in results])) for name in exam.CLOUD]
+        distance = chamfer_matrix(clouds[0][:, :FEW_POINTS], held_out[0][:, :FEW_POINTS])                 # s r
         distance[range(count), range(count)] = torch.inf      # a shape is not its own neighbour
-        scores[k] = {"similarity": np.diag(cosine(features, scorer.clouds(*made))).mean(),
+        scores[k] = {"similarity": np.diag(cosine(features, scorer.clouds(*clouds))).mean(),
                      "right class": np.mean(classes[distance.argmin(1)] == classes[:count]),
                      "Chamfer": np.mean([result["Chamfer"][i] for result in results])}
     return scores, np.mean([result["floor"] for result in results]), model
@@ -103,15 +99,16 @@ def evaluate_registers(args):
 
 def draw_prefixes(args, label, model):
     """A row for each of four shapes: from 1, 2, 4 ... registers, then the shape. Below, the first shape from 1, 4 and
-    all registers, with several seeds."""
+    all registers, with three seeds."""
     rng, pictures, names = np.random.default_rng(0), [], [*map(str, model.codec.lengths), "the shape"]
     rows = [model.test.classes.index(name) for name in dict.fromkeys(model.test.classes)][:4]     # of four classes
-    tokens = [model.tokens(row, args.seed) for row in rows]
-    for row, x in zip(rows, tokens):
-        pictures += [model.mesh(x, k, (args.seed, row), rng).picture(160) for k in model.codec.lengths]
+    for row in rows:
+        tokens = model.tokens(row, args.seed)
+        pictures += [model.mesh(tokens, k, (args.seed, row), rng).picture(160) for k in model.codec.lengths]
         pictures.append(render_mesh(*vertex_coloured(model.test.shape(row)), size=160))
-    seeds = [(k, seed) for k in (1, 4, model.codec.count) for seed in range(SEEDS)][:len(names)]
-    pictures += [model.mesh(tokens[0], k, seed, rng).picture(160) for k, seed in seeds]
+    tokens = model.tokens(rows[0], args.seed)
+    seeds = [(k, seed) for k in (1, 4, model.codec.count) for seed in range(3)][:len(names)]
+    pictures += [model.mesh(tokens, k, seed, rng).picture(160) for k, seed in seeds]
     titles = names * len(rows) + [f"{k}, seed {seed}" for k, seed in seeds]
     save_sheet(args, f"{args.command}-{label}", pictures, len(names), titles)
 
@@ -123,7 +120,7 @@ def evaluate_search(args):
     """Searches held-out shapes by held-out shapes, with several features."""
     tables = {}
     for folder, label in labels(args.checkpoint).items():
-        model, scorer = Opened(args, folder), Scorer(args.scorer, args.device or "cpu")
+        model, scorer = Opened(args, folder), Scorer(args.scorer, args.device)
         facts = relations.facts(model.test)
         shared = np.array([[len(a & b) / len(a | b) for b in facts] for a in facts])                  # r r
         tokens = torch.cat([model.tokens(row, args.seed) for row in tqdm(range(len(facts)), unit="shape")])
@@ -155,18 +152,18 @@ def recall(x, shared, k):
 
 def compare_rida(args):
     """Trains registers with RIDA and without, with every seed."""
-    refuse_trained(args, "lost-registers")
-    rows = []
-    for variant, title in (("", "with RIDA"), ("without-rida", "without")):
-        scores = []
-        for seed in range(args.seeds):
-            flags = {"--model": "lost", "--variant": variant or None}
-            if variant:                                       # the student is copied; it teaches nothing here
-                flags["--from"] = Path(args.runs) / f"lost-{seed}"
-            folder = train_stages(args, f"{variant or 'lost'}-{seed}", seed, flags, STAGES[1:] if variant else STAGES)
-            scores.append(judge_registers(args, folder.name, folder, FEW)[0])
-        for k in scores[0]:
-            rows.append({"decoder": title, "registers": str(k)} | {
-                key: interval([score[k][key] for score in scores]) for key in scores[0][k]})
+    if "lost-registers" in trained_stages(args.checkpoint[0]):
+        raise UserError(f"{args.command} trains lost-registers itself; --checkpoint takes a folder without, "
+                        "checkpoints/tiny")
+    rows, seeds = [], range(args.seeds)
+    flags = {"--model": "lost"}
+    folders = {"with RIDA": [train_stages(args, f"lost-{seed}", seed, flags, STAGES) for seed in seeds]}
+    folders["without"] = [                                    # the student is copied; it teaches nothing here
+        train_stages(args, f"without-rida-{seed}", seed, flags | {"--variant": "without-rida", "--from": folder},
+                     STAGES[1:]) for seed, folder in zip(seeds, folders["with RIDA"])]
+    for title, trained in folders.items():
+        scores = [judge_registers(args, folder.name, folder, FEW)[0] for folder in trained]
+        rows += [{"decoder": title, "registers": str(k)}
+                 | {key: interval([score[k][key] for score in scores]) for key in scores[0][k]} for k in scores[0]]
     print(f"means of {args.seeds} trainings, with 95 % confidence intervals; else as evaluate.py registers says")
     write_table(args.out, args.command, rows)

@@ -1,11 +1,11 @@
 """results.py - the output of evaluate.py: tables, and a cache of single results.
 
-Each slow result has a file of its own, so a run that was stopped resumes. A table is a list of rows: dicts with the
-same keys, texts first. A number may be an Interval.
+A table is a list of rows: dicts with the same keys, texts first. A number may be an Interval.
 """
 import csv
 import json
 import zipfile
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
@@ -13,34 +13,20 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.commands import UserError
-from engine.files import atomic_write, digest
+from engine.files import atomic_write
 
 
 class ResultCache:
-    """A folder of results, dicts of arrays, that were all computed with the same settings."""
+    """A folder of results, dicts of arrays, each in a file of its own: a run that was stopped resumes. The folder's
+    name ends with a digest of the settings, so that results of other settings are not mixed with these."""
 
     def __init__(self, folder, **settings):
-        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
-        path, before = self.folder / "settings.json", self.settings
-        try:
-            if path.is_file():
-                before = json.loads(path.read_text())
-            elif any(self.folder.glob("*.npz")):
-                before = {}
-            keys = [key for key in before | self.settings if before.get(key) != self.settings.get(key)]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete {folder}, and it is computed again") from None
-        if keys:
-            changed = "; ".join(f"{key}: {before.get(key)}, now {self.settings.get(key)}" for key in keys)
-            raise UserError(f"{folder} holds results of other settings ({changed}); delete it, or give another --out")
+        self.folder = Path(f"{folder}-{sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}")
 
     def __contains__(self, name):
         return (self.folder / f"{name}.npz").is_file()
 
     def write(self, name, result):
-        if not (self.folder / "settings.json").is_file():
-            with atomic_write(self.folder / "settings.json") as part:
-                part.write_text(json.dumps(self.settings, indent=1) + "\n")
         with atomic_write(self.folder / f"{name}.npz") as part:
             np.savez(part, **result)
 
@@ -51,12 +37,6 @@ class ResultCache:
                 return dict(file)
         except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path} is damaged ({error}); delete it, and it is computed again") from None
-
-
-def weights(folder):
-    """{stage: digest of its weights} of a checkpoint folder: results of other weights are not mixed with these."""
-    files = [path for path in sorted(Path(folder).glob("*.safetensors")) if not path.stem.endswith(".state")]
-    return {path.stem: digest(path) for path in files}
 
 
 def labels(folders):

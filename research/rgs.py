@@ -3,12 +3,10 @@
     python evaluate.py ablate-rgs --shapes 13 --seeds 3
 """
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from engine.commands import UserError
 from geometry.metrics import chamfer_matrix
 from prompts import image_tower
 from research import exam
@@ -18,17 +16,14 @@ from research.scores import Scorer
 
 WITHIN = 1, 1.5, 2                                           # reaches of our rule, in standard deviations
 REAL = "(the shapes themselves)"
-COLUMNS = ("prompt", "rule", "a, figure", "a, text", "window", "prompt score", "Chamfer to described", "kernel",
-           "share of diversity", "share of diversity less floor")
+SCORES, LEFT = ("prompt score", "Chamfer to described", "kernel"), "share of diversity less floor"
 
 
 def rgs_rules(args):
-    """{name of the rule: (a in the paper's figure, a in its text, window, options of sampling)}"""
-    rules = {"sampling only": ("", "", "", {"rgs": "none"})}
-    for a, window in [(a, .75) for a in args.alphas] + [(.1, window) for window in args.windows]:
-        name = f"a = {a:g}" if window == .75 else f"a = {a:g}, {window:g} of the steps"
-        rules[name] = f"{a:g}", f"{1 - a:g}", f"{window:g}", {"rgs": f"sampled={a}", "window": window}
-    return rules | {f"within {s:g} sigma": ("", "", "0.75", {"rgs": f"within={s}"}) for s in WITHIN}
+    """{name of the rule: options of sampling}"""
+    rules = {"sampling only": {"rgs": "none"}} | {f"a = {a:g}": {"rgs": f"sampled={a}"} for a in args.alphas}
+    rules |= {f"a = 0.1, {share:g} of the steps": {"rgs": "sampled=.1", "window": share} for share in args.windows}
+    return rules | {f"within {s:g} sigma": {"rgs": f"within={s}"} for s in WITHIN}
 
 
 def rgs_scores(results, n, prompt_features, described, others, scorer):
@@ -44,15 +39,13 @@ def rgs_scores(results, n, prompt_features, described, others, scorer):
     floor = np.mean([matrix[same].mean().item() for matrix in pairs])             # two halves of one cloud
     return {"prompt score": np.diag(cosine(np.repeat(prompt_features, n, 0), features)).mean(),
             "Chamfer to described": np.mean(near), "kernel": kernel_distance(features, others),
-            "diversity": diversity, "diversity less floor": diversity - floor}
+            "diversity less floor": diversity - floor}
 
 
 def ablate_rgs(args):
     """Compares the rules and weights of RGS by fidelity and diversity, with 95 % confidence intervals."""
-    if Path(args.scorer).suffix == ".py":
-        raise UserError(f"{args.scorer} has no features of pictures; --scorer takes a trained folder here")
     test, rows = exam.held_out(args, ("surface", "pictures")), np.arange(args.shapes)
-    scorer, tower, table = Scorer(args.scorer, args.device or "cpu"), image_tower.load(args.scorer), []
+    scorer, tower, table = Scorer(args.scorer, args.device), image_tower.load(args.scorer), []
     (folder, label), = labels(args.checkpoint).items()
     model = exam.open_model(args, folder)
     result_of = exam.shape_result(model, args.rep, args.resolution, 2 * exam.POINTS)
@@ -68,9 +61,9 @@ def ablate_rgs(args):
     others = scorer.clouds(*test.cloud(rest, exam.POINTS, np.random.default_rng(args.seed)))            # s e
     for kind in prompts:
         prompt_score = np.diag(cosine(features[kind], scorer.clouds(*described))).mean()
-        table.append(dict.fromkeys(COLUMNS, "") | {"prompt": kind, "rule": REAL, "prompt score": prompt_score})
+        table.append({"prompt": kind, "rule": REAL} | dict.fromkeys([*SCORES, LEFT], "") | {SCORES[0]: prompt_score})
         plain = None                                          # the scores of sampling only, the first rule
-        for rule, (figure, text, window, options) in rgs_rules(args).items():
+        for rule, options in rgs_rules(args).items():
             scores = []
             for seed in range(args.seed, args.seed + args.seeds):
                 cache = exam.result_cache(args, f"{label}/{kind}, {rule}, {seed}", folder, options=options, sample=seed)
@@ -79,14 +72,11 @@ def ablate_rgs(args):
                 results = exam.sample_all(model, jobs, cache, result_of, **options)
                 scores.append(rgs_scores(results, args.n, features[kind], described[0], others, scorer))
             plain = plain or scores
-            row = {"prompt": kind, "rule": rule, "a, figure": figure, "a, text": text, "window": window}
-            for key in ("prompt score", "Chamfer to described", "kernel"):
-                row[key] = interval([score[key] for score in scores])
-            for key in ("diversity", "diversity less floor"):
-                row[f"share of {key}"] = interval([score[key] / base[key] for score, base in zip(scores, plain)])
-            table.append(row)
-    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {args.seeds} samplings. share of diversity: mean\n"
-          "Chamfer distance of pairs of samples of a prompt, over that of sampling only; less floor: without its floor")
+            left = [score["diversity less floor"] / base["diversity less floor"] for score, base in zip(scores, plain)]
+            table.append({"prompt": kind, "rule": rule}
+                         | {key: interval([score[key] for score in scores]) for key in SCORES} | {LEFT: interval(left)})
+    print(f"{len(rows)} prompts of a kind, {args.n} samples each, {args.seeds} samplings. a: weight of the samples.\n"
+          "diversity: mean Chamfer distance of pairs of samples of a prompt; its share of that of sampling only")
     write_table(args.out, args.command, table)
     draw_rgs(f"{args.out}/{args.command}.png", table)
 
@@ -102,10 +92,10 @@ def draw_rgs(path, rows):
         real, *others = [row for row in rows if row["prompt"] == kind]
         axis.axhline(real["prompt score"], color="grey", linewidth=.5, linestyle="dashed")
         for row in others:
-            (x, dx), (y, dy) = ends(row["share of diversity less floor"]), ends(row["prompt score"])
+            (x, dx), (y, dy) = ends(row[LEFT]), ends(row["prompt score"])
             axis.errorbar(x, y, dy, dx, "o", elinewidth=.5, markersize=4)
             axis.annotate(row["rule"], (x, y), xytext=(1, 3), textcoords="offset points", size="x-small", rotation=55)
         axis.margins(.16, .24)                                # room for the labels
-        axis.set(title=f"prompt: a {kind}", xlabel="share of diversity less floor", ylabel="prompt score")
+        axis.set(title=f"prompt: a {kind}", xlabel=LEFT, ylabel="prompt score")
     figure.savefig(path, dpi=100)
     print(path)

@@ -4,7 +4,6 @@
 """
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from engine.commands import UserError, pick_device
 from engine.files import trained_stages
@@ -16,33 +15,26 @@ from research import exam
 from research.results import labels, write_table
 
 
-def file_sizes(quantiser):
-    """The number of codes in the first 1, 2 ... K scales together, and the bytes of a file of them."""
-    counts = np.cumsum(quantiser.counts)
-    return counts, file_size(counts, quantiser.book.bits)
-
-
-@torch.no_grad()
 def judge_scales(args, label, folder):
     """-> {"codes": of held-out shapes, r N; IoU, F-score of what the first 1, 2 ... K scales keep: r K}, quantiser."""
     if "vat-codes" not in trained_stages(folder):
         raise UserError(f"{folder} holds no codes of VAT; --checkpoint takes checkpoints/vat")
-    device, autocast, reason = pick_device(args.device, args.precision)
-    print(f"{folder}, running on {reason}")
+    device, autocast, _ = pick_device(args.device, args.precision)
     model, decoder = (part.to(device) for part in vat.load_tokenizer(folder))
-    test, results, points = exam.held_out(args), [], 100_000
-    cache = exam.result_cache(args, label, folder, "research.scales")
-    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):
-        if str(row) not in cache:
-            rng, shape = np.random.default_rng((args.seed, row)), test.shape(row)
-            with autocast():
-                indices = model.codes(*(x.to(device) for x in test.cloud([row], model.points, rng)))              # 1 N
-            kept = [vat.as_rows(f)[0] for f in model.quantiser.decode(indices)[1:]]   # after each scale, n c
-            overlaps, true = [grid_iou(decoder, x, shape, autocast) for x in kept], shape.surface(points, rng)[0]
-            meshes = [decoder.decode(x, {}, rng, autocast) for x in kept]
-            scores = [fscore(mesh.surface(points, rng)[0], true, .02) for mesh in meshes]
-            cache.write(str(row), {"codes": indices[0].cpu().numpy(), "IoU": overlaps, "F-score": scores})
-        results.append(cache.read(str(row)))
+    test, points = exam.held_out(args), 100_000
+
+    @torch.no_grad()
+    def judge(row, rng):
+        shape = test.shape(row)
+        with autocast():
+            indices = model.codes(*(x.to(device) for x in test.cloud([row], model.points, rng)))                  # 1 N
+        kept = [vat.as_rows(f)[0] for f in model.quantiser.decode(indices)[1:]]   # after each scale, n c
+        overlaps, true = [grid_iou(decoder, x, shape, autocast) for x in kept], shape.surface(points, rng)[0]
+        meshes = [decoder.decode(x, {}, rng, autocast) for x in kept]
+        scores = [fscore(mesh.surface(points, rng)[0], true, .02) for mesh in meshes]
+        return {"codes": indices[0].cpu().numpy(), "IoU": overlaps, "F-score": scores}
+
+    results = exam.each_shape(args, test, exam.result_cache(args, label, folder, "research.scales"), judge)
     return {key: np.stack([result[key] for result in results]) for key in results[0]}, model.quantiser
 
 
@@ -51,7 +43,8 @@ def evaluate_scales(args):
     rows, use = [], []
     for folder, label in labels(args.checkpoint).items():
         found, quantiser = judge_scales(args, label, folder)
-        counts, sizes = file_sizes(quantiser)
+        counts = np.cumsum(quantiser.counts)                  # codes in the first 1, 2 ... K scales together
+        sizes = file_size(counts, quantiser.book.bits)        # bytes of a file of them
         rows += [{"checkpoint": label, "scales": " ".join(map(str, quantiser.scales[:k + 1])), "codes": str(counts[k]),
                   "bytes": str(sizes[k])} | {key: found[key][:, k].mean() for key in ("IoU", "F-score")}
                  for k in range(len(counts))]

@@ -11,22 +11,23 @@ import sample
 from conftest import SMALL, TrueHead, assert_one_line, rows_of, run
 from geometry import shapes
 from judge import grid_iou
-from research import bench, closure, quality
+from research import bench, closure, exam
 
 # ---------------------------------------------------------------------------- bench.py
 
 @pytest.mark.parametrize("command, column, values", [
-    ("sample --size small --batch 2", "batch", {"2"}), ("train --size small --batch 4", "way", None),
-    ("decode --shapes 2 --resolutions 64", "same mesh", {"1.0"})])
+    ("sample --size small", "batch", {"1", "2"}), ("train --size small", "way", None),
+    ("decode --shapes 1 --resolutions 64", "same mesh", {"1.0"})])
 def test_benches(command, column, values, tmp_path, monkeypatch):
     """Each compares at least two ways, the first with itself."""
     for module, size in SMALL.items():
         monkeypatch.setitem(module.SIZES, "small", size)
-    monkeypatch.setattr(bench, "PUBLISHED", (4, 4))
+    for name, value in {"PUBLISHED": (4, 4), "SAMPLED": (1, 2), "TRAINED": 4}.items():
+        monkeypatch.setattr(bench, name, value)
     name, *flags = command.split()
     assert run(bench.main, name, *flags, "--rounds", 1, "--out", tmp_path) == 0
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").open()))
-    assert len({row["way"] for row in rows}) == len(rows) >= 2
+    assert len({row["way"] for row in rows}) >= 2
     assert float(rows[0]["times as fast"]) == 1
     assert values in (None, {row[column] for row in rows})
 
@@ -42,7 +43,7 @@ def test_iou_of_the_true_field_is_one():
 # ---------------------------------------------------------------------------- evaluate.py
 
 @pytest.mark.parametrize("command, table", [
-    ("tokenizer --rep pc --shapes 2", "tokenizer-pc"), ("retrieval", "retrieval"),
+    ("tokenizer --rep pc --shapes 1", "tokenizer-pc"), ("retrieval", "retrieval"),
     ("cross-view --shapes 1 --resolution 32", "cross-view-sdf")])
 def test_evaluations_write_their_tables(command, table, four, tmp_path, examined):
     assert run(evaluate.main, *command.split(), "--checkpoint", four, "--out", tmp_path) == 0
@@ -60,9 +61,8 @@ def test_prompts_of_all_kinds_are_compared(four, tmp_path, examined):
     assert (tmp_path / f"images-sdf-{four.name}.png").is_file()
 
 
-def test_samples_of_names_are_compared_with_training_shapes(overfitted, tmp_path, monkeypatch, capsys):
-    """Training shapes are copies, samples are not. First without the check that these weights learnt from these files,
-    then with it."""
+def test_samples_of_names_are_measured(overfitted, tmp_path, monkeypatch, capsys):
+    """First without the check that these weights learnt from these files, then with it."""
     kit = tmp_path / "some kit"
     kit.mkdir()
     for i, name in enumerate(("table", "chair", "mug", "sofa")):                  # two of them are held out
@@ -72,21 +72,20 @@ def test_samples_of_names_are_compared_with_training_shapes(overfitted, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr("research.names.training_set_of", lambda folder, args: None)
         assert run(evaluate.main, "names", *flags) == 0
-    training, samples = rows_of(tmp_path / "names-sdf")
-    assert float(training["memorisation"]) < float(samples["memorisation"])
+    assert float(rows_of(tmp_path / "names-sdf")[0]["memorisation"]) > 0
     assert (tmp_path / "names-sdf-overfitted.png").is_file()
     assert run(evaluate.main, "names", *flags) == 2
     assert_one_line(capsys.readouterr().err.splitlines()[-1], "give the --data that it was trained on")
 
 
 @pytest.fixture
-def generate(four, overfitted, tmp_path, examined, monkeypatch):
+def generate(overfitted, tmp_path, examined, monkeypatch):
     """generate(out, flags) runs evaluate.py; generate.decoded counts the shapes, generate.stop is where it stops."""
     decode = sample.Sampler.decode
 
     def command(out, *flags):
         command.decoded = 0
-        flags = "--scorer", overfitted, "--checkpoint", four, *flags, "--out", tmp_path / out
+        flags = "--scorer", overfitted, "--checkpoint", overfitted, *flags, "--out", tmp_path / out
         return run(evaluate.main, *"generate --n 2 --shapes 4 --resolution 32".split(), *flags)
 
     def counted(self, *args):
@@ -96,7 +95,7 @@ def generate(four, overfitted, tmp_path, examined, monkeypatch):
         return decode(self, *args)
 
     command.stop = None
-    monkeypatch.setattr(quality.exam, "picture_of", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(exam, "picture_of", lambda *_: np.zeros((8, 8, 3), np.uint8))
     monkeypatch.setattr(sample.Sampler, "decode", counted)
     return command
 
@@ -111,29 +110,32 @@ def test_a_stopped_evaluation_resumes(generate, tmp_path):
     assert generate("cut") == 0
     assert generate.decoded == 3
     whole, cut = (rows_of(tmp_path / out / "generate-sdf") for out in ("whole", "cut"))
-    assert [row["checkpoint"] for row in whole] == [row["checkpoint"] for row in cut] == ["held-out shapes", "four"]
+    for rows in (whole, cut):
+        assert [row["checkpoint"] for row in rows] == ["held-out shapes", "overfitted"]
     for key in set(whole[1]) - {"checkpoint", "seconds"}:
         # the samples that were left are a smaller batch, whose sums have another order: the last digits may differ
         assert [float(row[key] or 0) for row in cut] == pytest.approx([float(row[key] or 0) for row in whole], rel=1e-3)
     assert float(whole[0]["of form"]) == pytest.approx(float(whole[0]["prompt score"]), abs=1e-3)
 
 
-def test_results_belong_to_checkpoint_settings_and_code(generate, overfitted, tmp_path, monkeypatch, capsys):
-    """Another checkpoint is added to the first; another seed, a damaged file and other code are errors."""
+def test_results_belong_to_checkpoint_settings_and_code(generate, four, tmp_path, monkeypatch, capsys):
+    """Another checkpoint is added to the first; another seed and other code are sampled anew; a damaged file is an
+    error."""
     assert generate("out") == 0
-    assert generate("out", overfitted) == 0
+    assert generate("out", four) == 0
     assert generate.decoded == 4 + 2 * 2
     names = [row["checkpoint"] for row in rows_of(tmp_path / "out/generate-sdf")]
-    assert names == ["held-out shapes", "four", "overfitted"]
+    assert names == ["held-out shapes", "overfitted", "four"]
+    for path in (tmp_path / "out/generate").glob("four-*/caption-0.npz"):
+        path.write_bytes(b"torn")
     capsys.readouterr()
-    assert generate("out", "--seed", 1) == 2
-    assert "other settings (seed: 0, now 1); delete it, or give another --out" in capsys.readouterr().err
-    (tmp_path / "out/generate-sdf/four/caption-0.npz").write_bytes(b"torn")
-    assert generate("out") == 2
+    assert generate("out", four) == 2
     assert "caption-0.npz is damaged" in capsys.readouterr().err
-    monkeypatch.setattr(quality.exam, "code_digest", lambda *_: "other")
-    assert generate("out") == 2
-    assert "other settings (code: " in capsys.readouterr().err
+    assert generate("out", "--seed", 1) == 0
+    assert generate.decoded == 4 + 2 * 2
+    monkeypatch.setattr(exam, "code_digest", lambda *_: "other")
+    assert generate("out") == 0
+    assert generate.decoded == 4 + 2 * 2
 
 
 def test_a_digest_of_code_ignores_comments(tmp_path, monkeypatch):

@@ -1,10 +1,5 @@
 """test_experiments.py - the tests of exams that train what they compare, and of ablate-rgs."""
-import json
-import os
 import shutil
-import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +25,7 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
         command.trainings.append(flags)
         folder = Path(flags[flags.index("--out") + 1])
         with pytest.MonkeyPatch.context() as patch:
-            return train_small(patch, folder, 2, *flags)
+            assert train_small(patch, folder, 2, *flags) == 0
 
     command.trainings = []
     monkeypatch.setattr(experiments, "launch", launch)
@@ -49,18 +44,15 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
     rows = rows_of(tmp_path / "out/versus")
     assert [row["variant"] for row in rows] == ["held-out shapes", *variants]
     assert [row["steps"] for row in rows] == ["", "2", "2", "1"]
-    settings, *_ = (tmp_path / "out").glob("guidance*/*/settings.json")
-    assert json.loads(settings.read_text())["split"] == "validation"
     assert experiment("versus", *small) == 0
     assert len(experiment.trainings) == 2
 
     other = shutil.copytree(overfitted, tmp_path / "other")
     files.save_weights(other / "tokenizer.safetensors", {"x": torch.zeros(1)})
     for flags, complaint in (
-            (("--steps", 3), "was trained with --train-shapes 2 --steps 2 --batch 2; give another --runs"),
+            (("--steps", 3), "was trained with other flags, or with other weights"),
             (("--checkpoint", overfitted, overfitted), "versus takes one --checkpoint"),
-            (("--checkpoint", other), "was trained with another tokenizer than that in"),
-            (("--scorer", "none.py"), "gives no features")):
+            (("--checkpoint", other), "was trained with other flags, or with other weights")):
         assert experiment("versus", *small, *flags) == 2
         assert complaint in capsys.readouterr().err
 
@@ -70,43 +62,10 @@ def test_overfit_compares_every_shape_with_its_own(experiment, tmp_path):
     *rows, mean = rows_of(tmp_path / "out/overfit")
     assert len(rows) == 8
     assert all(float(row["its floor"]) < float(row["Chamfer"]) for row in rows)
-    assert float(mean["nearest is its own"]) == np.mean([float(row["nearest is its own"]) for row in rows])
+    assert float(mean["Chamfer"]) == pytest.approx(np.mean([float(row["Chamfer"]) for row in rows]))
 
 
-FAKE_TRAINING = """
-import pathlib, sys, time
-folder = pathlib.Path(sys.argv[1])
-try:
-    (folder / "begun").touch()
-    time.sleep(60)
-except KeyboardInterrupt:
-    time.sleep(1)
-    (folder / "saved").touch()
-    sys.exit(130)
-"""
-
-
-def test_a_stopped_experiment_lets_training_save(tmp_path, monkeypatch):
-    """Ctrl-C while a variant is trained: the training has the seconds that it takes to save."""
-    (tmp_path / "research").mkdir()
-    (tmp_path / "research/peers.py").write_text(FAKE_TRAINING)
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
-
-    def stop():
-        for _ in range(400):                                                      # 20 seconds at most
-            if (tmp_path / "begun").exists():
-                break
-            time.sleep(.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(stop)
-        assert experiments.launch([str(tmp_path)]) == 130
-    assert (tmp_path / "saved").is_file()
-
-
-def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch, capsys):
+def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch):
     """A rule that reaches everywhere is sampling only; a = 0 is not."""
     monkeypatch.setattr("research.rgs.WITHIN", (100,))
     flags = "--shapes 2 --n 2 --seeds 1 --resolution 32 --alphas 0 --windows".split()
@@ -115,14 +74,11 @@ def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch, 
     real, plain, blended, wide = rows_of(tmp_path / "ablate-rgs")[:4]
     rules = [row["rule"] for row in (real, plain, blended, wide)]
     assert rules == ["(the shapes themselves)", "sampling only", "a = 0", "within 100 sigma"]
-    for key in ("prompt score", "Chamfer to described", "share of diversity", "share of diversity less floor"):
+    for key in ("prompt score", "Chamfer to described", "share of diversity less floor"):
         # the order of sums depends on the threads that are free, so the last digits may differ
         assert mean_of(wide[key]) == pytest.approx(mean_of(plain[key]), rel=2e-3)
-    assert (blended["a, figure"], blended["a, text"], blended["window"]) == ("0", "1", "0.75")
-    assert mean_of(plain["share of diversity"]) == 1
+    assert mean_of(plain["share of diversity less floor"]) == 1
     assert blended["Chamfer to described"] != plain["Chamfer to described"]
-    assert run(evaluate.main, "ablate-rgs", *folders, "--scorer", "scorer.py") == 2
-    assert "has no features of pictures" in capsys.readouterr().err
 
 
 def mean_of(cell):                                            # of a table: "0.525 ± 0.024"
@@ -137,5 +93,5 @@ def test_registers_are_trained_with_rida_and_without(experiment, overfitted, tmp
     assert experiment("ablate-rida", "--seeds", 1, "--shapes", 2, "--batch", 4, "--scorer", overfitted) == 0
     rows = rows_of(tmp_path / "out/ablate-rida")
     assert [(row["decoder"], row["registers"]) for row in rows] == [
-        (decoder, k) for decoder in ("with RIDA", "without") for k in ("1", "2")]
+        ("with RIDA", "1"), ("without", "1")]
     assert len(experiment.trainings) == 1 + 2

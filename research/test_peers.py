@@ -18,16 +18,16 @@ def test_peers_are_as_large(size):
     assert all(abs(count / counts[0] - 1) < .08 for count in counts), counts
 
 
-@pytest.mark.parametrize("variant", [None, *(name for name in peers.PEERS if name != "spaces")])     # slow
-def test_every_generator_learns_what_belongs_to_a_prompt(variant):
+@pytest.mark.parametrize("variant", ["diffusion", "autoregressive"])
+def test_other_generators_learn_what_belongs_to_a_prompt(variant):
     """Two prompts, two sets of tokens: after some steps each prompt gives its own."""
     torch.manual_seed(0)
     sizes = dict(dim=32, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2)
-    model = BACKBONES[variant or "mae"](tokens=6, channels=3, widths={"text": 8}, **sizes)
+    model = BACKBONES[variant](tokens=6, channels=3, widths={"text": 8}, **sizes)
     x = torch.randn(2, 6, 3).repeat(10, 1, 1)                                     # b n c
     text, mask = torch.randn(2, 4, 8).repeat(10, 1, 1), torch.ones(20, 4, dtype=torch.bool)
-    optimizer = torch.optim.Adam(model.parameters(), 4e-3)
-    for _ in range(250):
+    optimizer = torch.optim.Adam(model.parameters(), 6e-3)
+    for _ in range(100):
         model.loss(x, {"text": (text, mask)}).backward()
         optimizer.step()
         optimizer.zero_grad()
