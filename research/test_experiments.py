@@ -86,7 +86,7 @@ def mean_of(cell):                                            # of a table: "0.5
 
 
 def test_registers_are_trained_with_rida_and_without(experiment, overfitted, tmp_path, monkeypatch):
-    """ablate-rida: a student, and registers of each variant; a row for each number of registers."""
+    """ablate-rida: a student, and registers of each variant. Then registers and search judge one of them."""
     small = dict(registers=2, width=6, dim=64, heads=4, encoder=1, decoder=1)
     monkeypatch.setitem(lost.SIZES, "small", small)
     monkeypatch.setitem(lost.STUDENTS, "small", dict(dim=64, depth=1, heads=4))
@@ -95,3 +95,9 @@ def test_registers_are_trained_with_rida_and_without(experiment, overfitted, tmp
     assert [(row["decoder"], row["registers"]) for row in rows] == [
         ("with RIDA", "1"), ("without", "1")]
     assert len(experiment.trainings) == 1 + 2
+
+    flags = "--checkpoint", tmp_path / "runs/lost-0", "--scorer", overfitted, "--out", tmp_path / "out"
+    assert run(evaluate.main, "registers", *flags, "--shapes", 2) == 0
+    assert [row["registers"] for row in rows_of(tmp_path / "out/registers")] == ["1", "2", "(its tokens)"]
+    assert run(evaluate.main, "search", *flags) == 0
+    assert len(rows_of(tmp_path / "out/search")) == 5
