@@ -5,12 +5,8 @@
 
 Makers of games draw a thing several times: tree A, B and C, with snow and without, of level 1, 2 and 3. Such variants
 are a family. It is held out as a whole: an exam about a shape whose twin was learnt says nothing.
-
-    python -m geometry.asset_names tree_pineTallA_detailed                # what is read of it
 """
 import re
-
-from engine.commands import Parser, UserError, command
 
 VARIANTS = set("""age back bottom burnt center closed corner crop curve curved cut damaged dead default detailed double
     empty end filled first flat flowers front full group half harvested high inner large left level long low lvl mat
@@ -42,17 +38,3 @@ def captions(name, kit):
     said = [word for word in split(name) if word in VARIANTS - SILENT and word not in thing]
     orders = [" ".join(words) for words in (said + thing, said + thing[::-1], thing[::-1])]
     return [*dict.fromkeys(orders), f"{orders[0]} from the {' '.join(split(kit))}", " ".join(thing)]
-
-
-def main():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("name", help="the name of a file, without its ending")
-    parser.add_argument("--kit", default="kit", help="the name of its folder")
-    args = parser.parse_args()
-    if not family(args.name):
-        raise UserError(f"'{args.name}' has no word of two letters; name the shape in captions.csv (docs/DATA.md)")
-    print(*captions(args.name, args.kit), sep="\n")
-
-
-if __name__ == "__main__":
-    command(main)

@@ -4,8 +4,6 @@ A shape is a list of parts with closed-form signed distance. The list gives the 
 true captions, as a function of (seed, index), with nothing to download. LTM3D itself trains on ShapeNet and Objaverse;
 these shapes stand in for them on a laptop. No part is thinner than .09 in a cube of side 2: a grid of 64^3 resolves it.
 y is up, x right, z towards the viewer, whom a shape faces.
-
-    python -m geometry.shapes        # prints captions of every class
 """
 import numpy as np
 
@@ -275,9 +273,3 @@ def make(seed, index):
         part.centre = (part.centre - (low + high) / 2) * scale
         part.size, part.radius = part.size * scale, part.radius * scale
     return Shape(name, parts, attributes, write_captions(rng, name, attributes, phrases))
-
-
-if __name__ == "__main__":
-    for index in range(2 * len(CLASSES)):
-        shape = make(0, index)
-        print(f"\n{shape.name}, {len(shape.parts)} parts, {shape.attributes}", *shape.captions, sep="\n    ")

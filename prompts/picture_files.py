@@ -1,19 +1,16 @@
 """picture_files.py - picture prompts: a file is read, its object is cut out and framed.
 
 In sampling the image tower gets one object that fills a square, on white.
-
-    python -m prompts.picture_files assets/chair.png  # the input of the tower -> out/chair-framed.png
 """
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
 
-from engine.commands import Parser, UserError, command
+from engine.commands import UserError
 from geometry.crop import crop_to_object
 
 LARGEST = 64_000_000  # pixels of a file
@@ -86,22 +83,3 @@ def load_picture(path):
     pixels, warning = read_picture(path)
     colour, coverage = np.split(crop_to_object(pixels), [3], -1)      # s s 3, s s 1
     return rearrange(torch.from_numpy(colour + 1 - coverage), "h w c -> c h w"), warning                 # on white
-
-
-def main():
-    from geometry.render import save_png
-
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path, help="a picture: png, jpg, webp")
-    parser.add_argument("--out", type=Path, help="picture to write (default: out/<name>-framed.png)")
-    args = parser.parse_args()
-    picture, warning = load_picture(args.file)                # 3 s s
-    out = args.out or Path("out") / f"{args.file.stem}-framed.png"
-    save_png(out, (rearrange(picture.numpy(), "c h w -> h w c").clip(0, 1) * 255).round().astype(np.uint8))
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(out)
-
-
-if __name__ == "__main__":
-    command(main)

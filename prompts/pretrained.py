@@ -4,7 +4,6 @@ LTM3D section 4 freezes CLIP and DINOv2. These towers are frozen too; their toke
 
     hf download openai/clip-vit-base-patch32                     # once; nothing here opens a connection
     python train.py --rep sdf --text-encoder openai/clip-vit-base-patch32 --image-encoder path/to/dinov2
-    python -m prompts.pretrained --text-encoder path/to/t5       # does it load, and what are its tokens?
 """
 import hashlib
 import json
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from engine.commands import Parser, UserError, command
+from engine.commands import UserError
 from engine.files import atomic_write
 from geometry import crop, training_pictures
 
@@ -141,21 +140,3 @@ class TokenCache:
         tokens = [torch.from_numpy(self.tokens[self.start[row]:self.start[row + 1]]) for row in map(self.row.get, keys)]
         mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in tokens], batch_first=True)
         return pad_sequence(tokens, batch_first=True), mask
-
-
-def main():
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--text-encoder", help="a hub name or a folder")
-    parser.add_argument("--image-encoder", help="a hub name or a folder")
-    args = parser.parse_args()
-    names = {Text: args.text_encoder, Image: args.image_encoder}
-    if not any(names.values()):
-        parser.error("give --text-encoder, --image-encoder or both")
-    for tower in [kind(name) for kind, name in names.items() if name]:
-        tokens, _ = tower.tokens(["a round table"] if isinstance(tower, Text) else torch.rand(1, 3, 64, 64))
-        weights = sum(p.numel() for p in tower.model.parameters())
-        print(f"{tower.name}: {type(tower.model).__name__}, {weights:,} weights; tokens {list(tokens.shape)}, b t e")
-
-
-if __name__ == "__main__":
-    command(main)
