@@ -1,10 +1,8 @@
-"""attributes.py - does a sample have the attribute that its prompt names? Measured on the solid itself.
+"""attributes.py - does a sample have the attribute that its prompt names? `python evaluate.py attributes` measures it.
 
 A checker takes o, the occupancy (x y z, y up, cropped to its bounding box), and measures one attribute of
 geometry/shapes.py. Thresholds lie half way between the builders' proportions. The checker of a colour takes `paint`
 instead, of the same size: the row of COLOURS that is nearest to the colour of each surface cell, elsewhere -1.
-
-    python evaluate.py attributes                # "a table with one leg": how many samples have one?
 """
 import numpy as np
 import torch

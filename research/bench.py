@@ -1,7 +1,6 @@
 """bench.py - the gain of the speed-ups: the plain way and ours take turns in one process.
 
 Seconds change from run to run on a machine that others use too. The ratio of two ways that take turns hardly does.
-Models have random weights where only their cost matters.
 
     python -m research.bench sample --size base          # MAR's published sampling against ours
     python -m research.bench decode                      # a dense grid against one that is refined near the surface

@@ -9,10 +9,9 @@ from data import prepare
 from geometry.render import render_mesh
 from geometry.training_samples import vertex_coloured
 from research import exam, metrics
-from research.memory import Memory, training_set_of
 from research.quality import save_sheet
 from research.results import labels, write_table
-from research.scores import Scorer
+from research.scores import Memory, Scorer, training_set_of
 
 
 @torch.no_grad()
@@ -43,6 +42,5 @@ def evaluate_names(args):
         titles = [(names[i], train.captions[nearest[i]][-1]) for i in chosen]
         save_sheet(args, f"names-{args.rep}-{label}", samples, 8, [names[i] for i in chosen])
         save_sheet(args, f"names-{args.rep}-{label}-nearest", sum(pairs, ()), 8, sum(titles, ()))
-    print(f"{len(names)} names. R-precision: the share whose nearest name, of all of these, is its own. memorisation: "
-          "the distance to the nearest training shape, in tokens of surfaces, over that of held-out shapes")
+    print(f"{len(names)} names. R-precision: share whose nearest name is its own. memorisation: as of generate")
     write_table(args.out, f"{args.command}-{args.rep}", rows)

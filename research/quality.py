@@ -118,8 +118,7 @@ def evaluate_images(args):
                 shown = (pictures[chosen].clamp(0, 1) * 255).byte().numpy()
                 shown = repeat(shown, "b c h w -> b (h i) (w j) c", i=2, j=2)     # twice SIZE = 128 pixels
                 save_sheet(args, f"images-{args.rep}-{label}", sum(zip(shown, samples), ()), 12)
-    print(f"{len(rows)} held-out shapes, one sample each. Chamfer distance to the true shape, F-score at .05, of 8192 "
-          "points")
+    print(f"{len(rows)} held-out shapes, one sample each. Chamfer distance, F-score at .05 of 8192 points")
     write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
 
 

@@ -11,11 +11,10 @@ from geometry.metrics import chamfer_matrix
 from prompts import image_tower
 from research import exam
 from research.metrics import cosine, kernel_distance
-from research.results import Interval, interval, labels, write_table
+from research.results import interval, labels, write_table
 from research.scores import Scorer
 
 WITHIN = 1, 1.5, 2                                           # reaches of our rule, in standard deviations
-REAL = "(the shapes themselves)"
 SCORES, LEFT = ("prompt score", "Chamfer to described", "kernel"), "share of diversity less floor"
 
 
@@ -60,8 +59,8 @@ def ablate_rgs(args):
     rest = range(args.shapes, len(test)) or rows              # the other held-out shapes, where there are any
     others = scorer.clouds(*test.cloud(rest, exam.POINTS, np.random.default_rng(args.seed)))            # s e
     for kind in prompts:
-        prompt_score = np.diag(cosine(features[kind], scorer.clouds(*described))).mean()
-        table.append({"prompt": kind, "rule": REAL} | dict.fromkeys([*SCORES, LEFT], "") | {SCORES[0]: prompt_score})
+        score = np.diag(cosine(features[kind], scorer.clouds(*described))).mean()
+        table.append({"prompt": kind, "rule": "(the shapes)"} | dict.fromkeys([*SCORES, LEFT], "") | {SCORES[0]: score})
         plain = None                                          # the scores of sampling only, the first rule
         for rule, options in rgs_rules(args).items():
             scores = []
@@ -78,24 +77,3 @@ def ablate_rgs(args):
     print(f"{len(rows)} prompts of a kind, {args.n} samples each, {args.seeds} samplings. a: weight of the samples.\n"
           "diversity: mean Chamfer distance of pairs of samples of a prompt; its share of that of sampling only")
     write_table(args.out, args.command, table)
-    draw_rgs(f"{args.out}/{args.command}.png", table)
-
-
-def draw_rgs(path, rows):
-    """A panel for each kind of prompt: diversity to the right, prompt score upwards."""
-    import matplotlib  # takes a second to import
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    kinds, ends = list(dict.fromkeys(row["prompt"] for row in rows)), lambda x: x if isinstance(x, Interval) else (x, 0)
-    figure, axes = plt.subplots(1, len(kinds), figsize=(5.5 * len(kinds), 4.2), layout="constrained")
-    for axis, kind in zip(axes, kinds):
-        real, *others = [row for row in rows if row["prompt"] == kind]
-        axis.axhline(real["prompt score"], color="grey", linewidth=.5, linestyle="dashed")
-        for row in others:
-            (x, dx), (y, dy) = ends(row[LEFT]), ends(row["prompt score"])
-            axis.errorbar(x, y, dy, dx, "o", elinewidth=.5, markersize=4)
-            axis.annotate(row["rule"], (x, y), xytext=(1, 3), textcoords="offset points", size="x-small", rotation=55)
-        axis.margins(.16, .24)                                # room for the labels
-        axis.set(title=f"prompt: a {kind}", xlabel=LEFT, ylabel="prompt score")
-    figure.savefig(path, dpi=100)
-    print(path)

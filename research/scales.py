@@ -15,34 +15,29 @@ from research import exam
 from research.results import labels, write_table
 
 
-def judge_scales(args, label, folder):
-    """-> {"codes": of held-out shapes, r N; IoU, F-score of what the first 1, 2 ... K scales keep: r K}, quantiser."""
-    if "vat-codes" not in trained_stages(folder):
-        raise UserError(f"{folder} holds no codes of VAT; --checkpoint takes checkpoints/vat")
-    device, autocast, _ = pick_device(args.device, args.precision)
-    model, decoder = (part.to(device) for part in vat.load_tokenizer(folder))
-    test, points = exam.held_out(args), 100_000
-
-    @torch.no_grad()
-    def judge(row, rng):
-        shape = test.shape(row)
-        with autocast():
-            indices = model.codes(*(x.to(device) for x in test.cloud([row], model.points, rng)))                  # 1 N
-        kept = [vat.as_rows(f)[0] for f in model.quantiser.decode(indices)[1:]]   # after each scale, n c
-        overlaps, true = [grid_iou(decoder, x, shape, autocast) for x in kept], shape.surface(points, rng)[0]
-        meshes = [decoder.decode(x, {}, rng, autocast) for x in kept]
-        scores = [fscore(mesh.surface(points, rng)[0], true, .02) for mesh in meshes]
-        return {"codes": indices[0].cpu().numpy(), "IoU": overlaps, "F-score": scores}
-
-    results = exam.each_shape(args, test, exam.result_cache(args, label, folder, "research.scales"), judge)
-    return {key: np.stack([result[key] for result in results]) for key in results[0]}, model.quantiser
-
-
 def evaluate_scales(args):
     """Decodes held-out shapes from their first scales of codes: quality against bytes."""
+    (device, autocast, _), test, points = pick_device(args.device, args.precision), exam.held_out(args), 100_000
     rows, use = [], []
     for folder, label in labels(args.checkpoint).items():
-        found, quantiser = judge_scales(args, label, folder)
+        if "vat-codes" not in trained_stages(folder):
+            raise UserError(f"{folder} holds no codes of VAT; --checkpoint takes checkpoints/vat")
+        model, decoder = (part.to(device) for part in vat.load_tokenizer(folder))
+        quantiser = model.quantiser
+
+        @torch.no_grad()
+        def judge(row, rng):
+            shape = test.shape(row)
+            with autocast():
+                indices = model.codes(*(x.to(device) for x in test.cloud([row], model.points, rng)))              # 1 N
+            kept = [vat.as_rows(f)[0] for f in quantiser.decode(indices)[1:]]     # after each scale, n c
+            overlaps, true = [grid_iou(decoder, x, shape, autocast) for x in kept], shape.surface(points, rng)[0]
+            meshes = [decoder.decode(x, {}, rng, autocast) for x in kept]
+            scores = [fscore(mesh.surface(points, rng)[0], true, .02) for mesh in meshes]
+            return {"codes": indices[0].cpu().numpy(), "IoU": overlaps, "F-score": scores}
+
+        results = exam.each_shape(args, test, exam.result_cache(args, label, folder, "research.scales"), judge)
+        found = {key: np.stack([result[key] for result in results]) for key in results[0]}      # r N, r K
         counts = np.cumsum(quantiser.counts)                  # codes in the first 1, 2 ... K scales together
         sizes = file_size(counts, quantiser.book.bits)        # bytes of a file of them
         rows += [{"checkpoint": label, "scales": " ".join(map(str, quantiser.scales[:k + 1])), "codes": str(counts[k]),

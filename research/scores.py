@@ -2,15 +2,21 @@
 
 Exam's docstring explains every column; evaluate.py prints it. The metrics: geometry/metrics.py, research/metrics.py.
 """
+from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
+import tokenizer
+from data import prepare
 from engine.commands import UserError
+from engine.files import read_stage, trained_stages
 from geometry.metrics import chamfer, chamfer_matrix
+from geometry.prepare import name_begins
 from geometry.shapes import CLASSES
 from prompts import text_tower
-from research import exam, memory, metrics
+from research import exam, metrics
 from research.results import mean
 
 SOUNDNESS = "one piece", "watertight", "closed edges"         # what a representation may say of its surface
@@ -33,6 +39,52 @@ class Scorer:
     @torch.no_grad()
     def texts(self, prompts):                                 # -> n e
         return self.towers.embed_text(*self.towers.word_ids(prompts)).cpu().numpy()
+
+
+def training_set_of(folder, args):
+    """The prepared shapes that a checkpoint was trained on; None and a remark, if they are not in --cache."""
+    name = read_stage(folder, exam.last_stage(folder))["data"].rpartition("-")[0]           # NAME-DIGEST
+    if not name.startswith(name_begins(args.data) if args.data else "shapes-train-"):
+        raise UserError(f"the generator in {folder} learnt from {name}; give the --data that it was trained on")
+    if not (Path(args.cache) / name).is_dir():
+        print(f"memorisation is left out: {name} is not in {args.cache}; data.py prepares it")
+        return None
+    if args.data:
+        return prepare("train", None, args.cache, data=args.data)
+    _, _, count, *classes = name.split("-")                   # shapes-train-COUNT-CLASSES
+    return prepare("train", int(count), args.cache, classes=classes or None)
+
+
+class Memory:
+    """The tokens of training shapes, by the tokenizer of a folder: the distance of two surfaces is that of tokens."""
+
+    def __init__(self, folder, device, autocast, train):
+        self.encoder, self.device, self.autocast = tokenizer.load(folder).to(device), device, autocast
+        path = Path(folder) / "tokenizer.safetensors"
+        self.known = tokenizer.encode_set(self.encoder, train, device, autocast, path).flatten(1)         # t (n c)
+
+    @torch.no_grad()
+    def vectors(self, cloud):
+        """points, normals, colours, s k 3 each -> s (n c)."""
+        with self.autocast():
+            chunks = zip(*(torch.as_tensor(x).split(exam.BATCH) for x in cloud))
+            tokens = [self.encoder(*(x.to(self.device) for x in chunk)).float().cpu() for chunk in chunks]
+        return torch.cat(tokens).flatten(1)
+
+
+def score_memorisation(train, args, model, samples, new):
+    """`memorisation` of samples, by held-out shapes `new`; and of copies: training shapes, with other points. A set of
+    s shapes is points, normals, colours: s k 3 each."""
+    if train is None:
+        return {"memorisation": "", "of copies": ""}
+    own = "tokenizer" in trained_stages(model.folder)
+    memory = Memory(model.folder if own else args.scorer, model.device, model.autocast, train)
+    rows, points = range(min(len(train), exam.BATCH)), len(samples[0][0])
+    copies = [train.shape(row).surface(points, np.random.default_rng(row)) for row in rows]
+    copies = [np.float32(x) for x in map(np.stack, zip(*copies))]                 # b k 3 each
+    samples, copies, new = map(memory.vectors, (samples, copies, new))            # s (n c) each
+    return {"memorisation": metrics.memorisation(samples, new, memory.known),
+            "of copies": metrics.memorisation(copies, new, memory.known)}
 
 
 class Exam:
@@ -91,12 +143,12 @@ class Exam:
     def scores(self, model, cache, **options):
         """-> all metrics of a checkpoint, a row of metrics for each class name, the samples of the class names."""
         result_of = exam.shape_result(model, self.args.rep, self.args.resolution)
-        train = memory.training_set_of(model.folder, self.args)
+        train = training_set_of(model.folder, self.args)
         captioned = exam.sample_all(model, self.captioned, cache, result_of, **options)
         named = exam.sample_all(model, self.named, cache, result_of, **options)
         cloud, rows = [captioned[key] for key in exam.CLOUD], self.class_rows(named)
         scores = {**self.caption_scores(cloud),
-                  **memory.score_memorisation(train, self.args, model, cloud, self.described), **mean(rows),
+                  **score_memorisation(train, self.args, model, cloud, self.described), **mean(rows),
                   "seconds": np.mean([*captioned["seconds"], *named["seconds"]])}
         return scores, rows, named
 

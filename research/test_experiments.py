@@ -2,7 +2,6 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -33,9 +32,8 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
 
 
 def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, monkeypatch, capsys):
-    """versus: two variants share a training, a second run trains nothing, other settings are an error."""
-    variants = {"few steps": ("", 1, {"steps": 4}), "fewer": ("", 1, {"steps": 2}),
-                "half": ("--variant queries", 1 / 2, {"steps": 2})}
+    """versus: a second run trains nothing, other settings are an error."""
+    variants = {"few steps": ("", 1, {"steps": 4}), "half": ("--variant queries", 1 / 2, {"steps": 2})}
     monkeypatch.setitem(experiments.VARIANTS, "versus", variants)
     monkeypatch.setattr(experiments, "GUIDANCE", (1, 3))
     small = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted
@@ -43,7 +41,7 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
     assert len(experiment.trainings) == 2
     rows = rows_of(tmp_path / "out/versus")
     assert [row["variant"] for row in rows] == ["held-out shapes", *variants]
-    assert [row["steps"] for row in rows] == ["", "2", "2", "1"]
+    assert [row["steps"] for row in rows] == ["", "2", "1"]
     assert experiment("versus", *small) == 0
     assert len(experiment.trainings) == 2
 
@@ -57,14 +55,6 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
         assert complaint in capsys.readouterr().err
 
 
-def test_overfit_compares_every_shape_with_its_own(experiment, tmp_path):
-    assert experiment("overfit") == 0
-    *rows, mean = rows_of(tmp_path / "out/overfit")
-    assert len(rows) == 8
-    assert all(float(row["its floor"]) < float(row["Chamfer"]) for row in rows)
-    assert float(mean["Chamfer"]) == pytest.approx(np.mean([float(row["Chamfer"]) for row in rows]))
-
-
 def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch):
     """A rule that reaches everywhere is sampling only; a = 0 is not."""
     monkeypatch.setattr("research.rgs.WITHIN", (100,))
@@ -73,16 +63,12 @@ def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch):
     assert run(evaluate.main, "ablate-rgs", *flags, *folders, "--scorer", overfitted) == 0
     real, plain, blended, wide = rows_of(tmp_path / "ablate-rgs")[:4]
     rules = [row["rule"] for row in (real, plain, blended, wide)]
-    assert rules == ["(the shapes themselves)", "sampling only", "a = 0", "within 100 sigma"]
+    assert rules == ["(the shapes)", "sampling only", "a = 0", "within 100 sigma"]
     for key in ("prompt score", "Chamfer to described", "share of diversity less floor"):
         # the order of sums depends on the threads that are free, so the last digits may differ
-        assert mean_of(wide[key]) == pytest.approx(mean_of(plain[key]), rel=2e-3)
-    assert mean_of(plain["share of diversity less floor"]) == 1
+        assert float(wide[key]) == pytest.approx(float(plain[key]), rel=2e-3)
+    assert float(plain["share of diversity less floor"]) == 1
     assert blended["Chamfer to described"] != plain["Chamfer to described"]
-
-
-def mean_of(cell):                                            # of a table: "0.525 ± 0.024"
-    return float(cell.split(" ")[0])
 
 
 def test_registers_are_trained_with_rida_and_without(experiment, overfitted, tmp_path, monkeypatch):
@@ -92,12 +78,11 @@ def test_registers_are_trained_with_rida_and_without(experiment, overfitted, tmp
     monkeypatch.setitem(lost.STUDENTS, "small", dict(dim=64, depth=1, heads=4))
     assert experiment("ablate-rida", "--seeds", 1, "--shapes", 2, "--batch", 4, "--scorer", overfitted) == 0
     rows = rows_of(tmp_path / "out/ablate-rida")
-    assert [(row["decoder"], row["registers"]) for row in rows] == [
-        ("with RIDA", "1"), ("without", "1")]
+    assert [(row["decoder"], row["registers"]) for row in rows] == [("with RIDA", "1"), ("without", "1")]
     assert len(experiment.trainings) == 1 + 2
 
     flags = "--checkpoint", tmp_path / "runs/lost-0", "--scorer", overfitted, "--out", tmp_path / "out"
-    assert run(evaluate.main, "registers", *flags, "--shapes", 2) == 0
+    assert run(evaluate.main, "registers", *flags, "--shapes", 1) == 0
     assert [row["registers"] for row in rows_of(tmp_path / "out/registers")] == ["1", "2", "(its tokens)"]
     assert run(evaluate.main, "search", *flags) == 0
     assert len(rows_of(tmp_path / "out/search")) == 5

@@ -12,7 +12,7 @@ from engine.commands import UserError
 from geometry import shapes
 from heads import field_of
 from research import attributes, exam, metrics, results
-from research.memory import score_memorisation
+from research.scores import score_memorisation
 
 # ---------------------------------------------------------------------------- results and scores
 
