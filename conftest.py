@@ -35,7 +35,7 @@ if PARALLEL:
 SMALL = {  # one size below tiny, for every stage
     text_tower: dict(dim=64, depth=1, heads=4),
     image_tower: dict(dim=64, depth=1, heads=4),
-    tokenizer: dict(side=4, channels=8, dim=64, heads=4),
+    tokenizer: dict(side=4, channels=8, dim=64, heads=4, cells=4),
     backbone: dict(dim=64, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2),
     reconstruct: dict(dim=64, depth=1, heads=4),
 }
@@ -116,11 +116,17 @@ def once(tmp_path_factory, name, fill):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Where train_small prepares its shapes, also in other processes."""
+    os.environ["CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+
+
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    """Two shapes of every class to train on, and two to test on."""
+    """A shape of every class to train on, and one to test on."""
     def prepare(folder):
-        return [data.prepare(split, 26, folder, kinds=KINDS) for split in ("train", "test")]
+        return [data.prepare(split, 13, folder, kinds=KINDS) for split in ("train", "test")]
     return prepare(once(tmp_path_factory, "prepared", prepare))
 
 
@@ -137,7 +143,7 @@ def train_small(patch, folder, count, *args, watched=False):
         patch.setitem(module.SIZES, "small", size)
     patch.setattr(data, "prepare", lambda split, _, *rest, **more: PREPARE("train", count, *rest, **more))
     patch.setattr(judge, "CLASSES", ("table", "chair"))
-    flags = "--size", "small", "--shapes", count, "--out", folder, "--cache", folder.parent / "cache"
+    flags = "--size", "small", "--shapes", count, "--out", folder, "--cache", os.environ["CACHE"]
     return run(train.main, *flags, *args)
 
 
@@ -145,8 +151,8 @@ def train_small(patch, folder, count, *args, watched=False):
 def overfitted(tmp_path_factory):
     """A checkpoint of train.py for two shapes, a table and a chair; every stage takes some seconds."""
     def fill(folder):
-        settings = {"encoders": (30, 2, 1e-3), "tokenizer": (280, 2, 6e-3), "vision": (30, 4, 1e-3),
-                    "backbone": (180, 8, 4e-3), "reconstruct": (60, 16, 4e-3)}
+        settings = {"encoders": (20, 2, 1e-3), "tokenizer": (150, 2, 6e-3), "vision": (12, 4, 1e-3),
+                    "backbone": (120, 8, 6e-3), "reconstruct": (20, 8, 4e-3)}
         with pytest.MonkeyPatch.context() as patch:
             for stage, (steps, batch, lr) in settings.items():
                 flags = "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr

@@ -17,7 +17,6 @@ from torch import nn
 import backbone
 import heads
 import reconstruct
-import sample
 import tokenizer
 from conftest import HERE, SMALL, WIDTHS, prompted, small_backbone
 from engine.commands import UserError
@@ -52,19 +51,16 @@ def test_standardise_changes_tokens_not_shapes(cells, prepared):
 
 
 def test_patches_change_tokens_not_shapes(prepared):
-    torch.manual_seed(0)
-    settings = SMALL[tokenizer] | {"cells": 4}
+    """The same weights with patches of 2^3 tokens: an eighth as many tokens, the same field."""
     cloud, x = prepared[0].cloud(np.arange(3), 500, np.random.default_rng(0)), torch.rand(3, 100, 3) * 2 - 1
-    fields, weights = [], None
+    fields = []
     for patch in (1, 2):
-        model = nn.ModuleList(kind(**settings, patch=patch).eval() for kind in (tokenizer.Tokenizer, heads.SdfHead))
-        weights = weights or copy.deepcopy(model.state_dict())
-        model.load_state_dict(weights)
-        encoder, head = model
+        torch.manual_seed(0)
+        encoder, head = (kind(**SMALL[tokenizer], patch=patch).eval() for kind in (tokenizer.Tokenizer, heads.SdfHead))
         tokenizer.standardise(encoder, [head], encoder(*cloud))
         tokens = encoder(*cloud)                                                  # b n c
         fields.append(head.evaluate(head.read(tokens), x))
-    assert tokens.shape == (3, 4 ** 3 // 8, 8 * settings["channels"])
+    assert tokens.shape == (3, 4 ** 3 // 8, 8 * SMALL[tokenizer]["channels"])
     assert torch.allclose(*fields, atol=1e-4)
 
 
@@ -93,25 +89,26 @@ def test_every_colour_counts_alike():
     assert torch.allclose(weights, torch.tensor([[2 / 3, 2 / 3, 2 / 3, 2]]))
 
 
-@pytest.mark.parametrize("cells", [0, 4])
-@pytest.mark.parametrize("rep", heads.HEADS)
+@pytest.mark.parametrize("rep, cells", [*((rep, 4) for rep in heads.HEADS), ("sdf", 0)])
 def test_heads_learn_and_decode(rep, cells, prepared):
-    """Each head's loss falls in a few steps on two shapes, and its shape can be sampled and drawn."""
+    """Each head's loss falls in a few steps on two shapes. It decodes on the device of its tokens, whatever the default
+    device is, and its shape can be sampled and drawn."""
     torch.manual_seed(0)
-    split, rows, rng = prepared[0], np.array([0, 1]), np.random.default_rng(0)
-    settings = SMALL[tokenizer] | {"cells": cells}
+    settings, reads = SMALL[tokenizer] | {"cells": cells}, {name: 500 for name in heads.HEADS[rep].reads}
     models = nn.ModuleDict({name: heads.HEADS[name](**settings) for name in heads.with_needs([rep])})
-    tokens, optimizer, losses = torch.randn(2, 64, 8), torch.optim.Adam(models.parameters(), 3e-3), []
+    tokens, optimizer, losses = torch.randn(2, 64, 8), torch.optim.Adam(models.parameters(), 1e-3), []
     for _ in range(4):
-        samples = split.samples(rows, heads.HEADS[rep].reads, np.random.default_rng(0))
-        loss, _ = models[rep].loss(tokens, samples)
+        loss, _ = models[rep].loss(tokens, prepared[0].samples(np.array([0, 1]), reads, np.random.default_rng(0)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    shape = models[rep].decode(tokens[0], models, rng, resolution=32, points=200)
-    assert [x.shape for x in shape.surface(50, rng)] == 3 * [(50, 3)]
+    decoded = lambda: models[rep].decode(tokens[0], models, np.random.default_rng(0), resolution=32, points=200)
+    shape = decoded()
+    with torch.device("meta"):
+        assert all(map(np.array_equal, vars(decoded()).values(), vars(shape).values()))
+    assert [x.shape for x in shape.surface(50, np.random.default_rng(0))] == 3 * [(50, 3)]
     assert shape.picture(32).shape == (32, 32, 3)
 
 
@@ -161,7 +158,7 @@ def test_a_hidden_prompt_has_no_influence():
 # ---------------------------------------------------------------------------- backbone
 
 def test_training_covers_every_moment_of_generation(monkeypatch):
-    """From nothing known to one token missing. The hidden share, cos(pi/2 u^1.5), u uniform, is .74 in the mean."""
+    """From no known token to one unknown token. The hidden share, cos(pi/2 u^1.5), u uniform, has mean .74."""
     model, condition = small_backbone()
     counts = []
 
@@ -171,15 +168,14 @@ def test_training_covers_every_moment_of_generation(monkeypatch):
     monkeypatch.setattr(model, "contexts", contexts)
     for _ in range(300):
         model.loss(torch.zeros(3, 27, 8), condition)
-    assert min(counts) == 0
-    assert max(counts) == 26
+    assert (min(counts), max(counts)) == (0, 26)
     assert abs(1 - np.mean(counts) / 27 - .74) < .06
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 64, 216, 512])
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 512])
 def test_schedules_place_every_token_once(n):
     """The steps follow one another from none to all, and each places at least one token."""
-    for steps in {1, 2, 3, 16, n // 2, n - 1, n} & set(range(1, n + 1)):
+    for steps in {1, 2, 16, n // 2, n - 1, n} & set(range(1, n + 1)):
         pairs = backbone.schedule(n, steps)
         edges = [0, *(then for _, then in pairs)]
         assert len(pairs) == steps
@@ -193,23 +189,22 @@ def test_schedules_place_every_token_once(n):
 
 def test_a_schedule_places_few_tokens_at_first():
     sizes = [then - known for known, then in backbone.schedule(512, 8)]
-    assert sizes == sorted(sizes)
-    assert sizes[-1] > 5 * sizes[0]
+    assert sizes == sorted(sizes) and sizes[-1] > 5 * sizes[0]
 
 
 def test_contexts_ignore_unknown_tokens():
-    """Context vectors depend on the known tokens, as a set, and on nothing that stands in unknown places."""
+    """Context vectors depend on the known tokens, as a set, and on no unknown token; a few rows = those of all."""
     model, condition = small_backbone()
     prefix, x = model.prefix(condition), torch.randn(3, 27, 8)
     order, known, rows = torch.rand(3, 27).argsort(1), 10, torch.arange(27).expand(3, -1)
     changed = lambda places: x.scatter(1, places[..., None].expand(-1, -1, 8), torch.randn(3, 27, 8))
-    c = model.contexts(prefix, x, order, known, rows)
-    assert torch.equal(c, model.contexts(prefix, changed(order[:, known:]), order, known, rows))
-    assert not torch.allclose(c, model.contexts(prefix, changed(order[:, :1]), order, known, rows))
+    z = model.contexts(prefix, x, order, known, rows)
+    assert torch.equal(z, model.contexts(prefix, changed(order[:, known:]), order, known, rows))
+    assert not torch.allclose(z, model.contexts(prefix, changed(order[:, :1]), order, known, rows))
     flipped = torch.cat([order[:, :known].flip(1), order[:, known:]], 1)
-    assert torch.allclose(c, model.contexts(prefix, x, flipped, known, rows), atol=1e-5)
+    assert torch.allclose(z, model.contexts(prefix, x, flipped, known, rows), atol=1e-5)
     few = order[:, known:known + 4]
-    own = c.gather(1, few[..., None].expand(-1, -1, c.shape[-1]))
+    own = z.gather(1, few[..., None].expand(-1, -1, z.shape[-1]))
     assert torch.allclose(own, model.contexts(prefix, x, order, known, few), atol=1e-6)
 
 
@@ -231,11 +226,8 @@ def test_guidance_has_a_strength_for_each_prompt(monkeypatch):
     """The strength of the image comes first. Both grow from none to all of it at a quarter of the tokens."""
     model, condition = small_backbone()
     strengths = []
-
-    def denoise(net, c, noise, steps, strength, temperature):
-        strengths.append(strength)
-        return noise[:, 0]
-    monkeypatch.setattr(backbone.Flow, "sample", denoise)
+    monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, noise, steps, strength, temperature:
+                        strengths.append(strength) or noise[:, 0])
     model.generate(condition, [0, 1, 2], steps=27, cfg={"text": 4., "image": 2.})
     assert strengths[0] == []                                 # the conditional branch alone
     assert strengths[3] == pytest.approx([1 + 4 * 3 / 27, 1 + 3 * 4 * 3 / 27])
@@ -261,18 +253,14 @@ def test_branches_in_one_batch_are_three_passes():
 
 
 def test_branches_share_their_noise():
-    """All branches of a guided step see the same x and t. They add up to none + 3 (text - none) + 2 (both - text)."""
-    inputs = []
-
-    def net(x, t, c):
-        inputs.append((x, t))
-        return c * x
-    x, t, c = torch.randn(6, 8), torch.rand(1), torch.randn(18, 8)
-    out, (both, text, none) = backbone.denoise(net, x, t, c, [2., 3.]), (branch * x for branch in c.chunk(3))
+    """All branches of a guided step get the same x and t. They add up to none + 3 (text - none) + 2 (both - text)."""
+    def net(x, t, z):
+        assert torch.equal(x, noisy.repeat(len(z) // 6, 1)) and torch.equal(t, time)
+        return z * x
+    noisy, time, z = torch.randn(6, 8), torch.rand(1), torch.randn(18, 8)
+    out, (both, text, none) = backbone.denoise(net, noisy, time, z, [2., 3.]), (branch * noisy for branch in z.chunk(3))
     assert torch.allclose(out, none + 3 * (text - none) + 2 * (both - text), atol=1e-5)
-    assert torch.equal(inputs[0][0], x.repeat(3, 1))
-    assert torch.equal(inputs[0][1], t)
-    assert torch.equal(backbone.denoise(net, x, t, c[:6], []), both)
+    assert torch.equal(backbone.denoise(net, noisy, time, z[:6], []), both)
 
 
 # ---------------------------------------------------------------------------- samples
@@ -303,17 +291,6 @@ def test_a_model_makes_nothing_on_another_device(denoiser):
     assert model.generate(condition, [7, 8, 9], steps=5, denoise_steps=4).is_meta
 
 
-@pytest.mark.parametrize("rep", heads.HEADS)
-def test_a_head_makes_nothing_on_another_device(rep):
-    """A head decodes on the device of its tokens, whatever the default device is."""
-    model = sample.load(device="cpu")
-    tokens = model.tokens(["a red chair"], [(0, 0)])[0]
-    expected = model.decode(tokens, rep, resolution=64, points=500)
-    with torch.device("meta"):
-        shape = model.decode(tokens, rep, resolution=64, points=500)
-    assert all(map(np.array_equal, vars(shape).values(), vars(expected).values()))
-
-
 # ---------------------------------------------------------------------------- denoisers
 
 def exact_net(denoiser, mean, std):
@@ -332,52 +309,45 @@ def exact_net(denoiser, mean, std):
 
 @pytest.mark.parametrize("denoiser, steps", [("flow", 100), ("ddpm", 250)])
 def test_denoisers_recover_a_known_distribution(denoiser, steps):
-    """With the exact network, samples have the data's mean and deviation."""
+    """With the exact network, samples have the data's mean and deviation, and the loss is least."""
     torch.manual_seed(0)
-    kind = backbone.DENOISERS[denoiser]
-    noise = torch.randn(8000, kind.draws(steps), 2)
-    x = kind.sample(exact_net(denoiser, 1., .5), torch.zeros(8000, 1), noise, steps)
+    kind, net = backbone.DENOISERS[denoiser], exact_net(denoiser, 1., .5)
+    x = kind.sample(net, torch.zeros(8000, 1), torch.randn(8000, kind.draws(steps), 2), steps)
     assert (x.mean(0) - 1).abs().max() < .03
     assert (x.std(0) - .5).abs().max() < .03
 
-
-@pytest.mark.parametrize("denoiser", backbone.DENOISERS)
-def test_the_exact_network_has_the_least_loss(denoiser):
-    net = exact_net(denoiser, 1., .5)
-
     def loss(factor, offset):
         torch.manual_seed(0)
-        data, c = 1 + .5 * torch.randn(40_000, 2), torch.zeros(40_000, 1)
-        return backbone.DENOISERS[denoiser].loss(lambda x, t, c: factor * net(x, t, c) + offset, data, c)
+        data, z = 1 + .5 * torch.randn(40_000, 2), torch.zeros(40_000, 1)
+        return kind.loss(lambda x, t, z: factor * net(x, t, z) + offset, data, z)
 
     assert all(loss(1, 0) < loss(*other) for other in ((1.1, 0), (.9, 0), (1, .1), (1, -.1)))
 
 
 def test_flow_steps_are_of_second_order():
     """Twice the steps, about a quarter of the error; for Euler's method it would be half."""
-    net, c, noise = exact_net("flow", 1., .5), torch.zeros(1000, 1), torch.randn(1000, 1, 1)
+    net, z, noise = exact_net("flow", 1., .5), torch.zeros(1000, 1), torch.randn(1000, 1, 1)
     truth = 1 + .5 * noise[:, 0]                              # where the flow ends for this distribution
-    errors = [(backbone.Flow.sample(net, c, noise, steps) - truth).abs().mean() for steps in (16, 32, 64)]
+    errors = [(backbone.Flow.sample(net, z, noise, steps) - truth).abs().mean() for steps in (16, 32, 64)]
     assert all(3 < coarse / fine < 5 for coarse, fine in zip(errors, errors[1:]))
 
 
 def test_temperature_zero_is_one_answer():
     """Without noise the flow has one answer; a higher temperature spreads the samples."""
-    net, c, noise = exact_net("flow", 1., .5), torch.zeros(4000, 1), torch.randn(4000, 1, 1)
-    cold, cool, warm = (backbone.Flow.sample(net, c, noise, 30, temperature=t).std() for t in (0., .5, 1.))
+    net, z, noise = exact_net("flow", 1., .5), torch.zeros(4000, 1), torch.randn(4000, 1, 1)
+    cold, cool, warm = (backbone.Flow.sample(net, z, noise, 30, temperature=t).std() for t in (0., .5, 1.))
     assert cold < 1e-6 < cool < .7 * warm
 
 
 # ---------------------------------------------------------------------------- reconstruction and RGS
 
 def test_blending_conventions_are_mirror_images():
-    """sampled=A (the figure's alpha) = recon=1-A (the text's alpha); at the ends one of the two is left."""
+    """sampled=A (the figure's alpha) = recon=1-A (the text's alpha); at both ends one of the two alone."""
     x, recon = torch.randn(2, 27, 8), torch.randn(2, 27, 8)
     blended = lambda rgs: reconstruct.blending(lambda condition: (recon, None), {}, rgs)(x)
     for a in (0., .1, .7, 1.):
         assert torch.allclose(blended(f"sampled={a}"), blended(f"recon={1 - a}"), atol=1e-6)
-    assert torch.equal(blended("sampled=1"), x)
-    assert torch.equal(blended("sampled=0"), recon)
+    assert torch.equal(blended("sampled=1"), x) and torch.equal(blended("sampled=0"), recon)
 
 
 def test_auto_blends_only_with_a_picture_alone():
@@ -396,7 +366,8 @@ def test_a_wrong_rule_of_rgs_is_an_error(rgs):
 
 
 def test_reconstruction_guides_the_first_steps():
-    """RGS changes no token of the first step, where nothing is known, and every token after it."""
+    """RGS changes no token of the first step, where none is known, and every later token. A window is a share of the
+    steps."""
     model, condition = small_backbone()
     recon = 3 * torch.randn(3, 27, 8)
     sampled = functools.partial(model.generate, condition, [0, 1, 2], steps=8, denoise_steps=4)
@@ -406,28 +377,19 @@ def test_reconstruction_guides_the_first_steps():
     assert torch.equal(plain, sampled(blend=blend, window=1 / 8))
     changed = (sampled(blend=blend, window=.25) != plain).any(-1).sum(1)
     assert (changed == 27 - backbone.schedule(27, 8)[0][1]).all()
-
-
-@pytest.mark.parametrize("window, count", [(0, 0), (.25, 2), (.75, 6), (1, 8)])
-def test_a_window_is_a_share_of_the_steps(window, count):
-    """--window 1: all steps."""
-    model, condition = small_backbone()
-    calls = []
-    blend = lambda x: calls.append(x) or x
-    model.generate(condition, [0, 1, 2], steps=8, denoise_steps=1, window=window, blend=blend)
-    assert len(calls) == count
+    for window, count in ((0, 0), (.25, 2), (.75, 6), (1, 8)):
+        calls = []
+        sampled(window=window, blend=lambda x: calls.append(x) or x)
+        assert len(calls) == count
 
 
 def test_tokens_near_the_guess_stay():
-    """within=S moves a token that is farther than S standard deviations, and just so far; within=0 is the guess."""
+    """within=S moves a token that is farther than S standard deviations, and no farther than needed; within=0 is the
+    guess; the others keep every bit."""
     x, recon = torch.tensor([0., .9, -3, 5]), torch.tensor([0., 0, 0, 4])
     log_variance = 2 * torch.tensor([0., 0, 0, 2])            # standard deviations 1, 1, 1, e^2
     assert torch.equal(reconstruct.within(x, recon, log_variance, 1.), torch.tensor([0., .9, -1, 5]))
     assert torch.equal(reconstruct.within(x, recon, log_variance, 0.), recon)
-    assert torch.equal(reconstruct.within(x, recon, log_variance, 9.), x)
-
-
-def test_what_does_not_stray_keeps_every_bit():
     x, recon = torch.randn(2, 10_000)
     near = (x - recon).abs() < .99
     assert torch.equal(reconstruct.within(x, recon, torch.zeros(()), 1.)[near], x[near])
@@ -453,16 +415,16 @@ def test_the_reconstructor_knows_its_variance():
     assert sigma[:, 0].max() < .45 * sigma[:, 1].min()
 
 
-def test_only_the_conditional_branch_sees_the_blend(monkeypatch):
-    """RGS changes what this branch sees. Guidance compares it with those that see the sampled tokens."""
+def test_only_the_conditional_branch_gets_the_blend(monkeypatch):
+    """The other branches, which guidance compares it with, get the sampled tokens."""
     model, condition = small_backbone()
-    contexts, seen = model.contexts, []
+    contexts, inputs = model.contexts, []
 
     def record(prefix, x, *rest):
-        seen.append(x.chunk(3))
+        inputs.append(x.chunk(3))
         return contexts(prefix, x, *rest)
     monkeypatch.setattr(model, "contexts", record)
     model.generate(condition, [0, 1, 2], steps=4, blend=lambda x: x + 1, window=.5)
-    for step, (both, text, nothing) in enumerate(seen[1:], 1):                    # at first there is one branch alone
+    for step, (both, text, nothing) in enumerate(inputs[1:], 1):                  # the first step has one branch
         assert torch.equal(both, nothing + (step < 2))
         assert torch.equal(text, nothing)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import trimesh
-from evaluation import attributes
 
 import sample
 from conftest import HERE, assert_one_line, run, same_files
@@ -24,26 +23,27 @@ from engine import files
 from engine.commands import UserError, pick_device
 from geometry import export, metrics
 from heads import field_of
+from research import attributes
 
 # ---------------------------------------------------------------------------- the shipped weights
 
 def test_words_count_beside_a_picture():
     """The picture shows a green chair; with the words "a red chair", most samples are red chairs."""
     model = sample.load().load_heads("sdf")
-    tokens = model.sample("a red chair", "assets/chair.png", 8)                   # b n c
+    tokens = model.sample("a red chair", "assets/chair.png", 4)                   # b n c
     shapes = [attributes.measure_shape(field_of(model.heads["sdf"], x, model.autocast)) for x in tokens]
-    assert sum(attributes.has_attribute(shape, "colour", attributes.colour(), "red") for shape in shapes) >= 6
+    assert sum(attributes.has_attribute(shape, "colour", attributes.colour(), "red") for shape in shapes) >= 3
 
 
 def test_a_mesh_has_as_many_faces_as_asked():
     """With `faces`, the surface is simplified: closed, and never more faces."""
-    for mesh in sample.load().generate("a chair", rep="mesh", n=2, faces=300):
-        assert 200 < len(mesh.faces) <= 300
-        assert metrics.soundness(mesh)["closed edges"] > .98
+    mesh = sample.load().generate("a chair", rep="mesh", faces=300)[0]
+    assert 200 < len(mesh.faces) <= 300
+    assert metrics.soundness(mesh)["closed edges"] > .98
 
 
 def test_the_sdf_head_brings_points_to_its_surface():
-    """Half as far from it as where their own head leaves them, or nearer."""
+    """With it, points are at most half as far from its surface."""
     model = sample.load().load_heads("pc")
     tokens, head = model.sample("a chair")[0], model.heads["pc"]
     field, distances = field_of(model.heads["sdf"], tokens, model.autocast), []
@@ -57,19 +57,21 @@ def test_the_sdf_head_brings_points_to_its_surface():
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_the_precision_of_the_user_wins(precision, dtype, monkeypatch):
-    """--precision counts more than what the processor can do, and sample.py computes in it."""
+    """--precision overrides what the processor has, and sample.py computes in it. torch 2.9 cannot tell: fp32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": precision == "fp32"})
     for name, expected in ((precision, precision == "bf16"), (None, precision == "fp32")):
         device, autocast, _ = pick_device("cpu", precision=name)
         with autocast():
             assert torch.is_autocast_enabled(device.type) == expected
     model = sample.load(device="cpu", precision=precision)
-    assert model.model.backbone.token.weight.dtype == dtype
+    assert model.backbone.token.weight.dtype == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert "fp32" in pick_device("cpu")[2]
 
 
 @pytest.mark.parametrize("options, complaint", [
     (dict(prompt=None), "there is no prompt"), (dict(prompt=["a table"]), "one string, not a list"),
-    (dict(rep="obj"), "sdf, pc, mesh, gs"), (dict(resolution=96), "32, 64, 128, 256, 512"), (dict(n=0), "at least 1"),
+    (dict(rep="obj"), "sdf, pc, mesh, gs"), (dict(resolution=96), "32, 64, 128, 256, 512"), (dict(n=0), "n is a whole number"),
     (dict(steps=65), "shape tokens"), (dict(rgs="sampled"), "RGS takes"), (dict(rgs="sampled=5"), "from 0 to 1")])
 def test_python_api_names_a_wrong_argument(overfitted, options, complaint):
     with pytest.raises(UserError, match=complaint):
@@ -78,13 +80,13 @@ def test_python_api_names_a_wrong_argument(overfitted, options, complaint):
 
 def test_same_seed_same_bytes(overfitted, tmp_path):
     """The command twice = the same files; the Python API = the command; another seed is another mesh."""
-    flags = "--text", "a table", "--checkpoint", overfitted, "--resolution", 64, "--n", 2
+    flags = "--text", "a table", "--checkpoint", overfitted, "--resolution", 32, "--n", 2
     for out, seed in (("one", 5), ("two", 5), ("other", 6)):
         assert run(sample.main, *flags, "--seed", seed, "--out", tmp_path / out) == 0
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {"a-table-0.glb", "a-table-0.png", "a-table-1.glb", "a-table-1.png", "a-table.png"}
     assert same_files(tmp_path / "one", tmp_path / "two")
-    for i, mesh in enumerate(sample.load(overfitted).generate("a table", rep="sdf", n=2, seed=5, resolution=64)):
+    for i, mesh in enumerate(sample.load(overfitted).generate("a table", rep="sdf", n=2, seed=5, resolution=32)):
         mesh.save(tmp_path / "api.glb")
         content = (tmp_path / "api.glb").read_bytes()
         assert content == (tmp_path / "one" / f"a-table-{i}.glb").read_bytes()
@@ -105,7 +107,7 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
     (["--text", ""], "is empty"), (["--text", "with the"], "names no object"), (["--device", "meta"], "--device meta"),
     (["--text", "a house"], "unknown object 'house'"),
-    (["--checkpoint", "nowhere"], "there is no folder nowhere"), (["--checkpoint", "x" * 300], "cannot use xxx"),
+    (["--checkpoint", "nowhere"], "there is no folder 'nowhere'"), (["--checkpoint", "x" * 300], "cannot use xxx"),
     (["--out", "{file}/below"], "cannot write")])
 def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, capsys):
     """A mistake is one line that names it, with exit status 2, and nothing is written."""
@@ -144,15 +146,15 @@ def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp
 
 
 def test_weights_remember_how_they_are_sampled(overfitted, tmp_path):
-    """Options in config.json are those of every sample; what is asked for wins."""
+    """Options in config.json are the defaults of a checkpoint; explicit options override them."""
     folder = shutil.copytree(overfitted, tmp_path / "checkpoint")
     files.write_config(folder, "backbone", sampling={"steps": 2, "temperature": 0.})
     plain, remembering = (sample.load(path, precision="fp32") for path in (overfitted, folder))
     tokens = remembering.tokens(["a table"], [0])
     assert torch.equal(tokens, plain.tokens(["a table"], [0], steps=2, temperature=0.))
-    asked = remembering.tokens(["a table"], [0], steps=10, temperature=1.)
-    assert torch.equal(asked, plain.tokens(["a table"], [0]))
-    assert not torch.equal(asked, tokens)
+    explicit = remembering.tokens(["a table"], [0], steps=10, temperature=1.)
+    assert torch.equal(explicit, plain.tokens(["a table"], [0]))
+    assert not torch.equal(explicit, tokens)
 
 
 def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
@@ -163,8 +165,8 @@ def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
     assert_one_line(capsys.readouterr().err, "empty")
 
 
-def test_a_reader_that_has_enough_ends_a_command_without_a_word():
-    """As in `python -m prompts.reading | head -1`: nobody reads the pipe any more."""
+def test_a_closed_pipe_ends_a_command_silently():
+    """As in `python -m prompts.reading | head -1`."""
     end, pipe = os.pipe()
     os.close(end)
     done = subprocess.run([sys.executable, "-m", "prompts.reading"], stdout=pipe, stderr=subprocess.PIPE, cwd=HERE)
@@ -174,9 +176,12 @@ def test_a_reader_that_has_enough_ends_a_command_without_a_word():
 
 # ---------------------------------------------------------------------------- README
 
+README = (HERE / "README.md").read_text()
+
+
 def readme_command(script):
     """The README's first command that calls this script, as a list; the installation before it is left out."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)
     lines = [line.split("&&")[-1].strip() for block in blocks for line in block.splitlines()]
     return shlex.split(next(line for line in lines if line.startswith(f"python {script}")), comments=True)
 
@@ -184,7 +189,7 @@ def readme_command(script):
 @pytest.fixture
 def fresh_copy(tmp_path):
     """A copy of the code with the shipped weights -> what runs a command in it."""
-    for path in (HERE / "pyproject.toml", *HERE.glob("*.py"), *HERE.glob("[a-z]*/*.py")):
+    for path in (HERE / "README.md", HERE / "pyproject.toml", *HERE.glob("*.py"), *HERE.glob("[a-z]*/*.py")):
         copied = tmp_path / path.relative_to(HERE)
         copied.parent.mkdir(exist_ok=True)
         shutil.copy(path, copied)
@@ -203,6 +208,46 @@ def test_readme_sample_command_runs_as_written(fresh_copy, tmp_path):
 
 def test_readme_test_command_finds_the_tests(fresh_copy):
     found = fresh_copy([*readme_command("-m pytest"), "--collect-only"])
-    assert found.returncode == 0, found.stdout + found.stderr
+    assert found.returncode == 0, found.stdout[-500:] + found.stderr
     for name in ("test_all.py", "test_engine.py", "test_shapes.py", "test_prompts.py", "test_peers.py"):
         assert name in found.stdout
+
+
+def count_lines(name):
+    """Lines of a file, or of a folder's *.py without tests."""
+    path = HERE / name
+    paths = [p for p in path.glob("*.py") if not p.name.startswith("test_")] if path.is_dir() else [path]
+    return sum(len(p.read_text().splitlines()) for p in paths)
+
+
+def counted(text):
+    """The README with the true numbers of lines. `python test_commands.py` writes it."""
+    text = re.sub(r"(\| \[\S+\]\((\S+)\) \| )\d+ \|", lambda m: f"{m[1]}{count_lines(m[2])} |", text)
+    method = sum(map(count_lines, ("prefix.py", "backbone.py", "reconstruct.py")))
+    return re.sub(r"three files, \d+ lines", f"three files, {method} lines", text)
+
+
+def test_readme_counts_lines():
+    changed = {*counted(README).splitlines()} - {*README.splitlines()}
+    assert not changed, "these lines of README.md have changed; `python test_commands.py` writes them"
+
+
+def test_readme_and_docs_are_short_and_their_links_exist():
+    docs = {path: path.read_text() for path in (HERE / "docs").glob("*.md")}
+    assert len(README.split()) <= 1000 and sum(len(text.split()) for text in docs.values()) <= 9000
+    assert not re.search(r"\b(?=[0-9a-f]*\d)(?=\d*[a-f])[0-9a-f]{7,40}\b", README), "a git hash"
+    for path, text in {HERE / "README.md": README, **docs}.items():
+        links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+        assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_readme_names_packages_for_another_torch():
+    """All that requirements.txt pins, but torch and transformers; no lower bound is above its pin."""
+    lowest = dict(re.findall(r'"([\w-]+)>=([\d.]+)"', re.search(r"^pip install \"numpy.*$", README, re.M)[0]))
+    pins = dict(re.findall(r"^([\w-]+)==([\d.]+)", (HERE / "requirements.txt").read_text(), re.M))
+    assert lowest.keys() == pins.keys() - {"torch", "transformers"}
+    assert all([*map(int, lowest[name].split("."))] <= [*map(int, pins[name].split("."))] for name in lowest)
+
+
+if __name__ == "__main__":
+    (HERE / "README.md").write_text(counted(README))

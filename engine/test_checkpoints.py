@@ -17,7 +17,7 @@ from geometry import render
 
 @pytest.mark.parametrize("half, tolerance", [(False, 0), (True, 1e-3)], ids=["fp32", "half"])
 def test_checkpoint_round_trip(half, tolerance, tmp_path):
-    """Weights that were saved and loaded are the same bits; in half precision they differ by 1e-3 at most."""
+    """Saved and loaded weights are the same bits; in half precision they differ by 1e-3 at most."""
     model = networks.Block(64, 4)
     files.save_weights(tmp_path / "a.safetensors", model.state_dict(), half=half)
     other = files.load_model(networks.Block, tmp_path / "a.safetensors", dim=64, heads=4)
@@ -25,17 +25,13 @@ def test_checkpoint_round_trip(half, tolerance, tmp_path):
         assert (saved - loaded).abs().max() <= tolerance
 
 
-def test_damaged_weights_are_named(tmp_path):
-    """Truncated, empty and pickled files, and none at all."""
-    path, model = tmp_path / "a.safetensors", nn.Linear(3, 2)
-    files.save_weights(path, model.state_dict())
-    content = path.read_bytes()
-    for damaged in (content[:-5], content[:20], b"", pickle.dumps(model.state_dict())):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="truncated or no safetensors"):
-            files.load_model(lambda: model, path)
-    with pytest.raises(UserError, match="no file"):
-        files.load_model(lambda: model, tmp_path / "b.safetensors")
+@pytest.mark.parametrize("damage", [lambda x: x[:-5], lambda x: x[:20], lambda x: b"", lambda x: pickle.dumps([1])])
+def test_damaged_weights_are_named(damage, tmp_path):
+    path = tmp_path / "a.safetensors"
+    files.save_weights(path, nn.Linear(3, 2).state_dict())
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match="truncated or no safetensors"):
+        files.load_model(lambda: nn.Linear(3, 2), path)
 
 
 def test_weights_in_numbers_of_another_kind_are_read_or_refused(tmp_path):
@@ -45,13 +41,12 @@ def test_weights_in_numbers_of_another_kind_are_read_or_refused(tmp_path):
             files.load_model(lambda: nn.Linear(3, 2), tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("model, complaint", [
-    (nn.Sequential(nn.Linear(4, 2)), r"0\.weight is \(2, 3\), not \(2, 4\)"),
-    (nn.Linear(3, 2, bias=False), r"missing weight; unknown 0\.bias; unknown 0\.weight")], ids=["shape", "name"])
-def test_weights_of_another_model_are_named(model, complaint, tmp_path):
+def test_weights_of_another_model_are_named(tmp_path):
     files.save_weights(tmp_path / "a.safetensors", nn.Sequential(nn.Linear(3, 2)).state_dict())
-    with pytest.raises(UserError, match=complaint):
-        files.load_model(lambda: model, tmp_path / "a.safetensors")
+    for model, complaint in ((nn.Sequential(nn.Linear(4, 2)), r"0\.weight is \(2, 3\), not \(2, 4\)"),
+                             (nn.Linear(3, 2, bias=False), r"missing weight; unknown 0\.bias; unknown 0\.weight")):
+        with pytest.raises(UserError, match=complaint):
+            files.load_model(lambda: model, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("field, value", [
@@ -66,11 +61,11 @@ def test_a_field_of_another_form_is_named(field, value, tmp_path):
         files.read_config(tmp_path)
 
 
-@pytest.mark.parametrize("dim", [10 ** 9, 10 ** 30])
-def test_a_huge_layer_is_refused_before_it_takes_memory(dim, tmp_path):
+def test_a_huge_layer_is_refused_before_it_takes_memory(tmp_path):
     files.save_weights(tmp_path / "a.safetensors", nn.Linear(3, 3).state_dict())
-    with pytest.raises(UserError, match="does not fit this model|make no Linear"):
-        files.load_model(nn.Linear, tmp_path / "a.safetensors", in_features=dim, out_features=dim)
+    for dim in (10 ** 9, 10 ** 30):
+        with pytest.raises(UserError, match="does not fit this model|make no Linear"):
+            files.load_model(nn.Linear, tmp_path / "a.safetensors", in_features=dim, out_features=dim)
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
@@ -109,14 +104,3 @@ def test_full_disk_leaves_the_old_file(name, write, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_stage_of_other_weights_is_refused(tmp_path):
-    """A backbone that was trained with another tokenizer than the one beside it is an error that says so."""
-    files.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.zeros(1)})
-    made_with = {"tokenizer": files.digest(tmp_path / "tokenizer.safetensors")}
-    files.write_config(tmp_path, "backbone", made_with=made_with)
-    assert files.read_stage(tmp_path, "backbone") == {"made_with": made_with}
-    files.save_weights(tmp_path / "tokenizer.safetensors", {"x": torch.ones(1)})
-    with pytest.raises(UserError, match="trained with another tokenizer"):
-        files.read_stage(tmp_path, "backbone")

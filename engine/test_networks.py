@@ -47,7 +47,8 @@ def test_casting_once_is_casting_always(bf16):
     assert layer.feed[0].weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
 
 
-def test_a_token_reads_the_mean_of_the_points_in_its_cells():
+def test_a_token_gets_the_mean_of_the_points_in_its_cells():
+    """It is 0 for cells without points."""
     torch.manual_seed(0)
     cells = networks.FromCells(side=2, cells=2, features=3, dim=24)
     nn.init.eye_(cells.into.weight)                           # a token is its 8 cells of 3 features
@@ -57,28 +58,19 @@ def test_a_token_reads_the_mean_of_the_points_in_its_cells():
     token, cell = cells(points, features)[0, 0b101], 0b001    # x > 0, y < 0, z > 0; in it x low, y low, z high
     assert inside.any()
     assert torch.allclose(token[3 * cell:3 * cell + 3], features[0, inside].mean(0), atol=1e-6)
+    assert not cells(torch.full((1, 5, 3), .9), torch.randn(1, 5, 3))[0, :7].any()
 
 
-def test_cells_without_points_are_zero():
-    cells = networks.FromCells(side=2, cells=2, features=3, dim=24)
-    tokens = cells(torch.full((1, 5, 3), .9), torch.randn(1, 5, 3))
-    assert torch.equal(tokens[0, :7], cells.into.bias.expand(7, -1))
-
-
-def test_the_centre_of_a_cell_looks_up_its_features():
-    """Cells of tokens stand where points look for them."""
+def test_a_point_looks_up_the_features_of_its_cell():
+    """At the centre of a cell they are those of the token; between centres they are interpolated."""
     torch.manual_seed(0)
     cells = networks.ToCells(side=2, cells=2, features=3, dim=16)
     tokens = torch.randn(1, 8, 16)
     centre = torch.tensor([[[.25, -.75, .75]]])               # of token x > 0, y < 0, z > 0; its cell 0b001
-    found = cells.look_up(cells(tokens), centre)[0, 0]
-    assert torch.allclose(found, cells.out(tokens[0, 0b101])[3:6], atol=1e-6)
-
-
-def test_features_are_interpolated():
-    cells, points = networks.ToCells(side=2, cells=2, features=3, dim=16), torch.full((1, 3, 3), .25)
+    assert torch.allclose(cells.look_up(cells(tokens), centre)[0, 0], cells.out(tokens[0, 0b101])[3:6], atol=1e-6)
+    points = torch.full((1, 3, 3), .25)
     points[0, :, 1] = torch.tensor([.25, .5, .75])
-    low, middle, high = cells.look_up(cells(torch.randn(1, 8, 16)), points)[0]
+    low, middle, high = cells.look_up(cells(tokens), points)[0]
     assert torch.allclose(middle, (low + high) / 2, atol=1e-6)
 
 
@@ -134,25 +126,8 @@ def test_recomputed_blocks_learn_the_same():
 
 
 def test_a_patch_is_a_cube_of_neighbours():
+    """And from_patches is the inverse of to_patches."""
     patches = rearrange(networks.to_patches(networks.grid_points(4)[None], 2), "1 n (p i) -> n p i", p=8)
-    size = patches.amax(1) - patches.amin(1)
-    assert torch.allclose(size, torch.full((8, 3), .5))
-
-
-def test_patches_become_the_same_tokens_again():
+    assert torch.allclose(patches.amax(1) - patches.amin(1), torch.full((8, 3), .5))
     x = torch.randn(2, 216, 5)
     assert torch.equal(networks.from_patches(networks.to_patches(x, 3), 3), x)
-
-
-def test_a_plane_reads_columns():
-    """A token that changes is seen in each plane in the cells that stand for its column, and in those beside them."""
-    torch.manual_seed(0)
-    planes, tokens = networks.ToPlanes(4, 16, (8, 8, 8)), torch.randn(1, 64, 16)
-    planes.norm = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))      # those see everything
-    changed = tokens.clone()
-    changed[0, (0 * 4 + 1) * 4 + 3] += 1                      # x 0, y 1, z 3
-    moved = [(planes(tokens)[0] - planes(changed)[0])[i].abs().amax(0) for i in range(3)]         # 16 16 each
-    for plane, (u, v) in zip(moved, ((0, 1), (1, 3), (3, 0))):                    # xy, yz, zx: 4 x 4 cells a token
-        assert plane[4 * u:4 * u + 4, 4 * v:4 * v + 4].min() > 0
-        plane[max(0, 4 * u - 2):4 * u + 6, max(0, 4 * v - 2):4 * v + 6] = 0
-        assert plane.max() == 0
