@@ -120,6 +120,7 @@ def once(tmp_path_factory, name, fill):
 def cache(tmp_path_factory):
     """Where train_small prepares its shapes, also in other processes."""
     os.environ["CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+    return os.environ["CACHE"]
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def test_the_precision_of_the_user_wins(precision, dtype, monkeypatch):
 
 @pytest.mark.parametrize("options, complaint", [
     (dict(prompt=None), "there is no prompt"), (dict(prompt=["a table"]), "one string, not a list"),
-    (dict(rep="obj"), "sdf, pc, mesh, gs"), (dict(resolution=96), "32, 64, 128, 256, 512"), (dict(n=0), "n is a whole number"),
+    (dict(rep="obj"), "sdf, pc, mesh, gs"), (dict(resolution=96), "32, 64, 128, 256, 512"), (dict(n=0), "n is a whole"),
     (dict(steps=65), "shape tokens"), (dict(rgs="sampled"), "RGS takes"), (dict(rgs="sampled=5"), "from 0 to 1")])
 def test_python_api_names_a_wrong_argument(overfitted, options, complaint):
     with pytest.raises(UserError, match=complaint):

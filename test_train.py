@@ -28,26 +28,24 @@ def same_weights(one, two, stages):
 
 
 @pytest.mark.parametrize("kinds", [("text",), ("image",), ("text", "image")], ids="+".join)
-def test_two_shapes_overfitted_through_all_stages(overfitted, kinds, tmp_path_factory):
-    """train.py, then a prompt -> tokens -> field: the prompted one of two shapes comes back with IoU >= .9."""
+def test_two_shapes_overfitted_through_all_stages(overfitted, kinds, cache):
+    """train.py, then a prompt -> tokens -> field: the prompted one of two shapes is reconstructed with IoU >= .85."""
     model = sample.load(overfitted).load_heads("sdf")
-    split = data.prepare("train", 2, tmp_path_factory.getbasetemp() / "cache", kinds=("surface", "pictures"))
+    split = data.prepare("train", 2, cache, kinds=("surface", "pictures"))
     texts = ["a table", "a chair"] if "text" in kinds else None
     pictures = split.pictures(np.arange(2), np.random.default_rng(0), vary=False) if "image" in kinds else None
     for i, tokens in enumerate(model.tokens(texts, [0, 1], pictures)):
-        assert grid_iou(model.heads["sdf"], tokens, split.shape(i), model.autocast) >= .9
-        assert grid_iou(model.heads["sdf"], tokens, split.shape(1 - i), model.autocast) < .5
+        right, wrong = [grid_iou(model.heads["sdf"], tokens, split.shape(k), model.autocast, 32) for k in (i, 1 - i)]
+        assert right >= .85 and wrong < .5
 
 
 def test_run_folder_holds_curves_and_pictures(overfitted):
-    """Every stage leaves a CSV, some a picture, and its entry in config.json; no state and no unfinished file stays."""
-    names = {path.name for path in overfitted.iterdir()}
-    config = files.read_config(overfitted)
-    assert {f"{stage}.csv" for stage in CHAIN} | {"losses.png"} <= names
-    assert {"tokenizer-000280.png", "backbone-000180.png"} <= names
+    """Every stage writes a CSV, some a picture, and its entry in config.json; no state and no unfinished file stays."""
+    names, config = {path.name for path in overfitted.iterdir()}, files.read_config(overfitted)
+    pictures = {f"{stage}-{config[stage]['steps']:06d}.png" for stage in ("tokenizer", "backbone")}
+    assert {f"{stage}.csv" for stage in CHAIN} | {"losses.png"} | pictures <= names
     assert not any("state" in name or "part" in name for name in names)
     assert list(config) == CHAIN
-    assert config["backbone"]["steps"] == 180
     assert 1. in config["backbone"]["metrics"].values()
     rows = list(csv.DictReader((overfitted / "tokenizer.csv").open()))
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
@@ -106,44 +104,39 @@ def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypat
     assert_one_line(capsys.readouterr().err, "is a variant, twin")
 
 
-@pytest.mark.parametrize("stage", ["encoders", "tokenizer", "vision", "backbone", "reconstruct"])
-def test_finetuning_goes_on_from_the_weights_of_another_run(overfitted, tmp_path, monkeypatch, stage):
-    """With no rate to speak of, the weights stay what they were; config.json says where they come from."""
-    flags = "--stage", stage, "--steps", 2, "--batch", 2, "--lr", 1e-9
-    assert train_small(monkeypatch, tmp_path / "run", 2, "--from", overfitted, "--finetune", *flags) == 0
-    old, new = (files.read_weights(folder / f"{stage}.safetensors") for folder in (overfitted, tmp_path / "run"))
+@pytest.mark.parametrize("stage", CHAIN)
+def test_finetuning_starts_from_the_weights_of_another_run(overfitted, tmp_path, monkeypatch, stage):
+    """With a rate near 0, the weights stay; config.json names their source. Stages that depend on a fine-tuned
+    tokenizer are not copied."""
+    flags, folder = ("--stage", stage, "--steps", 2, "--batch", 2, "--lr", 1e-9), tmp_path / "run"
+    assert train_small(monkeypatch, folder, 2, "--from", overfitted, "--finetune", *flags) == 0
+    old, new = (files.read_weights(path / f"{stage}.safetensors") for path in (overfitted, folder))
     assert all(torch.allclose(new[name], old[name], atol=1e-3) for name in old)
-    steps = files.read_config(overfitted)[stage]["steps"]
-    assert files.read_config(tmp_path / "run")[stage]["finetuned"]["steps"] == steps
+    config = files.read_config(folder)
+    assert config[stage]["finetuned"]["steps"] == files.read_config(overfitted)[stage]["steps"]
+    assert stage != "tokenizer" or set(config) == {"encoders", "tokenizer", "vision"}
 
 
 def test_a_copied_stage_can_be_finetuned_later(overfitted, tmp_path, monkeypatch, capsys):
-    """Beside a fine-tuned tokenizer stands a copied image tower. It goes on, and once only."""
+    """The image tower, copied beside a fine-tuned tokenizer; once only."""
     flags = "--from", overfitted, "--finetune", "--steps", 2, "--batch", 2, "--stage"
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, "tokenizer") == 0
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, "vision") == 0
+    for stage in ("tokenizer", "vision", "vision"):
+        assert train_small(monkeypatch, tmp_path / "run", 2, *flags, stage) == 0
     assert files.read_config(tmp_path / "run")["vision"]["steps"] == 2
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, "vision") == 0
-    assert "vision: already done" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("vision: already done") == 1
 
 
-def test_what_stands_on_a_finetuned_tokenizer_is_not_copied(overfitted, tmp_path, monkeypatch):
-    """The towers stay; what reads tokens or makes them has to be fine-tuned, too."""
-    flags = "--from", overfitted, "--finetune", "--stage", "tokenizer", "--steps", 2, "--batch", 2
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
-    assert set(files.read_config(tmp_path / "run")) == {"encoders", "tokenizer", "vision"}
-
-
-def test_finetuning_refuses_a_backbone_of_another_kind(overfitted, tmp_path, monkeypatch, capsys):
-    flags = "--from", overfitted, "--finetune", "--denoiser", "ddpm", *BACKBONE
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
-    assert "its size, denoiser, encoder or variant is another" in capsys.readouterr().err
-    assert train_small(monkeypatch, tmp_path / "run", 2, "--finetune", *BACKBONE) == 2
-    assert_one_line(capsys.readouterr().err, "name their folder")
+@pytest.mark.parametrize("source, flags, complaint", [
+    (["--from", "{overfitted}", "--finetune"], ["--denoiser", "ddpm"], "its size, denoiser, encoder or variant is an"),
+    (["--finetune"], [], "name their folder"), (["--from", "{empty}"], [], "there is no trained stage in")])
+def test_from_another_run_bad_input_is_one_line(overfitted, source, flags, complaint, tmp_path, monkeypatch, capsys):
+    source = [flag.format(overfitted=overfitted, empty=tmp_path) for flag in source]
+    assert train_small(monkeypatch, tmp_path / "run", 2, *source, *flags, *BACKBONE) == 2
+    assert complaint in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_finetuning_needs_the_stage_in_both_folders(overfitted, tmp_path, monkeypatch, capsys):
-    """What the folder of --from lacks cannot go on; a stage of the run that it lacks is done, not copied."""
+    """A stage that --from lacks cannot be fine-tuned; if the run has it, it is done."""
     source = shutil.copytree(overfitted, tmp_path / "source")
     config = files.read_config(source)
     config.pop("reconstruct")
@@ -156,11 +149,6 @@ def test_finetuning_needs_the_stage_in_both_folders(overfitted, tmp_path, monkey
     assert "reconstruct: already done" in capsys.readouterr().out
 
 
-def test_from_needs_a_trained_folder(tmp_path, monkeypatch, capsys):
-    assert train_small(monkeypatch, tmp_path / "run", 2, "--from", tmp_path, *BACKBONE) == 2
-    assert_one_line(capsys.readouterr().err, "there is no trained stage in")
-
-
 def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
     flags = "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2
@@ -170,7 +158,7 @@ def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
 
 
 def test_files_are_learnt_in_eight_positions(tmp_path, monkeypatch):
-    """Tokenizer and heads learn from turned and mirrored copies of files, and the loop gets that set."""
+    """Tokenizer and heads learn from turned and mirrored copies of files."""
     for i in range(3):
         trimesh.creation.box((1, .5, .2 + .2 * i)).export(tmp_path / f"box{i}x.obj")
     counts, fit = {}, train.fit
@@ -182,8 +170,8 @@ def test_files_are_learnt_in_eight_positions(tmp_path, monkeypatch):
     assert counts["tokenizer"] == counts["head-pc"] == 4 * counts["encoders"] > 0
 
 
-def test_a_head_goes_on_where_the_tokenizer_left_it(overfitted, tmp_path, monkeypatch, capsys):
-    """--stage head --rep sdf: the head that was trained with the encoder learns on, once; the encoder stays."""
+def test_the_sdf_head_continues_after_the_tokenizer(overfitted, tmp_path, monkeypatch, capsys):
+    """--stage head --rep sdf: the head that was trained with the tokenizer learns on, once; the tokenizer stays."""
     folder = shutil.copytree(overfitted, tmp_path / "run")
     flags = "--rep", "sdf", "--stage", "head", "--steps", 1, "--batch", 2, "--lr", 1e-9
     for _ in range(2):
@@ -201,7 +189,7 @@ def test_a_head_goes_on_where_the_tokenizer_left_it(overfitted, tmp_path, monkey
     (["--lr", "nan"], "--lr: must be between"), (["--seed", "-1"], "--seed: must be"), (["--shapes", "x"], "invalid"),
     (["--bacth", "3"], "unrecognized arguments: --bacth"),
     (["--device", "toaster"], "--device toaster cannot be used here"),
-    (["--stage", "backbone"], "holds no trained encoders")])
+    (["--stage", "backbone"], "holds no trained tokenizer")])
 def test_train_bad_input_is_one_line(flags, complaint, tmp_path, monkeypatch, capsys):
     """A mistake is one line that names it, with exit status 2, and nothing is written."""
     assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
