@@ -44,10 +44,8 @@ def test_standardise_changes_tokens_not_shapes(cells, prepared):
         tokenizer.standardise(encoder, [head], encoder(*cloud))
         tokens = encoder(*cloud)
         after = head.evaluate(head.read(tokens), x)
-    assert tokens.mean((0, 1)).abs().max() < 1e-4
-    assert (tokens.std((0, 1)) - 1).abs().max() < 1e-4
-    assert before.std() > .1
-    assert torch.allclose(before, after, atol=1e-4)
+    assert tokens.mean((0, 1)).abs().max() < 1e-4 and (tokens.std((0, 1)) - 1).abs().max() < 1e-4
+    assert before.std() > .1 and torch.allclose(before, after, atol=1e-4)
 
 
 def test_patches_change_tokens_not_shapes(prepared):
@@ -78,8 +76,7 @@ def test_points_arrive_where_the_flow_goes():
     head.velocity = velocity
     cloud = head.decode(torch.zeros(64, 8), {}, np.random.default_rng(0), points=3000)
     distance = np.linalg.norm(cloud.points[:, None] - ends.numpy(), axis=-1)
-    assert len(cloud.points) == 3000
-    assert distance.min(1).max() < .02
+    assert len(cloud.points) == 3000 and distance.min(1).max() < .02
     assert (abs(np.bincount(distance.argmin(1)) / 3000 - .25) < .05).all()
 
 
@@ -168,8 +165,7 @@ def test_training_covers_every_moment_of_generation(monkeypatch):
     monkeypatch.setattr(model, "contexts", contexts)
     for _ in range(300):
         model.loss(torch.zeros(3, 27, 8), condition)
-    assert (min(counts), max(counts)) == (0, 26)
-    assert abs(1 - np.mean(counts) / 27 - .74) < .06
+    assert (min(counts), max(counts)) == (0, 26) and abs(1 - np.mean(counts) / 27 - .74) < .06
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 512])
@@ -178,10 +174,8 @@ def test_schedules_place_every_token_once(n):
     for steps in {1, 2, 16, n // 2, n - 1, n} & set(range(1, n + 1)):
         pairs = backbone.schedule(n, steps)
         edges = [0, *(then for _, then in pairs)]
-        assert len(pairs) == steps
-        assert [known for known, _ in pairs] == edges[:-1]
-        assert edges == sorted(set(edges))
-        assert edges[-1] == n
+        assert len(pairs) == steps and [known for known, _ in pairs] == edges[:-1]
+        assert edges == sorted(set(edges)) and edges[-1] == n
     for steps in (0, -1, n + 1):
         with pytest.raises(UserError, match=str(n)):
             backbone.schedule(n, steps)
@@ -313,8 +307,7 @@ def test_denoisers_recover_a_known_distribution(denoiser, steps):
     torch.manual_seed(0)
     kind, net = backbone.DENOISERS[denoiser], exact_net(denoiser, 1., .5)
     x = kind.sample(net, torch.zeros(8000, 1), torch.randn(8000, kind.draws(steps), 2), steps)
-    assert (x.mean(0) - 1).abs().max() < .03
-    assert (x.std(0) - .5).abs().max() < .03
+    assert (x.mean(0) - 1).abs().max() < .03 and (x.std(0) - .5).abs().max() < .03
 
     def loss(factor, offset):
         torch.manual_seed(0)
@@ -410,8 +403,7 @@ def test_the_reconstructor_knows_its_variance():
     recon, log_variance = model(condition(torch.arange(4)))
     sigma = (log_variance / 2).exp()[..., 0]
     assert (recon[:, 0, 0] - (torch.arange(4) - 1.5)).abs().max() < .3
-    assert recon[:, 1].abs().max() < .3
-    assert abs(sigma[:, 1].mean() - .7) < .2
+    assert recon[:, 1].abs().max() < .3 and abs(sigma[:, 1].mean() - .7) < .2
     assert sigma[:, 0].max() < .45 * sigma[:, 1].min()
 
 
@@ -426,5 +418,4 @@ def test_only_the_conditional_branch_gets_the_blend(monkeypatch):
     monkeypatch.setattr(model, "contexts", record)
     model.generate(condition, [0, 1, 2], steps=4, blend=lambda x: x + 1, window=.5)
     for step, (both, text, nothing) in enumerate(inputs[1:], 1):                  # the first step has one branch
-        assert torch.equal(both, nothing + (step < 2))
-        assert torch.equal(text, nothing)
+        assert torch.equal(both, nothing + (step < 2)) and torch.equal(text, nothing)

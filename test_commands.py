@@ -38,8 +38,7 @@ def test_words_count_beside_a_picture():
 def test_a_mesh_has_as_many_faces_as_asked():
     """With `faces`, the surface is simplified: closed, and never more faces."""
     mesh = sample.load().generate("a chair", rep="mesh", faces=300)[0]
-    assert 200 < len(mesh.faces) <= 300
-    assert metrics.soundness(mesh)["closed edges"] > .98
+    assert 200 < len(mesh.faces) <= 300 and metrics.soundness(mesh)["closed edges"] > .98
 
 
 def test_the_sdf_head_brings_points_to_its_surface():
@@ -202,8 +201,7 @@ def test_readme_sample_command_runs_as_written(fresh_copy, tmp_path):
     done = fresh_copy(readme_command("sample.py"))
     assert done.returncode == 0, done.stderr
     paths = [tmp_path / line for line in done.stdout.splitlines() if re.fullmatch(r"\S+\.(glb|ply|png|gif)", line)]
-    assert paths
-    assert all(path.is_file() for path in paths)
+    assert paths and all(path.is_file() for path in paths)
 
 
 def test_readme_test_command_finds_the_tests(fresh_copy):

@@ -44,8 +44,7 @@ def test_run_folder_holds_curves_and_pictures(overfitted):
     names, config = {path.name for path in overfitted.iterdir()}, files.read_config(overfitted)
     pictures = {f"{stage}-{config[stage]['steps']:06d}.png" for stage in ("tokenizer", "backbone")}
     assert {f"{stage}.csv" for stage in CHAIN} | {"losses.png"} | pictures <= names
-    assert not any("state" in name or "part" in name for name in names)
-    assert list(config) == CHAIN
+    assert not any("state" in name or "part" in name for name in names) and list(config) == CHAIN
     assert 1. in config["backbone"]["metrics"].values()
     rows = list(csv.DictReader((overfitted / "tokenizer.csv").open()))
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])

@@ -84,8 +84,7 @@ def test_a_stopped_write_leaves_the_old_file(tmp_path, error):
     with pytest.raises(error), files.atomic_write(path) as part:
         part.write_text("ne")
         raise error
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]
+    assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("name, write", [
@@ -102,5 +101,4 @@ def test_full_disk_leaves_the_old_file(name, write, tmp_path):
             write(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

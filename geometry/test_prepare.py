@@ -81,7 +81,8 @@ def four_files(tmp_path, monkeypatch, in_threads):
 
 
 def test_shards_are_the_whole(tmp_path, monkeypatch, four_files):
-    """Two shares prepared one after the other = all at once; the first alone lacks the shapes of the other."""
+    """Two shares prepared one after the other = all at once; the first alone lacks the shapes of the other. Held-out
+    shapes are prepared without the others."""
     monkeypatch.setattr(prepare, "CHUNK", 2)
     whole = data.prepare(out=tmp_path / "whole", **four_files)
     second = data.prepare(out=tmp_path / "shares", shard=(1, 2), **four_files)
@@ -91,18 +92,14 @@ def test_shards_are_the_whole(tmp_path, monkeypatch, four_files):
     held_out = data.prepare("test", out=tmp_path / "whole", **four_files)
     assert held_out.folder == whole.folder and held_out.name != whole.name       # one folder; caches have the name
     assert len(held_out) == 2 and len(whole) == 4 and not set(held_out.rows) & set(whole.rows)
-
-
-def test_held_out_shapes_are_prepared_without_the_others(tmp_path, monkeypatch, four_files):
-    """Chunks of a shape each: those of training shapes and of their copies are left out."""
     monkeypatch.setattr(prepare, "CHUNK", 1)
-    split = data.prepare("test", out=tmp_path / "cache", **four_files)
-    assert len(split) == len([*split.folders["surface"].glob("?????.json")]) == 2
+    alone = data.prepare("test", out=tmp_path / "alone", **four_files)
+    assert len(alone) == len([*alone.folders["surface"].glob("?????.json")]) == 2
 
 
 def test_batches_are_functions_of_their_generator(prepared):
     """The same generator gives the same batch; the distances in it are those of the shapes in its rows."""
-    split, rows = prepared[0], np.array([3, 20])
+    split, rows = prepared[0], np.array([3, 10])
     batch, again, other = (split.queries(rows, 640, np.random.default_rng(seed)) for seed in (0, 0, 1))
     points, normals, colours = split.cloud(rows, 1024, np.random.default_rng(0))
     assert all(torch.equal(batch[name], again[name]) for name in batch)

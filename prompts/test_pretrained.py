@@ -9,10 +9,9 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from PIL import Image
 
 import sample
-from conftest import assert_one_line, run, train_small
+from conftest import HERE, assert_one_line, run, train_small
 from engine import files
 from engine.commands import UserError
 from prompts import pretrained
@@ -60,8 +59,7 @@ def test_text_encoders_of_transformers(family, tmp_path):
     both, mask = tower.tokens(["a red table", "table"])
     assert alone.shape[2] == tower.width == 32
     assert torch.allclose(alone[0, 0], both[1, 0], atol=1e-5)
-    assert not torch.allclose(both[0, 0], both[1, 0], atol=1e-3)
-    assert mask[0, :3].all()
+    assert not torch.allclose(both[0, 0], both[1, 0], atol=1e-3) and mask[0, :3].all()
     assert mask[1].all() if family == "siglip" else mask[1].tolist() == [True, False, False]
 
 
@@ -71,26 +69,23 @@ def test_image_encoders_of_transformers(family, tmp_path):
     tower = pretrained.Image(str(pretrained_folder(tmp_path / "tower", family)))
     tokens, mask = tower.tokens(torch.tensor([.5, .4, .3])[None, :, None, None].expand(2, 3, 64, 64))
     patches = tower.model(pixel_values=torch.zeros(1, 3, 32, 32)).last_hidden_state
-    assert mask.all()
-    assert tokens.shape == (2, patches.shape[1], 32)
+    assert mask.all() and tokens.shape == (2, patches.shape[1], 32)
     assert torch.allclose(tokens[1], patches[0], atol=1e-4)
 
 
-def test_encoders_of_transformers_end_to_end(overfitted, tmp_path, capsys):
+def test_encoders_of_transformers_end_to_end(overfitted, tmp_path, monkeypatch, capsys):
     """Backbone and reconstructor train on them, a cache keeps their tokens, and sample.py finds them again."""
     text, image = (str(pretrained_folder(tmp_path / family, family)) for family in ("t5", "dinov2"))
-    folder = tmp_path / "run"
+    folder, config = tmp_path / "run", files.read_config(overfitted)
     folder.mkdir()
     for name in ("encoders", "tokenizer", "head-sdf"):
         shutil.copy(overfitted / f"{name}.safetensors", folder)
-    config = files.read_config(overfitted)
     (folder / "config.json").write_text(json.dumps({stage: config[stage] for stage in ("encoders", "tokenizer")}))
 
-    flags = "--steps", 2, "--batch", 2, "--text-encoder", text, "--image-encoder", image
-    with pytest.MonkeyPatch.context() as patch:
-        assert train_small(patch, folder, 2, *flags) == 0
-        capsys.readouterr()
-        assert train_small(patch, folder, 2, *flags[:-2]) == 2
+    flags = "--cache", tmp_path / "cache", "--steps", 2, "--batch", 2, "--text-encoder", text, "--image-encoder", image
+    assert train_small(monkeypatch, folder, 2, *flags) == 0
+    capsys.readouterr()
+    assert train_small(monkeypatch, folder, 2, *flags[:-2]) == 2
     assert_one_line(capsys.readouterr().err, "give these, or another folder")
 
     entry = files.read_config(folder)["backbone"]
@@ -99,11 +94,8 @@ def test_encoders_of_transformers_end_to_end(overfitted, tmp_path, capsys):
     assert not (folder / "vision.safetensors").exists()
     assert len(list((tmp_path / "cache").glob("*/*/tower-*"))) == 4         # tokens and lengths, of texts and pictures
 
-    picture = Image.new("RGB", (96, 96), "white")
-    picture.paste("brown", (30, 30, 70, 60))
-    picture.save(tmp_path / "box.png")
     flags = "--checkpoint", folder, "--resolution", 32, "--out", tmp_path / "out"
-    assert run(sample.main, "--text", "a red table", "--image", tmp_path / "box.png", *flags) == 0
+    assert run(sample.main, "--text", "a red table", "--image", HERE / "assets" / "chair.png", *flags) == 0
 
 
 @pytest.mark.parametrize("kind, family, complaint", [

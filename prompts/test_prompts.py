@@ -66,11 +66,6 @@ def test_a_picture_near_its_own_cloud_costs_less_than_near_another():
     assert tower.loss(pictures, clouds.flip(0), reader, x)[0] > 1
 
 
-def test_new_convolutions_change_nothing_yet():
-    x = torch.randn(2, 8, 4, 4)
-    assert torch.equal(image_tower.Convolve(8)(x), x)
-
-
 # ---------------------------------------------------------------------------- reading
 
 COMMON = "arms blue five has in legs red with"
@@ -102,8 +97,7 @@ def test_words_of_a_prompt(prompt, words):
     """Plurals and typos are understood; unknown words are ignored; of many words, the noun is always one."""
     found = reading.Reading(prompt, VOCABULARY, NOUNS)
     remarks = found.remarks()
-    assert found.words == words.split()
-    assert found.noun in found.words
+    assert found.words == words.split() and found.noun in found.words
     assert any("only 32 words" in remark for remark in remarks) == (len(found.known) > 32)
 
 
@@ -146,16 +140,14 @@ def test_a_noun_that_only_names_a_part_is_a_warning():
 
 @pytest.mark.parametrize("text, chosen", [
     ("a red mug", "toys"), ("a wooden barrel", "things"), ("a chair of wood", "toys"), ("a tiny chair", "things"),
-    (None, "toys")])
+    (None, "toys"), ("an elefant", "nearest: elephant"), ("a swing", "object 'swing'; name")])
 def test_the_checkpoint_that_knows_the_noun_is_chosen(text, chosen, shipped):
-    """Of two that know the noun, the one that knows more words is chosen, else the first."""
-    assert reading.choose(text) == str(shipped / chosen)
-
-
-@pytest.mark.parametrize("text, complaint", [("an elefant", "nearest: elephant"), ("a swing", "object 'swing'; name")])
-def test_no_checkpoint_knows_the_noun(text, complaint, shipped):
-    with pytest.raises(UserError, match=complaint):
-        reading.choose(text)
+    """Of two that know the noun, the one that knows more words, else the first; a noun that none knows is an error."""
+    if (shipped / chosen).exists():
+        assert reading.choose(text) == str(shipped / chosen)
+    else:
+        with pytest.raises(UserError, match=chosen):
+            reading.choose(text)
 
 
 def test_nouns_of_all_shipped_checkpoints_are_listed(shipped, capsys):
@@ -204,8 +196,7 @@ def test_every_file_format_gives_the_same_picture(mode, suffix, tmp_path):
         true, picture = true.mean(0), picture.mean(0)
     else:
         assert abs((picture < .9).any(0).float().mean() - .88 ** 2 * np.pi / 4) < .05      # the disc fills the frame
-    assert warning is None
-    assert (picture - true).abs().mean() < .05
+    assert warning is None and (picture - true).abs().mean() < .05
 
 
 def test_an_image_of_pillow_is_a_picture_file(tmp_path):
@@ -258,15 +249,6 @@ def test_picture_prompt_is_command_and_api(overfitted, text, name, tmp_path):
     assert (tmp_path / "api.glb").read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_a_picture_is_sampled_with_rgs(overfitted, tmp_path):
-    """With a picture, --rgs auto is sampled=.1."""
-    model = sample.load(overfitted)
-    picture = picture_files.load_picture(save_disc(tmp_path / "disc.png", "RGBA"))[0][None]
-    tokens = {rgs: model.tokens(None, [0], picture, rgs=rgs) for rgs in ("auto", "sampled=.1", "none")}
-    assert torch.equal(tokens["auto"], tokens["sampled=.1"])
-    assert not torch.equal(tokens["auto"], tokens["none"])
-
-
 def test_no_prompt_is_one_line(capsys):
     assert run(sample.main) == 2
     assert_one_line(capsys.readouterr().err, "--text or --image")
@@ -277,8 +259,7 @@ def test_light_changes_pictures_not_shapes(prepared):
     split, rows = prepared[0], np.arange(4)
     plain, again = (split.pictures(rows, np.random.default_rng(0), vary=False) for _ in range(2))
     varied = split.pictures(rows, np.random.default_rng(0))
-    assert torch.equal(plain, again)
-    assert (plain[:, :, 0, 0] > .99).all()
+    assert torch.equal(plain, again) and (plain[:, :, 0, 0] > .99).all()
     assert .02 < (varied - plain).abs().mean() < .4
 
 
@@ -289,8 +270,7 @@ def test_the_colours_that_a_text_names_change(prepared):
     coverage = np.full((2, 4, 4), 255, np.uint8)
     new = training_pictures.recolour(colours, coverage, ["a green chair", ""], np.random.default_rng(0))
     assert (new[0, :2] != colours[0, :2]).any(-1).all()
-    assert np.array_equal(new[0, 2:], colours[0, 2:])
-    assert np.array_equal(new[1], colours[1])
+    assert np.array_equal(new[0, 2:], colours[0, 2:]) and np.array_equal(new[1], colours[1])
 
 
 class Plain:
@@ -313,5 +293,4 @@ def test_prompts_are_drawn_at_the_given_rates(prepared, monkeypatch):
         same = torch.stack([mask[:, 0] == (kind in kinds) for kind, (_, mask) in condition.items()]).all(0)
         assert abs(same.float().mean() - share) < .03
     both, recoloured = (drawn["shown"]["text"] & drawn["shown"]["image"]).numpy(), np.array([*map(bool, texts)])
-    assert not recoloured[~both].any()
-    assert .45 < recoloured[both].mean() < .55
+    assert not recoloured[~both].any() and .45 < recoloured[both].mean() < .55
