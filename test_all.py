@@ -74,9 +74,9 @@ def test_points_arrive_where_the_flow_goes():
         return F.pad((weight @ ends - x) / (1 - t), (0, 6))
 
     head.velocity = velocity
-    cloud = head.decode(torch.zeros(64, 8), {}, np.random.default_rng(0), points=3000)
-    distance = np.linalg.norm(cloud.points[:, None] - ends.numpy(), axis=-1)
-    assert len(cloud.points) == 3000 and distance.min(1).max() < .02
+    points = head.decode(torch.zeros(64, 8), {}, np.random.default_rng(0), points=3000).points
+    distance = np.linalg.norm(points[:, None] - ends.numpy(), axis=-1)
+    assert len(points) == 3000 and distance.min(1).max() < .02
     assert (abs(np.bincount(distance.argmin(1)) / 3000 - .25) < .05).all()
 
 
@@ -335,21 +335,14 @@ def test_temperature_zero_is_one_answer():
 # ---------------------------------------------------------------------------- reconstruction and RGS
 
 def test_blending_conventions_are_mirror_images():
-    """sampled=A (the figure's alpha) = recon=1-A (the text's alpha); at both ends one of the two alone."""
+    """sampled=A (the figure's alpha) = recon=1-A (the text's alpha). auto blends with a picture alone, by .1."""
     x, recon = torch.randn(2, 27, 8), torch.randn(2, 27, 8)
-    blended = lambda rgs: reconstruct.blending(lambda condition: (recon, None), {}, rgs)(x)
+    blending = lambda rgs, *kinds: reconstruct.blending(lambda condition: (recon, None), dict.fromkeys(kinds), rgs)
     for a in (0., .1, .7, 1.):
-        assert torch.allclose(blended(f"sampled={a}"), blended(f"recon={1 - a}"), atol=1e-6)
-    assert torch.equal(blended("sampled=1"), x) and torch.equal(blended("sampled=0"), recon)
-
-
-def test_auto_blends_only_with_a_picture_alone():
-    x, recon = torch.randn(2, 27, 8), torch.randn(2, 27, 8)
-    blended = lambda condition, rgs: reconstruct.blending(lambda condition: (recon, None), condition, rgs)
-    assert blended({"text": None}, "auto") is None
-    assert blended({"text": None, "image": None}, "auto") is None
-    assert blended({"image": None}, "none") is None
-    assert torch.equal(blended({"image": None}, "auto")(x), reconstruct.blend(x, recon, .1))
+        assert torch.allclose(blending(f"sampled={a}")(x), blending(f"recon={1 - a}")(x), atol=1e-6)
+    assert torch.equal(blending("sampled=1")(x), x) and torch.equal(blending("sampled=0")(x), recon)
+    assert torch.equal(blending("auto", "image")(x), reconstruct.blend(x, recon, .1))
+    assert blending("auto", "text") is blending("auto", "text", "image") is blending("none", "image") is None
 
 
 @pytest.mark.parametrize("rgs", ["", "alpha=.1", "sampled", "sampled=2", "recon=-1", "within=x", "none=1"])

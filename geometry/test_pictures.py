@@ -47,25 +47,20 @@ def test_glb_round_trip(ball, tmp_path):
 
 
 def test_meshes_in_other_formats(ball, tmp_path):
-    """An OBJ has the colours of the mesh, an STL has none."""
+    """An OBJ has the colours of the mesh, an STL has none; a notebook shows a line and a picture."""
     shape = export.Mesh(*ball)
     for name in ("a.obj", "a.stl"):
         shape.save(tmp_path / name)
         assert len(trimesh.load(tmp_path / name, process=False).faces) == len(shape.faces)
     found = trimesh.load(tmp_path / "a.obj", process=False).visual.vertex_colors[:, :3] / 255
     assert abs(found - shape.colours).max() < .003
+    assert repr(shape) == f"Mesh: {len(shape.vertices):,} points, {len(shape.faces):,} faces"
+    with Image.open(io.BytesIO(shape._repr_png_())) as picture:
+        assert picture.size == (320, 320)
     with pytest.raises(UserError, match="the mesh is empty"):
         export.Mesh(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3))).save(tmp_path / "empty.stl")
     with pytest.raises(UserError, match=r"ends in .glb \(or .obj, .stl\)"):
         shape.save(tmp_path / "a.fbx")
-
-
-def test_shapes_show_themselves(ball):
-    """In a line, and as a picture in a notebook."""
-    shape = export.Mesh(*ball)
-    assert repr(shape) == f"Mesh: {len(shape.vertices):,} points, {len(shape.faces):,} faces"
-    with Image.open(io.BytesIO(shape._repr_png_())) as picture:
-        assert picture.size == (320, 320)
 
 
 def test_glb_of_others(ball, tmp_path):

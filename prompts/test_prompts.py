@@ -17,7 +17,7 @@ from engine import files
 from engine.commands import UserError
 from geometry import asset_names, crop, render, training_pictures
 from geometry.words import COLOURS
-from prompts import image_tower, picture_files, reading, text_tower
+from prompts import picture_files, reading, text_tower
 
 # ---------------------------------------------------------------------------- towers
 
@@ -52,18 +52,6 @@ def test_pictures_train_the_cloud_tower_only():
     tower.loss(ids, mask, torch.randn(3, 2, 32, 3), torch.eye(2, dtype=torch.bool))[0].backward()
     trained = {name.split(".")[0] for name, p in tower.named_parameters() if p.grad is not None}
     assert trained == {"point", "query", "cross", "mix", "cloud_out"}
-
-
-def test_a_picture_near_its_own_cloud_costs_less_than_near_another():
-    """The reader of this test has no error, so the loss is that of the comparison alone."""
-    torch.manual_seed(0)
-    tower = image_tower.ImageTower(8, **SMALL[image_tower]).eval()
-    tower.scale.data.fill_(9)
-    pictures = torch.stack([torch.rand(3, 64, 64), torch.zeros(3, 64, 64)])       # k 3 s s
-    clouds, x = tower.embed(tower(pictures)).detach(), torch.randn(4, 4, 8)
-    pictures, reader = pictures.repeat(image_tower.VIEWS, 1, 1, 1), lambda tokens: x
-    assert tower.loss(pictures, clouds, reader, x)[0] < .3
-    assert tower.loss(pictures, clouds.flip(0), reader, x)[0] > 1
 
 
 # ---------------------------------------------------------------------------- reading
@@ -160,6 +148,8 @@ def test_no_shipped_checkpoint_is_one_line(prompt, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(reading, "SHIPPED", [str(tmp_path / "none")])
     assert run(reading.main, *prompt) == 2
     assert_one_line(capsys.readouterr().err, "there is no folder")
+    assert run(sample.main) == 2
+    assert_one_line(capsys.readouterr().err, "--text or --image")
 
 
 # ---------------------------------------------------------------------------- picture files
@@ -247,11 +237,6 @@ def test_picture_prompt_is_command_and_api(overfitted, text, name, tmp_path):
     assert run(sample.main, *flags, *(["--text", text] if text else [])) == 0
     sample.load(overfitted).generate(text, path, resolution=32)[0].save(tmp_path / "api.glb")
     assert (tmp_path / "api.glb").read_bytes() == (tmp_path / "out" / name).read_bytes()
-
-
-def test_no_prompt_is_one_line(capsys):
-    assert run(sample.main) == 2
-    assert_one_line(capsys.readouterr().err, "--text or --image")
 
 
 def test_light_changes_pictures_not_shapes(prepared):
