@@ -80,7 +80,7 @@ def test_points_arrive_where_the_flow_goes():
     assert (abs(np.bincount(distance.argmin(1)) / 3000 - .25) < .05).all()
 
 
-def test_every_colour_counts_alike():
+def test_every_colour_has_the_same_weight():
     """Three points of one colour and one of another: the weights of both add up to 2 of 4."""
     weights = heads.rarity(torch.tensor([[[.8, .2, .2]] * 3 + [[.2, .2, .8]]]))
     assert torch.allclose(weights, torch.tensor([[2 / 3, 2 / 3, 2 / 3, 2]]))
@@ -137,7 +137,7 @@ def hide(condition, *kinds):
     return {kind: (x, torch.zeros_like(mask) if kind in kinds else mask) for kind, (x, mask) in condition.items()}
 
 
-def test_a_hidden_prompt_has_no_influence():
+def test_a_masked_prompt_has_no_influence():
     """A hidden prompt = no such prompt, of either kind; if both are hidden, all samples have the same prefix."""
     prefix, condition = small_prefix()
     places = slice(0, 5), slice(5, 9)                         # of the tokens of both kinds
@@ -276,8 +276,8 @@ def test_a_sample_does_not_depend_on_its_batch(denoiser, monkeypatch):
 
 
 @pytest.mark.parametrize("denoiser", backbone.DENOISERS)
-def test_a_model_makes_nothing_on_another_device(denoiser):
-    """Losses and samples of a model on "meta", which mixes with a CPU as little as a GPU does."""
+def test_a_model_allocates_on_its_device_alone(denoiser):
+    """Device "meta" does not mix with the CPU, as a GPU does not."""
     model, condition = small_backbone(denoiser)
     model, condition = model.to("meta"), {kind: [x.to("meta") for x in pair] for kind, pair in condition.items()}
     model.loss(torch.zeros(3, 27, 8, device="meta"), condition).backward()
@@ -369,7 +369,7 @@ def test_reconstruction_guides_the_first_steps():
         assert len(calls) == count
 
 
-def test_tokens_near_the_guess_stay():
+def test_tokens_near_the_reconstruction_are_kept():
     """within=S moves a token that is farther than S standard deviations, and no farther than needed; within=0 is the
     guess; the others keep every bit."""
     x, recon = torch.tensor([0., .9, -3, 5]), torch.tensor([0., 0, 0, 4])
@@ -381,7 +381,7 @@ def test_tokens_near_the_guess_stay():
     assert torch.equal(reconstruct.within(x, recon, torch.zeros(()), 1.)[near], x[near])
 
 
-def test_the_reconstructor_knows_its_variance():
+def test_the_reconstructor_predicts_its_variance():
     """The first token depends on the prompt alone, the second is noise of deviation .7. The guess is the mean."""
     torch.manual_seed(0)
     model = reconstruct.Reconstructor(2, 1, {"text": 8}, dim=32, depth=1, heads=2)

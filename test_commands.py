@@ -27,7 +27,7 @@ from research import attributes
 
 # ---------------------------------------------------------------------------- the shipped weights
 
-def test_words_count_beside_a_picture():
+def test_the_text_decides_the_colour_beside_a_picture():
     """The picture shows a green chair; with the words "a red chair", most samples are red chairs."""
     model = sample.load().load_heads("sdf")
     tokens = model.sample("a red chair", "assets/chair.png", 4)                   # b n c
@@ -55,7 +55,7 @@ def test_the_sdf_head_brings_points_to_its_surface():
 # ---------------------------------------------------------------------------- sample
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_precision_of_the_user_wins(precision, dtype, monkeypatch):
+def test_precision_overrides_the_default(precision, dtype, monkeypatch):
     """--precision overrides what the processor has, and sample.py computes in it. torch 2.9 cannot tell: fp32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": precision == "fp32"})
     for name, expected in ((precision, precision == "bf16"), (None, precision == "fp32")):
@@ -144,7 +144,7 @@ def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_remember_how_they_are_sampled(overfitted, tmp_path):
+def test_a_checkpoint_stores_its_sampling_options(overfitted, tmp_path):
     """Options in config.json are the defaults of a checkpoint; explicit options override them."""
     folder = shutil.copytree(overfitted, tmp_path / "checkpoint")
     files.write_config(folder, "backbone", sampling={"steps": 2, "temperature": 0.})

@@ -156,7 +156,7 @@ def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
 
 
-def test_files_are_learnt_in_eight_positions(tmp_path, monkeypatch):
+def test_files_are_augmented_in_eight_positions(tmp_path, monkeypatch):
     """Tokenizer and heads learn from turned and mirrored copies of files."""
     for i in range(3):
         trimesh.creation.box((1, .5, .2 + .2 * i)).export(tmp_path / f"box{i}x.obj")

@@ -98,8 +98,8 @@ def test_samples_of_turned_shapes(lopsided, i):
     assert np.linalg.det(corners).sum() == pytest.approx(np.linalg.det(plain).sum())       # it looks outwards
 
 
-def test_points_are_not_rounded_under_autocast(lopsided):
-    """Some clouds are drawn where matrix products take bf16."""
+def test_symmetries_are_exact_under_autocast(lopsided):
+    """Some clouds are turned under bf16 autocast."""
     draw = lambda: lopsided[1].cloud([0, 2], 100, np.random.default_rng(0))[0]
     with torch.autocast("cpu", torch.bfloat16):
         rounded = draw()
@@ -126,8 +126,8 @@ def test_pictures_of_mirror_images(lopsided):
     assert abs(mirrored - plain).mean() > .05
 
 
-def test_a_shape_stands_as_its_picture_shows_it(tmp_path):
-    """A cube of four colours around: that which fills most of a picture is in front, in the row that is as shown."""
+def test_the_side_in_the_picture_becomes_the_front(tmp_path):
+    """A cube with four coloured sides: in the row of the picture, the colour of most pixels is in front."""
     cube, colours = trimesh.creation.box((1, 1, 1)), {(0, 0, 1): 0, (1, 0, 0): 1, (0, 0, -1): 2, (-1, 0, 0): 3}
     rainbow = np.array([[250, 0, 0, 255], [0, 250, 0, 255], [0, 0, 250, 255], [250, 250, 0, 255], [90, 90, 90, 255]])
     sides = [colours.get(tuple(normal.round().astype(int)), 4) for normal in cube.face_normals]

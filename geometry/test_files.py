@@ -107,7 +107,7 @@ def test_library_is_read(tmp_path, capsys):
     assert run(real.main, tmp_path / "some.sh3f") == 0 and "\n2 shapes, CC0, by Ann\n" in capsys.readouterr().out
 
 
-def test_a_broken_library_costs_itself_alone(tmp_path):
+def test_a_broken_library_is_skipped(tmp_path):
     entry = {"name": "box", "model": "/box.off"}
     library(tmp_path / "good.sh3f", BOX, [entry])
     raw = bytearray(library(tmp_path / "newer.sh3f", BOX, [entry]).read_bytes())
@@ -133,8 +133,8 @@ def test_odd_libraries_are_read(tmp_path):
     assert (mesh_files.shape(items[0]).colours == [1, 0, 0]).all()
 
 
-def test_a_caption_names_something():
-    """Sizes are left out of names, and captions that fit any shape are left out."""
+def test_captions_that_fit_any_shape_are_dropped():
+    """And sizes are removed from names."""
     assert real.tidy("Bookcase_45x160") == "bookcase"
     assert real.Item("", "", captions=["3D model", "car model", "car model", "???", "model"]).captions == ["car model"]
     assert real.Item("", "", captions=["a model"]).captions == ["shape"]
@@ -263,8 +263,8 @@ def test_hostile_meshes_are_refused(name, text, complaint, tmp_path):
 @pytest.mark.parametrize("factor, vertex, srgb", [
     ([1, .2140, .0512, 1], None, [1, .5, .25]), ([1., 1, 1, 1], [255, 55, 13, 255], [1, .5, .25]),
     ([1, .2140, 1, 1], [255, 255, 13, 255], [1, .5, .25])], ids=["material", "vertices", "both"])
-def test_colours_of_gltf_are_light(factor, vertex, srgb, tmp_path):
-    """glTF stores light: sRGB .5 is .214. Colours of the material and of vertices are multiplied."""
+def test_colours_of_gltf_are_linear(factor, vertex, srgb, tmp_path):
+    """sRGB .5 is .214 in a glTF. Colours of the material and of vertices are multiplied."""
     mesh = trimesh.Trimesh(np.eye(3), [[0, 1, 2]], process=False)
     mesh.visual = trimesh.visual.TextureVisuals(material=trimesh.visual.material.PBRMaterial(baseColorFactor=factor))
     if vertex:

@@ -175,9 +175,9 @@ def test_holes_are_closed():
     assert [len(x) for x in meshes.weld(one_hot_bins(corners[:0]))] == [0, 0, 0]
 
 
-def test_unsure_corners_decide_together():
-    """Two meshes 12 bins apart are about as likely. Each corner leans to one by chance. The welded mesh is closed,
-    and more vertices than corners lie where the likelier mesh has them."""
+def test_uncertain_corners_are_welded_jointly():
+    """Two meshes 12 bins apart are nearly equally likely, at random for each corner. The welded mesh is closed, and
+    more vertices than corners are those of the likelier mesh."""
     corners, *_ = low_poly.canonical(*shapes.make(0, 0).mesh())
     lean = .52 + .2 * (np.random.default_rng(0).random((*corners.shape, 1)) - .5)
     share = lean * one_hot_bins(corners) + (1 - lean) * one_hot_bins(corners - 12)
@@ -188,8 +188,8 @@ def test_unsure_corners_decide_together():
 
 
 @pytest.mark.parametrize("unsure", [None, 2])
-def test_unsure_components_are_left_out_whole(unsure, monkeypatch):
-    """If every second face of a component is unsure, the mesh has all other components. If none is, it is whole."""
+def test_uncertain_components_are_dropped_whole(unsure, monkeypatch):
+    """If every second face of a component is uncertain, the mesh has all other components. If none is, it is whole."""
     corners, _, components = low_poly.canonical(*shapes.make(0, 1).mesh())                 # a chair
     head, bins = heads.MeshHead(2, 4, 64, 2), F.one_hot(torch.from_numpy(corners).flatten(1), meshes.BINS)
     exists = torch.full((1, len(corners)), 6.)
@@ -202,8 +202,8 @@ def test_unsure_components_are_left_out_whole(unsure, monkeypatch):
     assert abs(np.sort(mesh.vertices.ravel()) - np.sort(true.ravel())).max() < 1e-6
 
 
-def test_like_components_may_come_in_any_order(prepared):
-    """The canonical order is right, and that of two legs swapped. A head without an opinion gets the canonical one."""
+def test_equal_components_may_come_in_any_order(prepared):
+    """The canonical order is right, and that of two legs swapped. Uniform logits get the canonical one."""
     batch = prepared[0].faces([1])                                                       # a chair
     corners, components = batch["corners"].flatten(2), batch["components"]
     sizes = components[components >= 0].bincount().tolist()
@@ -260,7 +260,7 @@ def test_hierarchical_is_dense(name, resolution):
 
 
 @pytest.mark.parametrize("sign, full", [(-1., True), (1., False)], ids=["inside", "outside"])
-def test_nothing_leaves_the_cube(sign, full):
+def test_meshes_are_closed_at_the_border_of_the_cube(sign, full):
     """A field that is inside everywhere gives a closed mesh, one that is outside everywhere an empty one."""
     head = TrueHead(None)
     head.evaluate = lambda memory, x: torch.full((1, x.shape[1], 4), sign)

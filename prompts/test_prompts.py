@@ -239,7 +239,7 @@ def test_picture_prompt_is_command_and_api(overfitted, text, name, tmp_path):
     assert (tmp_path / "api.glb").read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
-def test_light_changes_pictures_not_shapes(prepared):
+def test_pictures_are_augmented_shapes_are_not(prepared):
     """A picture has another light, background and crop each time; without variation it is the same, on white."""
     split, rows = prepared[0], np.arange(4)
     plain, again = (split.pictures(rows, np.random.default_rng(0), vary=False) for _ in range(2))
@@ -248,7 +248,7 @@ def test_light_changes_pictures_not_shapes(prepared):
     assert .02 < (varied - plain).abs().mean() < .4
 
 
-def test_the_colours_that_a_text_names_change(prepared):
+def test_named_colours_are_augmented(prepared):
     """Pixels of a named colour get another one; all others stay as they are."""
     colours = np.full((2, 4, 4, 3), 255 * np.array(COLOURS["green"])).astype(np.uint8)                # b s s 3
     colours[:, 2:] = 255 * np.array(COLOURS["white"])
@@ -259,14 +259,14 @@ def test_the_colours_that_a_text_names_change(prepared):
 
 
 class Plain:
-    """Stands for a tower: a condition of one token."""
+    """A tower whose condition is one constant token."""
     width = 8
 
     def tokens(self, x):
         return torch.ones(len(x), 1, self.width), torch.ones(len(x), 1, dtype=torch.bool)
 
 
-def test_prompts_are_drawn_at_the_given_rates(prepared, monkeypatch):
+def test_prompts_are_dropped_at_the_given_rates(prepared, monkeypatch):
     """Each combination of prompts is drawn as often as SHOWN says. About half of the pictures beside a caption, and no
     picture alone, get other colours."""
     towers, split, texts = encoders.Encoders(Plain(), Plain()), prepared[0], []
