@@ -211,6 +211,9 @@ def test_readme_test_command_finds_the_tests(fresh_copy):
         assert name in found.stdout
 
 
+COUNT = r"(\| \[\S+\]\((\S+)\) \| )\d+ \|"               # in a row of the file map
+
+
 def count_lines(name):
     """Lines of a file, or of a folder's *.py without tests."""
     path = HERE / name
@@ -220,12 +223,13 @@ def count_lines(name):
 
 def counted(text):
     """The README with the true numbers of lines. `python test_commands.py` writes it."""
-    text = re.sub(r"(\| \[\S+\]\((\S+)\) \| )\d+ \|", lambda m: f"{m[1]}{count_lines(m[2])} |", text)
+    text = re.sub(COUNT, lambda m: f"{m[1]}{count_lines(m[2])} |", text)
     method = sum(map(count_lines, ("prefix.py", "backbone.py", "reconstruct.py")))
     return re.sub(r"three files, \d+ lines", f"three files, {method} lines", text)
 
 
 def test_readme_counts_lines():
+    assert len(re.findall(COUNT, README)) > 9 and len(re.findall(r"three files, \d+ lines", README)) == 1
     changed = {*counted(README).splitlines()} - {*README.splitlines()}
     assert not changed, "these lines of README.md have changed; `python test_commands.py` writes them"
 
