@@ -7,7 +7,7 @@
 
     from sample import load                                  # the same as a Python API
     shapes = load().generate("a round table", rep="sdf", n=4, seed=0)
-    shapes[0].save("table.glb")
+    shapes[0].save("out/table.glb")
 """
 import re
 import sys
