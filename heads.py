@@ -5,7 +5,7 @@ which generates the tokens, is independent of the head. A head is a class with
 
     reads       its training samples: {cloud, queries, faces or views: how many points; None: all there are}
     needs       other heads that it decodes with
-    helpers     other heads that improve its decoding, where they are trained; optional
+    helpers     other heads that improve its decoding, where they are trained
     COUNT       default number of points; None: not a point representation
     RATE        factor of its learning rate (engine/step.py); optional
     token       an nn.Linear, its first layer: tokenizer.standardise changes it
@@ -59,7 +59,7 @@ def rarity(colours):
 
 class SdfHead(QueryDecoder):
     """Tokens -> truncated signed distance (in units of the truncation) and colour at any point."""
-    reads, needs, COUNT = {"cloud": 256, "queries": 640}, (), None
+    reads, needs, helpers, COUNT = {"cloud": 256, "queries": 640}, (), (), None
 
     def __init__(self, **size):
         super().__init__(**size, outputs=4)
@@ -143,7 +143,7 @@ class GaussianHead(QueryDecoder):
     """Tokens and surface points of the sdf head -> one Gaussian per point; trained on pictures."""
     POINTS = 4096    # Gaussians of a training picture; more Gaussians are smaller
     SIZE = .016      # standard deviation at output 0
-    reads, needs, COUNT = {"cloud": POINTS, "views": None}, ("sdf",), 16384
+    reads, needs, helpers, COUNT = {"cloud": POINTS, "views": None}, ("sdf",), (), 16384
 
     def __init__(self, **size):
         super().__init__(**size, outputs=14)
@@ -188,7 +188,7 @@ class MeshHead(nn.Module):
     """Face queries and tokens attend to each other. A query predicts FACES faces, neighbours in canonical order
     (geometry/low_poly.py). Every coordinate is a distribution over bins; its logits have rank LEVELS, so that bins
     share weights. s face slots, l levels."""
-    reads, needs, COUNT = {"faces": None}, (), None
+    reads, needs, helpers, COUNT = {"faces": None}, (), (), None
     FACES, LEVELS = 4, 24
     RATE = 4         # factor of the learning rate
 
@@ -300,15 +300,11 @@ def with_needs(reps):
     return list(dict.fromkeys(name for rep in reps for name in (*HEADS[rep].needs, rep)))
 
 
-def helpers(rep):
-    return getattr(HEADS[rep], "helpers", ())
-
-
 def load(folder, reps, device="cpu"):
     """Heads of a checkpoint folder and the heads that they need, frozen: {rep: head}."""
     settings, heads = read_stage(folder, "tokenizer")["settings"], {}
     found = [name.removeprefix("head-") for name in trained_stages(folder) if name.startswith("head-")]
-    for rep in with_needs([*(name for rep in reps for name in helpers(rep) if name in found), *reps]):
+    for rep in with_needs([*(name for rep in reps for name in HEADS[rep].helpers if name in found), *reps]):
         if rep == "mesh" and rep not in found:
             heads |= {"mesh": SimplifiedMesh()} | load(folder, {"sdf"} - heads.keys(), device)
             continue
@@ -329,7 +325,7 @@ def train(run, rep):
     # data
     run, stage = run.turned(), f"head-{rep}"
     encoder = tokenizer.load(run.folder).to(run.device)
-    others = [*HEADS[rep].needs, *(name for name in helpers(rep) if name in run.joint)]
+    others = [*HEADS[rep].needs, *(name for name in HEADS[rep].helpers if name in run.joint)]
     needed = load(run.folder, others, run.device)             # for decoding
     tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}       # shapes n c
 

@@ -74,14 +74,22 @@ def check_shapes(own, saved, path):
         raise UserError(f"{path} does not fit this model: {'; '.join(sorted(wrong)[:3])}{more}")
 
 
+def is_small(settings):
+    """Does a network with these settings fit into any memory?"""
+    sizes = {name: x for name, x in settings.items() if type(x) is int}
+    widest, blocks = max(sizes.values(), default=0), sum(sizes.get(name, 0) for name in LARGEST)
+    return widest ** 2 * (1 + blocks) <= 2 ** 27 and widest * sizes.get("side", 0) ** 3 <= 2 ** 27
+
+
 def load_model(model_class, path, **settings):
     """A model of this class, with the settings of its config.json and the weights of `path`, frozen."""
     saved = read_weights(path)
     try:
-        with torch.device("meta"):                            # takes no memory, however large the settings are
-            shapes = model_class(**settings).state_dict()
-        check_shapes(shapes, saved, path)
+        if not is_small(settings):                            # meta tensors need no memory, but a second to import
+            with torch.device("meta"):
+                check_shapes(model_class(**settings).state_dict(), saved, path)
         model = model_class(**settings)
+        check_shapes(model.state_dict(), saved, path)
         if not all(x.isfinite().all() for x in saved.values()):
             raise UserError(f"{path} holds numbers that are not finite: it is damaged; copy or train it again")
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
