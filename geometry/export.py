@@ -8,7 +8,7 @@ Colours are sRGB everywhere in this code: the numbers of a picture's pixels. glT
 light, which viewers (three.js, Blender, Babylon) convert to sRGB for the screen. So a .glb stores linear light, in 8
 bits, which trimesh keeps if it saves the file again. The error in sRGB is at most .013, below .1 at most .025.
 
-geometry/view.py reads these files. trimesh, Pillow and the renderer are imported where they are used: they take long.
+trimesh, Pillow and the renderer are imported where they are used: they take long.
 """
 import gc
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 A z-buffer (geometry/rasterise.py) finds the surface point in each pixel; `draw` lights it (geometry/light.py).
 Letters: f faces, v vertices, k points or Gaussians, p pixels.
 
-    python -m geometry.view out/table-0.glb          # -> out/table-0-view.png
+    python sample.py --text "table" --turntable
 """
 import math
 
