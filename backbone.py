@@ -295,8 +295,7 @@ def put(x, rows, values):
 
 
 def cache_sized(backbone, condition, seeds):
-    """Splits a batch into chunks whose activations fit a CPU's cache: a fifth faster. Yields pairs: condition,
-    seeds."""
+    """Splits a batch into chunks whose activations fit a CPU's cache, a fifth faster: pairs of condition and seeds."""
     size = len(seeds)
     if backbone.token.weight.device.type == "cpu":
         size = max(1, CACHED // (backbone.tokens * backbone.dim * (len(condition) + 1)))
@@ -307,8 +306,7 @@ def cache_sized(backbone, condition, seeds):
 def schedule(n, steps):
     """The cosine unmasking schedule: pairs (known before, known after), at least one new token a step."""
     if not 1 <= steps <= n:
-        raise UserError(f"{steps} steps are not between 1 and {n}, the number of shape tokens: every step samples at "
-                        "least one")
+        raise UserError(f"{steps} steps are not between 1 and {n}, the number of shape tokens")
     known, pairs = 0, []
     for step in range(1, steps + 1):
         after = n - math.floor(n * math.cos(math.pi / 2 * step / steps) + 1e-9)

@@ -144,7 +144,8 @@ def train_small(patch, folder, count, *args, watched=False):
         patch.setitem(module.SIZES, "small", size)
     patch.setattr(data, "prepare", lambda split, _, *rest, **more: PREPARE("train", count, *rest, **more))
     patch.setattr(judge, "CLASSES", ("table", "chair"))
-    flags = "--size", "small", "--shapes", count, "--out", folder, "--cache", os.environ["CACHE"]
+    shapes = [] if "--data" in args else ["--shapes", count]
+    flags = "--size", "small", *shapes, "--out", folder, "--cache", os.environ["CACHE"]
     return run(train.main, *flags, *args)
 
 

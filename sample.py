@@ -43,7 +43,7 @@ def check_numbers(**values):
     for name, value in values.items():
         kind, least, most = LIMITS.get(name, (None, 0, 0))
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        if kind and value is not None and not (number and least <= value <= most):
+        if kind and (value is not None or name in ("n", "seed")) and not (number and least <= value <= most):
             span = f"of at least {least}" if most == MAX_INT else f"from {least:g} to {most:,}"
             raise UserError(f"{name} is a {'whole ' * (kind is int)}number {span}, not {value!r}")
 
@@ -55,8 +55,8 @@ def check_shape(rep, resolution, points, faces):
     if resolution not in RESOLUTIONS:
         raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
     check_numbers(points=points, faces=faces)
-    if faces and rep != "mesh":
-        raise UserError(f'faces is the number of faces of a low-poly mesh; give rep="mesh", not "{rep}"')
+    if faces and rep != "mesh" or points and rep not in ("pc", "gs"):
+        raise UserError(f'faces are of rep "mesh", points of "pc" and "gs", not of "{rep}"')
 
 
 # ---------------------------------------------------------------------------- the models of checkpoint folders
@@ -225,11 +225,11 @@ def arguments():
               "sampled=.1 with a picture alone, else none")
     number("window", "RGS: its share of the steps, from the first")
     args = parser.parse_args()
-    if args.text is None and not args.image:
+    if args.text is None and args.image is None:
         parser.error("there is no prompt; give --text or --image")
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
-    if args.rgs:
+    if args.rgs is not None:
         reconstruct.parse_rgs(args.rgs)
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
     if args.points and not {"pc", "gs"} & {*args.rep}:
@@ -272,7 +272,7 @@ def write_shape(shape, path, turn):
 
 def main():
     args, watch = arguments(), Stopwatch()
-    if args.image:                                            # an unreadable picture is an error before loading
+    if args.image is not None:                                # an unreadable picture is an error before loading
         from prompts import picture_files
         picture_files.load_picture(args.image)
     relative = args.model if args.model in RELATIVES else None
@@ -292,8 +292,8 @@ def main():
     ending["mesh"] = f"-mesh-{args.faces}" if args.faces else ending.get("mesh")
     for i, x in enumerate(tokens):                                                # n c
         for rep in args.rep:
-            faces = args.faces if rep == "mesh" else None
-            shape = model.decode(x, rep, (args.seed, i), args.resolution, args.points, faces)
+            points, faces = args.points if rep in ("pc", "gs") else None, args.faces if rep == "mesh" else None
+            shape = model.decode(x, rep, (args.seed, i), args.resolution, points, faces)
             watch.lap(rep)
             pictures.append(write_shape(shape, out / f"{name}-{i}{ending[rep]}{shape.suffix}", args.turntable))
             watch.lap("pictures")

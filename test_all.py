@@ -31,6 +31,17 @@ def test_ruff_finds_nothing():
 
 # ---------------------------------------------------------------------------- tokenizer
 
+def test_heads_pull_equally_hard():
+    """Gradients of joint heads have one norm, the micro-batch's share, whatever the losses; a gradient of 0 stays 0."""
+    class Head:
+        def __init__(self, scale):
+            self.loss = lambda x, batch: (scale * x.sum(), {})
+    tokens = torch.ones(4, 2, 3, requires_grad=True)
+    batch = {"points": torch.zeros(4, 1, 3)}
+    tokenizer.head_losses({"a": Head(1e3), "b": Head(0.)}, tokens, {"a": batch, "b": batch}, share=.25)[0].backward()
+    assert tokens.grad.norm().item() == pytest.approx(.25, rel=1e-5)
+
+
 @pytest.mark.parametrize("cells", [0, 4])
 def test_standardise_changes_tokens_not_shapes(cells, prepared):
     """Afterwards tokens have mean 0 and deviation 1 per channel, and decode to the same field; it may be done twice."""

@@ -70,7 +70,10 @@ def test_precision_overrides_the_default(precision, dtype, monkeypatch):
 
 @pytest.mark.parametrize("options, complaint", [
     (dict(prompt=None), "there is no prompt"), (dict(prompt=["a table"]), "one string, not a list"),
-    (dict(rep="obj"), "sdf, pc, mesh, gs"), (dict(resolution=96), "32, 64, 128, 256, 512"), (dict(n=0), "n is a whole"),
+    (dict(rep="obj"), "sdf, pc, mesh, gs"), (dict(rep=["sdf"]), "sdf, pc, mesh, gs"), (dict(seed=-1), "seed is a"),
+    (dict(seed="a"), "seed is a"), (dict(cfg=-3), "cfg is a number from 0 to 100"), (dict(points=9), "faces are of"),
+    (dict(faces=100), "faces are of"), (dict(n=None), "n is a whole"), (dict(n=0), "n is a whole"),
+    (dict(resolution=96), "32, 64, 128, 256, 512"),
     (dict(steps=65), "shape tokens"), (dict(rgs="sampled"), "RGS takes"), (dict(rgs="sampled=5"), "from 0 to 1")])
 def test_python_api_names_a_wrong_argument(overfitted, options, complaint):
     with pytest.raises(UserError, match=complaint):

@@ -12,6 +12,7 @@ config.json), logs (<stage>.csv), pictures (<stage>-<step>.png) and loss curves 
 """
 from importlib import import_module
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -49,7 +50,8 @@ def fit(run, stage, model, draw, loss_of, show=None):
     if run.recompute:
         recompute_blocks(model)
     opts = optimizers(model, lr)
-    start, sums = load_state(state_path, {"steps": steps, "batch": batch, "seed": run.seed}, model, ema, opts)
+    flags = {"steps": steps, "batch": batch, "seed": run.seed, "lr": lr, "data": crc32(run.train.version.encode())}
+    start, sums = load_state(state_path, flags, model, ema, opts)
     log = Log(run.folder / f"{stage}.csv", start, sums)
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
           + f", resuming from step {start}" * bool(start))
@@ -81,8 +83,7 @@ def fit(run, stage, model, draw, loss_of, show=None):
             if done % CHECK == 0 or last:
                 bar.set_postfix(log.write(done, rate, held_out_loss(run, ema.model, draw, loss_of)))
             if done % SAVE == 0 or last or stopped:
-                save_state(state_path, done, {"steps": steps, "batch": batch, "seed": run.seed}, model, ema, opts,
-                           log.sums)
+                save_state(state_path, done, flags, model, ema, opts, log.sums)
             if show and not stopped and (done % SHOW == 0 or last):
                 with torch.no_grad():
                     show(ema.model, run.folder / f"{stage}-{done:06d}.png")
@@ -132,6 +133,8 @@ def chain(args, reps, joint, folder):
             run.micro_batch_size(name)                        # a wrong --batch is an error here
             if args.finetune and name not in trained_stages(args.source):
                 raise UserError(f"{args.source} holds no trained {name} to fine-tune; leave out --finetune")
+        with locked(run.folder):                              # a folder that cannot be used is an error now
+            pass
         pictures = args.image_encoder or any(stages[name].pictures for name in names)
         kinds = ["surface", *["pictures"] * bool(pictures), *kinds_of(heads.HEADS[rep] for rep in joint + reps)]
         run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
@@ -205,6 +208,8 @@ def arguments():
     for name in ("data", "source", "out", "cache"):
         if getattr(args, name) == "":
             parser.error(f"--{'from' if name == 'source' else name} is empty; name a folder")
+    if args.data and (args.classes or args.shapes):
+        parser.error("--classes and --shapes choose built-in shapes; leave them or --data out")
     args.model = args.model or next((name for name in RELATIVES if (args.stage or "").startswith(f"{name}-")), "ltm3d")
     model, stages = import_module(f"relatives.{args.model}") if args.model in RELATIVES else None, stages_of(args.model)
     names = list(dict.fromkeys("head" if stage.name.startswith("head-") else stage.name for stage in stages))

@@ -177,6 +177,8 @@ def digest(*paths):
 def read_stage(folder, stage):
     """The entry of a trained stage in config.json. Stages beside it must be those that it was trained on."""
     entry = read_config(folder).get(stage)
+    if entry is None and (Path(folder) / f"{stage}.state.safetensors").is_file():
+        raise UserError(f"the {stage} in {folder} is half trained; repeat the train.py command that began it")
     if entry is None:
         raise UserError(f"{folder} holds no trained {stage}; name another folder, or train it there: "
                         f"python train.py --stage {stage.replace('head-', 'head --rep ')} --out {folder}")

@@ -14,7 +14,7 @@ from engine.files import atomic_write, read_weights, save_weights
 
 def save_state(path, step, flags, model, ema, opts, sums):
     """The state to resume from, as plain tensors. flags: {name: number} of flags that must stay the same."""
-    state = {"step": torch.tensor(step)} | {f"flags.{k}": torch.tensor(v) for k, v in flags.items()}
+    state = {"step": torch.tensor(step)} | {f"flags.{k}": torch.tensor(v, dtype=torch.double) for k, v in flags.items()}
     state |= {f"model.{k}": v for k, v in model.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
     state |= {f"sums.{k}": torch.as_tensor(v) for k, v in sums.items()}
@@ -30,9 +30,10 @@ def load_state(path, flags, model, ema, opts):
         return 0, {}
     state = read_weights(path, "delete it to start the stage again")
     for name, value in flags.items():
-        if (before := int(state.get(f"flags.{name}", value))) != value:
-            raise UserError(f"{path} was begun with --{name} {before}, not {value}; give that, use another --out, or "
-                            "delete it to start the stage again")
+        if (before := float(state.get(f"flags.{name}", torch.tensor(value, dtype=torch.double)))) != value:
+            was = "with other data" if name == "data" else f"with --{name} {before:g}, not {value:g}"
+            raise UserError(f"{path} was begun {was}; give that, use another --out, or delete it to start the stage "
+                            "again")
     try:
         for name, module in (("model.", model), ("ema.", ema.model)):
             module.load_state_dict({k: state[name + k] for k in module.state_dict()})

@@ -122,9 +122,9 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
         assert log_rows(cut / f"{stage}.csv") == rows
 
 
-@pytest.mark.parametrize("flag, value", [("--steps", 8), ("--seed", 1), ("--batch", 2)])
+@pytest.mark.parametrize("flag, value", [("--steps", 8), ("--seed", 1), ("--batch", 2), ("--lr", 1e-4)])
 def test_a_stopped_stage_refuses_other_flags(tmp_path, monkeypatch, capsys, flag, value):
-    flags = {"--steps": 6, "--batch": 4, "--seed": 0, "--stage": "encoders"}
+    flags = {"--steps": 6, "--batch": 4, "--seed": 0, "--lr": .001, "--stage": "encoders"}
     train_once = lambda flags: train_small(monkeypatch, tmp_path, 4, *(word for pair in flags.items() for word in pair))
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
@@ -146,8 +146,8 @@ def train_line(folder, bad, monkeypatch, steps=12):
     monkeypatch.setattr(train, "batches", batches)
     monkeypatch.setattr(train, "CHECK", 4)
     run = SimpleNamespace(folder=folder, stages={"line": Stage("line", None, steps, 4, .1)}, device=torch.device("cpu"),
-                          recompute=False, autocast=contextlib.nullcontext, micro_batches=1, train=None,
-                          test=None, seed=0)
+                          recompute=False, autocast=contextlib.nullcontext, micro_batches=1, test=None, seed=0,
+                          train=SimpleNamespace(version="toy"))
     torch.manual_seed(0)
     return train.fit(run, "line", nn.Linear(64, 64), draw, lambda model, x: (((model(x) - x) ** 2).mean(), {}))[0]
 

@@ -54,7 +54,7 @@ def code_digest(*names):
 
 
 if __name__ == "__main__":
-    for start in sys.argv[1:]:
+    for start in [name for name in sys.argv[1:] or ["sample", "train"] if name in FILES]:
         lines = {name: FILES[name].read_text().count("\n") for name in closure(start)}
         print(*(f"{count:6} {name}" for name, count in lines.items()), sep="\n")
         print(f"{start}: {len(lines)} files, {sum(lines.values())} lines")
