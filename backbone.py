@@ -348,7 +348,7 @@ def train(run):
 def fit_generator(run, stage, model, draw, loss_of, towers, decoders,
                   generate=lambda model, condition, seeds: model.generate(condition, seeds), **entries):
     """Trains, evaluates and saves the generator of any model; show draws pictures of its samples."""
-    import judge
+    judge = run.judge
 
     def show(model, path):
         with run.autocast():

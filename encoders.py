@@ -120,7 +120,7 @@ def prompted_tokens(run, stage, encoder, file="tokenizer"):
 
 def train_text(run):
     """The text tower, contrastively with a cloud tower."""
-    import judge
+    judge = run.judge
     # data
     captions = [caption for own in run.train.captions for caption in own]
     words, nouns = text_tower.vocabulary(captions), nouns_of(captions)
@@ -144,7 +144,7 @@ def train_text(run):
 
 def train_vision(run):
     """The image tower, with the cloud tower and a linear probe (Reader), which is discarded."""
-    import judge
+    judge = run.judge
     # data: of each shape a cloud and VIEWS pictures
     aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
     tokens = {split: tokenizer.encode(run, encoder, split.repeated(8))

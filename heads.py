@@ -321,7 +321,7 @@ def load(folder, reps, device="cpu"):
 
 def train(run, rep):
     """One head on frozen tokens, with the tokenizer's noise."""
-    import judge
+    judge = run.judge
     # data
     run, stage = run.turned(), f"head-{rep}"
     encoder = tokenizer.load(run.folder).to(run.device)

@@ -3,7 +3,7 @@
     JUDGES[rep](heads, tokens n c, a prepared set, row, rng, autocast, points) -> {metric: number}
 
 compares the decoded shape with the true one; points: for the F-score of sdf; 0 skips it, which saves time. A new head
-needs an entry in JUDGES. Stages import this file in their functions: no weights depend on it.
+needs an entry in JUDGES. train.py hands this module to stages, as run.judge: no weights depend on it.
 
     python evaluate.py tokenizer --rep sdf       # held-out shapes, encoded and decoded
 """

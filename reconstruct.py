@@ -121,7 +121,7 @@ def load(folder):
 
 def train(run):
     """The deterministic reconstruction of RGS, on frozen tokens and frozen encoders."""
-    import judge
+    judge = run.judge
     # data
     towers, sizes, draw = encoders.prompted_tokens(run, "reconstruct", tokenizer.load(run.folder))
     decoders = heads.load(run.folder, run.joint, run.device)

@@ -133,7 +133,7 @@ def head_losses(heads, tokens, samples, share=1.):
 
 def train(run):
     """The tokenizer, jointly with the heads run.joint. Data come last: the odds of a shape need the loss."""
-    import judge
+    judge = run.judge
     from engine.step import shares_of_loss
     run = run.turned()
     # model

@@ -118,7 +118,7 @@ def chain(args, reps, joint, folder):
         stages = {stage.name: stage._replace(steps=args.steps or stage.steps, batch=args.batch or stage.batch,
                                              lr=args.lr or stage.lr) for stage in stages_of(args.model)}
         last = "backbone" if args.model == "ltm3d" else f"{args.model}-generator"
-        run, begin = Run(args, stages, heads.HEADS, reps, joint, last, folder, fit), name_begins(args.data)
+        run, begin = Run(args, stages, heads.HEADS, reps, joint, last, folder, fit, judge), name_begins(args.data)
         encoders.load_pretrained(**run.encoder_names, device=run.device)          # a missing one is an error here
         names = chosen(args, stages.values(), reps)
         if args.source:

@@ -57,14 +57,14 @@ class Run:
     """The argument of the training function of a stage.
 
     stages: {name: Stage}, with the steps, batch and learning rate of this run; heads: {rep: class}; reps: heads to
-    train; joint: heads trained jointly with the tokenizer; last: the generator's stage; fit: the training loop.
-    train.py adds prepared data: `train` and `test` (data.Prepared), `classes` and `prompts` (judge.py).
+    train; joint: heads trained jointly with the tokenizer; last: the generator's stage; fit: the training loop; judge:
+    the module judge.py. train.py adds prepared data: `train` and `test` (data.Prepared), `classes` and `prompts`.
     """
 
-    def __init__(self, args, stages, heads, reps, joint, last, folder, fit):
+    def __init__(self, args, stages, heads, reps, joint, last, folder, fit, judge):
         self.folder, self.size, self.seed = Path(folder), args.size, args.seed
         self.stages, self.heads = stages, heads
-        self.reps, self.joint, self.last, self.loop = reps, joint, last, fit
+        self.reps, self.joint, self.last, self.loop, self.judge = reps, joint, last, fit, judge
         self.variant, self.denoiser = args.variant, args.denoiser
         self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}
         self.micro_batches = args.micro_batches or processes.world()

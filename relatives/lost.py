@@ -253,7 +253,7 @@ def train_student(run):
 
 def train_registers(run):
     """Registers and decoder, on frozen tokens; RIDA: the student compares decoded tokens with the true ones."""
-    import judge
+    judge = run.judge
     run = run.turned()
     tokens, sizes = tokens_of(run)
     heads = heads_.load(run.folder, run.joint, run.device)

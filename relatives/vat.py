@@ -266,7 +266,7 @@ class Generator(Sequence):
 
 def fit_tokenizer(run, stage, model, files, quantised, latents):
     """Trains a phase. files: model -> {name of a weights file: module}; latents: model -> held-out latents."""
-    import judge
+    judge = run.judge
     run.load_to_finetune(stage, files(model), settings=SIZES[run.size])
 
     def draw(split, rng):
@@ -293,7 +293,7 @@ def begin_tokenizer(run, stage):
 
 def held_out(run, encoder):
     """Outputs of `encoder` for the first held-out shapes."""
-    import judge
+    judge = run.judge
     return tokenizer_.encode_set(encoder, run.test, run.device, run.autocast, limit=judge.SHAPES).to(run.device)
 
 
