@@ -229,15 +229,10 @@ class Backbone(nn.Module):
         y = self.decoder[-1](y, mask=mask_out, rows=p + rows)                     # b m d
         return self.norm_out(y) + self.prefix.summary(prefix, mask)
 
-    def loss(self, x, condition, moment=None):
-        """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the masked tokens.
-        moment: progress of generation, from 0 (all tokens unknown) to 1; default: random."""
-        b, n, device = len(x), self.tokens, x.device
-        # One mask ratio for the whole batch: no padding. Early moments, when the prompt decides most, are drawn more
-        # often. (MAR masks at least .7 of the tokens, by a truncated normal: then the last tokens are never trained.)
-        moment = torch.rand(1).item() ** 1.5 if moment is None else moment
-        known = n - math.ceil(n * math.cos(math.pi / 2 * moment))
-        order = torch.rand(b, n, device=device).argsort(1)                        # b n
+    def loss(self, x, condition, known):
+        """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the masked tokens, all but
+        `known`. One mask ratio for the whole batch: no padding."""
+        order = torch.rand(len(x), self.tokens, device=x.device).argsort(1)       # b n
         masked = order[:, known:]                                                 # b m
 
         prefix = self.prefix(condition)                                           # b p d and b p
@@ -316,6 +311,17 @@ def schedule(n, steps):
     return pairs
 
 
+def known_at(moment, n):
+    """The number of known tokens at a moment of generation, from 0 (none of n) to 1 (all)."""
+    return n - math.ceil(n * math.cos(math.pi / 2 * moment))
+
+
+def training_moments(n):
+    """The numbers of known tokens in training. Early moments, when the prompt decides most, come more often. (MAR masks
+    at least .7 of the tokens, by a truncated normal: then the last tokens are never trained.)"""
+    return [known_at(((i + .5) / 16) ** 1.5, n) for i in range(16)]
+
+
 def load(folder):
     """The backbone of a checkpoint folder, frozen."""
     return load_stage(folder, "backbone", Backbone, BACKBONES)
@@ -335,18 +341,21 @@ def train(run):
     run.load_to_finetune("backbone", {"backbone": model}, settings=settings, variant=run.variant,
                          towers=run.encoder_names)
 
-    # loss: in training at one random moment of generation, on held-out shapes the mean over eight moments
-    def loss_of(model, batch):
+    # loss: in training at one of 16 moments of generation, on held-out shapes the mean over eight
+    held_out = [known_at((i + .5) / 8, model.tokens) for i in range(8)]
+
+    def loss_of(model, batch, *known):
         x, condition = batch[0], towers.encode_drawn(batch[1])
-        moments = [None] if model.training else [(i + .5) / 8 for i in range(8)]
-        return sum(model.loss(x, condition, moment) for moment in moments) / len(moments), {}
+        losses = [model.loss(x, condition, k) for k in known or held_out]
+        return sum(losses) / len(losses), {}
 
     # save
-    fit_generator(run, "backbone", model, draw, loss_of, towers, decoders, variant=run.variant, settings=settings)
+    fit_generator(run, "backbone", model, draw, loss_of, towers, decoders, variant=run.variant,
+                  choices=[(k,) for k in training_moments(model.tokens)], settings=settings)
 
 
 def fit_generator(run, stage, model, draw, loss_of, towers, decoders,
-                  generate=lambda model, condition, seeds: model.generate(condition, seeds), **entries):
+                  generate=lambda model, condition, seeds: model.generate(condition, seeds), choices=((),), **entries):
     """Trains, evaluates and saves the generator of any model; show draws pictures of its samples."""
     judge = run.judge
 
@@ -355,7 +364,7 @@ def fit_generator(run, stage, model, draw, loss_of, towers, decoders,
             x = generate(model, towers.encode(run.prompts), [(0, i) for i in range(len(run.prompts))])
         judge.save_picture(path, judge.samples(run, decoders, x))
 
-    model, seconds = run.fit(stage, model, draw, loss_of, show)
+    model, seconds = run.fit(stage, model, draw, loss_of, show, choices)
     metrics = judge.class_accuracy(run, towers, partial(generate, model), decoders)
     run.finish(stage, seconds, {stage: model}, towers=run.encoder_names, metrics=metrics, **entries)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import backbone
 import data
@@ -86,6 +87,30 @@ def small_backbone(denoiser="flow", kind=backbone.Backbone):
     for p in (model.net if isinstance(model.net, nn.Module) else model.time).parameters():
         nn.init.normal_(p, std=.15)
     return model, prompted()
+
+
+class NoWait(TorchDispatchMode):
+    """In its body, what makes Python wait for a GPU is an error: reading values, shapes that depend on values."""
+    WAITING = {getattr(torch.ops.aten, name) for name in (
+        "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal")}
+    INDEXED = {getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_", "_index_put_impl_")}
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for name in ("tolist", "numpy", "cpu"):
+            self.patch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} waits"))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        op, index = func.overloadpacket, args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
+        mask = op in self.INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in index)
+        if op in self.WAITING or mask:
+            pytest.fail(f"{func} waits for a GPU")
+        return func(*args, **kwargs or {})
 
 
 class TrueHead:

@@ -1,6 +1,7 @@
-"""data.py - training samples of shapes: prepared once, memory-mapped, drawn in batches.
+"""data.py - training samples of shapes: prepared once, memory-mapped or on a GPU, drawn in batches.
 
-geometry/prepare.py fills the arrays of a prepared set; Prepared reads them. The built-in shapes need no download.
+geometry/prepare.py fills the arrays of a prepared set; Prepared draws from them, on the device where they lie, with
+torch's global generator, or with `rng`. The built-in shapes need no download.
 
     python data.py                       # prepares the built-in shapes, and draws some of them
     python data.py --classes table --shapes 32
@@ -10,19 +11,23 @@ geometry/prepare.py fills the arrays of a prepared set; Prepared reads them. The
 import argparse
 import copy
 import csv
+import functools
 import re
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
+from engine.step import fits
 from geometry.kinds import KINDS, POINTS, QUERIES
 from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
-from geometry.training_pictures import recolour, relight
+from geometry.training_pictures import colours_named, recolour, relight
 
 # entry of a head's `reads`, a method of Prepared -> its kind of samples
 READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
@@ -33,12 +38,17 @@ SYMMETRIES = np.stack([np.linalg.matrix_power(TURN, i // 2) @ np.linalg.matrix_p
 
 def turns_to_front(azimuth):
     """How many right angles a shape is turned, until a picture of this azimuth is from its front, to 45 degrees."""
-    return np.round(-azimuth / 90).astype(int) % 4
+    return (-azimuth / 90).round().long() % 4
 
 
 def turned_back(points, turns):
     """Clouds r k 3 of shapes turned as in pictures, and their turns r -> clouds oriented as in files."""
-    return np.einsum("rji,rkj->rki", SYMMETRIES[2 * turns], points).astype(np.float32)
+    return np.einsum("rji,rkj->rki", SYMMETRIES[2 * np.asarray(turns)], points).astype(np.float32)
+
+
+def seeded(seed, device="cpu"):
+    """A generator for the `rng` of draws. seed: what numpy takes as a seed, or a generator of numpy."""
+    return torch.Generator(device).manual_seed(int(np.random.default_rng(seed).integers(2 ** 62)))
 
 
 def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",), data=None, shard=(0, 1),
@@ -73,15 +83,43 @@ def kinds_of(heads):
     return list(dict.fromkeys(READ_FROM[name] for head in heads for name in head.reads))
 
 
+class Captions:
+    """The captions of the shapes of a set as numbers, rows of `texts`: they are drawn on the device."""
+
+    def __init__(self, captions, device):
+        self.texts = sorted({caption for own in captions for caption in own})
+        number = {text: i for i, text in enumerate(self.texts)}
+        flat = torch.tensor([number[caption] for own in captions for caption in own])         # k, shape after shape
+        counts = torch.tensor([len(own) for own in captions])                                 # r
+        shape = torch.arange(len(captions)).repeat_interleave(counts)                         # k
+        ends = torch.tensor([len(text.split()) for text in self.texts])[flat].cumsum(0)       # k, of words
+        high = ends[counts.cumsum(0) - 1]                                                     # r
+        pairs = (shape * len(self.texts) + flat).sort().values                                # k
+        tables = flat, ends, high, F.pad(high[:-1], (1, 0)), pairs, colours_named(self.texts)
+        self.flat, self.ends, self.high, self.low, self.pairs, self.colours = (x.to(device) for x in tables)
+
+    def draw(self, rows, rng=None):
+        """One caption of each row; the odds are its number of words."""
+        share = torch.rand(len(rows), generator=rng, device=rows.device)
+        word = self.low[rows] + (share * (self.high - self.low)[rows]).long()     # one word of all captions of the row
+        return self.flat[torch.searchsorted(self.ends, word, right=True)]         # b
+
+    def true(self, captions, rows):                           # b, k -> is caption i one of row j? b k
+        pair = rearrange(captions, "b -> b 1") + rows * len(self.texts)
+        return self.pairs[torch.searchsorted(self.pairs, pair).clamp(max=len(self.pairs) - 1)] == pair
+
+
 class Prepared:
-    """A prepared set, read from disk as needed: the shapes of the split that have samples of all kinds."""
+    """A prepared set: the shapes of the split that have samples of all kinds. Its arrays are read from disk as needed,
+    or lie on a GPU (`to`). `rows` are numbers of shapes, on its device."""
 
     def __init__(self, folder, source, kinds):
         self.folder, self.source, self.version = Path(folder), source, version(source)
+        self.device = torch.device("cpu")
         self.folders = {kind: self.folder / source.folder(kind) for kind in kinds}
         self.name = f"{source.name}-{source.split}" if source.files else source.name
-        try:
-            self.arrays = {name: np.load(self.folders[kind] / f"{name}.npy", mmap_mode="r")
+        try:                                                  # "c": torch wants them writable; files do not change
+            self.arrays = {name: torch.from_numpy(np.load(self.folders[kind] / f"{name}.npy", mmap_mode="c"))
                            for kind in kinds for name in KINDS[kind]}
             records = [read_records(self.folders[kind]) for kind in kinds]
         except (OSError, ValueError) as error:
@@ -90,11 +128,12 @@ class Prepared:
         self.broken = {record["file"]: record["broken"] for row, record in broken.items() if row < source.files}
         rows = sorted(row for row in set.intersection(*map(set, records))
                       if row not in broken and source.in_split(row))
-        self.rows = np.array(rows, int)                       # rows of the arrays: one for each shape of this set
+        self.rows = torch.tensor(rows, dtype=torch.long)      # rows of the arrays: one for each shape of this set
         self.records = [records[0][row] for row in rows]
         self.classes = [record["class"] for record in self.records]
         self.captions = [record["captions"] for record in self.records]
-        self.symmetry = np.zeros(len(rows), int)              # row of SYMMETRIES for each shape
+        self.symmetry = torch.zeros_like(self.rows)           # row of SYMMETRIES for each shape
+        self.unmoved = len(rows)                              # shapes as oriented in their files, which come first
         if source.skipped or self.broken:
             path = self.folder / "skipped.csv"
             with atomic_write(path) as part, part.open("w", newline="", errors="backslashreplace") as file:
@@ -103,28 +142,65 @@ class Prepared:
     def __len__(self):
         return len(self.records)
 
+    def changed(self, **changes):
+        """A copy with other attributes; its tables are made anew."""
+        other = copy.copy(self)
+        for name in ("table", "class_of", "moves", "moved_faces"):
+            other.__dict__.pop(name, None)
+        vars(other).update(changes)
+        return other
+
+    def to(self, device):
+        """The same set on a device. Arrays that do not fit into a GPU's memory stay on disk: batches are drawn there
+        (engine/step.py)."""
+        if not fits(sum(array.nbytes for array in self.arrays.values()), device):
+            return self
+        return self.changed(device=device, arrays={name: array.to(device) for name, array in self.arrays.items()},
+                            rows=self.rows.to(device), symmetry=self.symmetry.to(device))
+
     def repeated(self, count):
         """A set of files `count` times: 2 adds mirror images, 8 also turns of 90, 180 and 270 degrees. Files are few.
         Built-in shapes are unlimited: their set is returned unchanged."""
         if not self.source.files:
             return self
-        first = np.flatnonzero(self.symmetry == 0)            # of a set that is already repeated
-        other = copy.copy(self)
-        other.name, other.symmetry = f"{self.name}-{count}", np.repeat(np.arange(count), len(first))
-        other.rows = np.tile(self.rows[first], count)
-        for name in ("records", "classes", "captions"):
-            setattr(other, name, getattr(self, name)[:len(first)] * count)
-        return other
+        first = self.unmoved                                  # of a set that is already repeated
+        lists = {name: getattr(self, name)[:first] * count for name in ("records", "classes", "captions")}
+        return self.changed(name=f"{self.name}-{count}", rows=self.rows[:first].repeat(count),
+                            symmetry=torch.arange(count, device=self.device).repeat_interleave(first), **lists)
 
     def shape(self, row):
         """The source shape, for exact distances at any point."""
-        return self.source.shape(self.rows[row])
+        return self.source.shape(int(self.rows[row]))
 
-    def tensors(self, names, rows, columns=slice(None)):
-        """Rows of several arrays, and some of their columns, as float tensors."""
-        return [torch.from_numpy(self.arrays[name][self.rows[rows]][:, columns].astype(np.float32)) for name in names]
+    # ------------------------------------------------------------------------ which shapes
 
-    def samples(self, rows, reads, rng):
+    def draw(self, count, rng=None):
+        """Rows of `count` random shapes."""
+        return torch.randint(len(self), (count,), generator=rng, device=self.device)
+
+    def draw_distinct(self, count, first=False, rng=None):
+        """Rows of `count` different random shapes, at most all. first: booleans; these shapes are taken first."""
+        keys = torch.rand(len(self), generator=rng, device=self.device)
+        return (keys - 1. * first).argsort()[:count]
+
+    @functools.cached_property
+    def class_of(self):                                       # number of each shape's class
+        return torch.from_numpy(np.unique(self.classes, return_inverse=True)[1]).to(self.device)
+
+    def of_two_classes(self, rng=None):
+        """Booleans: is the class of a shape one of two random ones (those of two random shapes)?"""
+        pair = self.class_of[self.draw(2, rng)]
+        return (self.class_of == pair[:1]) | (self.class_of == pair[1:])
+
+    # ------------------------------------------------------------------------ their samples
+
+    def take(self, name, rows, columns=None):
+        """Rows of an array, and some of their columns, as floats."""
+        rows = self.rows[torch.as_tensor(rows, device=self.device)]
+        array = self.arrays[name]
+        return (array[rows] if columns is None else array[rows[:, None], columns]).float()
+
+    def samples(self, rows, reads, rng=None):
         """Training samples of a head (heads.py). reads: {method below: point count} -> {name: tensor of b rows}."""
         batch = {}
         for name, count in reads.items():
@@ -132,71 +208,99 @@ class Prepared:
             batch |= dict(zip(("points", "normals", "colours"), values)) if name == "cloud" else values
         return batch
 
-    def cloud(self, rows, k, rng):
+    def cloud(self, rows, k, rng=None):
         """k oriented coloured surface points of each row: points, normals, colours, b k 3 each."""
-        columns = rng.permutation(POINTS)[:k]
-        points, normals, colours = self.tensors(("points", "normals", "colours"), rows, columns)
+        columns = torch.rand(POINTS, generator=rng, device=self.device).argsort()[:k]
+        points, normals, colours = (self.take(name, rows, columns) for name in ("points", "normals", "colours"))
         return self.moved(points, rows), self.moved(normals, rows) / 127, colours / 255
+
+    @functools.cached_property
+    def moves(self):                                          # 8 3 3
+        return torch.from_numpy(SYMMETRIES).float().to(self.device)
 
     def moved(self, x, rows):
         """Points or vectors b k 3, mirrored and turned as the symmetries of these rows say."""
-        moves = SYMMETRIES[self.symmetry[rows]].astype(np.float32)                # b 3 3
-        return torch.from_numpy(np.einsum("bij,bkj->bki", moves, x.numpy()))      # in torch, autocast would round
+        if not self.source.files:
+            return x
+        moves = rearrange(self.moves[self.symmetry[rows]], "b i j -> b 1 i j")
+        return (moves * rearrange(x, "b k j -> b k 1 j")).sum(-1)                 # autocast would round an einsum
 
-    def queries(self, rows, k, rng):
+    def queries(self, rows, k, rng=None):
         """k points of each row and their signed distance: b k 3, b k."""
-        queries, distance = self.tensors(("queries", "distance"), rows, rng.permutation(QUERIES)[:k])
-        return {"queries": self.moved(queries, rows), "distance": distance}
+        columns = torch.rand(QUERIES, generator=rng, device=self.device).argsort()[:k]
+        return {"queries": self.moved(self.take("queries", rows, columns), rows),
+                "distance": self.take("distance", rows, columns)}
+
+    @functools.cached_property
+    def moved_faces(self):
+        """The low-poly meshes of files in all eight positions, each in its own canonical order: 8 r f ... each."""
+        from geometry.low_poly import in_order_again  # built-in shapes are never moved
+        arrays = [self.arrays[name].cpu().numpy() for name in ("corners", "components", "face_colours")]
+        every = [np.stack([array] * len(SYMMETRIES)) for array in arrays]
+        for row in tqdm(self.rows[:self.unmoved].tolist(), "turning meshes", unit="shape"):
+            corners, components, colours = (array[row] for array in arrays)
+            own = components >= 0
+            for i, move in enumerate(SYMMETRIES[1:], 1):
+                moved = in_order_again(corners[own], colours[own], move)          # corners, colours, components
+                every[1][i, row] = -1
+                for array, values in zip(every, (moved[0], moved[2], moved[1])):
+                    array[i, row, :len(values)] = values
+        return [torch.from_numpy(array).to(self.device) for array in every]
 
     def faces(self, rows, *_):
         """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
-        corners, components, colours = self.tensors(("corners", "components", "face_colours"), rows)
-        for i in np.flatnonzero(self.symmetry[rows]):
-            from geometry.low_poly import in_order_again  # built-in shapes are never moved
-            move, faces = SYMMETRIES[self.symmetry[rows[i]]], components[i] >= 0
-            moved = in_order_again(corners[i][faces].numpy(), colours[i][faces].numpy(), move)
-            components[i] = -1
-            for array, values in zip((corners, colours, components), moved):
-                array[i, :len(values)] = torch.from_numpy(values)
+        if self.source.files:
+            at = self.symmetry[rows], self.rows[rows]
+            corners, components, colours = (array[at].float() for array in self.moved_faces)
+        else:
+            corners, components, colours = (self.take(name, rows) for name in ("corners", "components", "face_colours"))
         return {"corners": corners.long(), "components": components.long(), "face_colours": colours / 255}
 
     def views(self, rows, *_):
         """One picture of each shape, b size size 4, and the camera's azimuth and elevation, b 2 in degrees."""
-        views, angles = self.tensors(("views", "angles"), rows)
-        mirrored, turns = self.symmetry[rows] % 2 == 1, torch.from_numpy(self.symmetry[rows] // 2)
-        views[mirrored] = views[mirrored].flip(2)
-        angles[mirrored, 0] *= -1
-        angles[:, 0] += 90 * turns
-        return {"views": views / 255, "angles": angles}
+        views, angles = self.take("views", rows), self.take("angles", rows)
+        azimuth, elevation = angles.unbind(1)
+        mirrored, turns = self.symmetry[rows] % 2 == 1, self.symmetry[rows] // 2
+        azimuth = torch.where(mirrored, -azimuth, azimuth) + 90 * turns
+        views = torch.where(rearrange(mirrored, "b -> b 1 1 1"), views.flip(2), views)
+        return {"views": views / 255, "angles": torch.stack([azimuth, elevation], 1)}
 
     def turns(self, rows, which):
         """How many right angles a shape is turned, until its picture `which` is from the front, to 45 degrees: b. Files
         do not define a front: with a picture, the shape is turned as in the picture. Built-in shapes have a front: they
         are not turned."""
         azimuth = self.arrays["picture_azimuth"][self.rows[rows], which]
-        azimuth = np.where(self.symmetry[rows] % 2 == 1, -azimuth, azimuth)
+        azimuth = torch.where(self.symmetry[rows] % 2 == 1, -azimuth, azimuth)
         return turns_to_front(azimuth) * bool(self.source.files)
 
     def rows_as_shown(self, rows, which, seen=True):
         """The rows of `repeated(8)` of these shapes, turned as in their pictures `which`, where `seen` is true."""
-        return rows + np.where(seen, 2 * np.count_nonzero(self.symmetry == 0) * self.turns(rows, which), 0)
+        return rows + 2 * self.unmoved * self.turns(rows, which) * seen
 
-    def draw_captions(self, rows, rng):
-        """One caption of each shape; the odds are its number of words."""
-        lengths = [np.array([len(caption.split()) for caption in self.captions[row]]) for row in rows]
-        return [self.captions[row][rng.choice(len(k), p=k / k.sum())] for row, k in zip(rows, lengths)]
+    @functools.cached_property
+    def table(self):
+        return Captions(self.captions, self.device)
 
-    def pictures(self, rows, rng, which=None, vary=True, recoloured=()):
-        """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s. recoloured: b texts; the
-        colours that text i names are replaced in picture i."""
-        which = rng.integers(self.source.pictures, size=len(rows)) if which is None else which
+    def draw_pictures(self, count, rng=None):
+        """Which picture of `count` shapes."""
+        return torch.randint(self.source.pictures, (count,), generator=rng, device=self.device)
+
+    def pictures(self, rows, rng=None, which=None, vary=True, recoloured=None):
+        """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s. recoloured: b m, colours
+        that are replaced in each picture (training_pictures.colours_named)."""
+        rows = torch.as_tensor(rows, device=self.device)
+        which = self.draw_pictures(len(rows), rng) if which is None else which
         names = "picture_colours", "picture_normals", "picture_coverage"
-        colours, normals, coverage = (self.arrays[name][self.rows[rows], which] for name in names)
-        mirrored = self.symmetry[rows] % 2 == 1
-        for array in (colours, normals, coverage):            # b s s ...
-            array[mirrored] = array[mirrored, :, ::-1]
-        normals[mirrored, ..., 0] *= -1
-        return relight(recolour(colours, coverage, recoloured, rng), normals, coverage, rng, vary)
+        colours, normals, coverage = (self.arrays[name][self.rows[rows], which].float() for name in names)
+        if self.source.files:
+            mirrored = rearrange(self.symmetry[rows] % 2 == 1, "b -> b 1 1")
+            coverage = torch.where(mirrored, coverage.flip(2), coverage)          # b s s
+            colours = torch.where(mirrored[..., None], colours.flip(2), colours)  # b s s 3
+            normals = torch.where(mirrored[..., None], normals.flip(2), normals)
+            normals = torch.cat([torch.where(mirrored[..., None], -1, 1) * normals[..., :1], normals[..., 1:]], -1)
+        if recoloured is not None:
+            colours = recolour(colours, coverage, recoloured, rng)
+        return relight(colours, normals, coverage, rng, vary)
 
 
 def parse_share(text):

@@ -10,7 +10,6 @@ trained from nothing in minutes, or any of `transformers` (prompts/pretrained.py
 """
 import functools
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -40,38 +39,43 @@ class Encoders:
         """The warnings about a text prompt (prompts/reading.py)."""
         return self.towers["text"].remarks(prompt)
 
-    def draw(self, split, rows, rng):
+    def draw(self, split, rows):
         """One caption and one picture of each training shape, and which of them are not dropped, for `encode_drawn`;
         and the rows of `repeated(8)`: the shapes turned as in their pictures.
 
         In half of the pictures that have a caption beside them, the colours that it names are replaced (but not for
         pretrained towers, which encode every picture once). So the backbone learns colours from words and form from
         pictures: a picture of a green chair with "a red chair" gives a red chair."""
-        captions = split.draw_captions(rows, rng)
-        choice = rng.choice(len(SHOWN), len(rows), p=[*SHOWN.values()])           # b, numbers of entries of SHOWN
-        shown = {kind: np.array([kind in kinds for kinds in SHOWN])[choice] for kind in self.towers}  # b: not dropped
-        recoloured = shown["text"] & shown["image"] & (rng.random(len(rows)) < RECOLOURED)
-        text = self.cache("text", split).draw(captions) if self.is_pretrained("text") else captions
-        pictures = split.source.pictures                      # of each shape
-        which = rng.integers(pictures, size=len(rows))
-        image = self.cache("image", split).draw(rows * pictures + which) if self.is_pretrained("image") else \
-            split.pictures(rows, rng, which, recoloured=np.where(recoloured, captions, ""))
-        return {"text": text, "image": image, "shown": {kind: torch.from_numpy(x) for kind, x in shown.items()},
+        captions, which = split.table.draw(rows), split.draw_pictures(len(rows))  # b each
+        u, low, shown = torch.rand(len(rows), device=split.device), 0., {kind: False for kind in self.towers}
+        for kinds, share in SHOWN.items():
+            for kind in kinds:
+                shown[kind] = shown[kind] | (low <= u) & (u < low + share)        # b: not dropped
+            low += share
+        recoloured = shown["text"] & shown["image"] & (torch.rand_like(u) < RECOLOURED)
+        colours = torch.where(recoloured[:, None], split.table.colours[captions], -1)         # b m
+        image = self.cache("image", split).draw(rows * split.source.pictures + which) if self.is_pretrained("image") \
+            else split.pictures(rows, which=which, recoloured=colours)
+        return {"text": self.cache("text", split).draw(captions), "image": image, "shown": shown,
                 "rows": split.rows_as_shown(rows, which, shown["image"])}
 
     def encode_drawn(self, drawn):
         """`encode` of the output of `draw`; dropped prompts are masked."""
         condition = {}
         for kind, shown in drawn["shown"].items():                                # shown: b
-            x = drawn[kind]
-            tokens, mask = (x[0].float(), x[1]) if self.is_pretrained(kind) else self.towers[kind].tokens(x)
-            condition[kind] = tokens, mask & shown[:, None].to(mask.device)       # b t e, b t
+            x, tower = drawn[kind], self.towers[kind]
+            if self.is_pretrained(kind):
+                tokens, mask = x[0].float(), x[1]
+            else:
+                tokens, mask = tower.read_ids(*x) if kind == "text" else tower.tokens(x)
+            condition[kind] = tokens, mask & shown[:, None]                       # b t e, b t
         return condition
 
     def is_pretrained(self, kind):                            # its tokens of a prepared set are cached
-        return hasattr(self.towers[kind], "cache")
+        return getattr(self.towers[kind], "pretrained", False)
 
     def cache(self, kind, split):
+        """What draws a tower's input for the captions or pictures of a set; of pretrained towers, its output."""
         if (kind, split.name) not in self.caches:
             self.caches[kind, split.name] = self.towers[kind].cache(split)
         return self.caches[kind, split.name]
@@ -107,12 +111,12 @@ def prompted_tokens(run, stage, encoder, file="tokenizer"):
               for split in (run.train, run.test)}             # shapes n c
     _, n, channels = tokens[run.test].shape
 
-    def draw(split, rng):
-        drawn = towers.draw(split, rng.integers(len(split), size=run.micro_batch_size(stage)), rng)
+    def draw(split):
+        drawn = towers.draw(split, split.draw(run.micro_batch_size(stage)))
         return tokens[split][drawn.pop("rows")], drawn
 
     for split in (run.train, run.test):
-        draw(split, np.random.default_rng(0))                 # fills the caches of pretrained towers
+        draw(split)                                           # fills the caches of towers
     return towers, {"tokens": n, "channels": channels, "widths": towers.widths}, draw
 
 
@@ -125,13 +129,14 @@ def train_text(run):
     captions = [caption for own in run.train.captions for caption in own]
     words, nouns = text_tower.vocabulary(captions), nouns_of(captions)
 
-    def draw(split, rng):
-        return text_tower.training_batch(split, model, rng, run.micro_batch_size("encoders"))
+    def draw(split):
+        return text_tower.training_batch(split, words_of[split], run.micro_batch_size("encoders"))
 
     # model
     settings = text_tower.SIZES[run.size]
     model = text_tower.TextAndCloud(words, nouns, **settings)
     run.load_to_finetune("encoders", {"encoders": model}, settings=settings, vocabulary=words)
+    words_of = {split: model.cache(split) for split in (run.train, run.test)}
 
     # loss
     model, seconds = run.fit("encoders", model, draw, lambda model, batch: model.loss(*batch))
@@ -149,15 +154,16 @@ def train_vision(run):
     aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
     tokens = {split: tokenizer.encode(run, encoder, split.repeated(8))
               for split in (run.train, run.test)}             # shapes n c
+    words_of = {split: aligner.cache(split) for split in (run.train, run.test)}
 
-    def draw(split, rng):
+    def draw(split):
         count = -(-run.micro_batch_size("vision") // image_tower.VIEWS)           # k, at least 1
-        rows = rng.permutation(len(split))[:count]            # k
-        captioned = text_tower.captions_and_clouds(split, aligner, rows, rng)
-        rows = np.tile(rows, image_tower.VIEWS)               # (v k)
-        which = rng.integers(split.source.pictures, size=len(rows))
+        rows = split.draw_distinct(count)                     # k
+        captioned = text_tower.captions_and_clouds(split, words_of[split], rows)
+        rows = rows.repeat(image_tower.VIEWS)                 # (v k)
+        which = split.draw_pictures(len(rows))
         x = tokens[split][split.rows_as_shown(rows, which)]                       # (v k) n c
-        return split.pictures(rows, rng, which), captioned, x
+        return split.pictures(rows, which=which), captioned, x
 
     # model
     settings = image_tower.SIZES[run.size] | {"out": aligner.width}

@@ -329,9 +329,9 @@ def train(run, rep):
     needed = load(run.folder, others, run.device)             # for decoding
     tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}       # shapes n c
 
-    def draw(split, rng):
-        rows = rng.integers(len(split), size=run.micro_batch_size(stage))
-        return tokens[split][rows], split.samples(rows, HEADS[rep].reads, rng)
+    def draw(split):
+        rows = split.draw(run.micro_batch_size(stage))
+        return tokens[split][rows], split.samples(rows, HEADS[rep].reads)
 
     # model: a head that was trained with the tokenizer is fine-tuned
     if stage in trained_stages(run.folder):

@@ -14,6 +14,7 @@ import torch
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
+from data import seeded
 from engine import processes
 from engine.networks import grid_points
 from geometry.kinds import VIEW
@@ -47,8 +48,7 @@ def judge_sdf(heads, tokens, split, row, rng, autocast, points):
     if points:
         surface = heads["sdf"].decode(tokens, heads, rng, autocast).surface(points, rng)[0]
         results = {"F-score": fscore(surface, shape.surface(points, rng)[0], .02)}
-    arrays = (split.arrays[name][split.rows[row]] for name in ("queries", "distance"))
-    queries, distance = (torch.tensor(x, dtype=torch.float) for x in arrays)      # k 3, k
+    queries, distance = (split.take(name, [row])[0].cpu() for name in ("queries", "distance"))           # k 3, k
     error = field_of(heads["sdf"], tokens, autocast)(queries)[:, 0] - (distance / TRUNCATION).clamp(-1, 1)
     return {"IoU": grid_iou(heads["sdf"], tokens, shape, autocast), "L1": error.abs().mean().item()} | results
 
@@ -69,7 +69,7 @@ def judge_pc(heads, tokens, split, row, rng, autocast, points):
 def judge_mesh(heads, tokens, split, row, rng, autocast, points):
     """Faces within 1 or 2 bins of the true ones in all nine coordinates; edges of the mesh that two faces share;
     Chamfer distance to the true surface of 2048 visible points, of the true low-poly mesh, of a second true cloud."""
-    mesh, true = heads["mesh"].decode(tokens, heads, rng, autocast), split.arrays["corners"][split.rows[row]]
+    mesh, true = heads["mesh"].decode(tokens, heads, rng, autocast), split.take("corners", [row])[0].cpu().numpy()
     found, true = quantise(mesh.vertices)[mesh.faces], true[true[:, 0, 0] >= 0]   # f 3 3, g 3 3, in bins
     true_mesh = bin_centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3)
     surface, second = (split.shape(row).surface(2048, rng)[0] for _ in range(2))  # k 3 each
@@ -117,7 +117,7 @@ def class_accuracy(run, encoders, generate, heads, n=4, points=1024):
     with run.autocast():
         tokens = generate(encoders.encode(names), [(0, i) for i in range(len(names))])        # b n c
     clouds = torch.stack([torch.from_numpy(decode(run, heads, x).surface(points, rng)[0]) for x in tokens])      # b k 3
-    references = run.test.cloud(range(len(run.test)), points, np.random.default_rng(0))[0]                 # r k 3
+    references = run.test.cloud(range(len(run.test)), points, seeded(0, run.test.device))[0].cpu()         # r k 3
     nearest = chamfer_matrix(clouds, references).argmin(1)                        # b
     right = np.mean([run.test.classes[row] == name for row, name in zip(nearest, names)])
     return {"nearest held-out shape is of the right class": round(float(right), 4)}
@@ -153,7 +153,8 @@ def reconstructions(run, heads, tokens, rep):
 def caption_retrieval(encoders, prepared, count=200):
     """On held-out shapes: accuracy of class names by clouds, recall of clouds by full captions; from 0 to 1."""
     rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
-    points = [x.to(encoders.scale.device) for x in prepared.cloud(rows, text_tower.POINTS, np.random.default_rng(0))]
+    clouds = prepared.cloud(rows, text_tower.POINTS, seeded(0, prepared.device))
+    points = [x.to(encoders.scale.device) for x in clouds]
     cloud = torch.cat([encoders.embed_cloud(*chunk) for chunk in zip(*(x.split(64) for x in points))])       # m e
 
     names = sorted(set(prepared.classes))
@@ -174,7 +175,7 @@ def caption_retrieval(encoders, prepared, count=200):
 def embed_clouds(encoders, prepared):
     """Cloud embeddings of all shapes of a prepared set: k out."""
     chunks = np.array_split(np.arange(len(prepared)), -(-len(prepared) // 128))
-    clouds = (prepared.cloud(rows, text_tower.POINTS, np.random.default_rng(rows[0])) for rows in chunks)
+    clouds = (prepared.cloud(rows, text_tower.POINTS, seeded(rows[0], prepared.device)) for rows in chunks)
     return torch.cat([encoders.embed_cloud(*(x.to(encoders.scale.device) for x in cloud)).float() for cloud in clouds])
 
 
@@ -183,7 +184,7 @@ def picture_retrieval(vision, encoders, prepared, count=200):
     """Recall of the clouds of held-out shapes by their pictures, from any side; from 0 to 1."""
     clouds = embed_clouds(encoders, prepared)                                     # k out
     rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
-    pictures = prepared.pictures(rows, np.random.default_rng(0))                  # m 3 s s
+    pictures = prepared.pictures(rows, seeded(0, prepared.device))                # m 3 s s
     embedded = torch.cat([vision.embed(vision.tokens(chunk)[0]) for chunk in pictures.split(64)])            # m out
     order = (embedded @ clouds[rows].T).argsort(1, descending=True).cpu()         # m m
     right = order == torch.arange(len(rows))[:, None]                             # m m

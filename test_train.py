@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from torch import nn
 
 import backbone
 import data
 import sample
 import train
-from conftest import CHAIN, assert_one_line, run, train_small
+from conftest import CHAIN, NoWait, assert_one_line, run, train_small
 from engine import files
+from engine.step import optimizers, update
 from judge import grid_iou
+from relatives import lost, vat
 
 
 def same_weights(one, two, stages):
@@ -31,7 +34,7 @@ def test_two_shapes_overfitted_through_all_stages(overfitted, kinds, cache):
     model = sample.load(overfitted).load_heads("sdf")
     split = data.prepare("train", 2, cache, kinds=("surface", "pictures"))
     texts = ["a table", "a chair"] if "text" in kinds else None
-    pictures = split.pictures(np.arange(2), np.random.default_rng(0), vary=False) if "image" in kinds else None
+    pictures = split.pictures(np.arange(2), data.seeded(0), vary=False) if "image" in kinds else None
     for i, tokens in enumerate(model.tokens(texts, [0, 1], pictures)):
         right, wrong = [grid_iou(model.heads["sdf"], tokens, split.shape(k), model.autocast, 32) for k in (i, 1 - i)]
         assert right >= .85 and wrong < .5
@@ -192,3 +195,47 @@ def test_train_bad_input_is_one_line(flags, complaint, tmp_path, monkeypatch, ca
     assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
     assert_one_line(capsys.readouterr().err, complaint)
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------- on a GPU
+
+OWN = "--size", "tiny", "--from", "checkpoints/tiny"
+
+
+@pytest.mark.parametrize("flags, count", [
+    (("--rep", "all"), 8), (("--model", "vat", *OWN), 4), (("--model", "lost", *OWN), 3)], ids=["ltm3d", "vat", "lost"])
+def test_a_step_never_waits_and_is_one_graph(flags, count, tmp_path, monkeypatch):
+    """Every stage: draws, loss, gradients and update never wait for a GPU. torch.compile makes one graph of the loss,
+    with the same value, and no second one for other batches; for the backbone at most three, for all moments."""
+    small = {"dim": 64, "depth": 1, "heads": 4, "prefix": 2}
+    for sizes in (vat.SIZES, vat.GENERATORS, lost.SIZES, lost.STUDENTS, lost.GENERATORS):
+        monkeypatch.setitem(sizes, "tiny", sizes["tiny"] | {key: small[key] for key in small if key in sizes["tiny"]})
+    stages, fit = {}, train.fit
+
+    def fit_once(run, stage, model, draw, loss_of, show=None, choices=((),)):
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+        torch._dynamo.reset()
+        step_loss, opts = torch.compile(loss_of, fullgraph=True, backend=backend), optimizers(model.train(), 1e-3)
+        for choice in [choices[0], choices[-1], choices[len(choices) // 2]] + [choices[0]] * 2:
+            with NoWait():
+                batch = draw(run.train)
+                torch.manual_seed(0)
+                loss, _ = loss_of(model, batch, *choice)
+                loss.backward()
+                update(opts, nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite())
+            torch.manual_seed(0)
+            before = loss_of(model, batch, *choice)[0]
+            torch.manual_seed(0)
+            assert step_loss(model, batch, *choice)[0].item() == pytest.approx(before.item(), rel=1e-5)
+            model.zero_grad()
+        stages[stage] = len(graphs)
+        return fit(run, stage, model, draw, loss_of, None, choices)
+
+    monkeypatch.setattr(train, "fit", fit_once)
+    assert train_small(monkeypatch, tmp_path, 4, *flags, "--steps", 1, "--batch", 4) == 0
+    assert len(stages) == count
+    assert stages.pop("backbone", 3) <= 3 and set(stages.values()) == {1}

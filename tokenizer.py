@@ -90,23 +90,23 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
     if weights and weights.is_file() and limit is None:       # a limit: the tokenizer is still in training
         path = split.folders["surface"] / f"tokens-{digest(weights)}-{tokenizer.patch}-{split.name}.npy"
     if path and path.is_file():
-        return torch.from_numpy(np.load(path)).float()
+        return torch.from_numpy(np.load(path)).float().to(split.device)
     count, chunks = min(limit or len(split), len(split)), []
     for rows in tqdm(np.array_split(np.arange(count), -(-count // 64)), desc="tokens", unit="batch", leave=False):
-        cloud = split.cloud(rows, tokenizer.points, np.random.default_rng(rows[0]))
-        cloud = [x.to(device, non_blocking=True) for x in cloud]
+        rng = torch.Generator(split.device).manual_seed(int(rows[0]))
+        cloud = [x.to(device) for x in split.cloud(rows, tokenizer.points, rng)]
         with autocast():
-            chunks.append(tokenizer(*cloud).float().cpu())
+            chunks.append(tokenizer(*cloud).float())
     tokens = torch.cat(chunks)                                # shapes n c
     if path:
         tokens = tokens.half()  # as in the file: a resumed run gets the same numbers
         with atomic_write(path) as part:
-            np.save(part, tokens.numpy())
-    return tokens.float()
+            np.save(part, tokens.cpu().numpy())
+    return tokens.float().to(split.device)
 
 
 def encode(run, tokenizer, split, limit=None, file="tokenizer"):
-    """The tokens of a prepared set: shapes n c. file: the name of the weights."""
+    """The tokens of a prepared set, on its device: shapes n c. file: the name of the weights."""
     return encode_set(tokenizer, split, run.device, run.autocast, run.folder / f"{file}.safetensors", limit)
 
 
@@ -155,14 +155,17 @@ def train(run):
     # data: with --finetune, training shapes are drawn in proportion to their loss at the start
     points = model["tokenizer"].points // 2
 
-    def samples_of(split, rows, rng):
+    def samples_of(split, rows):
         own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.joint}          # batch of its own stage
-        return split.cloud(rows, points, rng), {rep: split.samples(own[rep], run.heads[rep].reads, rng) for rep in own}
+        return split.cloud(rows, points), {rep: split.samples(own[rep], run.heads[rep].reads) for rep in own}
 
-    odds = {run.train: shares_of_loss(run, model, loss_of, samples_of)} if run.finetune else {}
+    odds = shares_of_loss(run, model, loss_of, samples_of).cumsum(0) if run.finetune else None
 
-    def draw(split, rng):
-        return samples_of(split, rng.choice(len(split), run.micro_batch_size("tokenizer"), p=odds.get(split)), rng)
+    def draw(split):
+        rows = split.draw(run.micro_batch_size("tokenizer"))
+        if run.finetune and split is run.train:
+            rows = torch.searchsorted(odds, torch.rand(len(rows), device=odds.device)).clamp(max=len(odds) - 1)
+        return samples_of(split, rows)
 
     def show(model, path):
         tokens = encode(run, model["tokenizer"], run.test, limit=14)

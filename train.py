@@ -30,7 +30,18 @@ from engine.files import make_folder, read_config, trained_stages
 from engine.run import Run, copy_stages, locked
 from engine.stage import RELATIVES
 from engine.state import Log, load_state, save_state, stop_after_step
-from engine.step import EMA, batches, gradients, held_out_loss, learning_rate, optimizers, recompute_blocks, update
+from engine.step import (
+    EMA,
+    Replayed,
+    compiled,
+    held_out_loss,
+    learning_rate,
+    optimizers,
+    recompute_blocks,
+    seed_micro_batch,
+    set_rate,
+    update,
+)
 from geometry.prepare import TRAIN_SHAPES, name_begins
 
 LTM3D = [encoders.TEXT, tokenizer.STAGE, encoders.VISION, *heads.STAGES, backbone.STAGE, reconstruct.STAGE]
@@ -40,9 +51,9 @@ MOST_SKIPPED = 10                            # steps in a row
 
 # ---------------------------------------------------------------------------- the loop of every stage
 
-def fit(run, stage, model, draw, loss_of, show=None):
-    """Trains `model` on loss_of(model, draw(split, rng)), -> loss, logs. Returns its moving average, frozen, and
-    the seconds. show(model, path) draws a picture of the model's output."""
+def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
+    """Trains `model` on loss_of(model, draw(split), *choice), -> loss, logs; each micro-batch takes one of `choices`,
+    tuples of numbers. Returns its moving average, frozen, and the seconds. show(model, path) draws its output."""
     steps, batch, lr = run.stages[stage].steps, run.stages[stage].batch, run.stages[stage].lr
     state_path = make_folder(run.folder) / f"{stage}.state.safetensors"
     model = model.to(run.device).train()
@@ -52,36 +63,49 @@ def fit(run, stage, model, draw, loss_of, show=None):
     opts = optimizers(model, lr)
     flags = {"steps": steps, "batch": batch, "seed": run.seed, "lr": lr, "data": crc32(run.train.version.encode())}
     start, sums = load_state(state_path, flags, model, ema, opts)
-    log = Log(run.folder / f"{stage}.csv", start, sums)
+    log = Log(run.folder / f"{stage}.csv", start, sums, run.device)
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
           + f", resuming from step {start}" * bool(start))
 
-    ready = batches(run, stage, draw, start, steps)
+    step_loss = compiled(loss_of, model, run.compile)
+
+    def micro_batch(*choice):                                 # forward and backward pass
+        batch = draw(run.train)
+        with run.autocast():
+            loss, logs = step_loss(model, batch, *choice)
+        (loss / run.micro_batches).backward()
+        log.add({"loss": loss} | logs, 1 / run.micro_batches)
+
+    def update_weights():                                     # unless a gradient is not finite
+        finite = nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite()
+        update(opts, finite)
+        log.count(finite)
+        model.zero_grad(set_to_none=not run.compile)
+
+    micro_batch, update_weights = Replayed(micro_batch, run.compile), Replayed(update_weights, run.compile)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.,
                disable=processes.rank() > 0)
-    skipped = 0                                               # in a row
     with stop_after_step(bar, stage) as stop:
         for step in bar:
-            # --- forward and backward passes
-            rate = learning_rate(step, steps, lr)
-            logs, waited = gradients(run, model, loss_of, ready)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            # --- forward and backward passes, whose micro-batches all processes share
+            for i in range(processes.rank(), run.micro_batches, processes.world()):
+                micro_batch(*seed_micro_batch(run, stage, step, i, choices))
+            processes.sum_over_processes([p.grad for p in model.parameters() if p.grad is not None], log.now.values())
 
-            # --- update, unless a gradient is not finite
-            skipped = 0 if norm.isfinite() else skipped + 1
-            log.add(logs, waited, skipped > 0)
-            if skipped == min(MOST_SKIPPED, steps):
-                raise UserError(f"{stage}: the gradients of {skipped} steps in a row are not finite; "
-                                f"give an --lr below {lr:g}, or look for NaN in the data")
-            if not skipped:
-                update(opts, rate)
-                ema.update(model, step)
-            model.zero_grad()
+            # --- update
+            rate = learning_rate(step, steps, lr)
+            set_rate(opts, rate)
+            update_weights()
+            ema.update(step)
 
             # --- log, save, draw a picture; only the first process writes
             done, last, stopped = step + 1, step + 1 == steps, processes.any_process(stop)
             if done % CHECK == 0 or last:
-                bar.set_postfix(log.write(done, rate, held_out_loss(run, ema.model, draw, loss_of)))
+                columns, skipped = log.write(done, rate, held_out_loss(run, ema.model, draw, loss_of))
+                bar.set_postfix(columns)
+                if skipped >= min(MOST_SKIPPED, steps):
+                    raise UserError(f"{stage}: the gradients of {skipped:.0f} steps in a row are not finite; "
+                                    f"give an --lr below {lr:g}, or look for NaN in the data")
             if done % SAVE == 0 or last or stopped:
                 save_state(state_path, done, flags, model, ema, opts, log.sums)
             if show and not stopped and (done % SHOW == 0 or last):
@@ -92,7 +116,6 @@ def fit(run, stage, model, draw, loss_of, show=None):
                 print(f"{stage} is saved at step {done} of {steps}; the same command resumes it")
                 raise KeyboardInterrupt
 
-    ready.close()
     return ema.model, log.seconds()
 
 
@@ -137,7 +160,7 @@ def chain(args, reps, joint, folder):
             pass
         pictures = args.image_encoder or any(stages[name].pictures for name in names)
         kinds = ["surface", *["pictures"] * bool(pictures), *kinds_of(heads.HEADS[rep] for rep in joint + reps)]
-        run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)))
+        run.train, run.test = (split.to(run.device) for split in training_sets(args, list(dict.fromkeys(kinds))))
         run.classes, run.prompts = judge.classes_and_prompts(run.train, run.test, built_in=args.data is None)
     with locked(run.folder):
         for name in names:
@@ -203,6 +226,7 @@ def arguments():
 
     flag = parser.add_argument_group("many GPUs").add_argument
     flag("--micro-batches", type=between(1), help="shares of a batch: more, less memory (default: one per process)")
+    flag("--no-compile", action="store_true", help="on a GPU: neither CUDA graphs nor torch.compile")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     args = parser.parse_args()
     for name in ("data", "source", "out", "cache"):

@@ -27,7 +27,7 @@ def split_bf16(x):
     return hi, x - hi
 
 
-def distance_features(x, heads, side):
+def distance_features(x, gammas, side):
     """Positions x (b k 3) -> features (b h k 13) that bias attention by distance:
 
         softmax(q k - gamma_h |a - x|^2)          a: position of a query, x: position of a key
@@ -46,10 +46,9 @@ def distance_features(x, heads, side):
     square = torch.cat(split_bf16((x ** 2).sum(-1, keepdim=True)), -1)            # b k 2
     ones = torch.ones_like(square)                                                # b k 2
     if side == "key":
-        return repeat(torch.cat([hi, hi, lo, square, ones], -1), "b k f -> b h k f", h=heads)
-    gamma = torch.tensor(GAMMAS, device=x.device).repeat(math.ceil(heads / len(GAMMAS)))[:heads]
+        return repeat(torch.cat([hi, hi, lo, square, ones], -1), "b k f -> b h k f", h=len(gammas))
     features = torch.cat([2 * hi, 2 * lo, 2 * hi, -ones, -square], -1)            # b q 13
-    return rearrange(gamma, "h -> h 1 1") * rearrange(features, "b q f -> b 1 q f")
+    return rearrange(gammas, "h -> h 1 1") * rearrange(features, "b q f -> b 1 q f")
 
 
 class Attention(nn.Module):
@@ -60,6 +59,7 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"{heads} attention heads do not divide {dim} dimensions")
         self.heads = heads
+        self.register_buffer("gammas", torch.tensor(GAMMAS).repeat(heads)[:heads], persistent=False)
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=False)
@@ -73,8 +73,8 @@ class Attention(nn.Module):
         width = q.shape[-1]
         q = q * width ** -0.5
         if positions is not None:
-            q = torch.cat([q, distance_features(positions[0], self.heads, "query").to(q.dtype)], -1)
-            k = torch.cat([k, distance_features(positions[1], self.heads, "key").to(k.dtype)], -1)
+            q = torch.cat([q, distance_features(positions[0], self.gammas, "query").to(q.dtype)], -1)
+            k = torch.cat([k, distance_features(positions[1], self.gammas, "key").to(k.dtype)], -1)
         if mask is not None:
             mask = rearrange(mask, "b k -> b 1 1 k" if mask.ndim == 2 else "b q k -> b 1 q k")
         if q.is_cuda:

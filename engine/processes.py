@@ -14,6 +14,7 @@ import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -53,10 +54,11 @@ def own_device(device):
 
 
 @torch.no_grad()
-def sum_over_processes(tensors):
+def sum_over_processes(*lists):
     """Replaces each tensor by its sum over all processes, in one message. All tensors lie on one device."""
     if world() == 1:
         return
+    tensors = [*chain(*lists)]
     flat = torch.cat([x.flatten() for x in tensors])
     try:
         dist.all_reduce(flat)

@@ -76,10 +76,11 @@ class Run:
             raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
+        self.compile = self.device.type == "cuda" and not args.no_compile
 
-    def fit(self, stage, model, draw, loss_of, show=None):
+    def fit(self, *args, **settings):
         """Trains a model (train.py) -> its moving average, and the seconds."""
-        return self.loop(self, stage, model, draw, loss_of, show)
+        return self.loop(self, *args, **settings)
 
     def part(self, stage, default):
         """The class that a stage trains: the default, or that of --variant."""

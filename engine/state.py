@@ -69,36 +69,49 @@ def stop_after_step(bar, stage):
 # ---------------------------------------------------------------------------- the log
 
 class Log:
-    """<stage>.csv: mean loss and logs of the steps since the last row, the held-out loss, the share of time waited, the
-    number of steps skipped."""
+    """<stage>.csv: mean loss and logs of the steps since the last row, the held-out loss, the number of steps skipped.
+    The numbers are added up on the device, and read for a row of the file."""
 
-    def __init__(self, path, first, sums):
-        self.path, self.sums, self.waited, self.skipped, self.since = path, sums, 0, 0, time.time()
-        self.rows = []
+    def __init__(self, path, first, sums, device):
+        self.path, self.device, self.now, self.rows = path, device, {}, []
+        self.sums = {name: torch.zeros((), device=device) for name in ("steps", "skipped", "in a row", "most in a row")}
+        self.sums |= {name: value.to(device) for name, value in sums.items()}
         if first and path.is_file():
             self.rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= first]
         self.start = time.time() - (float(self.rows[-1]["seconds"]) if self.rows else 0)
 
-    def add(self, logs, waited, skipped=False):
-        self.waited += waited
-        if skipped:
-            self.skipped += 1
-            return
-        self.sums["steps"] = self.sums.get("steps", 0) + 1
-        for key, value in logs.items():
-            self.sums[key] = self.sums.get(key, torch.zeros(())).to(value.device) + value
+    def add(self, logs, share):
+        """The numbers of a micro-batch, `share` of its step."""
+        for name, value in logs.items():
+            if name not in self.now:
+                self.now[name] = torch.zeros((), device=self.device)
+                self.sums.setdefault(name, torch.zeros((), device=self.device))
+            self.now[name] += share * value.detach()
+
+    def count(self, finite):
+        """Ends a step, which is skipped if its gradients are not `finite`, a boolean on the device."""
+        for name, value in self.now.items():
+            self.sums[name] += torch.where(finite, value, 0.)
+            value.zero_()
+        self.sums["steps"] += finite
+        self.sums["skipped"] += ~finite
+        self.sums["in a row"].add_(1).mul_(~finite)
+        torch.maximum(*(self.sums[name] for name in ("most in a row", "in a row")), out=self.sums["most in a row"])
 
     def write(self, done, rate, held_out):
-        """Ends a row after step `done`; -> its columns for the progress bar."""
-        if "steps" not in self.sums:                          # all were skipped
-            return {}
-        count = int(self.sums.pop("steps"))
-        row = {"step": done} | {k: f"{float(v) / count:.5f}" for k, v in self.sums.items()}
+        """Ends a row after step `done`; -> its columns for the progress bar, and the most steps skipped in a row."""
+        values = dict(zip(self.sums, torch.stack([*self.sums.values()]).tolist()))
+        count, skipped, _, most = (values.pop(name) for name in ("steps", "skipped", "in a row", "most in a row"))
+        if not count:
+            return {}, most
+        row = {"step": done} | {name: f"{value / count:.5f}" for name, value in values.items()}
         row |= {"held_out": f"{held_out:.5f}", "lr": f"{rate:.2e}", "seconds": f"{self.seconds():.1f}",
-                "waited": f"{self.waited / (time.time() - self.since):.4f}", "skipped": self.skipped}
-        self.rows, self.sums, self.waited, self.skipped, self.since = [*self.rows, row], {}, 0, 0, time.time()
+                "skipped": f"{skipped:.0f}"}
+        self.rows.append(row)
+        for name in self.sums.keys() - {"in a row"}:
+            self.sums[name].zero_()
         self.write_rows()
-        return {k: row[k] for k in ("loss", "held_out", "lr")}
+        return {k: row[k] for k in ("loss", "held_out", "lr")}, most
 
     @processes.first_process_only
     def write_rows(self):

@@ -1,14 +1,11 @@
-"""step.py - components of a training step: micro-batches, gradients, optimizers, the moving average of the weights.
+"""step.py - components of a training step: random numbers, CUDA graphs, optimizers, the moving average of the weights.
 
 Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone. So a resumed run equals an
-uninterrupted one, and many processes (engine/processes.py) equal one with as many micro-batches.
+uninterrupted one, and many processes (engine/processes.py) equal one with as many micro-batches. No step makes Python
+wait for a GPU: what a step computes is read when the log is written.
 """
 import copy
 import functools
-import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, product
 from zlib import crc32
 
 import numpy as np
@@ -20,78 +17,78 @@ from tqdm import tqdm
 from engine import processes
 from engine.commands import has_bf16
 
-THREADS = 4                                  # draw batches for a GPU
+WARM = 2                                     # runs of a function before its CUDA graph
+RESIDENT = .5                                # share of a GPU's free memory for a prepared set, or for cached tokens
+COMPILED = 20e6                              # parameters from which compiling pays for a minute of it
 
 
-# ---------------------------------------------------------------------------- micro-batches and gradients
+# ---------------------------------------------------------------------------- micro-batches
 
-def batches(run, stage, draw, first, steps):
-    """The micro-batches of all remaining steps, each with a seed, a function of (seed, stage, step, micro-batch)
-    alone."""
-    def drawn(step, i):
-        rng = np.random.default_rng((run.seed, crc32(stage.encode()), step, i))
-        return int(rng.integers(2 ** 62)), draw(run.train, rng)
-
-    todo = product(range(first, steps), range(processes.rank(), run.micro_batches, processes.world()))
-    if run.device.type == "cpu":                              # drawing ahead would take cores from training
-        yield from (drawn(*item) for item in todo)
-        return
-    with ThreadPoolExecutor(THREADS) as pool:                 # draws the next micro-batches while the GPU trains
-        ahead = deque(pool.submit(drawn, *item) for item in islice(todo, 2 * THREADS))
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(pool.submit(drawn, *item) for item in islice(todo, 1))
+def seed_micro_batch(run, stage, step, i, choices):
+    """Seeds torch for a micro-batch, a function of (seed, stage, step, micro-batch) alone; -> one of `choices`."""
+    rng = np.random.default_rng((run.seed, crc32(stage.encode()), step, i))
+    torch.manual_seed(int(rng.integers(2 ** 62)))
+    return choices[rng.integers(len(choices))]
 
 
-def to_device(batch, device):
-    """Moves every tensor of a batch, which may be a dict or a list, to the device."""
-    if isinstance(batch, torch.Tensor):
-        if device.type == "cuda" and not batch.is_cuda:
-            batch = batch.pin_memory()                        # else the copy is synchronous
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    return [to_device(x, device) for x in batch] if isinstance(batch, (list, tuple)) else batch
+def fits(size, device):
+    """Do `size` bytes fit into the device's memory, beside what a training step needs?"""
+    return device.type != "cuda" or size < RESIDENT * torch.cuda.mem_get_info(device)[0]
 
 
-def gradients(run, model, loss_of, ready):
-    """Forward and backward passes of a step, whose micro-batches all processes share; -> its loss and logs, and the
-    seconds of waiting for data."""
-    total, waited = {}, 0
-    for _ in range(run.micro_batches // processes.world()):
-        start = time.perf_counter()
-        seed, batch = next(ready)
-        waited += time.perf_counter() - start
-        torch.manual_seed(seed)
-        with run.autocast():
-            loss, logs = loss_of(model, to_device(batch, run.device))
-        (loss / run.micro_batches).backward()
-        for key, value in ({"loss": loss.detach()} | logs).items():
-            total[key] = total.get(key, 0) + value.float().to(run.device) / run.micro_batches
-    own = [p.grad for p in model.parameters() if p.grad is not None]
-    processes.sum_over_processes(own + list(total.values()))
-    return total, waited
+class Replayed:
+    """A function of no tensors that changes tensors in place. With `active`, on a GPU, its kernels are recorded as a
+    CUDA graph, one for each argument, and replayed: Python launches a small kernel more slowly than it runs."""
+
+    def __init__(self, function, active):
+        self.function, self.active, self.calls, self.graphs = function, active, {}, {}
+        if active:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, *key):
+        if not self.active:
+            return self.function(*key)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= WARM:                           # on the stream that records: libraries prepare there
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.function(*key)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return
+        if key not in self.graphs:
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool, stream=self.stream):
+                self.function(*key)
+        self.graphs[key].replay()
+
+
+def compiled(loss_of, model, active):
+    """The loss as fused kernels, for large models: compiling takes a minute."""
+    large = sum(p.numel() for p in model.parameters()) > COMPILED
+    return torch.compile(loss_of, fullgraph=True) if active and large else loss_of
 
 
 @torch.no_grad()
 def held_out_loss(run, model, draw, loss_of):
     """The loss on one fixed batch of held-out shapes."""
     torch.manual_seed(0)
+    batch = draw(run.test)
     with run.autocast():
-        batch = to_device(draw(run.test, np.random.default_rng(0)), run.device)
         return loss_of(model, batch)[0].item()
 
 
 @torch.no_grad()
 def shares_of_loss(run, model, loss_of, samples_of):
-    """The loss of each training shape alone, over the sum of all: an array. A file is measured in one position."""
-    losses, model = [], model.to(run.device)
-    _, first, own = np.unique(run.train.rows, return_index=True, return_inverse=True)
-    for row in tqdm(first, desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
-        batch = to_device(samples_of(run.train, np.array([row]), np.random.default_rng(row)), run.device)
-        with run.autocast():
-            losses.append(loss_of(model, batch)[0].item())
-    losses = np.array(losses)[own]
+    """The loss of each training shape alone, over the sum of all: r. A file is measured in one position."""
+    losses, model = {}, model.to(run.device)
+    own = run.train.rows.tolist()
+    for row in tqdm(range(len(own)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
+        if own[row] not in losses:
+            torch.manual_seed(row)
+            batch = samples_of(run.train, torch.tensor([row], device=run.train.device))
+            with run.autocast():
+                losses[own[row]] = loss_of(model, batch)[0].item()
+    losses = torch.tensor([losses[number] for number in own], device=run.train.device)
     return losses / losses.sum()
 
 
@@ -107,15 +104,15 @@ COEFFICIENTS = 3.4445, -4.7750, 2.0315     # steep at 0: after five steps singul
 
 
 def orthogonalise(m):
-    """m = U S V^T -> about U V^T, by five Newton-Schulz steps: X = a X + b (X X^T) X + c (X X^T)^2 X."""
+    """k matrices m = U S V^T -> about U V^T, by five Newton-Schulz steps: X = a X + b (X X^T) X + c (X X^T)^2 X."""
     a, b, c = COEFFICIENTS
     x = m.bfloat16() if has_bf16(m.device) else m
-    x = x.T if m.shape[0] > m.shape[1] else x                 # so that X X^T is the smaller product
-    x = x / x.norm().clamp(min=1e-7)
+    x = x.mT if m.shape[1] > m.shape[2] else x                # so that X X^T is the smaller product
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if m.shape[0] > m.shape[1] else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if m.shape[1] > m.shape[2] else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -124,38 +121,51 @@ class Muon(torch.optim.Optimizer):
         M = momentum M + (1 - momentum) G                   G: the gradient of W
         W = W - lr (.2 sqrt(longer side) U V^T + decay W)   momentum M + (1 - momentum) G = U S V^T (Nesterov)
 
-    The factor makes a step as large as one of AdamW. torch.optim.Muon is the same, but always in bf16. That takes
-    thirty times as long on a processor that has to emulate it."""
+    The factor makes a step as large as one of AdamW. Matrices of one shape are stacked. torch.optim.Muon takes them one
+    by one and always in bf16, which takes thirty times as long on a processor that has to emulate it."""
+    found_inf = None                                          # 1: leave out this step, as in AdamW
 
     def __init__(self, params, lr, decay, momentum=.95):
-        super().__init__(params, dict(lr=lr, decay=decay, momentum=momentum))
+        super().__init__(params, dict(lr=torch.as_tensor(lr), decay=decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for w in [w for w in group["params"] if w.grad is not None]:
-                state = self.state[w]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(w)
-                m = state["momentum_buffer"].lerp_(w.grad, 1 - momentum)
-                update = orthogonalise(w.grad.lerp(m, momentum))                  # Nesterov momentum
-                w.mul_(1 - lr * group["decay"]).add_(update, alpha=-lr * .2 * max(w.shape) ** .5)
+            shapes = {}
+            for w in group["params"]:
+                if w.grad is not None:
+                    shapes.setdefault(w.shape, []).append(w)
+            for shape, own in shapes.items():
+                self.update(own, self.state[own[0]], .2 * max(shape) ** .5, **group)
+
+    def update(self, own, state, factor, lr, decay, momentum, **_):
+        g = torch.stack([w.grad for w in own])                # k i j
+        sound = torch.ones_like(lr) if self.found_inf is None else 1 - self.found_inf         # 1 or 0
+        g = torch.where(sound > 0, g, 0.)
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(g)
+        m = state["momentum_buffer"].lerp_(g, (1 - momentum) * sound)
+        step = orthogonalise(g.lerp(m, momentum)) * (-factor * lr * sound)        # k i j, Nesterov momentum
+        torch._foreach_mul_(own, 1 - lr * decay * sound)
+        torch._foreach_add_(own, step.to(g.dtype).unbind())
 
 
 def optimizers(model, lr):
-    """Muon for Linear weights of at least 64 x 64, AdamW for the rest; a module's RATE multiplies its learning rate."""
+    """Muon for Linear weights of at least 64 x 64, AdamW for the rest; a module's RATE multiplies its learning rate.
+    Rates are tensors: a CUDA graph reads them."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = {module.weight for module in linear if min(module.weight.shape) >= 64}
+    device = next(model.parameters()).device
     rates = {p: m.RATE for m in model.modules() if hasattr(m, "RATE") for p in m.parameters()}
 
     def groups(inside):
         chosen = [p for p in model.parameters() if (p in matrices) == inside]
-        return [{"params": [p for p in chosen if rates.get(p, 1) == rate], "rate": rate}
-                for rate in sorted({rates.get(p, 1) for p in chosen})]
+        return [{"params": [p for p in chosen if rates.get(p, 1) == rate], "rate": rate,
+                 "lr": torch.tensor(lr, device=device)} for rate in sorted({rates.get(p, 1) for p in chosen})]
 
     return [Muon(groups(True), lr, decay=.01),
-            torch.optim.AdamW(groups(False), lr, betas=(.9, .99), weight_decay=.01, fused=True)]
+            torch.optim.AdamW(groups(False), lr, betas=(.9, .99), weight_decay=.01, fused=True,
+                              capturable=device.type == "cuda")]
 
 
 def learning_rate(step, steps, peak):
@@ -163,11 +173,17 @@ def learning_rate(step, steps, peak):
     return peak * min(1, (step + 1) / min(100, steps / 10), 2 * (steps - step) / steps)
 
 
-def update(opts, rate):
-    """A step of all optimizers, at this learning rate."""
+def set_rate(opts, rate):
+    """Sets the learning rate of all optimizers."""
     for opt in opts:
         for group in opt.param_groups:
-            group["lr"] = group["rate"] * rate
+            group["lr"].fill_(group["rate"] * rate)
+
+
+def update(opts, finite):
+    """A step of all optimizers, unless a gradient is not finite. finite: a boolean on the device."""
+    for opt in opts:
+        opt.found_inf = 1. - finite.float()
         opt.step()
 
 
@@ -177,12 +193,12 @@ class EMA:
     def __init__(self, model, decay=.999):
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        pairs = [*zip(self.model.state_dict().values(), model.state_dict().values())]
+        self.numbers = [*zip(*[pair for pair in pairs if pair[0].is_floating_point()])]        # averages, weights
+        self.others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, model, step):
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for average, current in zip(self.model.state_dict().values(), model.state_dict().values()):
-            if average.is_floating_point():
-                average.lerp_(current, 1 - decay)
-            else:
-                average.copy_(current)
+    def update(self, step):
+        torch._foreach_lerp_(*self.numbers, 1 - min(self.decay, (1 + step) / (10 + step)))
+        for average, current in self.others:
+            average.copy_(current)

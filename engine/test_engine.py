@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,39 +39,12 @@ def test_a_stopped_command_is_one_word(stop, capsys):
 
 # ---------------------------------------------------------------------------- the loop and its state
 
-def test_batches_are_drawn_ahead_for_a_gpu():
-    """Threads draw some micro-batches ahead of the step, and yet the same ones, in order."""
-    drawn = []
-
-    def draw(split, rng):
-        time.sleep(rng.uniform(0, .02))                       # not all threads are equally fast
-        drawn.append(rng.integers(10 ** 6))
-        return drawn[-1] if device == "cpu" else None
-
-    def batches():
-        settings = dict(seed=0, micro_batches=2, train=None)
-        return step.batches(SimpleNamespace(device=torch.device(device), **settings), "encoders", draw, 3, 23)
-
-    device = "cpu"
-    seeds = [seed for seed, _ in batches()]
-    values = list(drawn)
-    drawn.clear()
-    device = "cuda"
-    ahead = batches()
-    first, _ = next(ahead)
-    time.sleep(.2)
-    assert len(drawn) == 2 * step.THREADS
-    assert [first, *(seed for seed, _ in ahead)] == seeds
-    assert sorted(drawn) == sorted(values)
-    assert len(set(seeds)) == 40
-
-
 def test_shares_of_loss_add_up_to_one():
     """Shapes with losses of 0, 1 and 3, each in two positions: the second has an eighth of all in each."""
-    train = SimpleNamespace(rows=np.array([5, 6, 7, 5, 6, 7]), losses=[0., 1, 3, None, None, None])
+    train = SimpleNamespace(rows=torch.tensor([5, 6, 7, 5, 6, 7]), losses=[0., 1, 3, None, None, None], device="cpu")
     alone = SimpleNamespace(train=train, device=torch.device("cpu"), autocast=contextlib.nullcontext)
     loss_of = lambda model, batch: (torch.tensor(batch), {})
-    shares = step.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows, rng: split.losses[rows[0]])
+    shares = step.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows: split.losses[rows[0]])
     assert shares.tolist() == [0, .125, .375] * 2
 
 
@@ -136,17 +108,15 @@ def test_a_stopped_stage_refuses_other_flags(tmp_path, monkeypatch, capsys, flag
 
 def train_line(folder, bad, monkeypatch, steps=12):
     """Trains y = W x for `steps` steps; the data of the steps `bad` are not numbers. -> the model that `fit` gives."""
-    def draw(split, rng):
-        return torch.full((4, 64), rng.normal())
+    step = iter(range(steps))
 
-    def batches(*_):
-        for i in range(steps):
-            yield 0, draw(None, np.random.default_rng(i)) * (float("nan") if i in bad else 1)
+    def draw(split):
+        return torch.randn(()).expand(4, 64) * (float("nan") if split and next(step) in bad else 1)
 
-    monkeypatch.setattr(train, "batches", batches)
     monkeypatch.setattr(train, "CHECK", 4)
     run = SimpleNamespace(folder=folder, stages={"line": Stage("line", None, steps, 4, .1)}, device=torch.device("cpu"),
                           recompute=False, autocast=contextlib.nullcontext, micro_batches=1, test=None, seed=0,
+                          compile=False,
                           train=SimpleNamespace(version="toy"))
     torch.manual_seed(0)
     return train.fit(run, "line", nn.Linear(64, 64), draw, lambda model, x: (((model(x) - x) ** 2).mean(), {}))[0]
@@ -164,8 +134,8 @@ def test_an_error_is_one_line_whatever_it_quotes():
     assert str(UserError("no stage 'a\nb'")) == "no stage 'a b'"
 
 
-def test_ten_skipped_steps_in_a_row_are_an_error(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="gradients of 10 steps in a row are not finite; give an --lr below 0.1"):
+def test_many_skipped_steps_in_a_row_are_an_error(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="gradients of 11 steps in a row are not finite; give an --lr below 0.1"):
         train_line(tmp_path, set(range(1, 12)), monkeypatch)
 
 

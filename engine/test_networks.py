@@ -74,7 +74,7 @@ def test_a_point_looks_up_the_features_of_its_cell():
     assert torch.allclose(middle, (low + high) / 2, atol=1e-6)
 
 
-@pytest.mark.parametrize("bf16, tolerance", [(True, 1e-4), (False, .03)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("bf16, tolerance", [(True, .003), (False, .03)], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64)])
 def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
     """Three steps end where those of torch.optim.Muon do. That one always rounds to bf16; in fp32 ours does not."""
@@ -98,7 +98,7 @@ def test_ema_is_its_closed_form(first, decay):
     ema, weights = step.EMA(model, decay), [model.weight.detach().clone()]
     for i in range(first, first + 6):
         nn.init.normal_(model.weight)
-        ema.update(model, i)
+        ema.update(i)
         weights.append(model.weight.detach().clone())
     d = np.array([min(decay, (1 + i) / (10 + i)) for i in range(first, first + 6)])
     shares = [np.prod(d)] + [(1 - d[i]) * np.prod(d[i + 1:]) for i in range(6)]
@@ -116,7 +116,7 @@ def test_recomputed_blocks_learn_the_same():
         sizes = []
         torch.manual_seed(0)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: (sizes.append(x.numel()), x)[1], lambda x: x):
-            losses.append(model.loss(x, condition))
+            losses.append(model.loss(x, condition, 5))
         losses[-1].backward()
         stored.append(sum(sizes))
     assert torch.allclose(*losses, atol=1e-6) and stored[1] < .7 * stored[0]

@@ -151,7 +151,8 @@ def start_worker(parent):
 
     threading.Thread(target=watch, daemon=True).start()
     with contextlib.suppress(NameError, ValueError, OSError):          # Windows and macOS have no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()     # CUDA maps much
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def create_array(path, dtype, shape):

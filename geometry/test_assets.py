@@ -82,7 +82,7 @@ def test_samples_of_turned_shapes(lopsided, i):
     train, many = lopsided
     row, true, move = i * len(train), train.shape(0), data.SYMMETRIES[i]
     samples = many.samples([row], {"cloud": 500, "queries": 500, "views": None, "faces": None},
-                           np.random.default_rng(0))
+                           data.seeded(0))
     assert abs(true.distance(samples["points"][0].numpy() @ move)).max() < .02
     assert true.distance(samples["queries"][0].numpy() @ move) == pytest.approx(samples["distance"][0].numpy(), abs=.01)
 
@@ -100,7 +100,7 @@ def test_samples_of_turned_shapes(lopsided, i):
 
 def test_symmetries_are_exact_under_autocast(lopsided):
     """Some clouds are turned under bf16 autocast."""
-    draw = lambda: lopsided[1].cloud([0, 2], 100, np.random.default_rng(0))[0]
+    draw = lambda: lopsided[1].cloud([0, 2], 100, data.seeded(0))[0]
     with torch.autocast("cpu", torch.bfloat16):
         rounded = draw()
     assert torch.equal(rounded, draw())
@@ -119,7 +119,7 @@ def test_a_low_poly_file_keeps_its_faces(subdivisions):
 def test_pictures_of_mirror_images(lopsided):
     """Pictures are mirrored with the shape, and stay as they are when it turns."""
     train, many = lopsided
-    (plain, mirrored, turned) = (many.pictures([i * len(train)], np.random.default_rng(0), np.array([0]), vary=False)
+    (plain, mirrored, turned) = (many.pictures([i * len(train)], data.seeded(0), torch.tensor([0]), vary=False)
                                  for i in range(3))
     assert torch.equal(turned, plain)
     assert abs(mirrored.flip(3) - plain).mean() < .05         # light comes from one side
@@ -135,11 +135,11 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
     for name in "ab":
         cube.export(tmp_path / f"{name}.ply")
     train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=("pictures",)).repeated(2)
-    which = np.arange(8).repeat(len(train))
-    rows = np.tile(np.arange(len(train)), 8)
-    shown = train.arrays["picture_colours"][train.rows[rows], which].reshape(len(rows), -1, 3).astype(int)
+    which = torch.arange(8).repeat_interleave(len(train))
+    rows = torch.arange(len(train)).repeat(8)
+    shown = train.arrays["picture_colours"][train.rows[rows], which].reshape(len(rows), -1, 3).numpy().astype(int)
     alike = (abs(shown[:, :, None] - rainbow[:4, :3]).sum(3) < 60).sum(1)         # pictures, 4 colours: pixels
-    moves = data.SYMMETRIES[train.repeated(8).symmetry[train.rows_as_shown(rows, which)]]
+    moves = data.SYMMETRIES[train.repeated(8).symmetry[train.rows_as_shown(rows, which)].numpy()]
     fronts = [move @ list(colours)[i] for move, i in zip(moves, alike.argmax(1))]
     assert np.mean([tuple(front.round().astype(int)) == (0, 0, 1) for front in fronts]) > .9
     assert (train.rows_as_shown(rows, which, False) == rows).all()

@@ -189,7 +189,7 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(real.Files, "in_split", lambda self, row: True)       # nothing is held out
     split = data.prepare(out=cache, kinds=("surface", "pictures"), data=source, workers=1)
-    points, _, _ = split.cloud(np.array([1]), 100, np.random.default_rng(0))
+    points, _, _ = split.cloud(np.array([1]), 100, data.seeded(0))
     assert split.classes == ["one", "two", "one"] and points.norm(dim=-1).min() > .89
     monkeypatch.setattr(judge, "grid_iou", lambda *_: 1.)    # slow, and it does not read the samples
     judged = judge.judge_sdf({"sdf": TrueHead(split.shape(1))}, torch.zeros(1, 1), split, 1, None, nullcontext, 0)

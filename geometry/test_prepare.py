@@ -100,8 +100,8 @@ def test_shards_are_the_whole(tmp_path, monkeypatch, four_files):
 def test_batches_are_functions_of_their_generator(prepared):
     """The same generator gives the same batch; the distances in it are those of the shapes in its rows."""
     split, rows = prepared[0], np.array([3, 10])
-    batch, again, other = (split.queries(rows, 640, np.random.default_rng(seed)) for seed in (0, 0, 1))
-    points, normals, colours = split.cloud(rows, 1024, np.random.default_rng(0))
+    batch, again, other = (split.queries(rows, 640, data.seeded(seed)) for seed in (0, 0, 1))
+    points, normals, colours = split.cloud(rows, 1024, data.seeded(0))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     assert not torch.equal(batch["queries"], other["queries"])
     for i, row in enumerate(rows):

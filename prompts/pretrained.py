@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from engine.commands import UserError
 from engine.files import atomic_write
+from engine.step import fits
 from geometry import crop, training_pictures
 
 LENGTH = 64    # word pieces of a prompt that are read
@@ -26,6 +26,7 @@ LENGTH = 64    # word pieces of a prompt that are read
 
 class Pretrained:
     """A frozen tower, by hub name or folder. A subclass has the classes of its model types."""
+    pretrained = True
 
     def __init__(self, name, device="cpu"):
         os.environ["HF_HUB_OFFLINE"] = "1"                    # from the hub's cache or a folder, never over the network
@@ -78,8 +79,8 @@ class Text(Pretrained):
         return []
 
     def cache(self, split):
-        """The tokens of all captions of a prepared set; the key of one is the caption."""
-        return TokenCache(self, split, "records", sorted({caption for own in split.captions for caption in own}), list)
+        """The tokens of all captions of a prepared set."""
+        return TokenCache(self, split, "records", split.table.texts, list)
 
 
 class Image(Pretrained):
@@ -102,12 +103,12 @@ class Image(Pretrained):
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
     def cache(self, split):
-        """The tokens of all pictures of a prepared set; the key of picture i of a row is row * pictures + i."""
+        """The tokens of all pictures of a prepared set; the number of picture i of a row is row * pictures + i."""
         count = split.source.pictures                         # of each shape
 
         def inputs(keys):
-            rows, numbers = np.divmod(np.array(keys), count)
-            return split.pictures(rows, np.random.default_rng(keys[0]), numbers)
+            keys, rng = torch.tensor(keys, device=split.device), torch.Generator(split.device).manual_seed(keys[0])
+            return split.pictures(keys // count, rng, keys % count)
 
         return TokenCache(self, split, "pictures", range(len(split) * count), inputs)
 
@@ -115,8 +116,8 @@ class Image(Pretrained):
 # ---------------------------------------------------------------------------- tokens of a prepared set, computed once
 
 class TokenCache:
-    """The tokens of all captions or pictures of a prepared set, in a memory-mapped file beside it. keys: one for each
-    caption or picture; inputs: a function from keys to the input of `tower.tokens`."""
+    """The tokens of all captions or pictures of a prepared set, in a memory-mapped file beside it, or on a GPU. keys:
+    one for each caption or picture; inputs: a function from keys to the input of `tower.tokens`."""
 
     def __init__(self, tower, split, kind, keys, inputs, batch=64):
         made_by = [Path(module.__file__).read_text() for module in (crop, training_pictures)]    # names the tokens
@@ -131,12 +132,14 @@ class TokenCache:
                     counts += mask.sum(1).tolist()
             with atomic_write(lengths) as part:
                 np.save(part, counts)
-        self.tokens = np.memmap(path, np.float16, "c").reshape(-1, tower.width)   # of all keys, one after another
-        self.start = np.concatenate([[0], np.load(lengths).cumsum()])
-        self.row = {key: i for i, key in enumerate(keys)}
+        tokens = torch.from_numpy(np.memmap(path, np.float16, "c").reshape(-1, tower.width))      # of keys in turn
+        self.tokens = tokens.to(split.device) if fits(tokens.nbytes, split.device) else tokens
+        self.length = torch.from_numpy(np.load(lengths)).to(split.device)
+        self.start, self.longest = self.length.cumsum(0) - self.length, int(self.length.max())
 
-    def draw(self, keys):
-        """b keys -> tokens b t e in half precision, and their mask b t."""
-        tokens = [torch.from_numpy(self.tokens[self.start[row]:self.start[row + 1]]) for row in map(self.row.get, keys)]
-        mask = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in tokens], batch_first=True)
-        return pad_sequence(tokens, batch_first=True), mask
+    def draw(self, numbers):
+        """Numbers of keys, b -> tokens b t e in half precision, and their mask b t."""
+        place = torch.arange(self.longest, device=numbers.device)
+        mask = place < self.length[numbers][:, None]                              # b t
+        rows = torch.where(mask, self.start[numbers][:, None] + place, 0)         # b t
+        return self.tokens[rows.to(self.tokens.device)].to(rows.device), mask

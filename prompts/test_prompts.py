@@ -3,6 +3,7 @@
     python -m pytest -q prompts
 """
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+import data
 import encoders
 import sample
 from conftest import SMALL, assert_one_line, run
@@ -242,25 +244,27 @@ def test_picture_prompt_is_command_and_api(overfitted, text, name, tmp_path):
 def test_pictures_are_augmented_shapes_are_not(prepared):
     """A picture has another light, background and crop each time; without variation it is the same, on white."""
     split, rows = prepared[0], np.arange(4)
-    plain, again = (split.pictures(rows, np.random.default_rng(0), vary=False) for _ in range(2))
-    varied = split.pictures(rows, np.random.default_rng(0))
+    plain, again = (split.pictures(rows, data.seeded(0), vary=False) for _ in range(2))
+    varied = split.pictures(rows, data.seeded(0))
     assert torch.equal(plain, again) and (plain[:, :, 0, 0] > .99).all()
     assert .02 < (varied - plain).abs().mean() < .4
 
 
 def test_named_colours_are_augmented(prepared):
     """Pixels of a named colour get another one; all others stay as they are."""
-    colours = np.full((2, 4, 4, 3), 255 * np.array(COLOURS["green"])).astype(np.uint8)                # b s s 3
-    colours[:, 2:] = 255 * np.array(COLOURS["white"])
-    coverage = np.full((2, 4, 4), 255, np.uint8)
-    new = training_pictures.recolour(colours, coverage, ["a green chair", ""], np.random.default_rng(0))
+    colours = (255 * torch.tensor(COLOURS["green"])).round().repeat(2, 4, 4, 1)                       # b s s 3
+    colours[:, 2:] = (255 * torch.tensor(COLOURS["white"])).round()
+    named = training_pictures.colours_named(["a green chair", ""])
+    new = training_pictures.recolour(colours, torch.full((2, 4, 4), 255.), named)
     assert (new[0, :2] != colours[0, :2]).any(-1).all()
-    assert np.array_equal(new[0, 2:], colours[0, 2:]) and np.array_equal(new[1], colours[1])
+    assert torch.equal(new[0, 2:], colours[0, 2:]) and torch.equal(new[1], colours[1])
 
 
 class Plain:
     """A tower whose condition is one constant token."""
     width = 8
+    cache = lambda self, split: SimpleNamespace(draw=lambda captions: [captions])
+    read_ids = lambda self, ids: self.tokens(ids)
 
     def tokens(self, x):
         return torch.ones(len(x), 1, self.width), torch.ones(len(x), 1, dtype=torch.bool)
@@ -269,13 +273,15 @@ class Plain:
 def test_prompts_are_dropped_at_the_given_rates(prepared, monkeypatch):
     """Each combination of prompts is drawn as often as SHOWN says. About half of the pictures beside a caption, and no
     picture alone, get other colours."""
-    towers, split, texts = encoders.Encoders(Plain(), Plain()), prepared[0], []
+    towers, split, named = encoders.Encoders(Plain(), Plain()), prepared[0], []
     black = torch.zeros(4000, 3, 8, 8)
-    monkeypatch.setattr(split, "pictures", lambda *_, recoloured: texts.extend(recoloured) or black)
-    drawn = towers.draw(split, np.zeros(4000, int), np.random.default_rng(0))
+    monkeypatch.setattr(split, "pictures", lambda *_, recoloured, **__: named.append(recoloured) or black)
+    monkeypatch.setattr(split.table, "colours", torch.zeros(len(split.table.texts), 1, dtype=torch.long))
+    torch.manual_seed(0)
+    drawn = towers.draw(split, torch.zeros(4000, dtype=torch.long))
     condition = towers.encode_drawn(drawn)
     for kinds, share in encoders.SHOWN.items():
         same = torch.stack([mask[:, 0] == (kind in kinds) for kind, (_, mask) in condition.items()]).all(0)
         assert abs(same.float().mean() - share) < .03
-    both, recoloured = (drawn["shown"]["text"] & drawn["shown"]["image"]).numpy(), np.array([*map(bool, texts)])
-    assert not recoloured[~both].any() and .45 < recoloured[both].mean() < .55
+    both, recoloured = drawn["shown"]["text"] & drawn["shown"]["image"], named[0][:, 0] == 0
+    assert not recoloured[~both].any() and .45 < recoloured[both].float().mean() < .55

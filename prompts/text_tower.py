@@ -12,7 +12,6 @@ learning beside the image tower (prompts/image_tower.py).
 import math
 from functools import lru_cache, partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -123,28 +122,39 @@ class TextAndCloud(nn.Module):
         return ids.to(self.scale.device), mask.to(self.scale.device)
 
     @torch.no_grad()
+    def read_ids(self, ids, mask):                            # b t each -> condition b t e and mask b t
+        return self.text(ids, mask), mask
+
     def tokens(self, prompts):
         """b strings -> condition b t e and mask b t: the input of Prefix Learning."""
-        ids, mask = self.word_ids(prompts)
-        return self.text(ids, mask), mask
+        return self.read_ids(*self.word_ids(prompts))
+
+    def cache(self, split):
+        return WordIds(self, split)
 
 
 # ---------------------------------------------------------------------------- training and evaluation
 
-def training_batch(prepared, encoders, rng, batch=128):
-    """The input of `loss`. Half of the batches hold two classes only: they teach finer differences."""
-    classes, names = np.array(prepared.classes), np.unique(prepared.classes)
-    two_names = rng.choice(names, min(2, len(names)), replace=False)
-    rows = np.flatnonzero(np.isin(classes, two_names)) if rng.random() < .5 else len(prepared)
-    return captions_and_clouds(prepared, encoders, rng.permutation(rows)[:batch], rng)
+class WordIds:
+    """The words of all captions of a prepared set, padded to one length: a batch is drawn on the set's device."""
+
+    def __init__(self, tower, split):
+        self.ids, self.mask = (x.to(split.device) for x in tower.word_ids(split.table.texts))
+
+    def draw(self, captions):                                 # b, numbers of captions -> ids b t and mask b t
+        return self.ids[captions], self.mask[captions]
 
 
-def captions_and_clouds(prepared, encoders, rows, rng):
+def training_batch(prepared, words, batch=128):
+    """The input of `loss`. Half of the batches begin with all shapes of two classes: they teach finer differences."""
+    half = torch.rand(1, device=prepared.device) < .5
+    return captions_and_clouds(prepared, words, prepared.draw_distinct(batch, half & prepared.of_two_classes()))
+
+
+def captions_and_clouds(prepared, words, rows):
     """A caption and a cloud of each row -> ids, mask, cloud, true: the input of `loss`."""
-    captions = prepared.draw_captions(rows, rng)
-    sets = [frozenset(prepared.captions[row]) for row in rows]
-    true = torch.tensor([[caption in own for own in sets] for caption in captions])            # b b
-    return *encoders.word_ids(captions), prepared.cloud(rows, POINTS, rng), true
+    captions = prepared.table.draw(rows)                                          # b
+    return *words.draw(captions), prepared.cloud(rows, POINTS), prepared.table.true(captions, rows)
 
 
 def load(folder):

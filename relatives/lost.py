@@ -230,11 +230,13 @@ def train_student(run):
     low, high = relations.thresholds(targets[0])
     run = run.turned()
     tokens, sizes = tokens_of(run)
-    features = dict(zip((run.train, run.test), targets))      # eight positions of a shape share them: hence the %
+    # eight positions of a shape share its features: hence the %
+    features = {split: x.to(split.device) for split, x in zip((run.train, run.test), targets)}
 
-    def draw(split, rng):
-        rows = rng.permutation(len(split))[:run.micro_batch_size("lost-student")]
+    def draw(split):
+        rows = split.draw_distinct(run.micro_batch_size("lost-student"))
         return tokens[split][rows], features[split][rows % len(features[split])]
+
     settings = STUDENTS[run.size] | sizes
     model = Student(**settings)
     run.load_to_finetune("lost-student", {"lost-student": model}, settings=settings)
@@ -258,7 +260,7 @@ def train_registers(run):
     tokens, sizes = tokens_of(run)
     heads = heads_.load(run.folder, run.joint, run.device)
     student = load_student(run.folder).to(run.device)
-    draw = lambda split, rng: tokens[split][rng.integers(len(split), size=run.micro_batch_size("lost-registers"))]
+    draw = lambda split: tokens[split][split.draw(run.micro_batch_size("lost-registers"))]
     settings = SIZES[run.size] | sizes
     model = run.part("lost-registers", Codec)(**settings)
     run.load_to_finetune("lost-registers", {"lost-registers": model}, settings=settings, variant=run.variant)

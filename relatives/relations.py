@@ -34,8 +34,8 @@ def seen(tower, split, mean=None):
     """What a tower makes of a shape's pictures, on average, less the mean of all shapes (pictures have much in common)
     or a given mean -> r e, of length 1; that mean."""
     tokens, count = tower.cache(split), split.source.pictures
-    x = torch.stack([tokens.draw(range(row * count, (row + 1) * count))[0].float().mean((0, 1))
-                     for row in range(len(split))])                               # r e
+    numbers = torch.arange(len(split) * count, device=split.device).split(count)
+    x = torch.stack([tokens.draw(own)[0].float().mean((0, 1)).cpu() for own in numbers])      # r e
     mean = x.mean(0) if mean is None else mean
     return F.normalize(x - mean, dim=-1), mean
 

@@ -269,9 +269,9 @@ def fit_tokenizer(run, stage, model, files, quantised, latents):
     judge = run.judge
     run.load_to_finetune(stage, files(model), settings=SIZES[run.size])
 
-    def draw(split, rng):
-        rows = rng.integers(len(split), size=run.micro_batch_size(stage))
-        return split.cloud(rows, Encoder.points // 2, rng), split.samples(rows, heads_.SdfHead.reads, rng)
+    def draw(split):
+        rows = split.draw(run.micro_batch_size(stage))
+        return split.cloud(rows, Encoder.points // 2), split.samples(rows, heads_.SdfHead.reads)
 
     def loss_of(model, batch):
         return model["vat-codes"].loss(model["vat-decoder"], *batch, quantised=quantised)

@@ -5,7 +5,9 @@ Seconds change from run to run on a machine that others use too. The ratio of tw
     python -m research.bench sample --size base          # MAR's published sampling against ours
     python -m research.bench decode                      # a dense grid against one that is refined near the surface
     python -m research.bench train --size small          # a training step in fp32, and as train.py does it
+    python -m research.bench gpu                         # one GPU, in eight minutes (research/gpu.py)
 """
+import argparse
 import contextlib
 import math
 import statistics
@@ -30,6 +32,7 @@ from research.results import write_table
 
 PUBLISHED = 64, 100           # unmasking steps and denoising steps of MAR
 SAMPLED, TRAINED = (1, 16), 64            # shapes in a batch
+PARTS = ["peak", "train", "sample", "default", "decode"]      # of gpu
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -160,15 +163,15 @@ def bench_train(args):
             recompute_blocks(model)
 
         def steps():
-            for seed in range(3):                             # decides the mask ratio
+            for seed in range(3):                             # three moments of generation
                 for _ in range(micro_batches):
                     torch.manual_seed(seed)
                     x = torch.randn(b, model.tokens, model.channels, device=args.place)
                     with autocast():
-                        loss = model.loss(x, random_condition(b, args.place)) / micro_batches
+                        known = backbone.training_moments(model.tokens)[4 + 4 * seed]
+                        loss = model.loss(x, random_condition(b, args.place), known) / micro_batches
                     loss.backward()
-                nn.utils.clip_grad_norm_(model.parameters(), 1.)
-                update(opts, 1e-4)
+                update(opts, nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite())
                 model.zero_grad()
         return steps
 
@@ -178,7 +181,13 @@ def bench_train(args):
 
 # ---------------------------------------------------------------------------- the command
 
-BENCHES = {"sample": bench_sample, "decode": bench_decode, "train": bench_train}
+def bench_gpu(args):
+    """One GPU, in at most eight minutes: training steps, sampling, surfaces, the default training."""
+    from research import gpu
+    return gpu.bench_gpu(args)
+
+
+BENCHES = {"sample": bench_sample, "decode": bench_decode, "train": bench_train, "gpu": bench_gpu}
 
 
 def main():
@@ -188,6 +197,14 @@ def main():
         flag = commands.add_parser(name, help=bench.__doc__, description=bench.__doc__).add_argument
         add_device_flags(commands.choices[name])
         flag("--out", default="out/bench", help="folder for the table")
+        if name == "gpu":
+            flag("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+            flag("--sizes", nargs="+", choices=backbone.SIZES, default=[*backbone.SIZES][:4], help="of backbones")
+            flag("--batch", type=between(1), help="shapes a step (default: 256; base 64, large 32)")
+            flag("--count", type=between(1), default=10, help="steps to time, three times")
+            flag("--cache", default="cache", help="folder of the prepared data")
+            flag("--train-flags", nargs=argparse.REMAINDER, default=[], help="more flags of the default training")
+            continue
         flag("--rounds", type=between(1, 1000), default=3, help="turns of each way; several after one to warm up")
         if name == "decode":
             flag("--shapes", type=between(1, len(CLASSES)), default=2, help="how many")

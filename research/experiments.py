@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import train
-from data import prepare
+from data import prepare, seeded
 from engine.commands import UserError
 from engine.files import read_config, read_stage, read_weights
 from geometry.metrics import chamfer, chamfer_matrix
@@ -129,7 +129,7 @@ def overfit(args):
     jobs = [exam.Job(f"shape-{row}", text, None, (args.seed, row)) for row, text in enumerate(captions)]
     cache = exam.result_cache(args, folder.name, folder)
     results = exam.sample_all(model, jobs, cache, exam.shape_result(model, args.rep, args.resolution))
-    clouds = split.cloud(range(len(split)), 2 * exam.POINTS, np.random.default_rng(args.seed))[0]         # r 2k 3
+    clouds = split.cloud(range(len(split)), 2 * exam.POINTS, seeded(args.seed))[0]         # r 2k 3
     true, second = clouds[:, :exam.POINTS].contiguous(), clouds[:, exam.POINTS:]
     distance = chamfer_matrix(results["points"], true)                            # r r
     others = distance.clone().fill_diagonal_(torch.inf).amin(1)                   # r

@@ -5,7 +5,7 @@
 import numpy as np
 import torch
 
-from data import prepare
+from data import prepare, seeded
 from geometry.render import render_mesh
 from geometry.training_samples import vertex_coloured
 from research import exam, metrics
@@ -21,7 +21,7 @@ def evaluate_names(args):
     names = np.unique(train.classes)
     names, rows = names[np.linspace(0, len(names) - 1, min(200, len(names))).astype(int)].tolist(), []
     jobs = [exam.Job(f"name-{name}", name, None, (args.seed, i)) for i, name in enumerate(names)]
-    new = test.cloud(range(len(test)), exam.POINTS, np.random.default_rng(args.seed))                     # h k 3 each
+    new = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))                     # h k 3 each
     for folder, label in labels(args.checkpoint).items():
         training_set_of(folder, args)                         # an error, if it learnt from other files
         cache, model = exam.result_cache(args, label, folder), exam.open_model(args, folder)

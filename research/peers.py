@@ -56,7 +56,7 @@ class Diffusion(nn.Module):
             y = block(y, t, mask)
         return rearrange(self.out(y[:, -self.tokens:]).float(), "b n c -> b (n c)")
 
-    def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
+    def loss(self, x, condition, known=None):                 # b n c; it has no moments of generation
         prefix, mask = self.prefix(condition)                                     # b p d, b p
         return self.denoiser.loss(partial(self.net, mask=mask), rearrange(x, "b n c -> b (n c)"), prefix)
 
@@ -84,7 +84,7 @@ class Autoregressive(lost.Generator):
         if denoiser != "flow":
             raise UserError("--variant autoregressive takes no other --denoiser than flow")
 
-    def loss(self, x, condition, moment=None):                # b n c; it has no moments of generation
+    def loss(self, x, condition, known=None):                 # b n c; it has no moments of generation
         return super().loss(x, condition)[0]
 
     def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
@@ -129,9 +129,9 @@ class Spaces(Backbone):
         label = repeat(self.label(self.space), "b d -> (r b) 1 d", r=len(tokens) // len(self.space))
         return super().contexts((tokens + label, mask), *rest)
 
-    def loss(self, x, condition, moment=None):
+    def loss(self, x, condition, known):
         self.space = torch.randint(4, (len(x),), device=x.device)                 # b, of each sample
-        return super().loss(x @ self.rotation[self.space], condition, moment)
+        return super().loss(x @ self.rotation[self.space], condition, known)
 
     def generate(self, condition, seeds, **options):
         """Samples of all spaces, rotated back; the seed chooses the space."""

@@ -9,7 +9,7 @@ import torch
 from einops import repeat
 
 import heads
-from data import kinds_of, turned_back, turns_to_front
+from data import kinds_of, seeded, turned_back, turns_to_front
 from engine.commands import pick_device
 from geometry import training_pictures, training_samples
 from geometry.metrics import chamfer, chamfer_matrix, emd, fscore
@@ -37,7 +37,7 @@ def evaluate_tokenizer(args):
         @torch.no_grad()
         def judge(row, rng):
             with autocast():
-                cloud = test.cloud([row], encoder.points, rng)                    # 1 k 3 each
+                cloud = test.cloud([row], encoder.points, seeded(rng))                    # 1 k 3 each
                 tokens = encoder(*(x.to(device) for x in cloud))[0].float()       # n c
             return JUDGES[args.rep](decoders, tokens, test, row, rng, autocast, points=100_000)
 
@@ -86,12 +86,13 @@ def evaluate_retrieval(args):
 def evaluate_images(args):
     """Samples from the name, any caption, the longest one, a picture, the last two of a held-out shape."""
     test, tables = exam.held_out(args, ("surface", "pictures")), {}
-    references, classes = test.cloud(range(len(test)), exam.POINTS, np.random.default_rng(args.seed))[0], test.classes
-    rows, rng = np.arange(min(args.shapes, len(test))), np.random.default_rng(args.seed)
-    any_caption, longest = test.draw_captions(rows, np.random.default_rng(args.seed)), exam.longest_captions(test, rows)
-    which = rng.integers(test.source.pictures, size=len(rows))                    # r, a picture of each shape
+    references, classes = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))[0], test.classes
+    rows, rng = torch.arange(min(args.shapes, len(test))), seeded(args.seed)
+    any_caption, longest = [test.table.texts[i] for i in test.table.draw(rows, rng)], exam.longest_captions(test, rows)
+    which = test.draw_pictures(len(rows), rng)                                    # r, a picture of each shape
     pictures, turns = test.pictures(rows, rng, which), test.turns(rows, which)    # r 3 s s, r
-    true, again = ([test.shape(row).surface(8192, np.random.default_rng((args.seed, row, i)))[0] for row in rows]
+    true, again = ([test.shape(row).surface(8192, np.random.default_rng((args.seed, row, i)))[0]
+                    for row in rows.tolist()]
                    for i in range(2))                         # r times k 3
     nothing = [None] * len(rows)
     prompts = {"name": (classes, nothing), "any caption": (any_caption, nothing), "longest caption": (longest, nothing),
@@ -104,8 +105,8 @@ def evaluate_images(args):
         result_of = exam.shape_result(model, args.rep, args.resolution, 8192)
         tables[label] = [floor]
         for prompt, (texts, images) in prompts.items():
-            jobs = [exam.Job(f"{prompt}-{row}", text, image, (args.seed, int(row)))
-                    for row, text, image in zip(rows, texts, images)]
+            jobs = [exam.Job(f"{prompt}-{row}", text, image, (args.seed, row))
+                    for row, text, image in zip(rows.tolist(), texts, images)]
             results = exam.sample_all(model, jobs, cache, result_of)
             points = results["points"] if images is nothing else turned_back(results["points"], turns)    # r k 3
             nearest = chamfer_matrix(points[:, :exam.POINTS].copy(), references).argmin(1)                # r
@@ -124,14 +125,14 @@ def evaluate_images(args):
 
 def evaluate_views(args):
     """Samples from eight views of a held-out shape: how far apart are they, without RGS and with its default?"""
-    test, tables, turns = exam.held_out(args), {}, turns_to_front(45 * np.arange(8))
+    test, tables, turns = exam.held_out(args), {}, turns_to_front(45 * torch.arange(8.))
     for folder, label in labels(args.checkpoint).items():
         cache, model = exam.result_cache(args, label, folder, "research.quality"), exam.open_model(args, folder)
         tables[label], result_of = [], exam.shape_result(model, args.rep, args.resolution)
         for row in range(min(args.shapes, len(test))):
             name, shape = f"{test.classes[row]} {row}", test.shape(row)
             unlit = training_samples.draw_pictures(shape, [(45 * i, 20) for i in range(8)])
-            views = training_pictures.relight(*unlit.values(), np.random.default_rng(0), vary=False)        # 8 3 s s
+            views = training_pictures.relight(*map(torch.from_numpy, unlit.values()), vary=False)           # 8 3 s s
             distances = {"shape": name}
             for rule in ("none", "auto"):
                 jobs = [exam.Job(f"{name}, {rule}-{i}", None, view, (args.seed, i)) for i, view in enumerate(views)]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import heads
 import tokenizer
+from data import seeded
 from engine.commands import UserError, pick_device
 from engine.files import trained_stages
 from geometry.metrics import chamfer, chamfer_matrix
@@ -44,7 +45,7 @@ class Opened:
 
     @torch.no_grad()
     def tokens(self, row, seed):                              # of a held-out shape: 1 n c
-        cloud = self.test.cloud([row], self.tokenizer.points, np.random.default_rng((seed, row)))
+        cloud = self.test.cloud([row], self.tokenizer.points, seeded((seed, row)))
         with self.autocast():
             return self.tokenizer(*(x.to(self.device) for x in cloud)).float()
 
@@ -72,7 +73,7 @@ def judge_registers(args, label, folder, only=()):
 
     cache = exam.result_cache(args, label, folder, "research.registers", what="registers", lengths=lengths)
     results = exam.each_shape(args, model.test, cache, judge)
-    held_out = model.test.cloud(range(len(model.test)), exam.POINTS, np.random.default_rng(args.seed))    # r k 3 each
+    held_out = model.test.cloud(range(len(model.test)), exam.POINTS, seeded(args.seed))    # r k 3 each
     count, classes, scores = len(results), np.array(model.test.classes), {}
     features = scorer.clouds(*(x[:count] for x in held_out))
     for i, k in enumerate(lengths):
@@ -126,7 +127,7 @@ def evaluate_search(args):
         tokens = torch.cat([model.tokens(row, args.seed) for row in tqdm(range(len(facts)), unit="shape")])
         with model.autocast():
             registers, student = model.codec.encoder(tokens).float(), model.student(tokens)
-        cloud = model.test.cloud(range(len(facts)), exam.POINTS, np.random.default_rng(args.seed))
+        cloud = model.test.cloud(range(len(facts)), exam.POINTS, seeded(args.seed))
         features = {"shape tokens": rearrange(tokens, "r n c -> r (n c)"), "point tower": scorer.clouds(*cloud),
                     "first register": registers[:, 0], "first four": rearrange(registers[:, :4], "r k w -> r (k w)"),
                     "student": student}

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import torch
 
+from data import seeded
 from geometry.metrics import chamfer_matrix
 from prompts import image_tower
 from research import exam
@@ -48,16 +49,16 @@ def ablate_rgs(args):
     (folder, label), = labels(args.checkpoint).items()
     model = exam.open_model(args, folder)
     result_of = exam.shape_result(model, args.rep, args.resolution, 2 * exam.POINTS)
-    pictures = test.pictures(rows, np.random.default_rng(args.seed))              # r 3 s s
+    pictures = test.pictures(rows, seeded(args.seed))              # r 3 s s
     names, captions = [test.classes[row] for row in rows], exam.longest_captions(test, rows)
     with torch.no_grad():
         features = {"name": scorer.texts(names), "caption": scorer.texts(captions),
                     "picture": tower.embed(tower.tokens(pictures)[0]).numpy()}    # r e each
     prompts = {"name": [(text, None) for text in names], "caption": [(text, None) for text in captions],
                "picture": [(None, picture) for picture in pictures]}
-    described = test.cloud(rows, exam.POINTS, np.random.default_rng(args.seed))   # points, normals, colours: r k 3 each
+    described = test.cloud(rows, exam.POINTS, seeded(args.seed))   # points, normals, colours: r k 3 each
     rest = range(args.shapes, len(test)) or rows              # the other held-out shapes, where there are any
-    others = scorer.clouds(*test.cloud(rest, exam.POINTS, np.random.default_rng(args.seed)))            # s e
+    others = scorer.clouds(*test.cloud(rest, exam.POINTS, seeded(args.seed)))            # s e
     for kind in prompts:
         score = np.diag(cosine(features[kind], scorer.clouds(*described))).mean()
         table.append({"prompt": kind, "rule": "(the shapes)"} | dict.fromkeys([*SCORES, LEFT], "") | {SCORES[0]: score})

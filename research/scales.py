@@ -5,6 +5,7 @@
 import numpy as np
 import torch
 
+from data import seeded
 from engine.commands import UserError, pick_device
 from engine.files import trained_stages
 from geometry.metrics import fscore
@@ -29,7 +30,7 @@ def evaluate_scales(args):
         def judge(row, rng):
             shape = test.shape(row)
             with autocast():
-                indices = model.codes(*(x.to(device) for x in test.cloud([row], model.points, rng)))              # 1 N
+                indices = model.codes(*(x.to(device) for x in test.cloud([row], model.points, seeded(rng))))  # 1 N
             kept = [vat.as_rows(f)[0] for f in quantiser.decode(indices)[1:]]     # after each scale, n c
             overlaps, true = [grid_iou(decoder, x, shape, autocast) for x in kept], shape.surface(points, rng)[0]
             meshes = [decoder.decode(x, {}, rng, autocast) for x in kept]

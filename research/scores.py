@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 import tokenizer
-from data import prepare
+from data import prepare, seeded
 from engine.commands import UserError
 from engine.files import read_stage, trained_stages
 from geometry.metrics import chamfer, chamfer_matrix
@@ -111,7 +111,7 @@ class Exam:
 
         # two clouds of each held-out shape; captions describe the first `count` shapes, sets are compared with the next
         k = exam.POINTS
-        clouds = self.test.cloud(range(len(self.test)), 2 * k, np.random.default_rng(args.seed))          # r 2k 3 each
+        clouds = self.test.cloud(range(len(self.test)), 2 * k, seeded(args.seed))          # r 2k 3 each
         self.cloud, second = [x[:, :k] for x in clouds], clouds[0][:, k:]
         self.described = [x[:count] for x in self.cloud]
         self.others = [x[count:2 * count] for x in self.cloud]

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import judge
 import sample
 from conftest import TrueHead
@@ -31,7 +32,7 @@ def test_labels_are_as_short_as_possible():
 def test_copies_are_known(overfitted, examined):
     """Training shapes score least, copies of them (other points) a little more, held-out shapes 1."""
     splits, model, args = [exam.prepare(split) for split in ("train", "test")], sample.load(overfitted), None
-    sets = [split.cloud(range(len(split)), 2048, np.random.default_rng(0)) for split in splits]
+    sets = [split.cloud(range(len(split)), 2048, data.seeded(0)) for split in splits]
     known, new = (score_memorisation(splits[0], args, model, clouds, sets[1]) for clouds in sets)
     assert known["memorisation"] < known["of copies"] < .9
     assert known["of copies"] == new["of copies"]

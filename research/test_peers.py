@@ -28,7 +28,7 @@ def test_other_generators_learn_what_belongs_to_a_prompt(variant):
     text, mask = torch.randn(2, 4, 8).repeat(10, 1, 1), torch.ones(20, 4, dtype=torch.bool)
     optimizer = torch.optim.Adam(model.parameters(), 6e-3)
     for _ in range(100):
-        model.loss(x, {"text": (text, mask)}).backward()
+        model.loss(x, {"text": (text, mask)}, 3).backward()
         optimizer.step()
         optimizer.zero_grad()
     samples = model.eval().generate({"text": (text[:2], mask[:2])}, [0, 1], steps=4, cfg=1.)
@@ -56,7 +56,7 @@ def test_latent_spaces_are_rotations(monkeypatch):
                           atol=1e-5)
     x, rotated = torch.randn(3, 27, 8), []
     monkeypatch.setattr(backbone.Backbone, "loss", lambda self, x, *_: rotated.append(x))
-    spaces.loss(x, condition)
+    spaces.loss(x, condition, 5)
     assert torch.allclose(rotated[0] @ spaces.rotation[spaces.space].mT, x, atol=1e-5)
 
 
