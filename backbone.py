@@ -155,6 +155,7 @@ class DDPM:
     T = 1000                                                  # noise levels
     alphas = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + .008) / 1.008 * math.pi / 2) ** 2
     alphas = (alphas / alphas[0]).clamp_min(1e-5).float()     # a_0 = 1 ... a_T ~ 0
+    table = alphas.tolist()                                   # numbers of the host: sampling moves none
 
     @staticmethod
     def draws(steps):                                         # one to start from, one per step but the last
@@ -170,18 +171,18 @@ class DDPM:
     def sample(cls, net, z, noise, steps, strengths=(), temperature=1.):
         """noise k steps c, context vectors z (r k) d -> tokens k c. Ancestral sampling over `steps` of the 1000 levels;
         temperature scales the injected noise, not the initial noise."""
-        levels = torch.linspace(cls.T, 0, steps + 1).round().long()
+        levels = [round(cls.T * (steps - step) / steps) for step in range(steps + 1)]
         x = noise[:, 0]
-        for step, (i, j) in enumerate(zip(levels[:-1], levels[1:])):
-            a, b = cls.alphas[i].to(x.device), cls.alphas[j].to(x.device)
+        for step, (i, j) in enumerate(zip(levels, levels[1:])):
+            a, b = cls.table[i], cls.table[j]
             t = torch.full((1,), i / cls.T, device=x.device)                      # 1
             eps = denoise(net, x, t, z, strengths)                                # k c
-            clean = (x - (1 - a).sqrt() * eps) / a.sqrt()                         # k c
+            clean = (x - (1 - a) ** .5 * eps) / a ** .5                           # k c
             clean = clean.clamp(-5, 5)                        # not in MAR; tokens have unit variance, none is larger
             ratio = a / b                                     # posterior q(x_j | x_i, clean)
-            mean = (b.sqrt() * (1 - ratio) * clean + ratio.sqrt() * (1 - b) * x) / (1 - a)
+            mean = (b ** .5 * (1 - ratio) * clean + ratio ** .5 * (1 - b) * x) / (1 - a)
             fresh = noise[:, (step + 1) % steps]              # the last step adds none: there 1 - b is 0
-            x = mean + temperature * ((1 - ratio) * (1 - b) / (1 - a)).sqrt() * fresh
+            x = mean + temperature * ((1 - ratio) * (1 - b) / (1 - a)) ** .5 * fresh
         return x
 
 
