@@ -12,7 +12,6 @@ learning rate that decays linearly (engine/step.py).
 import math
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -24,6 +23,7 @@ import tokenizer
 from engine.commands import UserError
 from engine.files import load_stage
 from engine.networks import Block, flow_pair, time_embedding
+from engine.noise import keys_of, normal, permutation
 from engine.stage import Stage
 from prefix import Prefix
 
@@ -116,11 +116,6 @@ def denoise(net, x, t, z, strengths):
 
 
 # ---------------------------------------------------------------------------- denoisers
-
-def draw_noise(generators, shape, device):
-    """Noise of b samples: b ... Each sample has its own random generator, so it does not depend on its batch."""
-    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in generators])).to(device)
-
 
 class Flow:
     """The default, a rectified flow: x_t = (1 - t) noise + t x, the network predicts the velocity x - noise."""
@@ -244,20 +239,18 @@ class Backbone(nn.Module):
         return self.denoiser.loss(self.net, x, z)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.75):
-        """condition (prefix.py) and one seed per sample -> shape tokens b n c.
+    def generate(self, condition, keys, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.75):
+        """condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c.
         blend: RGS, a function of x; in the first `window` of the steps the MAE encodes its output (reconstruct.py)."""
-        b, n, c, device = len(seeds), self.tokens, self.channels, self.unknown.device
-        denoise_steps = denoise_steps or self.denoiser.steps
-        generators = [np.random.default_rng(seed) for seed in seeds]              # a sample is independent of its batch
-        order = torch.from_numpy(np.stack([rng.permutation(n) for rng in generators])).to(device)             # b n
-        noise = draw_noise(generators, (n, self.denoiser.draws(denoise_steps), c), device)                # b n draws c
+        b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
+        order = permutation(keys, 0, n)                                           # b n
+        noise = normal(keys, 1, (n, self.denoiser.draws(denoise_steps), c))       # b n draws c, in this order
 
         condition, strengths = split_condition(condition, cfg)
         prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
         rgs_steps = math.ceil(window * steps) if blend else 0
 
-        x = torch.zeros(b, n, c, device=device)                                   # b n c, unknown tokens are 0
+        x = torch.zeros(b, n, c, device=keys.device)                              # b n c, unknown tokens are 0
         for step, (known, after) in enumerate(schedule(n, steps)):
             new = order[:, known:after]                                           # b m, the tokens of this step
             blended = blend(x) if step < rgs_steps else x                         # b n c, RGS; only known count
@@ -271,17 +264,13 @@ class Backbone(nn.Module):
             z = rearrange(self.net.c(z), "rb m d -> (rb m) d")
 
             # DenoiseNet: x_i ~ p(x_i | z_i), guided by the r branches
-            sample = self.denoiser.sample(self.net, z, take(noise, new), denoise_steps, ramped, temperature)
+            drawn = rearrange(noise[:, known:after], "b m draws c -> (b m) draws c")
+            sample = self.denoiser.sample(self.net, z, drawn, denoise_steps, ramped, temperature)
             x = put(x, new, sample)                                               # b n c; sample: (b m) c
         return x
 
 
 BACKBONES = {"mae": Backbone}                                 # the choices of --variant; research/peers.py adds others
-
-
-def take(x, rows):
-    """x b n ..., rows b m -> those rows of every batch element, stacked: (b m) ..."""
-    return torch.cat([element[chosen] for element, chosen in zip(x, rows)])
 
 
 def put(x, rows, values):
@@ -290,13 +279,13 @@ def put(x, rows, values):
     return x.scatter(1, index, rearrange(values, "(b m) c -> b m c", b=len(x)).to(x.dtype))
 
 
-def cache_sized(backbone, condition, seeds):
-    """Splits a batch into chunks whose activations fit a CPU's cache, a fifth faster: pairs of condition and seeds."""
-    size = len(seeds)
+def cache_sized(backbone, condition, keys):
+    """Splits a batch into chunks whose activations fit a CPU's cache, a fifth faster: pairs of condition and keys."""
+    size = len(keys)
     if backbone.token.weight.device.type == "cpu":
         size = max(1, CACHED // (backbone.tokens * backbone.dim * (len(condition) + 1)))
-    for i in range(0, len(seeds), size):
-        yield {kind: (x[i:i + size], mask[i:i + size]) for kind, (x, mask) in condition.items()}, seeds[i:i + size]
+    for i in range(0, len(keys), size):
+        yield {kind: (x[i:i + size], mask[i:i + size]) for kind, (x, mask) in condition.items()}, keys[i:i + size]
 
 
 def schedule(n, steps):
@@ -356,13 +345,14 @@ def train(run):
 
 
 def fit_generator(run, stage, model, draw, loss_of, towers, decoders,
-                  generate=lambda model, condition, seeds: model.generate(condition, seeds), choices=((),), **entries):
+                  generate=lambda model, condition, keys: model.generate(condition, keys), choices=((),), **entries):
     """Trains, evaluates and saves the generator of any model; show draws pictures of its samples."""
     judge = run.judge
 
     def show(model, path):
         with run.autocast():
-            x = generate(model, towers.encode(run.prompts), [(0, i) for i in range(len(run.prompts))])
+            keys = keys_of([(0, i) for i in range(len(run.prompts))], run.device)
+            x = generate(model, towers.encode(run.prompts), keys)
         judge.save_picture(path, judge.samples(run, decoders, x))
 
     model, seconds = run.fit(stage, model, draw, loss_of, show, choices)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data import seeded
 from engine import processes
 from engine.networks import grid_points
+from engine.noise import keys_of
 from geometry.kinds import VIEW
 from geometry.meshes import bin_centres, quantise, sample_surface
 from geometry.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, soundness, ssim
@@ -115,7 +116,8 @@ def class_accuracy(run, encoders, generate, heads, n=4, points=1024):
         return {}
     names, rng = [name for name in run.classes for _ in range(n)], np.random.default_rng(0)
     with run.autocast():
-        tokens = generate(encoders.encode(names), [(0, i) for i in range(len(names))])        # b n c
+        keys = keys_of([(0, i) for i in range(len(names))], run.device)
+        tokens = generate(encoders.encode(names), keys)       # b n c
     clouds = torch.stack([torch.from_numpy(decode(run, heads, x).surface(points, rng)[0]) for x in tokens])      # b k 3
     references = run.test.cloud(range(len(run.test)), points, seeded(0, run.test.device))[0].cpu()         # r k 3
     nearest = chamfer_matrix(clouds, references).argmin(1)                        # b

@@ -25,6 +25,7 @@ import heads
 import reconstruct
 from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
 from engine.files import make_folder, read_config, read_stage
+from engine.noise import keys_of
 from engine.stage import RELATIVES
 from prompts.reading import choose, find
 
@@ -90,7 +91,8 @@ class Sampler:
         options = self.OPTIONS | options
         cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
         with self.autocast():
-            return self.shape_tokens(self.encoders.encode(prompts, pictures), seeds, cfg=cfg, **options)
+            condition, keys = self.encoders.encode(prompts, pictures), keys_of(seeds, self.device)
+            return self.shape_tokens(condition, keys, cfg=cfg, **options)
 
     def sample(self, prompt=None, image=None, n=1, seed=0, **options):
         """n samples of one prompt, one picture (a file, or an image of Pillow), or both -> shape tokens b n c, b = n.
@@ -141,12 +143,12 @@ class LTM3D(Sampler):
         self.OPTIONS = self.OPTIONS | stored
         self.backbone = cast_once(backbone.load(self.folder).to(self.device), self.autocast)
 
-    def shape_tokens(self, condition, seeds, rgs, **options):
-        """A condition (prefix.py) and one seed per sample -> shape tokens b n c."""
+    def shape_tokens(self, condition, keys, rgs, **options):
+        """A condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c."""
         chunks = []
-        for chunk, chunk_seeds in backbone.cache_sized(self.backbone, condition, seeds):
+        for chunk, chunk_keys in backbone.cache_sized(self.backbone, condition, keys):
             blend = reconstruct.blending(self.reconstruct, chunk, rgs)
-            chunks.append(self.backbone.generate(chunk, chunk_seeds, blend=blend, **options).float())
+            chunks.append(self.backbone.generate(chunk, chunk_keys, blend=blend, **options).float())
         return torch.cat(chunks)                                                  # b n c
 
     def reconstruct(self, condition):

@@ -19,8 +19,9 @@ import data
 import heads
 import reconstruct
 import tokenizer
-from conftest import HERE, SMALL, WIDTHS, prompted, small_backbone
+from conftest import HERE, SMALL, WIDTHS, NoWait, prompted, small_backbone
 from engine.commands import UserError
+from engine.noise import keys_of
 from prefix import Prefix
 
 # ---------------------------------------------------------------------------- the code
@@ -214,7 +215,7 @@ def test_guidance_one_is_conditional_only(denoiser):
     model, condition = small_backbone(denoiser)
     other = copy.deepcopy(model)
     nn.init.normal_(other.prefix.conditions.nothing, std=3.)
-    sampled = lambda model, cfg: model.generate(condition, [0, 1, 2], steps=5, denoise_steps=4, cfg=cfg)
+    sampled = lambda model, cfg: model.generate(condition, keys_of(range(3)), steps=5, denoise_steps=4, cfg=cfg)
     assert torch.equal(sampled(model, 1.), sampled(other, 1.))
     assert not torch.equal(sampled(model, 2.), sampled(other, 2.))
     assert torch.allclose(sampled(model, 1.), sampled(model, 1 + 1e-7), atol=.01)              # all branches computed
@@ -226,7 +227,7 @@ def test_guidance_has_a_strength_for_each_prompt(monkeypatch):
     strengths = []
     monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, noise, steps, strength, temperature:
                         strengths.append(strength) or noise[:, 0])
-    model.generate(condition, [0, 1, 2], steps=27, cfg={"text": 4., "image": 2.})
+    model.generate(condition, keys_of(range(3)), steps=27, cfg={"text": 4., "image": 2.})
     assert strengths[0] == []                                 # the conditional branch alone
     assert strengths[3] == pytest.approx([1 + 4 * 3 / 27, 1 + 3 * 4 * 3 / 27])
     assert strengths[7:] == [[2., 4.]] * 20
@@ -268,15 +269,24 @@ def test_a_sample_does_not_depend_on_its_batch(denoiser, monkeypatch):
     """Three samples together = each alone = two and one, whatever was drawn before; another seed is another sample."""
     model, condition = small_backbone(denoiser)
     sampled = functools.partial(model.generate, steps=5, denoise_steps=4, cfg=1.5)             # more amplifies rounding
-    together = sampled(condition, [7, 8, 9])
-    assert torch.equal(together, sampled(condition, [7, 8, 9]))
-    assert not torch.allclose(together[0], sampled(condition, [8, 8, 9])[0], atol=.1)
+    keys, other = keys_of([7, 8, 9]), keys_of([8, 8, 9])
+    together = sampled(condition, keys)
+    assert torch.equal(together, sampled(condition, keys))
+    assert not torch.allclose(together[0], sampled(condition, other)[0], atol=.1)
     for size in (1, 2):
         monkeypatch.setattr(backbone, "CACHED", size * 27 * SMALL[backbone]["dim"] * 3)        # 3 branches
-        chunks = list(backbone.cache_sized(model, condition, [7, 8, 9]))
+        chunks = list(backbone.cache_sized(model, condition, keys))
         assert len(chunks[0][1]) == size
         apart = torch.cat([sampled(*chunk) for chunk in chunks])
         assert torch.allclose(together, apart, atol=.01)
+
+
+@pytest.mark.parametrize("denoiser", backbone.DENOISERS)
+def test_sampling_does_not_wait(denoiser, monkeypatch):
+    (model, condition), keys = small_backbone(denoiser), keys_of(range(3))
+    monkeypatch.delattr(np.random, "default_rng")             # all numbers are drawn on the device
+    with NoWait():
+        model.generate(condition, keys, steps=5, denoise_steps=4)
 
 
 @pytest.mark.parametrize("denoiser", backbone.DENOISERS)
@@ -286,7 +296,7 @@ def test_a_model_allocates_on_its_device_alone(denoiser):
     model, condition = model.to("meta"), {kind: [x.to("meta") for x in pair] for kind, pair in condition.items()}
     model.loss(torch.zeros(3, 27, 8, device="meta"), condition, 5).backward()
     assert all(weight.grad.is_meta for weight in model.parameters() if weight.grad is not None)
-    assert model.generate(condition, [7, 8, 9], steps=5, denoise_steps=4).is_meta
+    assert model.generate(condition, keys_of([7, 8, 9], "meta"), steps=5, denoise_steps=4).is_meta
 
 
 # ---------------------------------------------------------------------------- denoisers
@@ -360,7 +370,7 @@ def test_reconstruction_guides_the_first_steps():
     steps."""
     model, condition = small_backbone()
     recon = 3 * torch.randn(3, 27, 8)
-    sampled = functools.partial(model.generate, condition, [0, 1, 2], steps=8, denoise_steps=4)
+    sampled = functools.partial(model.generate, condition, keys_of(range(3)), steps=8, denoise_steps=4)
     blend = lambda x: reconstruct.blend(x, recon, .1)
     plain = sampled()
     assert torch.equal(plain, sampled(blend=lambda x: reconstruct.blend(x, recon, 1.)))
@@ -413,6 +423,6 @@ def test_only_the_conditional_branch_gets_the_blend(monkeypatch):
         inputs.append(x.chunk(3))
         return contexts(prefix, x, *rest)
     monkeypatch.setattr(model, "contexts", record)
-    model.generate(condition, [0, 1, 2], steps=4, blend=lambda x: x + 1, window=.5)
+    model.generate(condition, keys_of(range(3)), steps=4, blend=lambda x: x + 1, window=.5)
     for step, (both, text, nothing) in enumerate(inputs[1:], 1):                  # the first step has one branch
         assert torch.equal(both, nothing + (step < 2)) and torch.equal(text, nothing)

@@ -15,6 +15,7 @@ from torch import nn
 
 from engine.commands import UserError
 from engine.files import atomic_write
+from engine.noise import gumbel
 
 HEAD = struct.Struct("<4s6sI")
 MAGIC = b"VAT1"                                               # with the version
@@ -51,9 +52,9 @@ def code_use(indices, codes):
     return {"code use": (share > 0).float().mean(), "perplexity": torch.special.entr(share).sum().exp()}
 
 
-def draw_codes(logits, randoms, top_k, top_p, temperature):
-    """Logits b n v -> codes b n, each drawn with the random generator of its sample (Gumbel's trick). top_k and top_p
-    cut before the temperature acts."""
+def draw_codes(logits, keys, stream, top_k, top_p, temperature):
+    """Logits b n v and keys b (engine/noise.py) -> codes b n, drawn by Gumbel's trick. top_k and top_p cut before the
+    temperature acts."""
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -61,8 +62,7 @@ def draw_codes(logits, randoms, top_k, top_p, temperature):
         ordered, order = logits.softmax(-1).sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered > top_p         # likelier ones have that share already
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    noise = torch.from_numpy(np.stack([rng.gumbel(size=logits.shape[1:]) for rng in randoms])).to(logits)
-    return (logits + temperature * noise).argmax(-1)
+    return (logits + temperature * gumbel(keys, stream, logits.shape[1:])).argmax(-1)
 
 
 def pack(codes, bits):                                        # n whole numbers -> bytes

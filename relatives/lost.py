@@ -17,7 +17,6 @@ Letters: n shape tokens of c channels; m registers of w numbers, of which the fi
 """
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -26,10 +25,11 @@ from torch import nn
 import encoders as encoders_
 import heads as heads_
 import tokenizer as tokenizer_
-from backbone import DRAWS, DenoiseNet, Flow, draw_noise, fit_generator, split_condition
+from backbone import DRAWS, DenoiseNet, Flow, fit_generator, split_condition
 from engine.commands import UserError, cast_once, command
 from engine.files import load_stage
 from engine.networks import Block, flow_pair, time_embedding
+from engine.noise import keys_of, normal
 from engine.stage import Stage
 from prompts.text_tower import info_nce
 from relatives.sequence import AdaBlock, Growing, Sequence
@@ -165,10 +165,10 @@ class Codec(nn.Module):
         return flow + self.MEANING * meaning, {"flow": flow.detach(), "meaning": meaning.detach()}
 
     @torch.no_grad()
-    def decode(self, registers, seeds, steps=10):
-        """The first k registers of b shapes, b k w, and one seed per shape -> shape tokens b n c."""
+    def decode(self, registers, keys, steps=10):
+        """The first k registers of b shapes, b k w, and one key per shape (engine/noise.py) -> shape tokens b n c."""
         kept = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
-        noise = draw_noise(map(np.random.default_rng, seeds), (1, self.tokens * self.decoder.channels), kept.device)
+        noise = normal(keys, 1, (1, self.tokens * self.decoder.channels))         # b 1 (n c); stream 0: registers
         memory = self.decoder.read(registers)
         net = lambda x, t, _: self.decoder.velocity(x, t, kept, memory)           # its condition is the memory
         return rearrange(Flow.sample(net, None, noise, steps), "b (n c) -> b n c", n=self.tokens)
@@ -197,10 +197,9 @@ class Generator(Sequence):
         return Flow.loss(self.net, x, self.net.c(z)), {}
 
     @torch.no_grad()
-    def generate(self, condition, seeds, registers=None, denoise_steps=4, cfg=1.5, temperature=1.):
-        """condition (prefix.py) and one seed per sample -> the first registers, b k w."""
-        generators = [np.random.default_rng(seed) for seed in seeds]              # a sample is independent of its batch
-        noise = draw_noise(generators, (self.count, 1, self.width), self.place.device)            # b m 1 w
+    def generate(self, condition, keys, registers=None, denoise_steps=4, cfg=1.5, temperature=1.):
+        """condition (prefix.py) and one key per sample (engine/noise.py) -> the first registers, b k w."""
+        noise = normal(keys, 0, (self.count, 1, self.width))                      # b m 1 w
         condition, strengths = split_condition(condition, cfg)                    # r branches of b samples
         rows, chosen = Growing(self, condition, self.count), []
         x = rows.first                                                            # (r b) 1 d
@@ -268,7 +267,8 @@ def train_registers(run):
     def show(model, path):                                    # at tiny a row for each shape: of 1, 2, 4 ... registers
         with run.autocast():
             r = model.encoder(tokens[run.test][:4].to(run.device))
-            decoded = torch.stack([model.decode(r[:, :k], range(len(r))) for k in model.lengths], 1)     # b lengths n c
+            keys = keys_of(range(len(r)), run.device)
+            decoded = torch.stack([model.decode(r[:, :k], keys) for k in model.lengths], 1)          # b lengths n c
         judge.save_picture(path, judge.reconstructions(run, heads, decoded.flatten(0, 1), run.joint[-1]))
 
     model, seconds = run.fit("lost-registers", model, draw, lambda model, x: model.loss(x, student), show)
@@ -303,10 +303,8 @@ def stages(ltm3d):
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened
 
-def generate_tokens(codec, generator, condition, seeds, **options):
-    """-> shape tokens b n c. Each sample has its own random generator, for registers and then for the decoder."""
-    generators = [*map(np.random.default_rng, seeds)]         # default_rng(generator) is the generator
-    return codec.decode(generator.generate(condition, generators, **options), generators)
+def generate_tokens(codec, generator, condition, keys, **options):                # -> shape tokens b n c
+    return codec.decode(generator.generate(condition, keys, **options), keys)
 
 
 class Autoencoder(nn.Module):
@@ -317,7 +315,8 @@ class Autoencoder(nn.Module):
         self.tokenizer, self.codec, self.points = tokenizer, codec, tokenizer.points
 
     def forward(self, *cloud):                                # b k 3 each -> b n c
-        return self.codec.decode(self.codec.encoder(self.tokenizer(*cloud)), [0] * len(cloud[0]))
+        keys = keys_of([0] * len(cloud[0]), cloud[0].device)
+        return self.codec.decode(self.codec.encoder(self.tokenizer(*cloud)), keys)
 
 
 load_student = partial(load_stage, stage="lost-student", part=Student)
@@ -336,10 +335,10 @@ class LoST(Sampler):
         self.generator = cast_once(load_stage(self.folder, "lost-generator", Generator).to(self.device), self.autocast)
         self.codec = cast_once(load_codec(self.folder).to(self.device), self.autocast)
 
-    def shape_tokens(self, condition, seeds, **options):      # b n c
+    def shape_tokens(self, condition, keys, **options):       # b n c
         if options["registers"] not in (None, *range(1, self.codec.count + 1)):
             raise UserError(f"{options['registers']} registers are not between 1 and {self.codec.count}")
-        return generate_tokens(self.codec, self.generator, condition, seeds, **options)
+        return generate_tokens(self.codec, self.generator, condition, keys, **options)
 
 
 Model = LoST

@@ -14,9 +14,10 @@ from torch.distributions import Normal, kl_divergence
 import evaluate
 import sample
 import train
-from conftest import WIDTHS, assert_one_line, prompted, run, train_small
+from conftest import WIDTHS, NoWait, assert_one_line, prompted, run, train_small
 from engine import files
 from engine.commands import UserError
+from engine.noise import keys_of
 from relatives import codes, vat
 
 PARTS = dict(side=4, channels=8, codes=64, scales="1 2 3 4")
@@ -127,7 +128,7 @@ def test_cached_is_uncached(generator, monkeypatch):
     """Without noise and guidance, what is sampled with the cache is what one pass over all scales finds likeliest."""
     sampled, guesses, up, condition = [], [], generator.quantiser.up, prompted()
     monkeypatch.setattr(generator.quantiser, "up", lambda chosen, k: sampled.append(chosen) or up(chosen, k))
-    generator.generate(condition, range(3), cfg=1., temperature=0.)
+    generator.generate(condition, keys_of(range(3)), cfg=1., temperature=0.)
     indices = torch.cat(sampled, 1)                                               # b N
     generator.out.register_forward_hook(lambda module, inputs, out: guesses.append(out.argmax(-1)))
     generator.loss(indices, condition)
@@ -137,16 +138,23 @@ def test_cached_is_uncached(generator, monkeypatch):
 def test_a_sample_depends_on_its_seed_and_guidance_not_on_its_batch(generator):
     both = prompted(2)
     one = {kind: (tokens[1:], mask[1:]) for kind, (tokens, mask) in both.items()}
-    alone, guided, other = (generator.generate(one, [seed], cfg) for seed, cfg in ((5, 1.), (5, 4.), (6, 1.)))
-    assert torch.allclose(alone, generator.generate(both, [4, 5], 1.)[1:], atol=1e-4)
+    alone, guided, other = (generator.generate(one, keys_of([seed]), cfg) for seed, cfg in ((5, 1.), (5, 4.), (6, 1.)))
+    assert torch.allclose(alone, generator.generate(both, keys_of([4, 5]), 1.)[1:], atol=1e-4)
     assert not torch.equal(alone, guided) and not torch.equal(alone, other)
+
+
+def test_sampling_does_not_wait(generator, monkeypatch):
+    condition, keys = prompted(), keys_of(range(3))
+    monkeypatch.delattr(np.random, "default_rng")             # all numbers are drawn on the device
+    with NoWait():
+        generator.generate(condition, keys, top_k=5, top_p=.9)
 
 
 @pytest.mark.parametrize("options, allowed", [(dict(top_k=1), {2}), (dict(top_p=.6), {1, 2}), ({}, {0, 1, 2}),
                                               (dict(top_k=9), {0, 1, 2})])
 def test_only_the_likeliest_codes_are_drawn(options, allowed):
     logits = torch.log(torch.tensor([.1, .4, .5])).expand(1, 500, 3)
-    found = codes.draw_codes(logits, [np.random.default_rng(0)], **dict(top_k=None, top_p=1., temperature=1.) | options)
+    found = codes.draw_codes(logits, keys_of([0]), 0, **dict(top_k=None, top_p=1., temperature=1.) | options)
     assert {*found.flatten().tolist()} == allowed
 
 

@@ -17,7 +17,6 @@ features; N codes, of K scales; s the side of scale k = 0 ... K - 1; v vectors o
 """
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -249,15 +248,14 @@ class Generator(Sequence):
         return F.cross_entropy(logits.flatten(0, 1), indices.flatten()), {"right": right}
 
     @torch.no_grad()
-    def generate(self, condition, seeds, cfg=2., top_k=None, top_p=1., temperature=1.):
-        """condition (prefix.py) and one seed per sample -> latents b n c."""
-        generators = [np.random.default_rng(seed) for seed in seeds]              # a sample is independent of its batch
+    def generate(self, condition, keys, cfg=2., top_k=None, top_p=1., temperature=1.):
+        """condition (prefix.py) and one key per sample (engine/noise.py) -> latents b n c."""
         condition, strengths = split_condition(condition, cfg)                    # r branches of b samples
-        r, rows, f = len(strengths) + 1, Growing(self, condition, sum(self.counts)), self.quantiser.nothing(len(seeds))
+        r, rows, f = len(strengths) + 1, Growing(self, condition, sum(self.counts)), self.quantiser.nothing(len(keys))
         for k in range(len(self.scales)):
             x = self.tokens(k, f.repeat(r, 1, 1, 1, 1), rows.first)               # (r b) s^3 d
             logits = combine(self.out(rows.append(x)).float(), strengths)         # b s^3 v
-            codes = draw_codes(logits, generators, top_k, top_p, temperature * (LATER if k else 1))           # b s^3
+            codes = draw_codes(logits, keys, k, top_k, top_p, temperature * (LATER if k else 1))              # b s^3
             f = f + self.quantiser.up(codes, k)
         return as_rows(f)
 
@@ -376,8 +374,8 @@ class VAT(Sampler):
             raise UserError(f"vat generates {', '.join(REPS)}, not {', '.join(sorted(other))}; give another --rep")
         return self
 
-    def shape_tokens(self, condition, seeds, **options):      # latents b n c
-        return self.generator.generate(condition, seeds, **options)
+    def shape_tokens(self, condition, keys, **options):       # latents b n c
+        return self.generator.generate(condition, keys, **options)
 
 
 Model = VAT

@@ -24,6 +24,7 @@ import backbone
 import tokenizer
 from engine.commands import Parser, add_device_flags, between, cast_once, command, pick_device
 from engine.files import make_folder
+from engine.noise import keys_of, normal, permutation
 from engine.step import optimizers, recompute_blocks, update
 from geometry import surface
 from geometry.shapes import CLASSES
@@ -86,17 +87,16 @@ def random_condition(b, device):
 # ---------------------------------------------------------------------------- sampling
 
 @torch.no_grad()
-def published(model, condition, seeds, cfg=2.):
+def published(model, condition, keys, cfg=2.):
     """MAR's sampling: many steps of both kinds, each with one pass with the prompt and one without; guidance grows."""
     steps, denoise_steps = PUBLISHED
-    b, n, device = len(seeds), model.tokens, model.unknown.device
-    generators = [np.random.default_rng(seed) for seed in seeds]
-    order = torch.from_numpy(np.stack([rng.permutation(n) for rng in generators])).to(device)         # b n
-    noise = backbone.draw_noise(generators, (n, model.denoiser.draws(denoise_steps), model.channels), device)  # b n s c
+    n = model.tokens
+    order = permutation(keys, 0, n)                                                                   # b n
+    noise = normal(keys, 1, (n, model.denoiser.draws(denoise_steps), model.channels))                 # b n s c
     dropped = {kind: (tokens, torch.zeros_like(mask)) for kind, (tokens, mask) in condition.items()}
     prefix, unconditional = model.prefix(condition), model.prefix(dropped)                            # b p d, b p each
 
-    x = torch.zeros(b, n, model.channels, device=device)                                              # b n c
+    x = torch.zeros(len(keys), n, model.channels, device=keys.device)                                 # b n c
     for known, then in backbone.schedule(n, steps):
         def contexts(prefix):                                 # of all tokens, as MAR, not of the new ones alone
             z = model.contexts(prefix, x, order, known, order)                                        # b n d
@@ -107,16 +107,16 @@ def published(model, condition, seeds, cfg=2.):
             return out + (1 + (cfg - 1) * then / n) * (model.net(x, t, z) - out)
 
         z, z_unconditional = contexts(prefix), contexts(unconditional)                                # (b m) d
-        new = order[:, known:then]                                                                    # b m
-        sample = model.denoiser.sample(net, z, backbone.take(noise, new), denoise_steps)              # (b m) c
-        x = backbone.put(x, new, sample)
+        drawn = rearrange(noise[:, known:then], "b m s c -> (b m) s c")
+        sample = model.denoiser.sample(net, z, drawn, denoise_steps)                                  # (b m) c
+        x = backbone.put(x, order[:, known:then], sample)
     return x
 
 
-def ours(model, condition, seeds):
+def ours(model, condition, keys):
     """As sample.py does it: a flow, few steps, guidance in one batch, chunks of a batch in turn."""
-    for chunk, chunk_seeds in backbone.cache_sized(model, condition, seeds):
-        model.generate(chunk, chunk_seeds)
+    for chunk, chunk_keys in backbone.cache_sized(model, condition, keys):
+        model.generate(chunk, chunk_keys)
 
 
 def bench_sample(args):
@@ -126,7 +126,7 @@ def bench_sample(args):
 
     def sample(way, denoiser, b):
         with args.autocast():
-            way(models[denoiser], random_condition(b, args.place), [(0, i) for i in range(b)])
+            way(models[denoiser], random_condition(b, args.place), keys_of([(0, i) for i in range(b)], args.place))
 
     return [{"batch": f"{b}"} | row for b in SAMPLED for row in take_turns(args, {
         "as published": partial(sample, published, "ddpm", b), "ours": partial(sample, ours, "flow", b)})]

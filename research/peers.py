@@ -11,16 +11,16 @@
 """
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
 import train
-from backbone import BACKBONES, DENOISERS, Backbone, Flow, draw_noise, split_condition
+from backbone import BACKBONES, DENOISERS, Backbone, Flow, split_condition
 from engine.commands import UserError, command
 from engine.networks import time_embedding
+from engine.noise import bits, normal
 from prefix import Prefix
 from relatives import lost
 from relatives.sequence import AdaBlock
@@ -61,13 +61,12 @@ class Diffusion(nn.Module):
         return self.denoiser.loss(partial(self.net, mask=mask), rearrange(x, "b n c -> b (n c)"), prefix)
 
     @torch.no_grad()
-    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
+    def generate(self, condition, keys, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
         """As Backbone.generate, without unmasking steps, and without known tokens that RGS could blend."""
         if blend:
             raise UserError("RGS blends known tokens, and this checkpoint denoises all at once; give --rgs none")
         steps = denoise_steps or STEPS
-        noise_shape = self.denoiser.draws(steps), self.tokens * self.channels
-        noise = draw_noise(map(np.random.default_rng, seeds), noise_shape, self.place.device)        # b s (n c)
+        noise = normal(keys, 0, (self.denoiser.draws(steps), self.tokens * self.channels))           # b s (n c)
         condition, strengths = split_condition(condition, cfg)
         prefix, mask = self.prefix(condition)                                     # (r b) p d, (r b) p
         x = self.denoiser.sample(partial(self.net, mask=mask), prefix, noise, steps, strengths, temperature)
@@ -87,11 +86,11 @@ class Autoregressive(lost.Generator):
     def loss(self, x, condition, known=None):                 # b n c; it has no moments of generation
         return super().loss(x, condition)[0]
 
-    def generate(self, condition, seeds, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
+    def generate(self, condition, keys, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
         """As Backbone.generate, in n steps of one token each."""
         if blend:
             raise UserError("RGS needs tokens in random order, this checkpoint samples them in turn; give --rgs none")
-        return super().generate(condition, seeds, denoise_steps=denoise_steps or Flow.steps, cfg=cfg,
+        return super().generate(condition, keys, denoise_steps=denoise_steps or Flow.steps, cfg=cfg,
                                 temperature=temperature)
 
 
@@ -133,13 +132,12 @@ class Spaces(Backbone):
         self.space = torch.randint(4, (len(x),), device=x.device)                 # b, of each sample
         return super().loss(x @ self.rotation[self.space], condition, known)
 
-    def generate(self, condition, seeds, **options):
-        """Samples of all spaces, rotated back; the seed chooses the space."""
+    def generate(self, condition, keys, **options):
+        """Samples of all spaces, rotated back; the key chooses the space."""
         if options.get("blend"):
             raise UserError("the reconstructor knows none of these latent spaces; give --rgs none")
-        spaces = [np.random.default_rng(seed).integers(4) for seed in seeds]
-        self.space = torch.tensor(spaces, device=self.unknown.device)             # b
-        return super().generate(condition, seeds, **options) @ self.rotation[self.space].mT
+        self.space = bits(keys, 2, ()) & 3                    # b; streams 0 and 1: Backbone.generate
+        return super().generate(condition, keys, **options) @ self.rotation[self.space].mT
 
 
 class WithoutRIDA(lost.Codec):

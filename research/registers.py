@@ -15,6 +15,7 @@ import tokenizer
 from data import seeded
 from engine.commands import UserError, pick_device
 from engine.files import trained_stages
+from engine.noise import keys_of
 from geometry.metrics import chamfer, chamfer_matrix
 from geometry.render import render_mesh
 from geometry.training_samples import vertex_coloured
@@ -54,7 +55,7 @@ class Opened:
         """Tokens 1 n c, encoded, decoded with k registers (None: unchanged), meshed."""
         if k is not None:
             with self.autocast():
-                tokens = self.codec.decode(self.codec.encoder(tokens)[:, :k], [seed]).float()
+                tokens = self.codec.decode(self.codec.encoder(tokens)[:, :k], keys_of([seed], self.device)).float()
         return self.heads["sdf"].decode(tokens[0], self.heads, rng, self.autocast, 64)
 
 

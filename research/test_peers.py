@@ -5,6 +5,7 @@ import torch
 import backbone
 from backbone import BACKBONES
 from conftest import WIDTHS, small_backbone
+from engine.noise import keys_of
 from research import peers
 
 
@@ -31,7 +32,7 @@ def test_other_generators_learn_what_belongs_to_a_prompt(variant):
         model.loss(x, {"text": (text, mask)}, 3).backward()
         optimizer.step()
         optimizer.zero_grad()
-    samples = model.eval().generate({"text": (text[:2], mask[:2])}, [0, 1], steps=4, cfg=1.)
+    samples = model.eval().generate({"text": (text[:2], mask[:2])}, keys_of(range(2)), steps=4, cfg=1.)
     distance = ((samples[:, None] - x[None, :2]) ** 2).mean((2, 3)).sqrt()        # 2 2
     assert distance.diag().max() < .35
     assert min(distance[0, 1], distance[1, 0]) > .7
@@ -41,7 +42,7 @@ def test_other_generators_learn_what_belongs_to_a_prompt(variant):
 def test_every_generator_is_sampled_in_chunks(variant):
     """A batch is cut by the size of the model, as sample.py does; every sample is a whole shape."""
     model, condition = small_backbone(kind=BACKBONES[variant])
-    samples = [model.generate(*part, steps=2) for part in backbone.cache_sized(model, condition, range(3))]
+    samples = [model.generate(*part, steps=2) for part in backbone.cache_sized(model, condition, keys_of(range(3)))]
     assert torch.cat(samples).shape == (3, model.tokens, 8)
 
 
@@ -50,9 +51,10 @@ def test_latent_spaces_are_rotations(monkeypatch):
     (plain, condition), (spaces, _) = small_backbone(), small_backbone(kind=peers.Spaces)
     spaces.load_state_dict(plain.state_dict(), strict=False)
     torch.nn.init.zeros_(spaces.label.weight)
-    samples = spaces.generate(condition, [0, 1, 2], steps=3)
+    keys = keys_of(range(3))
+    samples = spaces.generate(condition, keys, steps=3)
     assert len(spaces.space.unique()) > 1
-    assert torch.allclose(samples, plain.generate(condition, [0, 1, 2], steps=3) @ spaces.rotation[spaces.space].mT,
+    assert torch.allclose(samples, plain.generate(condition, keys, steps=3) @ spaces.rotation[spaces.space].mT,
                           atol=1e-5)
     x, rotated = torch.randn(3, 27, 8), []
     monkeypatch.setattr(backbone.Backbone, "loss", lambda self, x, *_: rotated.append(x))
