@@ -34,7 +34,7 @@ def corners_of_cut_cells(inside):
 
 @torch.no_grad()
 def sdf_grid(evaluate, resolution, hierarchical=True, device="cpu"):
-    """Distances (in units of the truncation) on a (resolution + 1)^3 grid over [-1, 1]^3: numpy r r r.
+    """Distances (in units of the truncation) on a (resolution + 1)^3 grid over [-1, 1]^3: r r r, on the device.
 
     `evaluate` maps points k 3 to distances k, both on the device. Marching cubes needs the distances at the corners of
     cells that the surface cuts; elsewhere the sign is enough. So the mesh is the same as that of a dense grid, but for
@@ -56,7 +56,7 @@ def sdf_grid(evaluate, resolution, hierarchical=True, device="cpu"):
             grid[points.unbind(1)] = evaluate(points * 2 / side - 1)
             evaluated |= wanted
             wanted = corners_of_cut_cells(set_border(grid < 0, False))
-    return set_border(grid, 1.).cpu().numpy()
+    return set_border(grid, 1.)
 
 
 def set_border(grid, value):
@@ -86,10 +86,13 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
             return in_chunks(lambda chunk: head.evaluate(memory, chunk[None])[0], x)
 
     grid = sdf_grid(lambda x: evaluate(x)[:, 0], resolution, hierarchical, tokens.device)
-    if grid.min() >= 0:
+    least = torch.stack([grid.amin(axes) for axes in ((1, 2), (0, 2), (0, 1))]).cpu().numpy()     # 3 r: of each layer
+    if least.min() >= 0:
         return np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int64), np.zeros((0, 3), np.float32)
-    vertices, faces, _, _ = marching_cubes(grid, 0., gradient_direction="descent")     # faces outward
-    vertices = np.ascontiguousarray(vertices * 2 / resolution - 1, dtype=np.float32)
+    inside = [np.flatnonzero(layers <= 0) for layers in least]                # marching cubes gets their box alone
+    box = grid[tuple(slice(rows[0] - 1, rows[-1] + 2) for rows in inside)].cpu().numpy()
+    vertices, faces, _, _ = marching_cubes(box, 0., gradient_direction="descent")      # faces outward
+    vertices = np.ascontiguousarray((vertices + [rows[0] - 1 for rows in inside]) * 2 / resolution - 1, np.float32)
     colours = evaluate(torch.from_numpy(vertices).to(tokens.device))[:, 1:].clamp(0, 1).cpu().numpy()
     give_back_memory()
     return vertices, np.ascontiguousarray(faces, dtype=np.int64), colours

@@ -195,7 +195,7 @@ ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, {value: p
 
 def measure_shape(field):
     """A field: points k 3 -> distance, colour -> o and paint, as checkers take them."""
-    o = sdf_grid(lambda x: field(x)[:, 0], 64) < 0            # x y z: vertices of the grid
+    o = (sdf_grid(lambda x: field(x)[:, 0], 64) < 0).numpy()  # x y z: vertices of the grid
     if not o.any():
         return o[:0], o[:0]
     surface = np.argwhere(o & ~binary_erosion(o))                                 # k 3
