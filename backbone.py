@@ -23,7 +23,7 @@ import tokenizer
 from engine.commands import UserError
 from engine.files import load_stage
 from engine.networks import Block, flow_pair, time_embedding
-from engine.noise import keys_of, normal, permutation
+from engine.noise import bits, keys_of, normal
 from engine.stage import Stage
 from prefix import Prefix
 
@@ -122,20 +122,16 @@ class Flow:
     steps = 4                                                 # by default
 
     @staticmethod
-    def draws(steps):                                         # noise draws per sampled token
-        return 1
-
-    @staticmethod
     def loss(net, x, z):                                      # k c, k d -> mean squared error
         t = torch.randn(len(x), device=x.device).sigmoid()    # logit-normal: most samples near t = .5
         noisy, velocity = flow_pair(x, rearrange(t, "k -> k 1"))                  # k c
         return F.mse_loss(net(noisy, t, z), velocity)
 
     @staticmethod
-    def sample(net, z, noise, steps, strengths=(), temperature=1.):
-        """noise k 1 c, context vectors z (r k) d -> tokens k c. Adams-Bashforth steps from t = 0 to 1: second order
-        with one evaluation a step. temperature scales the noise."""
-        x, before = temperature * noise[:, 0], None
+    def sample(net, z, draw, steps, strengths=(), temperature=1.):
+        """Context vectors z (r k) d, draw: count -> noise k count c; -> tokens k c. Adams-Bashforth steps from t = 0 to
+        1: second order with one evaluation a step. temperature scales the noise."""
+        x, before = temperature * draw(1)[:, 0], None
         for i in range(steps):
             t = torch.full((1,), i / steps, device=x.device)                      # 1
             v = denoise(net, x, t, z, strengths)                                  # k c
@@ -152,10 +148,6 @@ class DDPM:
     alphas = (alphas / alphas[0]).clamp_min(1e-5).float()     # a_0 = 1 ... a_T ~ 0
     table = alphas.tolist()                                   # numbers of the host: sampling moves none
 
-    @staticmethod
-    def draws(steps):                                         # one to start from, one per step but the last
-        return steps
-
     @classmethod
     def loss(cls, net, x, z):
         i = torch.randint(1, cls.T + 1, (len(x),), device=x.device)
@@ -163,17 +155,16 @@ class DDPM:
         return F.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, i / cls.T, z), noise)
 
     @classmethod
-    def sample(cls, net, z, noise, steps, strengths=(), temperature=1.):
-        """noise k steps c, context vectors z (r k) d -> tokens k c. Ancestral sampling over `steps` of the 1000 levels;
-        temperature scales the injected noise, not the initial noise."""
-        levels = [round(cls.T * (steps - step) / steps) for step in range(steps + 1)]
+    def sample(cls, net, z, draw, steps, strengths=(), temperature=1.):
+        """Context vectors z (r k) d, draw: count -> noise k count c; -> tokens k c. Ancestral sampling over `steps` of
+        the 1000 levels; temperature scales the injected noise, not the initial noise."""
+        levels, noise = [round(cls.T * (steps - step) / steps) for step in range(steps + 1)], draw(steps)
         x = noise[:, 0]
         for step, (i, j) in enumerate(zip(levels, levels[1:])):
             a, b = cls.table[i], cls.table[j]
             t = torch.full((1,), i / cls.T, device=x.device)                      # 1
             eps = denoise(net, x, t, z, strengths)                                # k c
-            clean = (x - (1 - a) ** .5 * eps) / a ** .5                           # k c
-            clean = clean.clamp(-5, 5)                        # not in MAR; tokens have unit variance, none is larger
+            clean = ((x - (1 - a) ** .5 * eps) / a ** .5).clamp(-5, 5)            # k c; not in MAR: no token is larger
             ratio = a / b                                     # posterior q(x_j | x_i, clean)
             mean = (b ** .5 * (1 - ratio) * clean + ratio ** .5 * (1 - b) * x) / (1 - a)
             fresh = noise[:, (step + 1) % steps]              # the last step adds none: there 1 - b is 0
@@ -243,8 +234,7 @@ class Backbone(nn.Module):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c.
         blend: RGS, a function of x; in the first `window` of the steps the MAE encodes its output (reconstruct.py)."""
         b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
-        order = permutation(keys, 0, n)                                           # b n
-        noise = normal(keys, 1, (n, self.denoiser.draws(denoise_steps), c))       # b n draws c, in this order
+        order = bits(keys, 0, (n,)).argsort(1)                                    # b n, a permutation for each sample
 
         condition, strengths = split_condition(condition, cfg)
         prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
@@ -264,26 +254,19 @@ class Backbone(nn.Module):
             z = rearrange(self.net.c(z), "rb m d -> (rb m) d")
 
             # DenoiseNet: x_i ~ p(x_i | z_i), guided by the r branches
-            drawn = rearrange(noise[:, known:after], "b m draws c -> (b m) draws c")
-            sample = self.denoiser.sample(self.net, z, drawn, denoise_steps, ramped, temperature)
-            x = put(x, new, sample)                                               # b n c; sample: (b m) c
+            draw = lambda count: normal(keys, 1 + step, (after - known, count, c)).flatten(0, 1)      # (b m) count c
+            sample = self.denoiser.sample(self.net, z, draw, denoise_steps, ramped, temperature)
+            index = repeat(new, "b m -> b m c", c=c)
+            x = x.scatter(1, index, rearrange(sample, "(b m) c -> b m c", b=b))   # b n c
         return x
 
 
 BACKBONES = {"mae": Backbone}                                 # the choices of --variant; research/peers.py adds others
 
 
-def put(x, rows, values):
-    """x b n c with the rows b m of every batch element replaced by `values`, (b m) c."""
-    index = repeat(rows, "b m -> b m c", c=x.shape[-1])
-    return x.scatter(1, index, rearrange(values, "(b m) c -> b m c", b=len(x)).to(x.dtype))
-
-
 def cache_sized(backbone, condition, keys):
     """Splits a batch into chunks whose activations fit a CPU's cache, a fifth faster: pairs of condition and keys."""
-    size = len(keys)
-    if backbone.token.weight.device.type == "cpu":
-        size = max(1, CACHED // (backbone.tokens * backbone.dim * (len(condition) + 1)))
+    size = max(1, CACHED // (backbone.tokens * backbone.dim * (len(condition) + 1))) if keys.is_cpu else len(keys)
     for i in range(0, len(keys), size):
         yield {kind: (x[i:i + size], mask[i:i + size]) for kind, (x, mask) in condition.items()}, keys[i:i + size]
 
@@ -312,9 +295,7 @@ def training_moments(n):
     return [known_at(((i + .5) / 16) ** 1.5, n) for i in range(16)]
 
 
-def load(folder):
-    """The backbone of a checkpoint folder, frozen."""
-    return load_stage(folder, "backbone", Backbone, BACKBONES)
+load = partial(load_stage, stage="backbone", part=Backbone, variants=BACKBONES)           # frozen
 
 
 # ---------------------------------------------------------------------------- stage: data, model, loss, save

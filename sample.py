@@ -67,10 +67,9 @@ class Sampler:
     sampling, with their defaults; `open`, which loads its generator; and `shape_tokens`."""
 
     def __init__(self, folder, device=None, precision=None):
-        self.folder = folder
+        self.folder, self.heads = folder, {}
         self.device, self.autocast, self.reason = pick_device(device, precision)
         self.encoders = encoders.load(folder, self.LAST, self.device)
-        self.heads = {}
         self.open()
 
     def load_heads(self, *reps):
@@ -81,18 +80,16 @@ class Sampler:
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, **options):
-        """b prompts, pictures b 3 s s, or both, and one seed each -> shape tokens b n c. options: those of OPTIONS;
-        None: the default."""
+        """b prompts, pictures b 3 s s, or both, and a seed each -> shape tokens b n c. options: of OPTIONS, or None."""
         options = {option: value for option, value in options.items() if value is not None}
         if unknown := options.keys() - self.OPTIONS.keys():
             flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
             raise UserError(f"{type(self).__name__}, the model in {self.folder}, has no {flags}; leave it out")
         check_numbers(**options)
         options = self.OPTIONS | options
-        cfg = {"text": options.pop("cfg"), "image": options.pop("cfg_image")}
+        options["cfg"] = {"text": options["cfg"], "image": options.pop("cfg_image")}
         with self.autocast():
-            condition, keys = self.encoders.encode(prompts, pictures), keys_of(seeds, self.device)
-            return self.shape_tokens(condition, keys, cfg=cfg, **options)
+            return self.shape_tokens(self.encoders.encode(prompts, pictures), keys_of(seeds, self.device), **options)
 
     def sample(self, prompt=None, image=None, n=1, seed=0, **options):
         """n samples of one prompt, one picture (a file, or an image of Pillow), or both -> shape tokens b n c, b = n.
@@ -145,11 +142,9 @@ class LTM3D(Sampler):
 
     def shape_tokens(self, condition, keys, rgs, **options):
         """A condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c."""
-        chunks = []
-        for chunk, chunk_keys in backbone.cache_sized(self.backbone, condition, keys):
-            blend = reconstruct.blending(self.reconstruct, chunk, rgs)
-            chunks.append(self.backbone.generate(chunk, chunk_keys, blend=blend, **options).float())
-        return torch.cat(chunks)                                                  # b n c
+        blend = lambda condition: reconstruct.blending(self.reconstruct, condition, rgs)
+        chunks = backbone.cache_sized(self.backbone, condition, keys)
+        return torch.cat([self.backbone.generate(*chunk, blend=blend(chunk[0]), **options) for chunk in chunks]).float()
 
     def reconstruct(self, condition):
         if self.reconstructor is None:
@@ -185,7 +180,6 @@ def load(folder="checkpoints/tiny", device=None, precision=None, model=None):
 
 def arguments():
     parser = Parser(__doc__.split("\n")[0])
-    points = f"{heads.PointHead.COUNT}, {heads.GaussianHead.COUNT}"
     flag = parser.add_argument
 
     def number(name, help, default=None):
@@ -197,15 +191,12 @@ def arguments():
     flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
          help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
     number("n", "number of shapes", 1)
-    number("seed", "random seed; shape i is the same for every --n, up to rounding, which depends on the machine and "
-           "its threads", 0)
+    number("seed", "random seed; shape i is the same for every --n, up to rounding", 0)
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
-    number("points", f"number of points or Gaussians (default: {points})")
-    number("faces", "simplify the surface to at most this many faces, instead of the mesh head (default: the mesh head "
-           "predicts up to 256)")
+    number("points", f"number of points or Gaussians (default: {heads.PointHead.COUNT}, {heads.GaussianHead.COUNT})")
+    number("faces", "simplify the surface to at most this many faces (default: the mesh head predicts up to 256)")
     flag("--turntable", action="store_true", help="also write a turntable GIF of each shape")
-    flag("--model", choices=["ltm3d", *RELATIVES], help="the model in --checkpoint (default of --checkpoint: "
-         "its shipped weights)")
+    flag("--model", choices=["ltm3d", *RELATIVES], help="which model (default of --checkpoint: its shipped weights)")
     flag("--checkpoint", help="folder of trained weights (default: the shipped ones trained on the noun of --text)")
     add_device_flags(parser)
     flag("--out", default="out", help="folder to write to")
@@ -220,19 +211,14 @@ def arguments():
     number("registers", "lost: number of registers to generate (default: all)")
     number("top_k", "vat: sample among the k most likely codes")
     number("top_p", "vat: sample among the most likely codes whose probabilities add up to p")
-    flag("--rgs", metavar="RULE",
-         help="Reconstruction-Guided Sampling: the tokens that the MAE encodes in the first steps. sampled=A, recon=A: "
-              "a blend, A is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction "
-              "(alpha in its text); within=S: tokens within S standard deviations of the reconstruction; none; auto: "
-              "sampled=.1 with a picture alone, else none")
+    flag("--rgs", metavar="RULE", type=lambda text: reconstruct.parse_rgs(text) and text,
+         help="Reconstruction-Guided Sampling: what the MAE encodes in the first steps. sampled=A, recon=A: a blend, A "
+         "is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (in its text); "
+         "within=S: tokens within S standard deviations of it; none; auto: sampled=.1 for a picture alone, else none")
     number("window", "RGS: its share of the steps, from the first")
     args = parser.parse_args()
-    if args.text is None and args.image is None:
-        parser.error("there is no prompt; give --text or --image")
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
-    if args.rgs is not None:
-        reconstruct.parse_rgs(args.rgs)
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
     if args.points and not {"pc", "gs"} & {*args.rep}:
         parser.error("--points is the number of points or of Gaussians; give --rep pc or gs, too")
@@ -254,9 +240,8 @@ class Stopwatch:
         self.seconds, self.start = {}, time.perf_counter()
 
     def lap(self, phase):
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0) + now - self.start
-        self.start = now
+        self.seconds[phase] = self.seconds.get(phase, 0) + time.perf_counter() - self.start
+        self.start = time.perf_counter()
 
 
 def write_shape(shape, path, turn):
@@ -277,14 +262,13 @@ def main():
     if args.image is not None:                                # an unreadable picture is an error before loading
         from prompts import picture_files
         picture_files.load_picture(args.image)
-    relative = args.model if args.model in RELATIVES else None
-    folder = args.checkpoint or (f"checkpoints/{relative}" if relative else choose(args.text))
+    folder = args.checkpoint or (f"checkpoints/{args.model}" if args.model in RELATIVES else choose(args.text))
     model = load(folder, args.device, args.precision, args.model).load_heads(*args.rep)
-    options = {option: getattr(args, option) for option in OPTIONS}
     print(f"{folder}, running on {model.reason}")
     watch.lap("load")
 
-    tokens = model.sample(args.text, args.image, args.n, args.seed, **options)     # b n c
+    options = {option: getattr(args, option) for option in OPTIONS}
+    tokens = model.sample(args.text, args.image, args.n, args.seed, **options).cpu()          # b n c
     watch.lap("tokens")
 
     from geometry.render import contact_sheet, save_png

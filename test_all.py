@@ -225,8 +225,8 @@ def test_guidance_has_a_strength_for_each_prompt(monkeypatch):
     """The strength of the image comes first. Both grow from none to all of it at a quarter of the tokens."""
     model, condition = small_backbone()
     strengths = []
-    monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, noise, steps, strength, temperature:
-                        strengths.append(strength) or noise[:, 0])
+    monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, draw, steps, strength, temperature:
+                        strengths.append(strength) or draw(1)[:, 0])
     model.generate(condition, keys_of(range(3)), steps=27, cfg={"text": 4., "image": 2.})
     assert strengths[0] == []                                 # the conditional branch alone
     assert strengths[3] == pytest.approx([1 + 4 * 3 / 27, 1 + 3 * 4 * 3 / 27])
@@ -320,7 +320,7 @@ def test_denoisers_recover_a_known_distribution(denoiser, steps):
     """With the exact network, samples have the data's mean and deviation, and the loss is least."""
     torch.manual_seed(0)
     kind, net = backbone.DENOISERS[denoiser], exact_net(denoiser, 1., .5)
-    x = kind.sample(net, torch.zeros(8000, 1), torch.randn(8000, kind.draws(steps), 2), steps)
+    x = kind.sample(net, torch.zeros(8000, 1), lambda count: torch.randn(8000, count, 2), steps)
     assert (x.mean(0) - 1).abs().max() < .03 and (x.std(0) - .5).abs().max() < .03
 
     def loss(factor, offset):
@@ -335,14 +335,14 @@ def test_flow_steps_are_of_second_order():
     """Twice the steps, about a quarter of the error; for Euler's method it would be half."""
     net, z, noise = exact_net("flow", 1., .5), torch.zeros(1000, 1), torch.randn(1000, 1, 1)
     truth = 1 + .5 * noise[:, 0]                              # where the flow ends for this distribution
-    errors = [(backbone.Flow.sample(net, z, noise, steps) - truth).abs().mean() for steps in (16, 32, 64)]
+    errors = [(backbone.Flow.sample(net, z, lambda _: noise, steps) - truth).abs().mean() for steps in (16, 32, 64)]
     assert all(3 < coarse / fine < 5 for coarse, fine in zip(errors, errors[1:]))
 
 
 def test_temperature_zero_is_one_answer():
     """Without noise the flow has one answer; a higher temperature spreads the samples."""
     net, z, noise = exact_net("flow", 1., .5), torch.zeros(4000, 1), torch.randn(4000, 1, 1)
-    cold, cool, warm = (backbone.Flow.sample(net, z, noise, 30, temperature=t).std() for t in (0., .5, 1.))
+    cold, cool, warm = (backbone.Flow.sample(net, z, lambda _: noise, 30, temperature=t).std() for t in (0., .5, 1.))
     assert cold < 1e-6 < cool < .7 * warm
 
 

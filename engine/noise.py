@@ -1,16 +1,12 @@
 """noise.py - random numbers that depend on a key alone: number i of a stream is a hash of key, stream and i.
 
-A generator with a state draws one number after another. Here every number is computed by itself, so all are made at
-once where they are needed, and those of a sample depend on its key alone: not on its batch, nor on earlier draws. A CPU
-and a GPU make the same bits.
+All are computed at once, where they are needed, and depend on no batch and no earlier draw. A GPU makes the same bits.
 
-    k = keys_of([(0, 1), (0, 2)], device)        # of samples 1 and 2 of seed 0: nothing else comes from the host
-    normal(k, 0, (64, 16))                    # 2 64 16; the numbers of another stream are independent of these
+    normal(keys_of([(0, 1), (0, 2)]), 0, (64, 16))            # 2 64 16: stream 0 of samples 1 and 2 of seed 0
 """
 import math
 
 import torch
-from einops import rearrange
 
 STEP = -0x61C8864680B583EB    # 2^64 / golden ratio, as int64
 
@@ -23,29 +19,21 @@ def mix(x):
 
 
 def keys_of(seeds, device=None):
-    """b seeds, each a whole number or a tuple of as many -> their keys: b int64."""
-    parts, found = torch.tensor([seed if isinstance(seed, tuple) else (seed,) for seed in seeds], device=device), 0
+    """b seeds, each a whole number or a tuple of as many -> their keys: b int64. The only transfer of sampling."""
+    parts, keys = torch.tensor([seed if isinstance(seed, tuple) else (seed,) for seed in seeds], device=device), 0
     for part in parts.unbind(1):
-        found = mix(found + part + STEP)
-    return found
+        keys = mix(keys + part + STEP)
+    return keys
 
 
-def bits(keys, stream, shape):                                # -> b *shape, int64
+def bits(keys, stream, shape):                                # b keys -> b *shape, int64
     index = torch.arange(1, math.prod(shape) + 1, device=keys.device)
-    return mix(rearrange(mix(keys + stream), "b -> b 1") ^ mix(index * STEP)).view(-1, *shape)
+    return mix(mix(keys + stream)[:, None] ^ mix(index * STEP)).view(-1, *shape)
 
 
-def uniform(keys, stream, shape):                             # in (0, 1), symmetric, in steps of 2^-23: exact in fp32
+def uniform(keys, stream, shape):                             # in (0, 1), symmetric; fp32 holds steps of 2^-23 exactly
     return ((bits(keys, stream, shape) >> 41 & 2 ** 23 - 1).float() + .5) / 2 ** 23
 
 
 def normal(keys, stream, shape):
     return math.sqrt(2) * (2 * uniform(keys, stream, shape) - 1).erfinv()
-
-
-def gumbel(keys, stream, shape):
-    return -(-uniform(keys, stream, shape).log()).log()
-
-
-def permutation(keys, stream, n):                             # -> b n
-    return bits(keys, stream, (n,)).argsort(1)

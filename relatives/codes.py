@@ -15,7 +15,7 @@ from torch import nn
 
 from engine.commands import UserError
 from engine.files import atomic_write
-from engine.noise import gumbel
+from engine.noise import uniform
 
 HEAD = struct.Struct("<4s6sI")
 MAGIC = b"VAT1"                                               # with the version
@@ -53,8 +53,7 @@ def code_use(indices, codes):
 
 
 def draw_codes(logits, keys, stream, top_k, top_p, temperature):
-    """Logits b n v and keys b (engine/noise.py) -> codes b n, drawn by Gumbel's trick. top_k and top_p cut before the
-    temperature acts."""
+    """Logits b n v and keys b (engine/noise.py) -> codes b n. top_k and top_p cut before the temperature acts."""
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -62,7 +61,8 @@ def draw_codes(logits, keys, stream, top_k, top_p, temperature):
         ordered, order = logits.softmax(-1).sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered > top_p         # likelier ones have that share already
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
-    return (logits + temperature * gumbel(keys, stream, logits.shape[1:])).argmax(-1)
+    gumbel = -(-uniform(keys, stream, logits.shape[1:]).log()).log()
+    return (logits + temperature * gumbel).argmax(-1)
 
 
 def pack(codes, bits):                                        # n whole numbers -> bytes

@@ -168,10 +168,10 @@ class Codec(nn.Module):
     def decode(self, registers, keys, steps=10):
         """The first k registers of b shapes, b k w, and one key per shape (engine/noise.py) -> shape tokens b n c."""
         kept = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
-        noise = normal(keys, 1, (1, self.tokens * self.decoder.channels))         # b 1 (n c); stream 0: registers
+        draw = lambda count: normal(keys, 1, (count, self.tokens * self.decoder.channels))     # stream 0: registers
         memory = self.decoder.read(registers)
         net = lambda x, t, _: self.decoder.velocity(x, t, kept, memory)           # its condition is the memory
-        return rearrange(Flow.sample(net, None, noise, steps), "b (n c) -> b n c", n=self.tokens)
+        return rearrange(Flow.sample(net, None, draw, steps), "b (n c) -> b n c", n=self.tokens)
 
 
 # ---------------------------------------------------------------------------- loss, generate: LoST-GPT
@@ -199,13 +199,14 @@ class Generator(Sequence):
     @torch.no_grad()
     def generate(self, condition, keys, registers=None, denoise_steps=4, cfg=1.5, temperature=1.):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> the first registers, b k w."""
-        noise = normal(keys, 0, (self.count, 1, self.width))                      # b m 1 w
+        noise = normal(keys, 0, (self.count, 1, self.width))                      # b m 1 w: one draw of each register
         condition, strengths = split_condition(condition, cfg)                    # r branches of b samples
         rows, chosen = Growing(self, condition, self.count), []
         x = rows.first                                                            # (r b) 1 d
         for i in range(registers or self.count):
             z = self.net.c(rows.append(x + self.place[i])[:, 0])                  # (r b) d
-            chosen.append(Flow.sample(self.net, z, noise[:, i], denoise_steps, strengths, temperature))       # b w
+            draw = lambda count: noise[:, i]                  # b 1 w
+            chosen.append(Flow.sample(self.net, z, draw, denoise_steps, strengths, temperature))      # b w
             x = rearrange(self.token(chosen[-1]), "b d -> b 1 d").repeat(len(strengths) + 1, 1, 1)
         return torch.stack(chosen, 1)
 

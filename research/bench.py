@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import nn
 
 import backbone
 import tokenizer
 from engine.commands import Parser, add_device_flags, between, cast_once, command, pick_device
 from engine.files import make_folder
-from engine.noise import keys_of, normal, permutation
+from engine.noise import bits, keys_of, normal
 from engine.step import optimizers, recompute_blocks, update
 from geometry import surface
 from geometry.shapes import CLASSES
@@ -91,13 +91,12 @@ def published(model, condition, keys, cfg=2.):
     """MAR's sampling: many steps of both kinds, each with one pass with the prompt and one without; guidance grows."""
     steps, denoise_steps = PUBLISHED
     n = model.tokens
-    order = permutation(keys, 0, n)                                                                   # b n
-    noise = normal(keys, 1, (n, model.denoiser.draws(denoise_steps), model.channels))                 # b n s c
+    order = bits(keys, 0, (n,)).argsort(1)                                                            # b n
     dropped = {kind: (tokens, torch.zeros_like(mask)) for kind, (tokens, mask) in condition.items()}
     prefix, unconditional = model.prefix(condition), model.prefix(dropped)                            # b p d, b p each
 
     x = torch.zeros(len(keys), n, model.channels, device=keys.device)                                 # b n c
-    for known, then in backbone.schedule(n, steps):
+    for step, (known, then) in enumerate(backbone.schedule(n, steps)):
         def contexts(prefix):                                 # of all tokens, as MAR, not of the new ones alone
             z = model.contexts(prefix, x, order, known, order)                                        # b n d
             return rearrange(model.net.c(z[:, known:then]), "b m d -> (b m) d")
@@ -107,9 +106,10 @@ def published(model, condition, keys, cfg=2.):
             return out + (1 + (cfg - 1) * then / n) * (model.net(x, t, z) - out)
 
         z, z_unconditional = contexts(prefix), contexts(unconditional)                                # (b m) d
-        drawn = rearrange(noise[:, known:then], "b m s c -> (b m) s c")
-        sample = model.denoiser.sample(net, z, drawn, denoise_steps)                                  # (b m) c
-        x = backbone.put(x, order[:, known:then], sample)
+        draw = lambda count: normal(keys, 1 + step, (then - known, count, model.channels)).flatten(0, 1)
+        sample = model.denoiser.sample(net, z, draw, denoise_steps)                                   # (b m) c
+        index = repeat(order[:, known:then], "b m -> b m c", c=model.channels)
+        x = x.scatter(1, index, rearrange(sample, "(b m) c -> b m c", b=len(x)))
     return x
 
 

@@ -66,10 +66,10 @@ class Diffusion(nn.Module):
         if blend:
             raise UserError("RGS blends known tokens, and this checkpoint denoises all at once; give --rgs none")
         steps = denoise_steps or STEPS
-        noise = normal(keys, 0, (self.denoiser.draws(steps), self.tokens * self.channels))           # b s (n c)
+        draw = lambda count: normal(keys, 0, (count, self.tokens * self.channels))                   # b count (n c)
         condition, strengths = split_condition(condition, cfg)
         prefix, mask = self.prefix(condition)                                     # (r b) p d, (r b) p
-        x = self.denoiser.sample(partial(self.net, mask=mask), prefix, noise, steps, strengths, temperature)
+        x = self.denoiser.sample(partial(self.net, mask=mask), prefix, draw, steps, strengths, temperature)
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
@@ -136,7 +136,7 @@ class Spaces(Backbone):
         """Samples of all spaces, rotated back; the key chooses the space."""
         if options.get("blend"):
             raise UserError("the reconstructor knows none of these latent spaces; give --rgs none")
-        self.space = bits(keys, 2, ()) & 3                    # b; streams 0 and 1: Backbone.generate
+        self.space = bits(keys, -1, ()) & 3                   # b; streams 0, 1, 2 ...: Backbone.generate
         return super().generate(condition, keys, **options) @ self.rotation[self.space].mT
 
 
