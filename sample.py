@@ -71,6 +71,9 @@ class Sampler:
         self.device, self.autocast, self.reason = pick_device(device, precision)
         self.encoders = encoders.load(folder, self.LAST, self.device)
         self.open()
+        if self.device.type == "cuda":
+            from engine.graphs import ReplayedSampling
+            self.shape_tokens = ReplayedSampling(self.shape_tokens)
 
     def load_heads(self, *reps):
         """Loads the heads of these representations and the heads that they need; a missing head is an error."""

@@ -27,12 +27,12 @@ from data import kinds_of, training_sets
 from engine import processes
 from engine.commands import Parser, UserError, add_device_flags, between, command
 from engine.files import make_folder, read_config, trained_stages
+from engine.graphs import Replayed
 from engine.run import Run, copy_stages, locked
 from engine.stage import RELATIVES
 from engine.state import Log, load_state, save_state, stop_after_step
 from engine.step import (
     EMA,
-    Replayed,
     compiled,
     held_out_loss,
     learning_rate,
@@ -45,7 +45,8 @@ from engine.step import (
 from geometry.prepare import TRAIN_SHAPES, name_begins
 
 LTM3D = [encoders.TEXT, tokenizer.STAGE, encoders.VISION, *heads.STAGES, backbone.STAGE, reconstruct.STAGE]
-SAVE, CHECK, SHOW = 200, 100, 500            # steps between saves, held-out losses, pictures
+SAVE, CHECK = 200, 100                       # steps between saves and held-out losses
+SHOW, PICTURES = 500, 3                      # steps between pictures, at least; about how many
 MOST_SKIPPED = 10                            # steps in a row
 
 
@@ -108,7 +109,7 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
                                     f"give an --lr below {lr:g}, or look for NaN in the data")
             if done % SAVE == 0 or last or stopped:
                 save_state(state_path, done, flags, model, ema, opts, log.sums)
-            if show and not stopped and (done % SHOW == 0 or last):
+            if show and not stopped and (done % max(SHOW, steps // PICTURES) == 0 or last):
                 with torch.no_grad():
                     show(ema.model, run.folder / f"{stage}-{done:06d}.png")
             if stopped:

@@ -51,6 +51,13 @@ def distance_features(x, gammas, side):
     return rearrange(gammas, "h -> h 1 1") * rearrange(features, "b q f -> b 1 q f")
 
 
+def mask_features(q, k, mask):
+    """Flash attention takes no mask. Instead, query and key (b h k w) get 8 more dimensions, whose product is 0, or
+    -2^14 where the mask (b k) is False."""
+    apart = repeat(torch.where(mask, 0., -2. ** 11).to(k.dtype), "b k -> b h k i", h=k.shape[1], i=8)
+    return F.pad(q, (0, 8), value=1.), torch.cat([k, apart], -1)
+
+
 class Attention(nn.Module):
     """Multi-head attention onto `context` (self-attention if None), optionally biased by distance."""
 
@@ -75,6 +82,8 @@ class Attention(nn.Module):
         if positions is not None:
             q = torch.cat([q, distance_features(positions[0], self.gammas, "query").to(q.dtype)], -1)
             k = torch.cat([k, distance_features(positions[1], self.gammas, "key").to(k.dtype)], -1)
+        if mask is not None and mask.ndim == 2 and q.is_cuda:
+            (q, k), mask = mask_features(q, k, mask), None
         if mask is not None:
             mask = rearrange(mask, "b k -> b 1 1 k" if mask.ndim == 2 else "b q k -> b 1 q k")
         if q.is_cuda:

@@ -1,4 +1,4 @@
-"""step.py - components of a training step: random numbers, CUDA graphs, optimizers, the moving average of the weights.
+"""step.py - components of a training step: random numbers, optimizers, the moving average of the weights.
 
 Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone. So a resumed run equals an
 uninterrupted one, and many processes (engine/processes.py) equal one with as many micro-batches. No step makes Python
@@ -17,7 +17,6 @@ from tqdm import tqdm
 from engine import processes
 from engine.commands import has_bf16
 
-WARM = 2                                     # runs of a function before its CUDA graph
 RESIDENT = .5                                # share of a GPU's free memory for a prepared set, or for cached tokens
 COMPILED = 20e6                              # parameters from which compiling pays for a minute of it
 
@@ -34,32 +33,6 @@ def seed_micro_batch(run, stage, step, i, choices):
 def fits(size, device):
     """Do `size` bytes fit into the device's memory, beside what a training step needs?"""
     return device.type != "cuda" or size < RESIDENT * torch.cuda.mem_get_info(device)[0]
-
-
-class Replayed:
-    """A function of no tensors that changes tensors in place. With `active`, on a GPU, its kernels are recorded as a
-    CUDA graph, one for each argument, and replayed: Python launches a small kernel more slowly than it runs."""
-
-    def __init__(self, function, active):
-        self.function, self.active, self.calls, self.graphs = function, active, {}, {}
-        if active:
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-
-    def __call__(self, *key):
-        if not self.active:
-            return self.function(*key)
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= WARM:                           # on the stream that records: libraries prepare there
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.function(*key)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return
-        if key not in self.graphs:
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool, stream=self.stream):
-                self.function(*key)
-        self.graphs[key].replay()
 
 
 def compiled(loss_of, model, active):

@@ -12,6 +12,17 @@ from conftest import small_backbone
 from engine import commands, networks, step
 
 
+@pytest.mark.parametrize("near", [False, True])
+def test_attention_on_a_gpu_is_that_on_a_cpu(near, monkeypatch):
+    """There, more dimensions replace a mask of keys; so flash attention applies."""
+    torch.manual_seed(0)
+    attention, x, mask = networks.Attention(64, 4), torch.randn(3, 10, 64), torch.rand(3, 10) < .6
+    mask[:, 0], positions = True, (torch.rand(3, 10, 3),) * 2 if near else None
+    plain = attention(x, mask=mask, positions=positions)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    assert torch.allclose(attention(x, mask=mask, positions=positions), plain, atol=1e-5)
+
+
 @pytest.mark.parametrize("bf16, tolerance", [(False, 1e-5), (True, .03)], ids=["fp32", "bf16"])
 def test_distance_bias_is_a_mask(bf16, tolerance):
     """Bias folded into 13 more dimensions = softmax(q k / sqrt(e) - gamma_h |x - a|^2), with a padding mask too."""

@@ -1,0 +1,62 @@
+"""graphs.py - CUDA graphs: the kernels of a function are recorded once and replayed, without Python between them.
+
+A small kernel takes less time than Python needs to launch it. What is recorded must not wait for the GPU, has fixed
+shapes, and works on the same memory each time.
+"""
+import torch
+import torch.nn.functional as F
+
+WARM = 2                                     # calls before the recording: libraries load, memory is allocated
+
+
+class Replayed:
+    """A function of numbers that changes tensors in place, replayed if `active`: one graph for each argument. Random
+    numbers follow torch.manual_seed."""
+
+    def __init__(self, function, active):
+        self.function, self.active, self.calls, self.graphs = function, active, {}, {}
+        if active:
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def __call__(self, *key):
+        if not self.active:
+            return self.function(*key)
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= WARM:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.function(*key)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return
+        if key not in self.graphs:
+            self.graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[key], pool=self.pool, stream=self.stream):
+                self.function(*key)
+        self.graphs[key].replay()
+
+
+class ReplayedSampling:
+    """Sampler.shape_tokens, replayed: one graph for each combination of shapes and options, from its third call on."""
+
+    def __init__(self, function):
+        self.function, self.graphs = function, {}
+
+    def __call__(self, condition, keys, **options):
+        condition = {kind: (F.pad(x, (0, 0, 0, -x.shape[1] % 8)), F.pad(mask, (0, -x.shape[1] % 8), value=False))
+                     for kind, (x, mask) in condition.items()}                    # few lengths of prompts: few graphs
+        tensors = [keys, *(x for pair in condition.values() for x in pair)]
+        key = repr(([*condition], [x.shape for x in tensors], sorted(options.items(), key=str)))
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self.function(condition, keys, **options)
+        if self.graphs[key] is None:
+            inputs, graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
+            own = dict(zip(condition, zip(inputs[1::2], inputs[2::2])))
+            with torch.cuda.graph(graph):
+                output = self.function(own, inputs[0], **options)
+            self.graphs[key] = graph, inputs, output
+        graph, inputs, output = self.graphs[key]
+        for own, x in zip(inputs, tensors):
+            own.copy_(x)
+        graph.replay()
+        return output.clone()
