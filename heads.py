@@ -32,7 +32,7 @@ from engine.files import load_model, read_config, read_stage, trained_stages
 from engine.networks import Block, QueryDecoder, flow_pair, from_patches, time_embedding
 from engine.stage import Stage
 from geometry.export import Cloud, Gaussians, Mesh
-from geometry.meshes import BINS, bin_centres, close_holes, face_components, match_like_components, simplify_to, weld
+from geometry.meshes import BINS, bin_centres, close_holes, face_components, simplify_to, weld
 from geometry.surface import TRUNCATION, extract, in_chunks
 
 
@@ -218,19 +218,19 @@ class MeshHead(nn.Module):
 
     def loss(self, tokens, batch):
         """Cross-entropy of the nine coordinates of every face and of whether the face exists; L1 of its colour."""
+        from geometry.low_poly import match_like_components  # only for training
         levels, exists_logit, colour = self(self.between_shapes(tokens))
-        true = batch["components"] >= 0                                                   # b f, is there a face
-        exists = F.pad(true, (0, exists_logit.shape[1] - true.shape[1]))                  # b s
-        corners, colours = batch["corners"].flatten(2), batch["face_colours"]             # b f 9, b f 3
+        components, corners, colours = batch["components"], batch["corners"].flatten(2), batch["face_colours"]
+        true, f = components >= 0, components.shape[1]                                    # b f, is there a face
+        logits = self.logits(levels[:, :f])                                               # b f 9 bins
+        order = match_like_components(logits, corners, components)[..., None]
+        corners, colours = (x.gather(1, order.expand_as(x)) for x in (corners, colours))  # b f 9, b f 3
 
-        logits = self.logits(levels[exists])                                              # k 9 bins, of all shapes
-        logits_of_shapes = logits.detach().split(true.sum(1).tolist())
-        order = match_like_components(logits_of_shapes, corners, batch["components"])[..., None]
-        corners, colours = (x.gather(1, order.expand_as(x)) for x in (corners, colours))
-
-        bins = F.cross_entropy(logits.flatten(0, 1), corners[true].flatten())
-        face = F.binary_cross_entropy_with_logits(exists_logit, exists.float())
-        error = F.l1_loss(colour[exists], colours[true])
+        corners = corners.masked_fill(~true[..., None], -1)
+        bins = F.cross_entropy(logits.flatten(0, 2), corners.flatten(), ignore_index=-1)
+        exists = F.pad(true, (0, exists_logit.shape[1] - f)).float()                      # b s
+        face = F.binary_cross_entropy_with_logits(exists_logit, exists)
+        error = (true[..., None] * (colour[:, :f] - colours).abs()).sum() / (3 * true.sum())
         return bins + face + 2 * error, {"bins": bins.detach(), "face": face.detach(), "colour": error.detach()}
 
     @staticmethod

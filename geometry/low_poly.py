@@ -17,9 +17,12 @@ compared to four decimals, because two heights may be one bin in some shapes and
 from collections import defaultdict
 
 import numpy as np
+import torch
 
 from engine.commands import UserError
 from geometry.meshes import BINS, bin_centres, check_mesh, face_components, quantise
+
+MARGIN, MATCHED = .5, 16           # of match_like_components; built-in shapes have up to 12 components
 
 
 def canonical(vertices, faces, colours):
@@ -89,3 +92,34 @@ def walk(faces, starts):
                 a, b, c = np.roll(faces[face], -corner)       # entered over a -> b
                 stack += beside[b, a] + beside[a, c] + beside[c, b]         # a neighbour has the opposite edge
     return entered
+
+
+@torch.no_grad()
+def match_like_components(logits, corners, components):
+    """The order of components with as many faces (legs, wheels) may jump, and no head can know it. So the loss compares
+    them in the order that is likeliest for the head, unless that order wins by less than MARGIN a coordinate: exchanges
+    of two or three components, the best first. Only the first MATCHED components move.
+    logits b f 9 BINS, corners b f 9, components b f -> rows b f, the order of the faces. c components."""
+    c, face = (torch.arange(count, device=corners.device) for count in (MATCHED, corners.shape[1]))
+    inside = components[:, None] == c[:, None]                                         # b c f
+    size = inside.sum(2)                                                               # b c
+    start = size.cumsum(1) - size                                                      # b c, the first face
+    # score[i, j]: how likely true component j is in place i
+    offset = face - start.gather(1, components.clamp(0, MATCHED - 1))                  # b f, from the first face
+    rows = (start[:, None] + offset[..., None]).clamp(0, len(face) - 1).flatten(1)     # b (f c), the same face of each
+    true = corners.clamp(min=0).gather(1, rows[..., None].expand(-1, -1, 9)).unflatten(1, (-1, MATCHED))     # b f c 9
+    likely = logits.gather(3, true.mT).mean(2)                                         # b f c
+    score = (inside[..., None] * likely[:, None]).sum(2) / size.clamp(min=1)[..., None]
+    score = score + MARGIN * torch.eye(MATCHED, device=c.device)                       # b i j
+    own, unlike = torch.eye(MATCHED, dtype=torch.bool, device=c.device), size[:, None] != size[..., None]
+    place = c.expand_as(size)                                                          # b c, the component in each
+    for _ in range(8):
+        now = score.gather(2, place[:, None].expand_as(score))                         # b i j, that of j moves to i
+        gain = (now - now.diagonal(dim1=1, dim2=2)[..., None]).masked_fill(unlike, -torch.inf)
+        away = gain.masked_fill(own, -torch.inf)
+        total = away[..., None] + gain[:, None] + away.mT[:, :, None]                  # b i j k: to i, to j, to k
+        most, best = total.flatten(1).max(1, keepdim=True)                             # b 1
+        best = best * (most > 0)                                                       # 0: all stay
+        i, j, k = best // MATCHED ** 2, best // MATCHED % MATCHED, best % MATCHED
+        place = place.gather(1, c.expand_as(size).scatter(1, i, j).scatter(1, j, k).scatter(1, k, i))
+    return face + (inside * (start.gather(1, place) - start)[..., None]).sum(1)

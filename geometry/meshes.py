@@ -4,13 +4,11 @@ A face of a low-poly mesh is 9 whole numbers: three corners of three coordinates
 geometry/low_poly.py puts faces in order. scipy and trimesh are imported where they are used: they take long.
 """
 import numpy as np
-import torch
 
 from engine.commands import UserError
 
 BINS = 128          # cells along a side of [-1, 1]^3: .016 each
 FACES = 256         # most faces of a low-poly mesh
-MARGIN = .5         # of match_like_components
 
 
 def quantise(x):
@@ -41,28 +39,6 @@ def join(a, b, count):
 def face_components(faces, count):
     """The connected component of each face (f 3) of a mesh of `count` vertices: f."""
     return join(faces[:, [0, 1]].ravel(), faces[:, [1, 2]].ravel(), count)[1][faces[:, 0]]
-
-
-def match_like_components(logits, corners, components):
-    """The order of components with as many faces (legs, wheels) may jump, and no head can know it. So the loss compares
-    them in the order that is likeliest for the head, unless that order wins by less than MARGIN a coordinate.
-    logits: one f' (9 BINS) a shape, corners b f 9, components b f -> rows b f, the order of the faces."""
-    from scipy.optimize import linear_sum_assignment
-    order = torch.arange(corners.shape[1], device=corners.device).repeat(len(corners), 1)               # b f
-    for i, numbers in enumerate(components.cpu()):
-        start = 0
-        sizes, counts = numbers[numbers >= 0].bincount().unique_consecutive(return_counts=True)
-        for size, count in zip(sizes.tolist(), counts.tolist()):                       # how many components of a size
-            block = slice(start, start + count * size)
-            start += count * size
-            if count > 1:
-                # score[i, j]: how likely true component j is in place i
-                predicted = logits[i][block].reshape(count, 1, size * 9, -1).expand(-1, count, -1, -1)
-                true = corners[i, block].reshape(1, count, size * 9, 1).expand(count, -1, -1, -1)
-                score = predicted.gather(3, true).mean((2, 3)).cpu() + MARGIN * torch.eye(count)
-                _, best = linear_sum_assignment(score, maximize=True)
-                order[i, block] = order[i, block].reshape(count, size)[best].flatten()
-    return order
 
 
 def weld(share):
