@@ -143,6 +143,7 @@ class GaussianHead(QueryDecoder):
     """Tokens and surface points of the sdf head -> one Gaussian per point; trained on pictures."""
     POINTS = 4096    # Gaussians of a training picture; more Gaussians are smaller
     SIZE = .016      # standard deviation at output 0
+    PAIRS = 6        # most tiles that a Gaussian of a training picture meets, on average
     reads, needs, helpers, COUNT = {"cloud": POINTS, "views": None}, ("sdf",), (), 16384
 
     def __init__(self, **size):
@@ -151,25 +152,22 @@ class GaussianHead(QueryDecoder):
     def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities, colours
         offset, scale, rotation, opacity, colour = self.evaluate(memory, x).split([3, 3, 4, 1, 3], -1)
         larger = (self.POINTS / x.shape[1]) ** .125
-        identity = torch.tensor([1., 0, 0, 0], device=x.device)                           # as a quaternion
+        identity = torch.eye(1, 4, device=x.device)                                       # 1 0 0 0, as a quaternion
         return (x + .05 * offset.tanh(), self.SIZE * larger * scale.clamp(-3, 2).exp(), rotation + identity,
                 (opacity[..., 0] + 3).sigmoid(), colour.sigmoid())
 
     def loss(self, tokens, batch):
         """L1 of pictures of the Gaussians, before a random plain background, and of their colours."""
-        from geometry.splat import baked_light, splat  # only for training
+        from geometry.splat import baked_light, splats  # only for training
         x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # b k 3, error of the sdf head
-        attributes, error = self.attributes(self.read(tokens), x), 0
-        for i, gaussians in enumerate(zip(*attributes)):
-            background = torch.rand(3, device=x.device)
-            true = batch["views"][i, ..., :3] + (1 - batch["views"][i, ..., 3:]) * background           # s s 3
-            with torch.autocast(x.device.type, enabled=False):
-                image = splat(*gaussians, *batch["angles"][i].tolist(), size=len(true), background=background)
-            error = error + (image - true).abs().mean() / len(x)
+        attributes, background = self.attributes(self.read(tokens), x), torch.rand(len(x), 1, 1, 3, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
+            image = splats(*attributes, batch["angles"], batch["views"].shape[1], self.PAIRS * x.shape[1])
             target = batch["colours"] * baked_light(batch["normals"])                     # b k 3, light included
+        error = image - batch["views"]                                                    # b s s 4
+        picture = (error[..., :3] - error[..., 3:] * background).abs().mean()
         colour = F.l1_loss(attributes[-1], target)
-        return error + .2 * colour, {"picture": error.detach(), "colour": colour.detach()}
+        return picture + .2 * colour, {"picture": picture.detach(), "colour": colour.detach()}
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=COUNT):

@@ -1,86 +1,144 @@
-"""splat.py - a picture of 3D Gaussians, differentiable (Kerbl et al. 2023). The light is in their colours.
+"""splat.py - pictures of 3D Gaussians, differentiable (Kerbl et al. 2023). The light is in their colours.
 
-Letters: k Gaussians, n tiles, m Gaussians that reach a tile.
+Letters: b pictures, k Gaussians, n tiles, q blocks of m Gaussians that meet one tile, x and y pixels.
 """
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from geometry.camera import EYE, HALF, project, view_rotation
+from geometry.camera import EYE, HALF
 
-TILE = 16                          # pixels along a side of a tile, which blends only the Gaussians that reach it
+TILE = 8                           # pixels along a side of a tile, which blends only the Gaussians that meet it
+BLOCK = 32                         # Gaussians: a tile has as many blocks as it needs, of which the last is padded
+CHUNK = 512                        # blocks that are blended at a time
 BLUR = .3                          # variance in pixels^2 that every Gaussian gains on the screen, as in 3DGS viewers
 
 
 def baked_light(normal):
     """The light in the colours of 3D Gaussians (... k 1), as viewers add none: one lamp at the upper left, in sRGB."""
-    return .75 + .25 * (normal @ F.normalize(torch.tensor([-.5, 1, .7]), dim=0).to(normal))[..., None]
+    x, y, z = normal.split(1, -1)
+    return .75 + .25 * (-.5 * x + y + .7 * z) / (.5 ** 2 + 1 + .7 ** 2) ** .5
 
 
 def rotation_matrices(rotations):
-    """Quaternions w x y z of any length (k 4) -> rotation matrices (k 3 3)."""
+    """Quaternions w x y z of any length (... 4) -> rotation matrices (... 3 3)."""
     w, x, y, z = F.normalize(rotations, dim=-1).unbind(-1)
     matrix = torch.stack([1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
                           2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
                           2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1)
-    return rearrange(matrix, "k (i j) -> k i j", i=3)
+    return rearrange(matrix, "... (i j) -> ... i j", i=3)
 
 
-def project_gaussians(means, scales, rotations, view, size):
-    """3D Gaussians on the screen: centres (k 2, pixels), covariances (k 2 2), distances (k). With the Jacobian J of
-    the projection, Sigma' = J V R S^2 R^T V^T J^T (Zwicker et al. 2001, EWA splatting)."""
-    xy, distance = project(means, view, size)
-    x, y, _ = (means @ view.T / distance[:, None]).unbind(-1)
+def view_rotations(angles):
+    """camera.view_rotation of angles on any device: b 2 -> b 3 3."""
+    (sin_a, sin_e), (cos_a, cos_e) = (f(torch.deg2rad(angles)).unbind(-1) for f in (torch.sin, torch.cos))
+    matrix = torch.stack([cos_a, torch.zeros_like(cos_a), -sin_a, -sin_a * sin_e, cos_e, -cos_a * sin_e,
+                          sin_a * cos_e, sin_e, cos_a * cos_e], -1)
+    return rearrange(matrix, "b (i j) -> b i j", i=3)
+
+
+def project_gaussians(means, scales, rotations, views, size):
+    """3D Gaussians on the screen: centres (b k 2, pixels), covariances (b k 2 2), distances (b k). With the Jacobian J
+    of the projection, Sigma' = J V R S^2 R^T V^T J^T (Zwicker et al. 2001, EWA splatting)."""
+    x, y, z = (means @ views.mT).unbind(-1)
+    distance = (EYE - z).clamp(min=.5)                                                     # as in camera.project
     zero, focal = torch.zeros_like(x), EYE / HALF * size / 2 / distance
-    jacobian = torch.stack([torch.stack([focal, zero, focal * x], -1),
-                            torch.stack([zero, -focal, -focal * y], -1)], 1)               # k 2 3
-    spread = jacobian @ view @ (rotation_matrices(rotations) * scales[:, None])            # k 2 3
+    xy = size / 2 + torch.stack([focal * x, -focal * y], -1)                               # b k 2
+    jacobian = torch.stack([torch.stack([focal, zero, focal * x / distance], -1),
+                            torch.stack([zero, -focal, -focal * y / distance], -1)], -2)   # b k 2 3
+    spread = jacobian @ views[:, None] @ (rotation_matrices(rotations) * scales[..., None, :])         # b k 2 3
     return xy, spread @ spread.mT + BLUR * torch.eye(2, device=means.device), distance
 
 
-def splat(means, scales, rotations, opacities, colours, azimuth, elevation, size, background=(1., 1., 1.), tiles=16):
-    """means, scales (k 3), rotations (k 4, w x y z), opacities (k), colours (k 3) -> a picture (size size 3). All of it
-    is differentiable (Kerbl et al. 2023):
+def numbered(counts, total):
+    """Owner i of b k has counts_i of `total` items, one owner after another -> the owner of every item, b total (k:
+    none), and its number among those of its owner."""
+    ends = counts.cumsum(1)                                                                # b k
+    item = torch.arange(total, device=counts.device).repeat(len(counts), 1)                # b total
+    owner = torch.searchsorted(ends, item, right=True)
+    return owner, item - F.pad(ends, (1, 0)).gather(1, owner)
+
+
+@torch.no_grad()
+def blocks_of(xy, covariance, distance, size, pairs):
+    """-> the Gaussians of every block, nearest first, b q m (k: none); its tile (n: none) and its number in the blocks
+    of that tile, b q each; the last block of every tile, b n.
+
+    As in Kerbl et al., pairs of a Gaussian and a tile that it meets are sorted by tile. A picture has at most `pairs`:
+    the farthest Gaussians lose theirs. (None: as many as there are, but a GPU has to be waited for.)"""
+    k, side, reach = xy.shape[1], -(-size // TILE), 3 * covariance.diagonal(dim1=2, dim2=3).sqrt()     # three sigma
+    low, high = ((xy + sign * reach).div(TILE).floor().clamp(-1, side).long() for sign in (-1, 1))     # b k 2, tiles
+    low, high = low.clamp(min=0), high.clamp(max=side - 1)
+    order, (width, height) = distance.argsort(), (high - low + 1).clamp(min=0).unbind(-1)  # b k each
+    count = (width * height).gather(1, order)                                              # b k
+    rank, number = numbered(count, pairs or int(count.sum(1).max()))                       # b p
+    gaussian = F.pad(order, (0, 1), value=k).gather(1, rank)                               # b p
+    left, top, width = (F.pad(x, (0, 1), value=1).gather(1, gaussian) for x in (*low.unbind(-1), width))
+    tile = torch.where(gaussian < k, (top + number // width) * side + left + number % width, side ** 2)
+    tile, by_tile = tile.sort(stable=True)                                                 # then by distance
+    gaussian = F.pad(gaussian.gather(1, by_tile), (0, 1), value=k)                         # b (p + 1)
+
+    start = torch.searchsorted(tile, torch.arange(side ** 2 + 2, device=xy.device).repeat(len(xy), 1))      # b (n + 2)
+    count = (-(-start[:, :-1].diff() // BLOCK)).clamp(min=1)                               # b n, blocks
+    tile, number = numbered(count, pairs // BLOCK + side ** 2 if pairs else int(count.sum(1).max()))        # b q
+    place = (start.gather(1, tile) + BLOCK * number)[..., None] + torch.arange(BLOCK, device=xy.device)     # b q m
+    place = torch.where(place < start.gather(1, tile + 1)[..., None], place, gaussian.shape[1] - 1)
+    return gaussian.gather(1, place.flatten(1)).view_as(place), tile, number, count.cumsum(1) - 1
+
+
+def blend(features, index, tile, side):
+    """Features of Gaussians k 10, the Gaussians of blocks q m, their tiles q -> the pixels of the blocks, q y x 4:
+    colour times coverage, coverage."""
+    found = features[index]                                                                # q m 10
+    x, y, a, b, c, opacity, *_ = rearrange(found, "q m i -> i q 1 1 m")
+    pixel = torch.arange(TILE, device=tile.device) + .5
+    dx = rearrange(tile % side * TILE, "q -> q 1 1 1") + rearrange(pixel, "x -> x 1") - x  # q 1 x m
+    dy = rearrange(tile // side * TILE, "q -> q 1 1 1") + rearrange(pixel, "y -> y 1 1") - y           # q y 1 m
+    power = -.5 * a * dx ** 2 - .5 * c * dy ** 2 - b * dx * dy                             # q y x m
+    alpha = (opacity * power.exp()).clamp(max=.99)
+    passed = torch.log1p(-alpha).cumsum(-1)                                                # log of prod (1 - alpha)
+    weight = alpha * F.pad(passed[..., :-1], (1, 0)).exp()
+    return torch.einsum("q y x m, q m c -> q y x c", weight, found[..., 6:])
+
+
+def composite(pixels, number, most):
+    """Pixels of blocks, b q y x 4, and the numbers of the blocks in their tiles, b q, below `most` -> pixels of each
+    block behind those before it in the tile. After step i, of 2^(i + 1) blocks (Hillis and Steele 1986)."""
+    for i in range((most - 1).bit_length()):
+        front, back = pixels[:, :-2 ** i], pixels[:, 2 ** i:]
+        there = rearrange(number[:, 2 ** i:] >= 2 ** i, "b q -> b q 1 1 1")                # in the same tile
+        pixels = torch.cat([pixels[:, :2 ** i], torch.where(there, front + (1 - front[..., 3:]) * back, back)], 1)
+    return pixels
+
+
+def splats(means, scales, rotations, opacities, colours, angles, size, pairs=None):
+    """means, scales (b k 3), rotations (b k 4, w x y z), opacities (b k), colours (b k 3), azimuth and elevation (b 2,
+    degrees) -> pictures (b size size 4): colour times coverage, coverage. All of it is differentiable (Kerbl et al.
+    2023):
 
         C = sum_i c_i alpha_i prod_{j < i} (1 - alpha_j),    alpha_i = o_i exp(-d^T Sigma'^-1 d / 2),    nearest first
 
-    `tiles` are blended at a time, and blended again for the gradient: this bounds memory."""
-    xy, covariance, distance = project_gaussians(means, scales, rotations,
-                                                 view_rotation(azimuth, elevation).to(means.device), size)
-    order = distance.detach().argsort()
-    xy, covariance, opacities, colours = (x[order] for x in (xy, covariance, opacities, colours))
-    inverse = torch.linalg.inv(covariance)                                                 # k 2 2
+    Chunks of blocks are blended one after another, and blended again for the gradient: this bounds memory. pairs: see
+    blocks_of."""
+    xy, covariance, distance = project_gaussians(means, scales, rotations, view_rotations(angles), size)
+    index, tile, number, last = blocks_of(xy, covariance, distance, size, pairs)
+    (a, b), (_, c) = rearrange(covariance, "b k i j -> i j b k")
+    inverse = torch.stack([c, -b, a], -1) / (a * c - b ** 2)[..., None]                    # b k 3; torch's waits
+    features = torch.cat([xy, inverse, opacities[..., None], F.pad(colours, (0, 1), value=1)], -1)     # b k 10
+    features = F.pad(features, (0, 0, 0, 1))                                               # row k: no Gaussian
+    row = torch.arange(len(xy), device=xy.device)[:, None]                                 # b 1
+    index, side, pixels = index + row[..., None] * features.shape[1], -(-size // TILE), []
+    for chunk in zip(index.flatten(0, 1).split(CHUNK), tile.flatten().split(CHUNK)):
+        inputs = features.flatten(0, 1), *chunk, side
+        pixels.append(checkpoint(blend, *inputs, use_reentrant=False) if torch.is_grad_enabled() else blend(*inputs))
+    pixels = rearrange(torch.cat(pixels), "(b q) y x c -> b q y x c", b=len(xy))
+    pixels = composite(pixels, number, -(-xy.shape[1] // BLOCK))[row, last]                # b n y x 4
+    return rearrange(pixels, "b (r q) y x c -> b (r y) (q x) c", r=side)[:, :size, :size]
 
-    reach = 3 * covariance.detach()[:, [0, 1], [0, 1]].sqrt()                              # k 2, three sigma
-    low, high = ((xy.detach() + sign * reach).div(TILE).floor() for sign in (-1, 1))       # k 2, tiles
-    side = -(-size // TILE)
-    tile = torch.cartesian_prod(*[torch.arange(side, device=xy.device)] * 2)               # n 2: y, x
-    meets = ((low <= tile[:, None].flip(-1)) & (high >= tile[:, None].flip(-1))).all(-1)   # n k
-    count = meets.sum(1)                                                                   # n
-    pair_tile, pair_item = meets.nonzero(as_tuple=True)                                    # by tile, then by distance
-    rank = torch.arange(len(pair_tile), device=xy.device) - (count.cumsum(0) - count)[pair_tile]
 
-    def blend(index, tile, xy, inverse, opacities, colours):                               # index n m, -1: no Gaussian
-        pixel = tile[:, None] * TILE + torch.arange(TILE, device=xy.device)[:, None] + .5  # n TILE 2
-        dy, dx = (pixel[..., i, None] - xy[index, 1 - i][:, None] for i in (0, 1))         # n TILE m
-        a, b, c = (inverse[index][:, None, :, i, j] for i, j in ((0, 0), (0, 1), (1, 1)))  # n 1 m
-        dx, dy = dx[:, None], dy[:, :, None]
-        power = -.5 * a[:, None] * dx ** 2 - .5 * c[:, None] * dy ** 2 - b[:, None] * dx * dy          # n y x m
-        alpha = (torch.where(index < 0, 0, opacities[index])[:, None, None] * power.exp()).clamp(max=.99)
-        passed = torch.log1p(-alpha).cumsum(-1)                                            # log of prod (1 - alpha)
-        weight = alpha * F.pad(passed[..., :-1], (1, 0)).exp()
-        colour = torch.einsum("n y x m, n m c -> n y x c", weight, colours[index])
-        return torch.cat([colour, passed[..., -1:].exp()], -1)                             # n y x 4
-
-    image = {}                                                    # tile -> its pixels
-    for batch in count.argsort().split(tiles):                    # tiles with similar counts together: little padding
-        index = torch.full((len(tile), max(int(count[batch].max()), 1)), -1, device=xy.device)         # n m
-        chosen = torch.isin(pair_tile, batch)
-        index[pair_tile[chosen], rank[chosen]] = pair_item[chosen]
-        arguments = index[batch], tile[batch], xy, inverse, opacities, colours
-        blended = checkpoint(blend, *arguments, use_reentrant=False) if torch.is_grad_enabled() else blend(*arguments)
-        image.update(zip(batch.tolist(), blended))
-    image = torch.stack([image[i] for i in range(len(tile))])                              # n y x 4
-    image = rearrange(image, "(r q) y x c -> (r y) (q x) c", r=side)[:size, :size]
-    return image[..., :3] + image[..., 3:] * torch.as_tensor(background, dtype=image.dtype, device=image.device)
+def splat(means, scales, rotations, opacities, colours, azimuth, elevation, size, background=(1., 1., 1.)):
+    """One picture (size size 3), from angles in degrees, before a background: a colour, or a picture."""
+    gaussians = (x[None] for x in (means, scales, rotations, opacities, colours))
+    image = splats(*gaussians, torch.tensor([[azimuth, elevation]]).to(means), size)[0]
+    return image[..., :3] + (1 - image[..., 3:]) * torch.as_tensor(background).to(image)

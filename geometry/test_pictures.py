@@ -106,23 +106,35 @@ def splat_by_pixel(means, scales, rotations, opacities, colours, azimuth, elevat
     return image
 
 
-def test_splatting_is_the_formula():
-    """By tiles = one Gaussian after the other over every pixel, whatever the number of tiles at a time."""
+@pytest.mark.parametrize("block, chunk", [(32, 4), (4, 100), (1, 30)])
+def test_splatting_is_the_formula(block, chunk, monkeypatch):
+    """By tiles = one Gaussian after the other over every pixel, however large blocks and chunks of them are."""
+    monkeypatch.setattr(splat, "BLOCK", block)
+    monkeypatch.setattr(splat, "CHUNK", chunk)
     g = gaussians(60)
     true = splat_by_pixel(*(x.double().numpy() for x in g), 40, 25, 40, (.2, .5, 1.))
-    for tiles in (1, 4, 100):
-        error = abs(splat.splat(*g, 40, 25, 40, (.2, .5, 1.), tiles).numpy() - true)
-        assert error.max() < .02 and error.mean() < 1e-3           # splat draws nothing beyond 3 sigma
+    error = abs(splat.splat(*g, 40, 25, 40, (.2, .5, 1.)).numpy() - true)
+    assert error.max() < .02 and error.mean() < 1e-3               # splat draws nothing beyond 3 sigma
 
 
 def test_splatting_has_true_gradients(monkeypatch):
     """The gradient of every input = finite differences, in double precision."""
-    monkeypatch.setattr(splat, "TILE", 8)
+    monkeypatch.setattr(splat, "BLOCK", 2)
     g = [x.double().requires_grad_() for x in gaussians(4, seed=3)]
     with torch.no_grad():
         g[1].clamp_(min=.15)                                       # wide: their rim at 3 sigma lies outside the picture
-    monkeypatch.setattr(splat, "view_rotation", lambda *angles: view_rotation(*angles).double())
     assert torch.autograd.gradcheck(lambda *g: splat.splat(*g, 40, 25, 6), g, eps=1e-6, atol=1e-4)
+
+
+def test_pictures_at_once_are_those_of_each():
+    """With too few pairs of Gaussians and tiles, the farthest Gaussians are missing."""
+    g, angles = [*map(torch.stack, zip(gaussians(60), gaussians(60, seed=1)))], torch.tensor([[40., 25], [200, -10]])
+    for i, image in enumerate(splat.splats(*g, angles, 40, pairs=2000)):
+        assert torch.allclose(image[..., :3], splat.splat(*(x[i] for x in g), *angles[i], 40, (0, 0, 0)), atol=1e-5)
+        assert torch.allclose(splat.view_rotations(angles)[i], view_rotation(*angles[i]), atol=1e-6)
+    g[0], g[1] = torch.tensor([[[0, 0, -.5], [0, 0, .5]]]), torch.ones(1, 2, 3)      # far and near, over the only tile
+    near, few, both = (splat.splats(*(x[:1, i:2] for x in g), angles[:1], 8, n) for i, n in ((1, 1), (0, 1), (0, 2)))
+    assert torch.equal(near, few) and not torch.allclose(near, both, atol=.01)
 
 
 def test_gaussians_round_trip(tmp_path):
