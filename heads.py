@@ -102,7 +102,7 @@ class PointHead(QueryDecoder):
         x = batch["points"]                                                               # b k 3
         final = x.shape[1] // 4
         t = torch.rand(*x.shape[:2], 1, device=x.device)                                  # b k 1, one for each point
-        t[:, :final] = 1
+        t[:, :final].fill_(1)
         noisy, velocity = flow_pair(x, t)                                                 # b k 3
         y = self.velocity(self.read(tokens), noisy, t[..., 0])                            # b k 9
         flow = F.mse_loss(y[:, final:, :3], velocity[:, final:])
