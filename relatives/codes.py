@@ -38,17 +38,24 @@ class Codebook(nn.Module):
     def nearest(self, x):                                     # b n c -> b n
         chosen = torch.cdist(x, self.code).argmin(-1)
         if self.training and self.code.requires_grad:
-            rate = torch.bincount(chosen.flatten(), minlength=len(self.use)) * len(self.use) / chosen.numel()
-            self.use.lerp_(rate.float(), .01)
-            dead, x = self.use < self.RARE, rearrange(x, "b n c -> (b n) c")
-            self.code[dead] = x[torch.randint(len(x), (int(dead.sum()),), device=x.device)]
-            self.use[dead] = 1.
+            self.use.lerp_(shares(chosen, len(self.use)) * len(self.use), .01)
+            dead, x = self.use < self.RARE, rearrange(x, "b n c -> (b n) c")      # v
+            drawn = x[torch.randint(len(x), dead.shape, device=x.device)]         # v c
+            self.code.copy_(torch.where(dead[:, None], drawn, self.code))
+            self.use.masked_fill_(dead, 1.)
         return chosen
+
+
+def shares(indices, codes):
+    """The share of each code in a tensor, v. (torch.bincount waits for a GPU.)"""
+    indices = indices.flatten()
+    one = torch.ones(1, device=indices.device).expand(len(indices))
+    return torch.zeros(codes, device=indices.device).scatter_add(0, indices, one) / len(indices)
 
 
 def code_use(indices, codes):
     """The share of all codes that occur in a tensor; perplexity, e^entropy: the effective number of codes."""
-    share = torch.bincount(indices.flatten(), minlength=codes) / indices.numel()
+    share = shares(indices, codes)
     return {"code use": (share > 0).float().mean(), "perplexity": torch.special.entr(share).sum().exp()}
 
 
