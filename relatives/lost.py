@@ -129,9 +129,9 @@ def contrast(s, t, low, high, temperature=.07):
 
 def rank(s, t):
     """Rank distillation: the rows of s and of t, without the diagonal, standardised; then their mean squared error."""
-    other = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
-    s, t = (F.layer_norm(rearrange(x[other], "(b j) -> b j", b=len(x)), [len(x) - 1]) for x in (s, t))    # j = b - 1
-    return F.mse_loss(s, t)
+    b = len(s)
+    others = (x.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1) for x in (s, t))       # skips every b + 1st
+    return F.mse_loss(*(F.layer_norm(x, [b - 1]) for x in others))
 
 
 class Codec(nn.Module):
@@ -154,7 +154,7 @@ class Codec(nn.Module):
         """
         r, b = self.encoder(x), len(x)                                            # b m w
         r = r + self.training * tokenizer_.NOISE * torch.randn_like(r)
-        k = torch.tensor(self.lengths)[torch.randint(len(self.lengths), (b, 1))].to(x.device)
+        k = (2 ** torch.randint(len(self.lengths), (b, 1), device=x.device)).clamp(max=self.count)    # of self.lengths
         kept = torch.arange(self.count, device=x.device) < k                      # b m
         t = (torch.randn(b, 1, device=x.device) - 1).sigmoid()                    # mostly noise: registers matter there
         flat = rearrange(x, "b n c -> b (n c)")
