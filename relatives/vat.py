@@ -161,8 +161,9 @@ class ToPlanes(nn.Module):
 
     def look_up(self, levels, points):
         """The features of points b k 3 in the planes of all levels: b k f, sums over the three planes."""
-        vu = torch.stack([points[..., [1, 0]], points[..., [2, 1]], points[..., [0, 2]]], 1).float()      # b 3 k 2
-        vu = rearrange(vu, "b i k j -> (b i) k 1 j")          # grid_sample: last axis first
+        x, y, z = points.float().unbind(-1)                   # b k each
+        vu = torch.stack([y, x, z, y, x, z], -1)              # grid_sample: last axis first
+        vu = rearrange(vu, "b k (i j) -> (b i) k 1 j", j=2)
         found = [F.grid_sample(level.float(), vu, align_corners=False, padding_mode="border") for level in levels]
         return torch.cat([reduce(x, "(b i) f k 1 -> b k f", "sum", i=3) for x in found], -1)
 
@@ -209,7 +210,7 @@ class Tokenizer(nn.Module):
         mean, log_variance = posterior.chunk(2, -1)
         kl = reduce(mean ** 2 + log_variance.exp() - 1 - log_variance, "b n c -> b n", "sum").mean() / 2
         z = latents_of(posterior, sampled=self.training)
-        latents, loss, indices = self.quantiser(z) if quantised else (z, torch.zeros(()), None)
+        latents, loss, indices = self.quantiser(z) if quantised else (z, z.new_zeros(()), None)
         total, logs = decoder.loss(latents, samples)
         logs |= {"kl": kl.detach(), "codebook": loss.detach()}
         if quantised:
@@ -227,6 +228,8 @@ class Generator(Sequence):
         super().__init__(prefix, widths, dim, depth, heads)
         self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)           # a copy, for f
         self.scales, self.counts, self.token = self.quantiser.scales, self.quantiser.counts, nn.Linear(channels, dim)
+        scale = torch.tensor([k for k, count in enumerate(self.counts, 1) for _ in range(count)])
+        self.register_buffer("scale", scale, persistent=False)                    # N; 0: the prefix
         self.place = nn.Parameter(torch.randn(sum(self.counts), dim) * .02)
         self.out = nn.Linear(dim, codes)
         nn.init.zeros_(self.out.weight)
@@ -240,8 +243,7 @@ class Generator(Sequence):
         prefix, valid, first, modulation = self.begin(condition)
         p, levels = prefix.shape[1], self.quantiser.decode(indices)[:-1]
         x = torch.cat([prefix, *(self.tokens(k, f, first) for k, f in enumerate(levels))], 1)     # b (p + N) d
-        scale = torch.tensor([0] * p + [k for k, count in enumerate(self.counts, 1) for _ in range(count)]).to(x.device)
-        valid = F.pad(valid, (0, len(scale) - p), value=True)
+        scale, valid = F.pad(self.scale, (p, 0)), F.pad(valid, (0, len(self.scale)), value=True)      # p + N, b (p + N)
         mask = (scale <= scale[:, None]) & rearrange(valid, "b k -> b 1 k")                       # b q k
         logits = self.out(self.read(x, modulation, mask)[:, p:]).float()          # b N v
         right = (logits.argmax(-1) == indices).float().mean()
