@@ -11,6 +11,7 @@ learning beside the image tower (prompts/image_tower.py).
 """
 import math
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -130,20 +131,12 @@ class TextAndCloud(nn.Module):
         return self.read_ids(*self.word_ids(prompts))
 
     def cache(self, split):
-        return WordIds(self, split)
+        """What draws the words of captions of a prepared set, padded to one length, on its device."""
+        ids, mask = (x.to(split.device) for x in self.word_ids(split.table.texts))
+        return SimpleNamespace(draw=lambda captions: (ids[captions], mask[captions]))
 
 
 # ---------------------------------------------------------------------------- training and evaluation
-
-class WordIds:
-    """The words of all captions of a prepared set, padded to one length: a batch is drawn on the set's device."""
-
-    def __init__(self, tower, split):
-        self.ids, self.mask = (x.to(split.device) for x in tower.word_ids(split.table.texts))
-
-    def draw(self, captions):                                 # b, numbers of captions -> ids b t and mask b t
-        return self.ids[captions], self.mask[captions]
-
 
 def training_batch(prepared, words, batch=128):
     """The input of `loss`. Half of the batches begin with all shapes of two classes: they teach finer differences."""
