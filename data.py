@@ -112,6 +112,7 @@ class Captions:
 class Prepared:
     """A prepared set: the shapes of the split that have samples of all kinds. Its arrays are read from disk as needed,
     or lie on a GPU (`to`). `rows` are numbers of shapes, on its device."""
+    streamed = False
 
     def __init__(self, folder, source, kinds):
         self.folder, self.source, self.version = Path(folder), source, version(source)
@@ -151,10 +152,10 @@ class Prepared:
         return other
 
     def to(self, device):
-        """The same set on a device. Arrays that do not fit into a GPU's memory stay on disk: batches are drawn there
-        (engine/step.py)."""
+        """The same set on a device. Arrays that do not fit into a GPU's memory stay on disk: worker processes draw
+        batches of them (step.Streamed)."""
         if not fits(sum(array.nbytes for array in self.arrays.values()), device):
-            return self
+            return self.changed(streamed=True)
         return self.changed(device=device, arrays={name: array.to(device) for name, array in self.arrays.items()},
                             rows=self.rows.to(device), symmetry=self.symmetry.to(device))
 

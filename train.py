@@ -33,6 +33,7 @@ from engine.stage import RELATIVES
 from engine.state import Log, load_state, save_state, stop_after_step
 from engine.step import (
     EMA,
+    Streamed,
     compiled,
     held_out_loss,
     learning_rate,
@@ -68,10 +69,11 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
           + f", resuming from step {start}" * bool(start))
 
+    streamed = Streamed(run, stage, draw, start, steps, choices) if run.train.streamed else None
     step_loss = compiled(loss_of, model, run.compile)
 
     def micro_batch(*choice):                                 # forward and backward pass
-        batch = draw(run.train)
+        batch = streamed.batch if streamed else draw(run.train)
         with run.autocast():
             loss, logs = step_loss(model, batch, *choice)
         (loss / run.micro_batches).backward()
@@ -90,6 +92,8 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
         for step in bar:
             # --- forward and backward passes, whose micro-batches all processes share
             for i in range(processes.rank(), run.micro_batches, processes.world()):
+                if streamed:
+                    streamed.advance()
                 micro_batch(*seed_micro_batch(run, stage, step, i, choices))
             processes.sum_over_processes([p.grad for p in model.parameters() if p.grad is not None], log.now.values())
 

@@ -6,18 +6,23 @@ wait for a GPU: what a step computes is read when the log is written.
 """
 import copy
 import functools
+import os
+from itertools import product
 from zlib import crc32
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine import processes
 from engine.commands import has_bf16
 
 RESIDENT = .5                                # share of a GPU's free memory for a prepared set, or for cached tokens
+WORKERS = min(4, os.cpu_count())             # processes that draw batches of a set that is not resident
 COMPILED = 20e6                              # parameters from which compiling pays for a minute of it
 
 
@@ -28,6 +33,33 @@ def seed_micro_batch(run, stage, step, i, choices):
     rng = np.random.default_rng((run.seed, crc32(stage.encode()), step, i))
     torch.manual_seed(int(rng.integers(2 ** 62)))
     return choices[rng.integers(len(choices))]
+
+
+def moved(batch, device):
+    """A batch, which may be a dict or a list, on a device."""
+    return tree_map_only(torch.Tensor, lambda x: x.to(device), batch)
+
+
+class Streamed:
+    """The batches of a set that does not fit into a GPU's memory: worker processes draw them from disk, some steps
+    ahead. `batch` is the current one, always the same tensors on the GPU."""
+    batch = None
+
+    def __init__(self, run, stage, draw, first, steps, choices):
+        items = [*product(range(first, steps), range(processes.rank(), run.micro_batches, processes.world()))]
+
+        def drawn(item):
+            seed_micro_batch(run, stage, *item, choices)
+            return draw(run.train)
+        self.device, pinned = run.device, run.device.type == "cuda"
+        self.loader = iter(DataLoader(items, None, collate_fn=drawn, num_workers=WORKERS, pin_memory=pinned))
+
+    def advance(self):
+        new = next(self.loader)
+        if self.batch is None:
+            self.batch = moved(new, self.device)
+        for old, x in zip(tree_leaves(self.batch), tree_leaves(new)):
+            old.copy_(x, non_blocking=True)
 
 
 def fits(size, device):
@@ -45,7 +77,7 @@ def compiled(loss_of, model, active):
 def held_out_loss(run, model, draw, loss_of):
     """The loss on one fixed batch of held-out shapes."""
     torch.manual_seed(0)
-    batch = draw(run.test)
+    batch = moved(draw(run.test), run.device)
     with run.autocast():
         return loss_of(model, batch)[0].item()
 
@@ -58,7 +90,7 @@ def shares_of_loss(run, model, loss_of, samples_of):
     for row in tqdm(range(len(own)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
         if own[row] not in losses:
             torch.manual_seed(row)
-            batch = samples_of(run.train, torch.tensor([row], device=run.train.device))
+            batch = moved(samples_of(run.train, torch.tensor([row], device=run.train.device)), run.device)
             with run.autocast():
                 losses[own[row]] = loss_of(model, batch)[0].item()
     losses = torch.tensor([losses[number] for number in own], device=run.train.device)

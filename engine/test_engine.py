@@ -18,6 +18,7 @@ import torch
 import trimesh
 from torch import nn
 
+import data
 import heads
 import train
 from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, train_small
@@ -94,6 +95,16 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
         assert log_rows(cut / f"{stage}.csv") == rows
 
 
+def test_a_set_that_does_not_fit_on_the_gpu_is_streamed(tmp_path, monkeypatch):
+    """Worker processes draw it; a run in two parts = a run in one."""
+    monkeypatch.setattr(data, "fits", lambda *_: False)
+    flags = "--steps", 4, "--batch", 4, "--stage", "encoders"
+    assert train_small(monkeypatch, tmp_path / "whole", 4, *flags) == 0
+    monkeypatch.setattr(train, "learning_rate", stop_in_step(1, lambda: signal.raise_signal(signal.SIGTERM)))
+    assert [train_small(monkeypatch, tmp_path / "cut", 4, *flags) for _ in range(2)] == [130, 0]
+    assert same_files(tmp_path / "whole", tmp_path / "cut", "*.safetensors")
+
+
 @pytest.mark.parametrize("flag, value", [("--steps", 8), ("--seed", 1), ("--batch", 2), ("--lr", 1e-4)])
 def test_a_stopped_stage_refuses_other_flags(tmp_path, monkeypatch, capsys, flag, value):
     flags = {"--steps": 6, "--batch": 4, "--seed": 0, "--lr": .001, "--stage": "encoders"}
@@ -117,7 +128,7 @@ def train_line(folder, bad, monkeypatch, steps=12):
     run = SimpleNamespace(folder=folder, stages={"line": Stage("line", None, steps, 4, .1)}, device=torch.device("cpu"),
                           recompute=False, autocast=contextlib.nullcontext, micro_batches=1, test=None, seed=0,
                           compile=False,
-                          train=SimpleNamespace(version="toy"))
+                          train=SimpleNamespace(version="toy", streamed=False))
     torch.manual_seed(0)
     return train.fit(run, "line", nn.Linear(64, 64), draw, lambda model, x: (((model(x) - x) ** 2).mean(), {}))[0]
 
