@@ -204,9 +204,10 @@ class MeshHead(nn.Module):
     def forward(self, tokens):                                # b n c -> levels b s 9 l, exists b s, colours b s 3
         x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
         x = torch.cat([x, repeat(self.query, "q d -> b q d", b=len(x))], 1)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        x = self.norm(x[:, len(self.place):])
+        queries = torch.arange(len(self.place), x.shape[1], device=x.device).expand(len(x), -1)         # b q
+        x = self.norm(self.blocks[-1](x, rows=queries))
         levels = rearrange(self.coordinate(x), "b q (f i l) -> b (q f) i l", f=self.FACES, l=self.LEVELS)
         other = rearrange(self.other(x).float(), "b q (f i) -> b (q f) i", f=self.FACES)
         return levels, other[..., 0], other[..., 1:]
