@@ -2,6 +2,8 @@
 
 Letters: b pictures, k Gaussians, n tiles, q blocks of m Gaussians that meet one tile, x and y pixels.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -129,9 +131,9 @@ def splats(means, scales, rotations, opacities, colours, angles, size, pairs=Non
     features = F.pad(features, (0, 0, 0, 1))                                               # row k: no Gaussian
     row = torch.arange(len(xy), device=xy.device)[:, None]                                 # b 1
     index, side, pixels = index + row[..., None] * features.shape[1], -(-size // TILE), []
+    again = partial(checkpoint, blend, use_reentrant=False, preserve_rng_state=False)
     for chunk in zip(index.flatten(0, 1).split(CHUNK), tile.flatten().split(CHUNK)):
-        inputs = features.flatten(0, 1), *chunk, side
-        pixels.append(checkpoint(blend, *inputs, use_reentrant=False) if torch.is_grad_enabled() else blend(*inputs))
+        pixels.append((again if torch.is_grad_enabled() else blend)(features.flatten(0, 1), *chunk, side))
     pixels = rearrange(torch.cat(pixels), "(b q) y x c -> b q y x c", b=len(xy))
     pixels = composite(pixels, number, -(-xy.shape[1] // BLOCK))[row, last]                # b n y x 4
     return rearrange(pixels, "b (r q) y x c -> b (r y) (q x) c", r=side)[:, :size, :size]
