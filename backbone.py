@@ -284,15 +284,10 @@ def schedule(n, steps):
     return pairs
 
 
-def known_at(moment, n):
-    """The number of known tokens at a moment of generation, from 0 (none of n) to 1 (all)."""
-    return n - math.ceil(n * math.cos(math.pi / 2 * moment))
-
-
-def training_moments(n):
-    """The numbers of known tokens in training. Early moments, when the prompt decides most, come more often. (MAR masks
-    at least .7 of the tokens, by a truncated normal: then the last tokens are never trained.)"""
-    return [known_at(((i + .5) / 16) ** 1.5, n) for i in range(16)]
+def known_counts(n, count=16, power=1.5):
+    """How many of n tokens are known at `count` moments of generation. A power above 1: early moments, when the prompt
+    decides most, come more often. (MAR masks at least .7 of the tokens: then the last ones are never trained.)"""
+    return [n - math.ceil(n * math.cos(math.pi / 2 * ((i + .5) / count) ** power)) for i in range(count)]
 
 
 load = partial(load_stage, stage="backbone", part=Backbone, variants=BACKBONES)           # frozen
@@ -313,7 +308,7 @@ def train(run):
                          towers=run.encoder_names)
 
     # loss: in training at one of 16 moments of generation, on held-out shapes the mean over eight
-    held_out = [known_at((i + .5) / 8, model.tokens) for i in range(8)]
+    held_out = known_counts(model.tokens, 8, 1)
 
     def loss_of(model, batch, *known):
         x, condition = batch[0], towers.encode_drawn(batch[1])
@@ -322,7 +317,7 @@ def train(run):
 
     # save
     fit_generator(run, "backbone", model, draw, loss_of, towers, decoders, variant=run.variant,
-                  choices=[(k,) for k in training_moments(model.tokens)], settings=settings)
+                  choices=[(k,) for k in known_counts(model.tokens)], settings=settings)
 
 
 def fit_generator(run, stage, model, draw, loss_of, towers, decoders,

@@ -93,7 +93,7 @@ class NoWait(TorchDispatchMode):
     """In its body, what makes Python wait for a GPU is an error: reading values, shapes that depend on values."""
     WAITING = {getattr(torch.ops.aten, name) for name in (
         "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
-        "bincount", "repeat_interleave", "_linalg_check_errors")}
+        "bincount", "repeat_interleave", "_linalg_check_errors", "lift_fresh")}
     INDEXED = {getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_", "_index_put_impl_")}
 
     def __enter__(self):

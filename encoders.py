@@ -64,11 +64,8 @@ class Encoders:
         condition = {}
         for kind, shown in drawn["shown"].items():                                # shown: b
             x, tower = drawn[kind], self.towers[kind]
-            if self.is_pretrained(kind):
-                tokens, mask = x[0].float(), x[1]
-            else:
-                tokens, mask = tower.read_ids(*x) if kind == "text" else tower.tokens(x)
-            condition[kind] = tokens, mask & shown[:, None]                       # b t e, b t
+            tokens, mask = x if self.is_pretrained(kind) else tower.read_ids(*x) if kind == "text" else tower.tokens(x)
+            condition[kind] = tokens.float(), mask & shown[:, None]               # b t e, b t
         return condition
 
     def is_pretrained(self, kind):                            # its tokens of a prepared set are cached

@@ -169,7 +169,7 @@ def test_a_masked_prompt_has_no_influence():
 
 def test_training_covers_every_moment_of_generation():
     """From no known token to few unknown ones. The hidden share, cos(pi/2 u^1.5), u uniform, has mean .74."""
-    counts = backbone.training_moments(27)
+    counts = backbone.known_counts(27)
     assert len(counts) == 16 and counts[0] == 0 and counts[-1] == 25 and abs(1 - np.mean(counts) / 27 - .74) < .02
 
 

@@ -6,8 +6,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import torch
-
 from engine import processes
 from engine.commands import UserError, pick_device
 from engine.files import (
@@ -79,7 +77,6 @@ class Run:
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
         self.compile = self.device.type == "cuda" and not args.no_compile
-        torch.set_float32_matmul_precision("high")            # TF32 where a GPU still multiplies in fp32
 
     def fit(self, *args, **settings):
         """Trains a model (train.py) -> its moving average, and the seconds."""

@@ -168,7 +168,7 @@ def bench_train(args):
                     torch.manual_seed(seed)
                     x = torch.randn(b, model.tokens, model.channels, device=args.place)
                     with autocast():
-                        known = backbone.training_moments(model.tokens)[4 + 4 * seed]
+                        known = backbone.known_counts(model.tokens)[4 + 4 * seed]
                         loss = model.loss(x, random_condition(b, args.place), known) / micro_batches
                     loss.backward()
                 update(opts, nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite())

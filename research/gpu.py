@@ -76,7 +76,7 @@ class Training:
         n, patch = grid["side"] ** 3, grid.get("patch", 1) ** 3
         settings = dict(tokens=n // patch, channels=grid["channels"] * patch, widths=towers.widths)
         self.args, self.split, self.towers, self.graph = args, split, towers, graph
-        self.batch, self.known = args.batch or BATCHES[size], backbone.training_moments(n // patch)[8]
+        self.batch, self.known = args.batch or BATCHES[size], backbone.known_counts(n // patch)[8]
         self.model = backbone.Backbone(**backbone.SIZES[size] | settings).to(args.place).train()
         self.tokens = torch.randn(len(split), n // patch, settings["channels"], device=args.place)
         self.ema, self.opts = EMA(self.model), optimizers(self.model, 1e-3)
