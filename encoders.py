@@ -28,7 +28,8 @@ class Encoders:
     def __init__(self, text, image):
         self.towers = {"text": text, "image": image}
         self.widths = {kind: tower.width for kind, tower in self.towers.items()}  # e of each
-        self.caches = {}                                      # tokens of prepared sets, by pretrained towers
+        self.pretrained = {kind for kind, tower in self.towers.items() if hasattr(tower, "model")}
+        self.caches = {}                                      # of prepared sets
 
     def encode(self, prompts=None, pictures=None):
         """b strings, pictures b 3 s s, or both -> the condition of backbone and reconstructor."""
@@ -54,7 +55,7 @@ class Encoders:
             low += share
         recoloured = shown["text"] & shown["image"] & (torch.rand_like(u) < RECOLOURED)
         colours = torch.where(recoloured[:, None], split.table.colours[captions], -1)         # b m
-        image = self.cache("image", split).draw(rows * split.source.pictures + which) if self.is_pretrained("image") \
+        image = self.cache("image", split).draw(rows * split.source.pictures + which) if "image" in self.pretrained \
             else split.pictures(rows, which=which, recoloured=colours)
         return {"text": self.cache("text", split).draw(captions), "image": image, "shown": shown,
                 "rows": split.rows_as_shown(rows, which, shown["image"])}
@@ -64,12 +65,9 @@ class Encoders:
         condition = {}
         for kind, shown in drawn["shown"].items():                                # shown: b
             x, tower = drawn[kind], self.towers[kind]
-            tokens, mask = x if self.is_pretrained(kind) else tower.read_ids(*x) if kind == "text" else tower.tokens(x)
+            tokens, mask = x if kind in self.pretrained else tower.read_ids(*x) if kind == "text" else tower.tokens(x)
             condition[kind] = tokens.float(), mask & shown[:, None]               # b t e, b t
         return condition
-
-    def is_pretrained(self, kind):                            # its tokens of a prepared set are cached
-        return getattr(self.towers[kind], "pretrained", False)
 
     def cache(self, kind, split):
         """What draws a tower's input for the captions or pictures of a set; of pretrained towers, its output."""

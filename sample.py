@@ -220,6 +220,8 @@ def arguments():
          "within=S: tokens within S standard deviations of it; none; auto: sampled=.1 for a picture alone, else none")
     number("window", "RGS: its share of the steps, from the first")
     args = parser.parse_args()
+    if args.text is None and args.image is None:
+        parser.error("there is no prompt; give --text or --image")
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))

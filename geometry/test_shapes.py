@@ -49,7 +49,7 @@ def test_train_and_test_never_meet(prepared):
     training, test = prepared
     assert set(training.classes) == set(test.classes) == set(shapes.CLASSES)
     assert max(prepare.TRAIN_SHAPES, 10 ** 7) <= built_in.TEST == min(record["index"] for record in test.records)
-    assert len({points.tobytes() for split in prepared for points in split.arrays["points"]}) == 26
+    assert len({points.numpy().tobytes() for split in prepared for points in split.arrays["points"]}) == 26
 
 
 def test_captions_are_true():

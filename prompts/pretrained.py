@@ -26,7 +26,6 @@ LENGTH = 64    # word pieces of a prompt that are read
 
 class Pretrained:
     """A frozen tower, by hub name or folder. A subclass has the classes of its model types."""
-    pretrained = True
 
     def __init__(self, name, device="cpu"):
         os.environ["HF_HUB_OFFLINE"] = "1"                    # from the hub's cache or a folder, never over the network

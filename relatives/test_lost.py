@@ -207,7 +207,7 @@ def test_all_stages_end_to_end(tmp_path, monkeypatch, capsys):
     assert {"lost-student", "lost-registers", "lost-generator"} <= {*files.trained_stages(folder)}
 
     sampled = "--text", "a table", "--checkpoint", folder, "--resolution", 32, "--out", out
-    assert run(sample.main, *sampled, "--registers", 2) == 0
+    assert run(sample.main, *sampled, "--registers", 2, "--seed", 1) == 0
     look = "search", "--checkpoint", folder, "--in", out, "--out", tmp_path / "found", "--query"
     for query, sheet in (("a table", "a-table"), (out / "a-table-lost-0.png", "a-table-lost-0-png")):
         assert run(lost.main, *look, query) == 0
