@@ -13,9 +13,9 @@ STEP = -0x61C8864680B583EB    # 2^64 / golden ratio, as int64
 
 def mix(x):
     """The hash of SplitMix64: one other bit in x changes each bit of the result with probability 1/2. int64 wraps."""
-    x = (x ^ x >> 30 & 2 ** 34 - 1) * -0x40A7B892E31B1A47     # & clears the copies of the sign that >> shifts in
-    x = (x ^ x >> 27 & 2 ** 37 - 1) * -0x6B2FB644ECCEEE15
-    return x ^ x >> 31 & 2 ** 33 - 1
+    x = (x ^ (x >> 30).bitwise_and_(2 ** 34 - 1)).mul_(-0x40A7B892E31B1A47)       # and: >> shifts copies of the sign in
+    x = (x ^ (x >> 27).bitwise_and_(2 ** 37 - 1)).mul_(-0x6B2FB644ECCEEE15)
+    return x ^ (x >> 31).bitwise_and_(2 ** 33 - 1)
 
 
 def keys_of(seeds, device=None):
@@ -31,8 +31,8 @@ def bits(keys, stream, shape):                                # b keys -> b *sha
     return mix(mix(keys + stream)[:, None] ^ mix(index * STEP)).view(-1, *shape)
 
 
-def uniform(keys, stream, shape):                             # in (0, 1), symmetric; fp32 holds steps of 2^-23 exactly
-    return ((bits(keys, stream, shape) >> 41 & 2 ** 23 - 1).float() + .5) / 2 ** 23
+def uniform(keys, stream, shape):                             # in (0, 1), symmetric, in steps of 2^-23: exact in fp32
+    return ((bits(keys, stream, shape) >> 41).float() + .5) / 2 ** 23 + .5
 
 
 def normal(keys, stream, shape):
