@@ -66,6 +66,7 @@ def arguments():
     for names, count in ((["tokenizer"], 260), (["generate", "images", "scales", "registers"], 208),
                          (["cross-view", "ablate-rgs"], 26), ([*COMPARED, "ablate-rida"], 104)):
         flag(names, "--shapes", type=between(1, 520), default=count, help="held-out shapes, of all classes alike")
+    flag(["tokenizer"], "--split", choices=["train", "test"], default="test", help="training or held-out shapes")
     for names, count in ((["generate"], 16), (["attributes"], 8), (["ablate-rgs", *COMPARED], 4)):
         flag(names, "--n", type=between(2, 1000), default=count, help="samples of each prompt")
     flag(["generate"], "--registers", type=between(1), help="LoST: stop after so many (default: all)")

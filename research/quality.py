@@ -13,10 +13,11 @@ from data import kinds_of, seeded, turned_back, turns_to_front
 from engine.commands import pick_device
 from geometry import training_pictures, training_samples
 from geometry.metrics import chamfer, chamfer_matrix, emd, fscore
-from geometry.render import contact_sheet, save_png
+from geometry.render import contact_sheet, render_mesh, save_png
 from judge import JUDGES, caption_retrieval, picture_retrieval
 from prompts import image_tower, text_tower
 from research import exam
+from research.crisp import crispness
 from research.results import labels, mean, write_table, write_tables
 from research.scores import Exam
 
@@ -39,13 +40,29 @@ def evaluate_tokenizer(args):
             with autocast():
                 cloud = test.cloud([row], encoder.points, seeded(rng))                    # 1 k 3 each
                 tokens = encoder(*(x.to(device) for x in cloud))[0].float()       # n c
-            return JUDGES[args.rep](decoders, tokens, test, row, rng, autocast, points=100_000)
+            result = JUDGES[args.rep](decoders, tokens, test, row, rng, autocast, points=100_000)
+            if args.rep == "sdf":
+                result |= crispness(decoders["sdf"], tokens, test.shape(row), rng, autocast)
+            return result
 
-        results = exam.each_shape(args, test, exam.result_cache(args, label, folder), judge)
+        results = exam.each_shape(args, test, exam.result_cache(args, label, folder, "research.crisp"), judge)
+        save_reconstructions(args, label, test, encoder, decoders, autocast, device)
         tables[label] = [{"class": name} | mean([x for x, other in zip(results, test.classes) if other == name])
                          for name in sorted({*test.classes[:len(results)]})]
     print(" ".join(JUDGES[args.rep].__doc__.split()))
     write_tables(args.out, f"{args.command}-{args.rep}", tables)
+
+
+@torch.no_grad()
+def save_reconstructions(args, label, test, encoder, decoders, autocast, device, count=20):
+    """A sheet of shapes, evenly spread over the set, each beside what is decoded of its tokens."""
+    pictures = []
+    for row in np.linspace(0, len(test) - 1, min(count, args.shapes, len(test))).astype(int):
+        with autocast():
+            tokens = encoder(*(x.to(device) for x in test.cloud([row], encoder.points, seeded(row))))[0].float()
+        decoded = decoders[args.rep].decode(tokens, decoders, np.random.default_rng(0), autocast)
+        pictures += [render_mesh(*training_samples.vertex_coloured(test.shape(row)), size=160), decoded.picture(160)]
+    save_sheet(args, f"{args.command}-{args.rep}-{args.split}-{label}", pictures, 8)
 
 
 def evaluate_generate(args):

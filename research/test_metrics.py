@@ -1,4 +1,5 @@
 """test_metrics.py - the tests of results, scores, metrics, and of prompts whose samples are measured."""
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import TrueHead
 from engine.commands import UserError
 from geometry import shapes
 from heads import field_of
-from research import attributes, exam, metrics, results
+from research import attributes, crisp, exam, metrics, results
 from research.scores import score_memorisation
 
 # ---------------------------------------------------------------------------- results and scores
@@ -131,3 +132,20 @@ def test_intervals_are_written(tmp_path):
     rows = [{"name": "a", "score": results.interval([.8, .9, 1.])}, {"name": "b", "score": results.interval([2.])}]
     results.write_table(tmp_path, "x", rows)
     assert (tmp_path / "x.csv").read_text().splitlines() == ["name,score", "a,0.900 ± 0.248", "b,2.0"]
+
+
+def test_crispness_sees_waves_and_wrong_colours():
+    """The true field reaches the ceiling; waves of 1 % of its size, which IoU hardly notices, do not."""
+    class Wavy(crisp.TrueHead):
+        def evaluate(self, memory, x):
+            y = super().evaluate(memory, x)
+            y[..., 0] += .1 * (60 * x).sin().prod(-1)
+            y[..., 1:] = y[..., 1:].roll(1, -1)
+            return y
+    shape, nothing = shapes.make(0, shapes.CLASSES.index("table")), torch.zeros(1, 1)
+    true, wavy = (crisp.crispness(head(shape), nothing, shape, np.random.default_rng(0), nullcontext, 64)
+                  for head in (crisp.TrueHead, Wavy))
+    assert abs(true["mesh n15"] - true["ceiling n15"]) < .01 and true["ceiling n15"] > .8
+    assert true["field n15"] > .9 and true["field colours right"] > .95
+    assert wavy["field n15"] < .8 * true["field n15"] and wavy["mesh n15"] < .9 * true["mesh n15"]
+    assert wavy["field colours right"] < .3
