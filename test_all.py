@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from torch import nn
 
 import backbone
@@ -21,6 +22,8 @@ import reconstruct
 import tokenizer
 from conftest import HERE, SMALL, WIDTHS, NoWait, prompted, small_backbone
 from engine.commands import UserError
+from engine.grids import interpolate
+from engine.networks import grid_points
 from engine.noise import keys_of
 from prefix import Prefix
 
@@ -44,11 +47,11 @@ def test_heads_pull_equally_hard():
     assert tokens.grad.norm().item() == pytest.approx(.25, rel=1e-5)
 
 
-@pytest.mark.parametrize("cells", [0, 4])
+@pytest.mark.parametrize("cells", [{"cells": 0}, {"cells": 4}, {"conv": 4}], ids=str)
 def test_standardise_changes_tokens_not_shapes(cells, prepared):
     """Afterwards tokens have mean 0 and deviation 1 per channel, and decode to the same field; it may be done twice."""
     torch.manual_seed(0)
-    settings = SMALL[tokenizer] | {"cells": cells}
+    settings = SMALL[tokenizer] | cells
     encoder, head = tokenizer.Tokenizer(**settings).eval(), heads.SdfHead(**settings).eval()
     cloud, x = prepared[0].cloud(np.arange(12), 500, data.seeded(0)), torch.rand(12, 100, 3) * 2 - 1
     with torch.no_grad():
@@ -93,18 +96,29 @@ def test_points_arrive_where_the_flow_goes():
     assert (abs(np.bincount(distance.argmin(1)) / 3000 - .25) < .05).all()
 
 
+def test_grids_are_interpolated_and_their_normals_learnt():
+    """A linear function at the centres of cells is linear between them; the loss of normals has second derivatives."""
+    x, y = torch.rand(2, 50, 3, requires_grad=True), (torch.rand(2, 50, 3) * 1.5 - .75)
+    grid = repeat(grid_points(4), "(x y z) i -> b x y z i", b=2, x=4, y=4)
+    assert torch.allclose(interpolate(grid, y), y, atol=1e-6)
+    slope, = torch.autograd.grad(interpolate(grid.clone().requires_grad_() ** 2, x).sum(), x, create_graph=True)
+    slope.square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def test_every_colour_has_the_same_weight():
     """Three points of one colour and one of another: the weights of both add up to 2 of 4."""
     weights = heads.rarity(torch.tensor([[[.8, .2, .2]] * 3 + [[.2, .2, .8]]]))
     assert torch.allclose(weights, torch.tensor([[2 / 3, 2 / 3, 2 / 3, 2]]))
 
 
-@pytest.mark.parametrize("rep, cells", [*((rep, 4) for rep in heads.HEADS), ("sdf", 0)])
+@pytest.mark.parametrize("rep, cells", [
+    *((rep, {"cells": 4}) for rep in heads.HEADS), ("sdf", {"cells": 0}), ("sdf", {"conv": 4})], ids=str)
 def test_heads_learn_and_decode(rep, cells, prepared):
     """Each head's loss falls in a few steps on two shapes. It decodes on the device of its tokens, whatever the default
     device is, and its shape can be sampled and drawn."""
     torch.manual_seed(0)
-    settings, reads = SMALL[tokenizer] | {"cells": cells}, {name: 500 for name in heads.HEADS[rep].reads}
+    settings, reads = SMALL[tokenizer] | cells, {name: 500 for name in heads.HEADS[rep].reads}
     models = nn.ModuleDict({name: heads.HEADS[name](**settings) for name in heads.with_needs([rep])})
     tokens, optimizer, losses = torch.randn(2, 64, 8), torch.optim.Adam(models.parameters(), 1e-3), []
     for _ in range(4):

@@ -229,7 +229,7 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 class QueryDecoder(nn.Module):
     """`read` encodes tokens as a memory, once; `evaluate` decodes the memory at any number of points."""
 
-    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1):
+    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1, conv=0):        # conv: of the sdf head
         super().__init__()
         self.register_buffer("anchors", grid_points(side), persistent=False)
         self.patch, self.token = patch, nn.Linear(channels, dim)
