@@ -144,14 +144,16 @@ class DDPM:
     """The paper's and MAR's: x_t = sqrt(a_t) x + sqrt(1 - a_t) noise, cosine a_t, the network predicts the noise."""
     steps = 100                                               # by default
     T = 1000                                                  # noise levels
-    alphas = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + .008) / 1.008 * math.pi / 2) ** 2
-    alphas = (alphas / alphas[0]).clamp_min(1e-5).float()     # a_0 = 1 ... a_T ~ 0
-    table = alphas.tolist()                                   # numbers of the host: sampling moves none
+
+    @classmethod
+    def alpha(cls, level):                                    # tensor of levels -> a_level: a_0 = 1 ... a_T ~ 0
+        angle = (level / cls.T + .008) / 1.008 * math.pi / 2
+        return (angle.cos() / math.cos(.008 / 1.008 * math.pi / 2)).square().clamp_min(1e-5)
 
     @classmethod
     def loss(cls, net, x, z):
         i = torch.randint(1, cls.T + 1, (len(x),), device=x.device)
-        noise, a = torch.randn_like(x), rearrange(cls.alphas.to(x.device)[i], "k -> k 1")
+        noise, a = torch.randn_like(x), rearrange(cls.alpha(i), "k -> k 1")
         return F.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, i / cls.T, z), noise)
 
     @classmethod
@@ -172,6 +174,7 @@ class DDPM:
         return x
 
 
+DDPM.table = DDPM.alpha(torch.arange(DDPM.T + 1, dtype=torch.float64)).tolist()       # for sampling, on the host
 DENOISERS = {"flow": Flow, "ddpm": DDPM}
 
 
@@ -217,8 +220,8 @@ class Backbone(nn.Module):
         return self.norm_out(y) + self.prefix.summary(prefix, mask)
 
     def loss(self, x, condition, known):
-        """x: b n c shape tokens, and their condition (prefix.py) -> the diffusion loss of the masked tokens, all but
-        `known`. One mask ratio for the whole batch: no padding."""
+        """x: b n c shape tokens; condition (prefix.py); known: how many tokens are not masked -> the diffusion loss of
+        the masked tokens. The number is the same for the whole batch: no padding."""
         order = torch.rand(len(x), self.tokens, device=x.device).argsort(1)       # b n
         masked = order[:, known:]                                                 # b m
 
@@ -286,7 +289,7 @@ def schedule(n, steps):
 
 def known_counts(n, count=16, power=1.5):
     """How many of n tokens are known at `count` moments of generation. A power above 1: early moments, when the prompt
-    decides most, come more often. (MAR masks at least .7 of the tokens: then the last ones are never trained.)"""
+    decides most, come more often. (MAR's mask ratio is at least .7: it never trains on the last steps.)"""
     return [n - math.ceil(n * math.cos(math.pi / 2 * ((i + .5) / count) ** power)) for i in range(count)]
 
 

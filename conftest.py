@@ -100,6 +100,7 @@ class NoWait(TorchDispatchMode):
         self.patch = pytest.MonkeyPatch()
         for name in ("tolist", "numpy", "cpu"):
             self.patch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"Tensor.{name} waits"))
+        self.patch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("the state of random numbers is read"))
         return super().__enter__()
 
     def __exit__(self, *error):

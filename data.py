@@ -170,7 +170,7 @@ class Prepared:
                             symmetry=torch.arange(count, device=self.device).repeat_interleave(first), **lists)
 
     def shape(self, row):
-        """The source shape, for exact distances at any point."""
+        """The source shape, as oriented in its file: exact distances at any point."""
         return self.source.shape(int(self.rows[row]))
 
     # ------------------------------------------------------------------------ which shapes
@@ -250,7 +250,7 @@ class Prepared:
 
     def faces(self, rows, *_):
         """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
-        if self.source.files:
+        if len(self) > self.unmoved:                          # some are mirrored or turned
             at = self.symmetry[rows], self.rows[rows]
             corners, components, colours = (array[at].float() for array in self.moved_faces)
         else:

@@ -44,9 +44,9 @@ class Encoders:
         """One caption and one picture of each training shape, and which of them are not dropped, for `encode_drawn`;
         and the rows of `repeated(8)`: the shapes turned as in their pictures.
 
-        In half of the pictures that have a caption beside them, the colours that it names are replaced (but not for
-        pretrained towers, which encode every picture once). So the backbone learns colours from words and form from
-        pictures: a picture of a green chair with "a red chair" gives a red chair."""
+        Half of the pictures beside a caption are recoloured: the colours that the caption names are replaced in the
+        picture (not for pretrained towers, whose tokens are computed once). So the backbone learns colours from words
+        and form from pictures: a picture of a green chair with "a red chair" gives a red chair."""
         captions, which = split.table.draw(rows), split.draw_pictures(len(rows))  # b each
         u, low, shown = torch.rand(len(rows), device=split.device), 0., {kind: False for kind in self.towers}
         for kinds, share in SHOWN.items():
@@ -110,8 +110,10 @@ def prompted_tokens(run, stage, encoder, file="tokenizer"):
         drawn = towers.draw(split, split.draw(run.micro_batch_size(stage)))
         return tokens[split][drawn.pop("rows")], drawn
 
-    for split in (run.train, run.test):
-        draw(split)                                           # fills the caches of towers
+    with torch.random.fork_rng(devices=[]):                   # initial weights are the same wherever the set lies
+        for split in (run.train, run.test):
+            draw(split)                                       # fills the caches of towers
+    run.graphs &= all(getattr(cache, "resident", True) for cache in towers.caches.values())
     return towers, {"tokens": n, "channels": channels, "widths": towers.widths}, draw
 
 

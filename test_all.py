@@ -323,7 +323,7 @@ def exact_net(denoiser, mean, std):
         return mean + t * std ** 2 * share - (1 - t) * share  # E[x | x_t] - E[noise | x_t]
 
     def ddpm(x, t, c):                                        # x_t = sqrt(a) x + sqrt(1 - a) noise
-        a = backbone.DDPM.alphas[(t * backbone.DDPM.T).round().long()][:, None]
+        a = backbone.DDPM.alpha((t * backbone.DDPM.T).round())[:, None]
         return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std ** 2 + 1 - a)
 
     return {"flow": flow, "ddpm": ddpm}[denoiser]

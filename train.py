@@ -63,19 +63,20 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
     if run.recompute:
         recompute_blocks(model)
     opts = optimizers(model, lr)
-    flags = {"steps": steps, "batch": batch, "seed": run.seed, "lr": lr, "data": crc32(run.train.version.encode())}
+    flags = {"steps": steps, "batch": batch, "seed": run.seed, "lr": lr, "data": crc32(run.train.version.encode()),
+             "others": run.fingerprint(stage)}
     start, sums = load_state(state_path, flags, model, ema, opts)
     log = Log(run.folder / f"{stage}.csv", start, sums, run.device)
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
           + f", resuming from step {start}" * bool(start))
 
-    streamed = Streamed(run, stage, draw, start, steps, choices) if run.train.streamed else None
-    step_loss = compiled(loss_of, model, run.compile)
+    streamed = Streamed(run, stage, draw, start, steps) if run.train.streamed else None
+    step_loss = compiled(loss_of, model, run.graphs)
 
     def micro_batch(*choice):                                 # forward and backward pass
-        batch = streamed.batch if streamed else draw(run.train)
+        samples = streamed.batch if streamed else draw(run.train)
         with run.autocast():
-            loss, logs = step_loss(model, batch, *choice)
+            loss, logs = step_loss(model, samples, *choice)
         (loss / run.micro_batches).backward()
         log.add({"loss": loss} | logs, 1 / run.micro_batches)
 
@@ -83,14 +84,14 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
         finite = nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite()
         update(opts, finite)
         log.count(finite)
-        model.zero_grad(set_to_none=not run.compile)
+        model.zero_grad(set_to_none=not run.graphs)
 
-    micro_batch, update_weights = Replayed(micro_batch, run.compile), Replayed(update_weights, run.compile)
+    micro_batch, update_weights = Replayed(micro_batch, run.graphs), Replayed(update_weights, run.graphs)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.,
                disable=processes.rank() > 0)
     with stop_after_step(bar, stage) as stop:
         for step in bar:
-            # --- forward and backward passes, whose micro-batches all processes share
+            # --- forward and backward passes: process r takes micro-batches r, r + world ...
             for i in range(processes.rank(), run.micro_batches, processes.world()):
                 if streamed:
                     streamed.advance()

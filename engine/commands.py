@@ -95,6 +95,8 @@ def pick_device(name=None, precision=None):
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0][:80]
         raise UserError(f"--device {name} cannot be used here ({why}); try --device cpu") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)                         # streams and CUDA graphs are made on the current device
     bf16 = has_bf16(device) if precision is None else precision == "bf16"
     why = "as asked" if precision else f"the processor has {'' if bf16 else 'no '}bf16 matrix products"
     reason = f"{name}, {'bf16 autocast' if bf16 else 'fp32'} ({why})"

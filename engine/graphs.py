@@ -1,17 +1,18 @@
-"""graphs.py - CUDA graphs: the kernels of a function are recorded once and replayed, without Python between them.
+"""graphs.py - CUDA graphs: the kernels of a function are captured once, then launched together.
 
-A small kernel takes less time than Python needs to launch it. What is recorded must not wait for the GPU, has fixed
-shapes, and works on the same memory each time.
+Python needs more time to launch a small kernel than it takes to run. Captured code must not synchronise, has static
+shapes, and reads and writes the same memory at every replay.
 """
 import torch
 import torch.nn.functional as F
 
-WARM = 2                                     # calls before the recording: libraries load, memory is allocated
+WARM = 2    # eager calls before the capture: they create gradients, optimizer states, workspaces
+MODE = "thread_local"    # other threads may use CUDA during a capture: those that pin memory
 
 
 class Replayed:
-    """A function of numbers that changes tensors in place, replayed if `active`: one graph for each argument. Random
-    numbers follow torch.manual_seed."""
+    """A function of whole numbers, the key, that works in place, on static tensors. If `active`, one CUDA graph a key.
+    torch.manual_seed before a call seeds the replay, too."""
 
     def __init__(self, function, active):
         self.function, self.active, self.calls, self.graphs = function, active, {}, {}
@@ -30,16 +31,17 @@ class Replayed:
             return
         if key not in self.graphs:
             self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool, stream=self.stream):
+            with torch.cuda.graph(self.graphs[key], pool=self.pool, stream=self.stream, capture_error_mode=MODE):
                 self.function(*key)
         self.graphs[key].replay()
 
 
 class ReplayedSampling:
-    """Sampler.shape_tokens, replayed: one graph for each combination of shapes and options, from its third call on."""
+    """Sampler.shape_tokens: of each combination of shapes and options, the first call is eager, the second is captured
+    and replayed, and so are later ones."""
 
     def __init__(self, function):
-        self.function, self.graphs = function, {}
+        self.function, self.graphs, self.pool = function, {}, torch.cuda.graph_pool_handle()
 
     def __call__(self, condition, keys, **options):
         condition = {kind: (F.pad(x, (0, 0, 0, -x.shape[1] % 8)), F.pad(mask, (0, -x.shape[1] % 8), value=False))
@@ -52,7 +54,7 @@ class ReplayedSampling:
         if self.graphs[key] is None:
             inputs, graph = [x.clone() for x in tensors], torch.cuda.CUDAGraph()
             own = dict(zip(condition, zip(inputs[1::2], inputs[2::2])))
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode=MODE):
                 output = self.function(own, inputs[0], **options)
             self.graphs[key] = graph, inputs, output
         graph, inputs, output = self.graphs[key]

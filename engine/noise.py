@@ -12,7 +12,7 @@ STEP = -0x61C8864680B583EB    # 2^64 / golden ratio, as int64
 
 
 def mix(x):
-    """The hash of SplitMix64: one other bit in x changes each bit of the result with probability 1/2. int64 wraps."""
+    """The finaliser of SplitMix64: flipping one bit of x flips each bit of the result with probability 1/2."""
     x = (x ^ (x >> 30).bitwise_and_(2 ** 34 - 1)).mul_(-0x40A7B892E31B1A47)       # and: >> shifts copies of the sign in
     x = (x ^ (x >> 27).bitwise_and_(2 ** 37 - 1)).mul_(-0x6B2FB644ECCEEE15)
     return x ^ (x >> 31).bitwise_and_(2 ** 33 - 1)

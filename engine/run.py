@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from zlib import crc32
 
 from engine import processes
 from engine.commands import UserError, pick_device
@@ -76,7 +77,7 @@ class Run:
             raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
-        self.compile = self.device.type == "cuda" and not args.no_compile
+        self.graphs = self.device.type == "cuda" and not args.no_compile
 
     def fit(self, *args, **settings):
         """Trains a model (train.py) -> its moving average, and the seconds."""
@@ -92,6 +93,12 @@ class Run:
         other = copy.copy(self)
         other.train = self.train.repeated(8)
         return other
+
+    def fingerprint(self, stage):
+        """A number for what a stage is trained on and as: encoders, variant, denoiser, weights of stages before."""
+        weights = [self.folder / f"{name}.safetensors" for name in self.stages[stage].after]
+        return crc32(repr([self.encoder_names, self.variant, self.denoiser if stage == self.last else None,
+                           [digest(path) for path in weights if path.is_file()]]).encode())
 
     def micro_batch_size(self, stage):
         """Shapes in a micro-batch."""

@@ -31,7 +31,8 @@ def load_state(path, flags, model, ema, opts):
     state = read_weights(path, "delete it to start the stage again")
     for name, value in flags.items():
         if (before := float(state.get(f"flags.{name}", torch.tensor(value, dtype=torch.double)))) != value:
-            was = "with other data" if name == "data" else f"with --{name} {before:g}, not {value:g}"
+            others = {"data": "other data", "others": "another denoiser, variant, encoder or stage before it"}
+            was = f"with {others.get(name, f'--{name} {before:g}, not {value:g}')}"
             raise UserError(f"{path} was begun {was}; give that, use another --out, or delete it to start the stage "
                             "again")
     try:
@@ -104,7 +105,8 @@ class Log:
         count, skipped, _, most = (values.pop(name) for name in ("steps", "skipped", "in a row", "most in a row"))
         if not count:
             return {}, most
-        row = {"step": done} | {name: f"{value / count:.5f}" for name, value in values.items()}
+        names = sorted(values, key=lambda name: (name != "loss", name))           # the same after a resume
+        row = {"step": done} | {name: f"{values[name] / count:.5f}" for name in names}
         row |= {"held_out": f"{held_out:.5f}", "lr": f"{rate:.2e}", "seconds": f"{self.seconds():.1f}",
                 "skipped": f"{skipped:.0f}"}
         self.rows.append(row)

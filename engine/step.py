@@ -7,6 +7,7 @@ wait for a GPU: what a step computes is read when the log is written.
 import copy
 import functools
 import os
+import signal
 from itertools import product
 from zlib import crc32
 
@@ -28,14 +29,14 @@ COMPILED = 20e6                              # parameters from which compiling p
 
 # ---------------------------------------------------------------------------- micro-batches
 
-def seed_micro_batch(run, stage, step, i, choices):
+def seed_micro_batch(run, stage, step, i, choices=((),)):
     """Seeds torch for a micro-batch, a function of (seed, stage, step, micro-batch) alone; -> one of `choices`."""
     rng = np.random.default_rng((run.seed, crc32(stage.encode()), step, i))
     torch.manual_seed(int(rng.integers(2 ** 62)))
     return choices[rng.integers(len(choices))]
 
 
-def moved(batch, device):
+def to_device(batch, device):
     """A batch, which may be a dict or a list, on a device."""
     return tree_map_only(torch.Tensor, lambda x: x.to(device), batch)
 
@@ -45,19 +46,26 @@ class Streamed:
     ahead. `batch` is the current one, always the same tensors on the GPU."""
     batch = None
 
-    def __init__(self, run, stage, draw, first, steps, choices):
+    def __init__(self, run, stage, draw, first, steps):
         items = [*product(range(first, steps), range(processes.rank(), run.micro_batches, processes.world()))]
 
         def drawn(item):
-            seed_micro_batch(run, stage, *item, choices)
+            seed_micro_batch(run, stage, *item)
             return draw(run.train)
+
+        def deaf(_):                                          # the main process stops, after its step
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, signal.SIG_IGN)
+
+        draw(run.train)                                       # fills the caches of the set, before the workers fork
         self.device, pinned = run.device, run.device.type == "cuda"
-        self.loader = iter(DataLoader(items, None, collate_fn=drawn, num_workers=WORKERS, pin_memory=pinned))
+        self.loader = iter(DataLoader(items, None, collate_fn=drawn, num_workers=WORKERS, pin_memory=pinned,
+                                      worker_init_fn=deaf, multiprocessing_context="fork"))
 
     def advance(self):
         new = next(self.loader)
         if self.batch is None:
-            self.batch = moved(new, self.device)
+            self.batch = to_device(new, self.device)
         for old, x in zip(tree_leaves(self.batch), tree_leaves(new)):
             old.copy_(x, non_blocking=True)
 
@@ -77,7 +85,7 @@ def compiled(loss_of, model, active):
 def held_out_loss(run, model, draw, loss_of):
     """The loss on one fixed batch of held-out shapes."""
     torch.manual_seed(0)
-    batch = moved(draw(run.test), run.device)
+    batch = to_device(draw(run.test), run.device)
     with run.autocast():
         return loss_of(model, batch)[0].item()
 
@@ -90,7 +98,7 @@ def shares_of_loss(run, model, loss_of, samples_of):
     for row in tqdm(range(len(own)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
         if own[row] not in losses:
             torch.manual_seed(row)
-            batch = moved(samples_of(run.train, torch.tensor([row], device=run.train.device)), run.device)
+            batch = to_device(samples_of(run.train, torch.tensor([row], device=run.train.device)), run.device)
             with run.autocast():
                 losses[own[row]] = loss_of(model, batch)[0].item()
     losses = torch.tensor([losses[number] for number in own], device=run.train.device)
@@ -100,7 +108,7 @@ def shares_of_loss(run, model, loss_of, samples_of):
 def recompute_blocks(model):
     """Activation checkpointing: activations inside a block are recomputed in the backward pass."""
     for block in [module for module in model.modules() if getattr(module, "is_block", False)]:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 # ---------------------------------------------------------------------------- optimizers
@@ -145,13 +153,13 @@ class Muon(torch.optim.Optimizer):
 
     def update(self, own, state, factor, lr, decay, momentum, **_):
         g = torch.stack([w.grad for w in own])                # k i j
-        sound = torch.ones_like(lr) if self.found_inf is None else 1 - self.found_inf         # 1 or 0
-        g = torch.where(sound > 0, g, 0.)
+        keep = torch.ones_like(lr) if self.found_inf is None else 1 - self.found_inf          # 0: skips the step
+        g = torch.where(keep > 0, g, 0.)
         if not state:
             state["momentum_buffer"] = torch.zeros_like(g)
-        m = state["momentum_buffer"].lerp_(g, (1 - momentum) * sound)
-        step = orthogonalise(g.lerp(m, momentum)) * (-factor * lr * sound)        # k i j, Nesterov momentum
-        torch._foreach_mul_(own, 1 - lr * decay * sound)
+        m = state["momentum_buffer"].lerp_(g, (1 - momentum) * keep)
+        step = orthogonalise(g.lerp(m, momentum)) * (-factor * lr * keep)         # k i j, Nesterov momentum
+        torch._foreach_mul_(own, 1 - lr * decay * keep)
         torch._foreach_add_(own, step.to(g.dtype).unbind())
 
 

@@ -68,8 +68,8 @@ def canonical(vertices, faces, colours):
 
 
 def in_order_again(corners, colours, move):
-    """What `canonical` gave, and a symmetry of the cube (a matrix 3 3) -> what it gives after that: corners f 3 3,
-    colours f 3, components f."""
+    """The canonical order of a mesh of `canonical` after a symmetry of the cube (a matrix 3 3): corners f 3 3, colours
+    f 3, components f. Positions are now centres of bins: equal heights may be ordered differently."""
     corners = bin_centres(corners)[:, ::int(np.linalg.det(move).round())]              # mirrored, faces look inwards
     return canonical(corners.reshape(-1, 3) @ move.T, np.arange(3 * len(corners)).reshape(-1, 3), colours)
 

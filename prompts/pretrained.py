@@ -132,7 +132,8 @@ class TokenCache:
             with atomic_write(lengths) as part:
                 np.save(part, counts)
         tokens = torch.from_numpy(np.memmap(path, np.float16, "c").reshape(-1, tower.width))      # of keys in turn
-        self.tokens = tokens.to(split.device) if fits(tokens.nbytes, split.device) else tokens
+        self.resident = fits(tokens.nbytes, split.device)
+        self.tokens = tokens.to(split.device) if self.resident else tokens
         self.length = torch.from_numpy(np.load(lengths)).to(split.device)
         self.start, self.longest = self.length.cumsum(0) - self.length, int(self.length.max())
 

@@ -75,7 +75,9 @@ def take_turns(args, ways):
 def random_backbone(args, denoiser="flow"):
     torch.manual_seed(0)
     sizes = tokenizer.SIZES[args.size]
-    settings = dict(tokens=sizes["side"] ** 3, channels=sizes["channels"], widths={"text": 128}, denoiser=denoiser)
+    patch = sizes.get("patch", 1) ** 3
+    settings = dict(tokens=sizes["side"] ** 3 // patch, channels=sizes["channels"] * patch, widths={"text": 128},
+                    denoiser=denoiser)
     return backbone.Backbone(**backbone.SIZES[args.size] | settings).to(args.place)
 
 
