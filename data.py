@@ -324,15 +324,15 @@ def main():
          help="training samples: surface for all heads, pictures for image prompts, faces for mesh, views for gs")
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
          help="only share i of n, from 0: n machines can fill one folder")
-    flag("--shapes", type=between(1), default=TRAIN_SHAPES, help="number of built-in training shapes")
+    flag("--shapes", type=between(1), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes (default: all)")
     flag("--out", default="cache", help="folder of the prepared sets")
     flag("--workers", type=between(1), default=2, help="processes that prepare data")
     flag("--picture", default="out/shapes.png", help="contact sheet to write")
     args = parser.parse_args()
 
-    if args.data and args.classes:
-        raise UserError("--classes chooses built-in shapes; leave it or --data out")
+    if args.data and (args.classes or args.shapes):
+        raise UserError("--classes and --shapes choose built-in shapes; leave them or --data out")
     make_folder(Path(args.picture).parent)
     start = time.time()
     settings = args.out, args.workers, args.kinds, args.data, args.shard, args.classes

@@ -39,7 +39,7 @@ def between(low, high=2 ** 63 - 1, kind=int):
     """The type of a flag: a number from low to high."""
     def parse(text):
         if not low <= kind(text) <= high:
-            reach = f"at least {low}" if high == 2 ** 63 - 1 else f"between {low} and {high}"
+            reach = f"at least {low}" if high == 2 ** 63 - 1 and kind(text) < low else f"between {low} and {high}"
             raise argparse.ArgumentTypeError(f"must be {reach}, not {text}")
         return kind(text)
     parse.__name__ = kind.__name__

@@ -95,9 +95,9 @@ class Run:
         return other
 
     def fingerprint(self, stage):
-        """A number for what a stage is trained on and as: encoders, variant, denoiser, weights of stages before."""
+        """A number for how a stage is trained: size, encoders, variant, denoiser, the weights of stages before it."""
         weights = [self.folder / f"{name}.safetensors" for name in self.stages[stage].after]
-        return crc32(repr([self.encoder_names, self.variant, self.denoiser if stage == self.last else None,
+        return crc32(repr([self.size, self.encoder_names, self.variant, self.denoiser if stage == self.last else None,
                            [digest(path) for path in weights if path.is_file()]]).encode())
 
     def micro_batch_size(self, stage):
@@ -186,6 +186,8 @@ def copy_stages(run, source, begin, training):
     """Copies the stages of a trained folder that fit. Not copied: the generator, unless --stage names another stage;
     stages in `training`, those of --stage; those of other models; those trained on other pretrained encoders, or on
     other weights than those in the folder."""
+    if Path(source).resolve() == run.folder.resolve():
+        raise UserError(f"--from and --out are one folder, {source}; name another --out")
     if not run.stages.keys() & {*trained_stages(source)}:
         raise UserError(f"there is no trained stage in {source} that could be copied; "
                         "--from takes checkpoints/tiny or a folder that train.py made")

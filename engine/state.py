@@ -31,7 +31,7 @@ def load_state(path, flags, model, ema, opts):
     state = read_weights(path, "delete it to start the stage again")
     for name, value in flags.items():
         if (before := float(state.get(f"flags.{name}", torch.tensor(value, dtype=torch.double)))) != value:
-            others = {"data": "other data", "others": "another denoiser, variant, encoder or stage before it"}
+            others = {"data": "other data", "others": "another size, denoiser, variant, encoder or stage before it"}
             was = f"with {others.get(name, f'--{name} {before:g}, not {value:g}')}"
             raise UserError(f"{path} was begun {was}; give that, use another --out, or delete it to start the stage "
                             "again")

@@ -202,8 +202,8 @@ def main():
         if name == "gpu":
             flag("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
             flag("--sizes", nargs="+", choices=backbone.SIZES, default=[*backbone.SIZES][:4], help="of backbones")
-            flag("--ways", nargs="+", choices=["eager", "graph", "compiled"], default=["eager", "graph", "compiled"],
-                 help="of training: kernel by kernel, as CUDA graphs, compiled too (a minute a size)")
+            flag("--ways", nargs="+", choices=["eager", "graph", "compiled"],
+                 help="of training: eager, as CUDA graphs, compiled too, a minute a size (default: all on a GPU)")
             flag("--batch", type=between(1), help="shapes a step (default: 256; base 64, large 32)")
             flag("--count", type=between(1), default=10, help="steps to time, three times")
             flag("--cache", default="cache", help="folder of the prepared data")

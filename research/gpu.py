@@ -131,7 +131,7 @@ def bench_peak(args):
 def bench_train(args):
     split, towers = small_set(args)
     for size in args.sizes:
-        for way in args.ways if args.place.type == "cuda" else ["eager"]:
+        for way in args.ways or (WAYS if args.place.type == "cuda" else ["eager"]):
             start, name = time.perf_counter(), f"train {size}, {way}"
             try:
                 training = Training(args, size, way, split, towers)
@@ -215,6 +215,8 @@ PARTS = {"peak": bench_peak, "train": bench_train, "sample": bench_sample, "defa
 
 def bench_gpu(args):
     """One GPU, in at most eight minutes: steps, sampling, surfaces, the default training."""
+    if args.place.type != "cuda" and {*(args.ways or ())} - {"eager"}:
+        raise UserError("--ways graph and compiled need a GPU; leave --ways out")
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f"not installed here: {', '.join(missing)}; the part `default` needs them")
     card = torch.cuda.get_device_name() if args.place.type == "cuda" else "CPU"
