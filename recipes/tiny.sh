@@ -32,6 +32,6 @@ $lost --stage lost-student --steps 1000                                #   2
 $lost --stage lost-registers --steps 2000                              #  46  Chamfer .030 of 64 registers, of the tokens .028
 $lost --stage lost-generator --steps 2000                              #  62  prompt score .555
 
-python evaluate.py generate --rep sdf --checkpoint runs/tiny           # prompt score .558, R-precision .913
+python evaluate.py generate --rep sdf --checkpoint runs/tiny           # prompt score .556, R-precision .899
 python evaluate.py generate --checkpoint runs/vat                      # prompt score .549, R-precision .885
 python evaluate.py generate --checkpoint runs/lost                     # prompt score .555, R-precision .938
