@@ -64,8 +64,8 @@ class Encoders:
         """`encode` of the output of `draw`; dropped prompts are masked."""
         condition = {}
         for kind, shown in drawn["shown"].items():                                # shown: b
-            x, tower = drawn[kind], self.towers[kind]
-            tokens, mask = x if kind in self.pretrained else tower.read_ids(*x) if kind == "text" else tower.tokens(x)
+            x, net = drawn[kind], self.towers[kind]
+            tokens, mask = x if kind in self.pretrained else (net.text(*x), x[1]) if kind == "text" else net.tokens(x)
             condition[kind] = tokens.float(), mask & shown[:, None]               # b t e, b t
         return condition
 

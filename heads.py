@@ -29,8 +29,7 @@ from torch import nn
 import tokenizer
 from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
-from engine.grids import PointMLP, Refine, ResConv
-from engine.networks import Block, QueryDecoder, flow_pair, from_patches, time_embedding
+from engine.networks import Block, BySize, QueryDecoder, flow_pair, from_patches, time_embedding
 from engine.stage import Stage
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, simplify_to, weld
@@ -58,12 +57,9 @@ def rarity(colours):
     return 1 / share / reduce(1 / share, "b k -> b 1", "mean")
 
 
-class SdfHead(QueryDecoder):
+class SdfHead(BySize, QueryDecoder):
     """Tokens -> truncated signed distance (in units of the truncation) and colour at any point."""
     reads, needs, helpers, COUNT = {"cloud": 256, "queries": 640}, (), (), None
-
-    def __new__(cls, *_, conv=0, **__):                       # SdfHead(conv=4 ...) is a ConvHead
-        return super().__new__(ConvHead if conv else cls)
 
     def __init__(self, **size):
         super().__init__(**size, outputs=4)
@@ -85,55 +81,6 @@ class SdfHead(QueryDecoder):
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
         return Mesh(*extract(self, tokens, resolution, autocast))
-
-
-TETRAHEDRON = (1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)            # its corners, times sqrt 3
-STEP, NORMALS = .01, .1     # of finite differences; the weight of normals in the loss
-
-
-class ConvHead(SdfHead):
-    """Tokens -> grids of features, refined by convolutions: two for the form, two for the colour -> points."""
-    reads, STENCILS = {"cloud": 256, "queries": 640}, 96
-    FORM, COLOUR = ((64, 32), (2, 1)), ((32, 16), (1, 0))     # widths of the grids, convolutions on each
-
-    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads, cells: of the other heads
-        nn.Module.__init__(self)
-        self.side, self.patch, self.token = side, patch, nn.Linear(channels, dim)
-        self.place = nn.Parameter(torch.randn(side, side, side, dim) * .02)
-        self.blocks = nn.Sequential(ResConv(dim), ResConv(dim))
-        self.form_grids, self.colour_grids = Refine(dim, *self.FORM), Refine(dim, *self.COLOUR)
-        self.form, self.colour = PointMLP(self.FORM[0], 1), PointMLP(self.COLOUR[0], 3, depth=2)
-        self.register_buffer("corners", torch.tensor(TETRAHEDRON) / 3 ** .5, persistent=False)         # 4 3
-        nn.init.normal_(self.token.weight, std=channels ** -.5)
-        nn.init.constant_(self.colour[-1].bias, .5)
-
-    def read(self, tokens):                                   # b n c -> grids of the form, grids of the colour
-        x = self.token(from_patches(tokens, self.patch))
-        x = self.blocks(rearrange(x, "b (x y z) d -> b x y z d", x=self.side, y=self.side) + self.place)
-        return self.form_grids(x), self.colour_grids(x)
-
-    def evaluate(self, memory, x):                            # memory, points b k 3 -> b k 4: distance, colour
-        return torch.cat([self.form(memory[0], x), self.colour(memory[1], x)], -1)
-
-    def loss(self, tokens, batch):
-        """L1 of the clipped distance; the error of normals n, the gradient g by finite differences at corners v of a
-        tetrahedron; a robust error of colours, which learns sharp borders.
-
-            g = 3 T / (4 h) sum_v f(x + h v) v      L = mean |f - d| + NORMALS mean |g - n| + colours
-        """
-        memory, x, n = self.read(tokens), batch["points"], batch["normals"][:, :self.STENCILS]         # b k 3
-        near = rearrange(x[:, :self.STENCILS, None] + STEP * self.corners, "b k v i -> b (k v) i")
-        y = self.form(memory[0], torch.cat([x, batch["queries"], near], 1))[..., 0]                # b k
-        y, near = y.split([y.shape[1] - near.shape[1], near.shape[1]], 1)
-        target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (x.shape[1], 0))             # 0 on the surface
-        distance = F.l1_loss(y, target)
-        near = rearrange(near, "b (k v) -> b k v 1", v=4)
-        gradient = 3 * TRUNCATION / (4 * STEP) * reduce(near * self.corners, "b k v i -> b k i", "sum")
-        normal = ((gradient - n).square().sum(-1) + 1e-8).sqrt().mean()
-        error = (self.colour(memory[1], x) - batch["colours"]).square().mean(-1)                       # b k
-        colour = (rarity(batch["colours"]) * ((error + 1e-4).sqrt() - .01)).mean() / 2
-        logs = {"distance": distance.detach(), "normal": normal.detach(), "colour": colour.detach()}
-        return distance + NORMALS * normal + colour, logs
 
 
 # ---------------------------------------------------------------------------- pc

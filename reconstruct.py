@@ -12,6 +12,7 @@ reconstructor also predicts log sigma^2, by maximum likelihood of N(x_recon, sig
     python train.py --rep sdf --stage reconstruct
 """
 import math
+from functools import partial
 
 import torch
 from einops import repeat
@@ -112,9 +113,7 @@ def blending(model, condition, rgs):
     return lambda x: blend(x, recon, weight)
 
 
-def load(folder):
-    """The reconstructor of a checkpoint folder, frozen."""
-    return load_stage(folder, "reconstruct", Reconstructor)
+load = partial(load_stage, stage="reconstruct", part=Reconstructor)        # of a checkpoint folder, frozen
 
 
 # ---------------------------------------------------------------------------- stage: data, model, loss, save

@@ -238,17 +238,6 @@ def file_name(text, image):
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "shape"
 
 
-class Stopwatch:
-    """Seconds of every phase: `lap(phase)` ends a phase."""
-
-    def __init__(self):
-        self.seconds, self.start = {}, time.perf_counter()
-
-    def lap(self, phase):
-        self.seconds[phase] = self.seconds.get(phase, 0) + time.perf_counter() - self.start
-        self.start = time.perf_counter()
-
-
 def write_shape(shape, path, turn):
     """Writes the shape, a picture and, if `turn`, a GIF; -> the picture."""
     from geometry.render import save_gif, save_png, turntable
@@ -263,18 +252,22 @@ def write_shape(shape, path, turn):
 
 
 def main():
-    args, watch = arguments(), Stopwatch()
+    args, seconds, start = arguments(), {}, time.perf_counter()
+
+    def lap(phase):                                           # ends a phase
+        nonlocal start
+        seconds[phase], start = seconds.get(phase, 0) + time.perf_counter() - start, time.perf_counter()
     if args.image is not None:                                # an unreadable picture is an error before loading
         from prompts import picture_files
         picture_files.load_picture(args.image)
     folder = args.checkpoint or (f"checkpoints/{args.model}" if args.model in RELATIVES else choose(args.text))
     model = load(folder, args.device, args.precision, args.model).load_heads(*args.rep)
     print(f"{folder}, running on {model.reason}")
-    watch.lap("load")
+    lap("load")
 
     options = {option: getattr(args, option) for option in OPTIONS}
     tokens = model.sample(args.text, args.image, args.n, args.seed, **options).cpu()          # b n c
-    watch.lap("tokens")
+    lap("tokens")
 
     from geometry.render import contact_sheet, save_png
     name = file_name(args.text, args.image) + f"-{type(model).__name__.lower()}" * (not isinstance(model, LTM3D))
@@ -285,15 +278,15 @@ def main():
         for rep in args.rep:
             points, faces = args.points if rep in ("pc", "gs") else None, args.faces if rep == "mesh" else None
             shape = model.decode(x, rep, (args.seed, i), args.resolution, points, faces)
-            watch.lap(rep)
+            lap(rep)
             pictures.append(write_shape(shape, out / f"{name}-{i}{ending[rep]}{shape.suffix}", args.turntable))
-            watch.lap("pictures")
+            lap("pictures")
     if len(pictures) > 1:
         sheet = out / f"{name}{''.join(ending[rep] for rep in args.rep)}.png"
         save_png(sheet, contact_sheet(pictures, len(args.rep) if len(args.rep) > 1 else min(4, args.n)))
         print(sheet)
-        watch.lap("pictures")
-    print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in watch.seconds.items()))
+        lap("pictures")
+    print("seconds: " + ", ".join(f"{phase} {taken:.2f}" for phase, taken in seconds.items()))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import heads
 import reconstruct
 import tokenizer
 from conftest import HERE, SMALL, WIDTHS, NoWait, prompted, small_backbone
+from convolutions import interpolate
 from engine.commands import UserError
-from engine.grids import interpolate
 from engine.networks import grid_points
 from engine.noise import keys_of
 from prefix import Prefix

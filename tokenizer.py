@@ -9,16 +9,17 @@ so token i has the same position in every shape, and attention has a distance bi
     python train.py --rep sdf --stage tokenizer      # trains it
     python evaluate.py tokenizer --rep sdf           # its reconstruction of held-out shapes
 """
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import nn
 from tqdm import tqdm
 
 from engine.files import atomic_write, digest, load_stage
-from engine.grids import ResConv
-from engine.networks import BANDS, Block, FromCells, PointEmbedding, from_patches, grid_points, to_patches
+from engine.networks import BANDS, Block, BySize, FromCells, PointEmbedding, from_patches, grid_points, to_patches
 from engine.stage import Stage
 
 # n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads interpolate features of a
@@ -34,11 +35,8 @@ NOISE = .05      # on the tokens in training: it makes the latent space smooth, 
 STAY = .3        # weight of the squared drift of tokens in fine-tuning
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(BySize, nn.Module):
     """The shape encoder: surface points, their normals and colours -> anchored tokens."""
-
-    def __new__(cls, *_, conv=0, **__):                       # Tokenizer(conv=4 ...) is a ConvTokenizer
-        return super().__new__(ConvTokenizer if conv else cls)
 
     def __init__(self, side, channels, dim, heads, cells=0, patch=1):
         super().__init__()
@@ -69,46 +67,8 @@ class Tokenizer(nn.Module):
                 x = self.cross[i](x, context, positions=(anchors, points))        # b n d
             for block in blocks:
                 x = block(x, positions=(anchors, anchors))                        # b n d
-        return self.standardised(self.out(x))
-
-    def standardised(self, x):                                # b n c, noisy in training
-        tokens = (x.float() - self.mean) / self.std
+        tokens = (self.out(x).float() - self.mean) / self.std                     # b n c
         return to_patches(tokens + NOISE * torch.randn_like(tokens) if self.training else tokens, self.patch)
-
-
-class ConvTokenizer(Tokenizer):
-    """Points -> means of their features in (side conv)^3 cells -> one token for conv^3 cells -> a convolution."""
-    FEATURES = 32
-
-    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads, cells: of the heads
-        nn.Module.__init__(self)
-        self.side, self.conv, self.patch, self.points = side, conv, patch, 4096
-        self.point = nn.Sequential(nn.Linear(15, 64), nn.GELU(), nn.Linear(64, self.FEATURES))
-        self.cells = nn.Linear(conv ** 3 * (self.FEATURES + 1), dim)
-        self.place = nn.Parameter(torch.randn(side, side, side, dim) * .02)
-        self.block, last = ResConv(dim), nn.LayerNorm(channels, elementwise_affine=False)
-        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels), last)
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
-        for layer in (*self.point[::2], self.cells):
-            nn.init.normal_(layer.weight, std=2 * layer.in_features ** -.5)
-
-    def forward(self, points, normals, colours):              # b k 3 each -> b n c
-        s = self.side * self.conv                             # cells along the cube
-        fine, coarse = ((points + 1) * side / 2 for side in (s, self.side))
-        cell = fine.floor().clamp(0, s - 1)                                       # b k 3
-        inside = [2 * (fine - cell) - 1, 2 * (coarse - coarse.floor()) - 1]       # in the cell, in the token's cube
-        features = self.point(torch.cat([*inside, points, normals, 2 * colours - 1], -1))
-        features = F.pad(features.float(), (0, 1), value=1.)                      # b k (f + 1): the last counts points
-        x, y, z = cell.long().unbind(-1)                                          # b k each
-        index = repeat((x * s + y) * s + z, "b k -> b k f", f=features.shape[-1])
-        sums = features.new_zeros(len(points), s ** 3, features.shape[-1]).scatter_add(1, index, features)
-        count = sums[..., -1:]
-        means = torch.cat([sums[..., :-1] / count.clamp(min=1), (1 + count).log() / 2], -1)           # b s^3 (f + 1)
-        x = rearrange(means, "b (x i y j z l) f -> b x y z (i j l f)", x=self.side, y=self.side, z=self.side,
-                      i=self.conv, j=self.conv)
-        x = self.block(self.cells(x) + self.place)                                # b side side side d
-        return self.standardised(rearrange(self.out(x), "b x y z c -> b (x y z) c"))
 
 
 @torch.no_grad()
@@ -152,9 +112,7 @@ def encode(run, tokenizer, split, limit=None, file="tokenizer"):
     return encode_set(tokenizer, split, run.device, run.autocast, run.folder / f"{file}.safetensors", limit)
 
 
-def load(folder):
-    """The tokenizer of a checkpoint folder, frozen."""
-    return load_stage(folder, "tokenizer", Tokenizer)
+load = partial(load_stage, stage="tokenizer", part=Tokenizer)        # of a checkpoint folder, frozen
 
 
 # ---------------------------------------------------------------------------- stage: data, model, loss, save

@@ -6,12 +6,19 @@ d model width, h heads, q queries, k keys or points; of grids f features, s cell
     python -m pytest -q engine        # its tests
 """
 import math
+from importlib import import_module
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+
+
+class BySize:                                                 # Tokenizer(conv=4, ...) is a convolutions.ConvTokenizer
+    def __new__(cls, *_, conv=0, **__):
+        return super().__new__(getattr(import_module("convolutions"), f"Conv{cls.__name__}") if conv else cls)
+
 
 # ---------------------------------------------------------------------------- attention
 
@@ -52,8 +59,7 @@ def distance_features(x, gammas, side):
 
 
 def mask_features(q, k, mask):
-    """Flash attention takes no mask. Instead, query and key (b h k w) get 8 more dimensions, whose product is 0, or
-    -2^14 where the mask (b k) is False."""
+    """Flash attention takes no mask, but 8 more dimensions of q and k: their product is 0, or -2^14 under the mask."""
     apart = repeat(torch.where(mask, 0., -2. ** 11).to(k.dtype), "b k -> b h k i", h=k.shape[1], i=8)
     return F.pad(q, (0, 8), value=1.), torch.cat([k, apart], -1)
 

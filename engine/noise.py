@@ -1,7 +1,5 @@
 """noise.py - random numbers that depend on a key alone: number i of a stream is a hash of key, stream and i.
 
-All are computed at once, where they are needed, and depend on no batch and no earlier draw. A GPU makes the same bits.
-
     normal(keys_of([(0, 1), (0, 2)]), 0, (64, 16))            # 2 64 16: stream 0 of samples 1 and 2 of seed 0
 """
 import math

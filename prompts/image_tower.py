@@ -16,6 +16,7 @@ tokens x_i in the condition tokens. It is thrown away after training. A batch ha
 """
 import itertools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,4 @@ class Reader(nn.Module):
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
-def load(folder):
-    """The image tower of a checkpoint folder, frozen."""
-    return load_stage(folder, "vision", ImageTower)
+load = partial(load_stage, stage="vision", part=ImageTower)      # of a checkpoint folder, frozen

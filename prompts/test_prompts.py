@@ -275,8 +275,8 @@ def test_captions_are_drawn_by_their_number_of_words():
 class Plain:
     """A tower whose condition is one constant token."""
     width = 8
-    cache = lambda self, split: SimpleNamespace(draw=lambda captions: [captions])
-    read_ids = lambda self, ids: self.tokens(ids)
+    cache = lambda self, split: SimpleNamespace(draw=lambda captions: [captions, self.tokens(captions)[1]])
+    text = lambda self, ids, mask: self.tokens(ids)[0]
 
     def tokens(self, x):
         return torch.ones(len(x), 1, self.width), torch.ones(len(x), 1, dtype=torch.bool)

@@ -123,12 +123,10 @@ class TextAndCloud(nn.Module):
         return ids.to(self.scale.device), mask.to(self.scale.device)
 
     @torch.no_grad()
-    def read_ids(self, ids, mask):                            # b t each -> condition b t e and mask b t
-        return self.text(ids, mask), mask
-
     def tokens(self, prompts):
         """b strings -> condition b t e and mask b t: the input of Prefix Learning."""
-        return self.read_ids(*self.word_ids(prompts))
+        ids, mask = self.word_ids(prompts)
+        return self.text(ids, mask), mask
 
     def cache(self, split):
         """What draws the words of captions of a prepared set, padded to one length, on its device."""

@@ -6,10 +6,10 @@ import pytest
 
 from research import closure
 
-STAGE_FILES = "data", "encoders", "tokenizer", "heads", "prefix", "backbone", "reconstruct", "judge"
+STAGE_FILES = ("data", "encoders", "tokenizer", "heads", "convolutions", "prefix", "backbone", "reconstruct", "judge")
 ROOMS = {"engine": 0, "geometry": 1, "prompts": 2, **dict.fromkeys(STAGE_FILES, 3), "sample": 4, "train": 4,
          "relatives": 5, "research": 6, "evaluate": 7}
-MOST = {"sample": (24, 3480), "train": (32, 4830)}            # files, lines
+MOST = {"sample": (24, 3300), "train": (30, 4660)}            # files, lines
 
 
 def wrong_imports():
