@@ -41,11 +41,6 @@ def turns_to_front(azimuth):
     return (-azimuth / 90).round().long() % 4
 
 
-def turned_back(points, turns):
-    """Clouds r k 3 of shapes turned as in pictures, and their turns r -> clouds oriented as in files."""
-    return np.einsum("rji,rkj->rki", SYMMETRIES[2 * np.asarray(turns)], points).astype(np.float32)
-
-
 def seeded(seed, device="cpu"):
     """A generator for the `rng` of draws. seed: what numpy takes as a seed, or a generator of numpy."""
     return torch.Generator(device).manual_seed(int(np.random.default_rng(seed).integers(2 ** 62)))
@@ -153,7 +148,7 @@ class Prepared:
 
     def to(self, device):
         """The same set on a device. Arrays that do not fit into a GPU's memory stay on disk: worker processes draw
-        batches of them (step.Streamed)."""
+        batches of them (engine/streamed.py)."""
         if not fits(sum(array.nbytes for array in self.arrays.values()), device):
             return self.changed(streamed=True)
         return self.changed(device=device, arrays={name: array.to(device) for name, array in self.arrays.items()},

@@ -18,6 +18,7 @@ from data import seeded
 from engine import processes
 from engine.networks import grid_points
 from engine.noise import keys_of
+from engine.step import to_device
 from geometry.kinds import VIEW
 from geometry.meshes import bin_centres, quantise, sample_surface
 from geometry.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, soundness, ssim
@@ -147,6 +148,21 @@ def samples(run, heads, tokens):
 def reconstructions(run, heads, tokens, rep):
     """A contact sheet of held-out shapes, encoded and decoded."""
     return contact_sheet([decode(run, heads, x, rep).picture(160) for x in tokens], 7)
+
+
+@torch.no_grad()
+def shares_of_loss(run, model, loss_of, samples_of):
+    """The loss of each training shape alone, over the sum of all: r. A file is measured in one position."""
+    losses, model = {}, model.to(run.device)
+    own = run.train.rows.tolist()
+    for row in tqdm(range(len(own)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
+        if own[row] not in losses:
+            torch.manual_seed(row)
+            batch = to_device(samples_of(run.train, torch.tensor([row], device=run.train.device)), run.device)
+            with run.autocast():
+                losses[own[row]] = loss_of(model, batch)[0].item()
+    losses = torch.tensor([losses[number] for number in own], device=run.train.device)
+    return losses / losses.sum()
 
 
 # ---------------------------------------------------------------------------- the towers

@@ -134,7 +134,6 @@ def head_losses(heads, tokens, samples, share=1.):
 def train(run):
     """The tokenizer, jointly with the heads run.joint. Data come last: the odds of a shape need the loss."""
     judge = run.judge
-    from engine.step import shares_of_loss
     run = run.turned()
     # model
     settings = SIZES[run.size]
@@ -159,7 +158,7 @@ def train(run):
         own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.joint}          # batch of its own stage
         return split.cloud(rows, points), {rep: split.samples(own[rep], run.heads[rep].reads) for rep in own}
 
-    odds = shares_of_loss(run, model, loss_of, samples_of).cumsum(0) if run.finetune else None
+    odds = judge.shares_of_loss(run, model, loss_of, samples_of).cumsum(0) if run.finetune else None
 
     def draw(split):
         rows = split.draw(run.micro_batch_size("tokenizer"))

@@ -27,14 +27,12 @@ from data import kinds_of, training_sets
 from engine import processes
 from engine.commands import Parser, UserError, add_device_flags, between, command
 from engine.files import make_folder, read_config, trained_stages
-from engine.graphs import Replayed
+from engine.graphs import Replayed, compiled
 from engine.run import Run, copy_stages, locked
 from engine.stage import RELATIVES
 from engine.state import Log, load_state, save_state, stop_after_step
 from engine.step import (
     EMA,
-    Streamed,
-    compiled,
     held_out_loss,
     learning_rate,
     optimizers,
@@ -70,7 +68,10 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
           + f", resuming from step {start}" * bool(start))
 
-    streamed = Streamed(run, stage, draw, start, steps) if run.train.streamed else None
+    streamed = None
+    if run.train.streamed:
+        from engine.streamed import Streamed  # for sets that do not fit into a GPU's memory
+        streamed = Streamed(run, stage, draw, start, steps)
     step_loss = compiled(loss_of, model, run.graphs)
 
     def micro_batch(*choice):                                 # forward and backward pass

@@ -8,6 +8,13 @@ import torch.nn.functional as F
 
 WARM = 2    # eager calls before the capture: they create gradients, optimizer states, workspaces
 MODE = "thread_local"    # other threads may use CUDA during a capture: those that pin memory
+COMPILED = 20e6    # parameters from which compiling pays for a minute of it
+
+
+def compiled(loss_of, model, active):
+    """The loss as fused kernels, for large models: compiling takes a minute."""
+    large = sum(p.numel() for p in model.parameters()) > COMPILED
+    return torch.compile(loss_of, fullgraph=True) if active and large else loss_of
 
 
 class Replayed:

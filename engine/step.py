@@ -6,25 +6,17 @@ wait for a GPU: what a step computes is read when the log is written.
 """
 import copy
 import functools
-import os
-import signal
-from itertools import product
 from zlib import crc32
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from engine import processes
 from engine.commands import has_bf16
 
 RESIDENT = .5                                # share of a GPU's free memory for a prepared set, or for cached tokens
-WORKERS = min(4, os.cpu_count())             # processes that draw batches of a set that is not resident
-COMPILED = 20e6                              # parameters from which compiling pays for a minute of it
 
 
 # ---------------------------------------------------------------------------- micro-batches
@@ -41,44 +33,9 @@ def to_device(batch, device):
     return tree_map_only(torch.Tensor, lambda x: x.to(device), batch)
 
 
-class Streamed:
-    """The batches of a set that does not fit into a GPU's memory: worker processes draw them from disk, some steps
-    ahead. `batch` is the current one, always the same tensors on the GPU."""
-    batch = None
-
-    def __init__(self, run, stage, draw, first, steps):
-        items = [*product(range(first, steps), range(processes.rank(), run.micro_batches, processes.world()))]
-
-        def drawn(item):
-            seed_micro_batch(run, stage, *item)
-            return draw(run.train)
-
-        def deaf(_):                                          # the main process stops, after its step
-            for name in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(name, signal.SIG_IGN)
-
-        draw(run.train)                                       # fills the caches of the set, before the workers fork
-        self.device, pinned = run.device, run.device.type == "cuda"
-        self.loader = iter(DataLoader(items, None, collate_fn=drawn, num_workers=WORKERS, pin_memory=pinned,
-                                      worker_init_fn=deaf, multiprocessing_context="fork"))
-
-    def advance(self):
-        new = next(self.loader)
-        if self.batch is None:
-            self.batch = to_device(new, self.device)
-        for old, x in zip(tree_leaves(self.batch), tree_leaves(new)):
-            old.copy_(x, non_blocking=True)
-
-
 def fits(size, device):
     """Do `size` bytes fit into the device's memory, beside what a training step needs?"""
     return device.type != "cuda" or size < RESIDENT * torch.cuda.mem_get_info(device)[0]
-
-
-def compiled(loss_of, model, active):
-    """The loss as fused kernels, for large models: compiling takes a minute."""
-    large = sum(p.numel() for p in model.parameters()) > COMPILED
-    return torch.compile(loss_of, fullgraph=True) if active and large else loss_of
 
 
 @torch.no_grad()
@@ -88,21 +45,6 @@ def held_out_loss(run, model, draw, loss_of):
     batch = to_device(draw(run.test), run.device)
     with run.autocast():
         return loss_of(model, batch)[0].item()
-
-
-@torch.no_grad()
-def shares_of_loss(run, model, loss_of, samples_of):
-    """The loss of each training shape alone, over the sum of all: r. A file is measured in one position."""
-    losses, model = {}, model.to(run.device)
-    own = run.train.rows.tolist()
-    for row in tqdm(range(len(own)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
-        if own[row] not in losses:
-            torch.manual_seed(row)
-            batch = to_device(samples_of(run.train, torch.tensor([row], device=run.train.device)), run.device)
-            with run.autocast():
-                losses[own[row]] = loss_of(model, batch)[0].item()
-    losses = torch.tensor([losses[number] for number in own], device=run.train.device)
-    return losses / losses.sum()
 
 
 def recompute_blocks(model):

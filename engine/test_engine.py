@@ -20,6 +20,7 @@ from torch import nn
 
 import data
 import heads
+import judge
 import train
 from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, train_small
 from engine import files, processes, step
@@ -45,7 +46,7 @@ def test_shares_of_loss_add_up_to_one():
     train = SimpleNamespace(rows=torch.tensor([5, 6, 7, 5, 6, 7]), losses=[0., 1, 3, None, None, None], device="cpu")
     alone = SimpleNamespace(train=train, device=torch.device("cpu"), autocast=contextlib.nullcontext)
     loss_of = lambda model, batch: (torch.tensor(batch), {})
-    shares = step.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows: split.losses[rows[0]])
+    shares = judge.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows: split.losses[rows[0]])
     assert shares.tolist() == [0, .125, .375] * 2
 
 

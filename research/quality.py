@@ -9,7 +9,7 @@ import torch
 from einops import repeat
 
 import heads
-from data import kinds_of, seeded, turned_back, turns_to_front
+from data import SYMMETRIES, kinds_of, seeded, turns_to_front
 from engine.commands import pick_device
 from geometry import training_pictures, training_samples
 from geometry.metrics import chamfer, chamfer_matrix, emd, fscore
@@ -99,6 +99,11 @@ def evaluate_retrieval(args):
 
 
 # ---------------------------------------------------------------------------- pictures
+
+def turned_back(points, turns):
+    """Clouds r k 3 of shapes turned as in pictures, and their turns r -> clouds oriented as in files."""
+    return np.einsum("rji,rkj->rki", SYMMETRIES[2 * np.asarray(turns)], points).astype(np.float32)
+
 
 def evaluate_images(args):
     """Samples from the name, any caption, the longest one, a picture, the last two of a held-out shape."""
