@@ -70,7 +70,7 @@ class Encoders:
         return condition
 
     def cache(self, kind, split):
-        """What draws a tower's input for the captions or pictures of a set; of pretrained towers, its output."""
+        """A sampler of a tower's input for the captions or pictures of a set; for pretrained towers, of its output."""
         if (kind, split.name) not in self.caches:
             self.caches[kind, split.name] = self.towers[kind].cache(split)
         return self.caches[kind, split.name]

@@ -143,7 +143,7 @@ class GaussianHead(QueryDecoder):
     """Tokens and surface points of the sdf head -> one Gaussian per point; trained on pictures."""
     POINTS = 4096    # Gaussians of a training picture; more Gaussians are smaller
     SIZE = .016      # standard deviation at output 0
-    PAIRS = 6        # most tiles that a Gaussian of a training picture meets, on average
+    PAIRS = 6        # at most so many pairs (Gaussian, tile) of a training picture, over its Gaussians
     reads, needs, helpers, COUNT = {"cloud": POINTS, "views": None}, ("sdf",), (), 16384
 
     def __init__(self, **size):

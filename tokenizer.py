@@ -148,8 +148,8 @@ def train(run):
         cloud, samples = batch
         tokens = model["tokenizer"](*cloud)                                                   # b n c
         loss, logs = head_losses(model, tokens, samples, 1 / run.micro_batches)
-        moved = F.mse_loss(tokens, before(*cloud)) if run.finetune else torch.zeros(())
-        return loss + STAY * moved, logs | {"moved": moved.detach()}
+        drift = F.mse_loss(tokens, before(*cloud)) if run.finetune else torch.zeros(())
+        return loss + STAY * drift, logs | {"drift": drift.detach()}
 
     # data: with --finetune, training shapes are drawn in proportion to their loss at the start
     points = model["tokenizer"].points // 2

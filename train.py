@@ -233,7 +233,7 @@ def arguments():
 
     flag = parser.add_argument_group("many GPUs").add_argument
     flag("--micro-batches", type=between(1), help="shares of a batch: more, less memory (default: one per process)")
-    flag("--no-compile", action="store_true", help="on a GPU: neither CUDA graphs nor torch.compile")
+    flag("--no-compile", action="store_true", help="on a GPU: eager, without CUDA graphs and torch.compile")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     args = parser.parse_args()
     for name in ("data", "source", "out", "cache"):

@@ -17,7 +17,7 @@ def mix(x):
 
 
 def keys_of(seeds, device=None):
-    """b seeds, each a whole number or a tuple of as many -> their keys: b int64. The only transfer of sampling."""
+    """b seeds, whole numbers or tuples of one length -> their keys: b int64. Sampling's only copy to the device."""
     parts, keys = torch.tensor([seed if isinstance(seed, tuple) else (seed,) for seed in seeds], device=device), 0
     for part in parts.unbind(1):
         keys = mix(keys + part + STEP)

@@ -12,6 +12,7 @@ from engine.files import atomic_write, read_weights, save_weights
 
 # ---------------------------------------------------------------------------- stop and resume
 
+@processes.first_process_only
 def save_state(path, step, flags, model, ema, opts, sums):
     """The state to resume from, as plain tensors. flags: {name: number} of flags that must stay the same."""
     state = {"step": torch.tensor(step)} | {f"flags.{k}": torch.tensor(v, dtype=torch.double) for k, v in flags.items()}
@@ -21,7 +22,7 @@ def save_state(path, step, flags, model, ema, opts, sums):
     for i, opt in enumerate(opts):
         for j, slots in opt.state_dict()["state"].items():
             state |= {f"opt.{i}.{j}.{k}": v for k, v in slots.items()}
-    processes.first_process_only(save_weights)(path, {k: v.clone() for k, v in state.items()})
+    save_weights(path, {k: v.clone() for k, v in state.items()})
 
 
 def load_state(path, flags, model, ema, opts):

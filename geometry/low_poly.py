@@ -96,9 +96,9 @@ def walk(faces, starts):
 
 @torch.no_grad()
 def match_like_components(logits, corners, components):
-    """The order of components with as many faces (legs, wheels) may jump, and no head can know it. So the loss compares
-    them in the order that is likeliest for the head, unless that order wins by less than MARGIN a coordinate: exchanges
-    of two or three components, the best first. Only the first MATCHED components move.
+    """Components with as many faces (legs, wheels) have an arbitrary order, which no head can know. So the loss takes
+    the order that is likeliest for the head, if it wins by MARGIN a coordinate: exchanges of two or three components,
+    the best first. Only the first MATCHED components move.
     logits b f 9 BINS, corners b f 9, components b f -> rows b f, the order of the faces. c components."""
     c, face = (torch.arange(count, device=corners.device) for count in (MATCHED, corners.shape[1]))
     inside = components[:, None] == c[:, None]                                         # b c f

@@ -105,8 +105,8 @@ def blend(features, index, tile, side):
 
 
 def composite(pixels, number, most):
-    """Pixels of blocks, b q y x 4, and the numbers of the blocks in their tiles, b q, below `most` -> pixels of each
-    block behind those before it in the tile. After step i, of 2^(i + 1) blocks (Hillis and Steele 1986)."""
+    """Pixels of blocks, b q y x 4, and the numbers of the blocks in their tiles, b q, below `most` -> each block behind
+    all earlier ones of its tile: a segmented parallel scan (Hillis and Steele 1986)."""
     for i in range((most - 1).bit_length()):
         front, back = pixels[:, :-2 ** i], pixels[:, 2 ** i:]
         there = rearrange(number[:, 2 ** i:] >= 2 ** i, "b q -> b q 1 1 1")                # in the same tile
@@ -126,7 +126,7 @@ def splats(means, scales, rotations, opacities, colours, angles, size, pairs=Non
     xy, covariance, distance = project_gaussians(means, scales, rotations, view_rotations(angles), size)
     index, tile, number, last = blocks_of(xy, covariance, distance, size, pairs)
     (a, b), (_, c) = rearrange(covariance, "b k i j -> i j b k")
-    inverse = torch.stack([c, -b, a], -1) / (a * c - b ** 2)[..., None]                    # b k 3; torch's waits
+    inverse = torch.stack([c, -b, a], -1) / (a * c - b ** 2)[..., None]                    # b k 3; linalg.inv waits
     features = torch.cat([xy, inverse, opacities[..., None], F.pad(colours, (0, 1), value=1)], -1)     # b k 10
     features = F.pad(features, (0, 0, 0, 1))                                               # row k: no Gaussian
     row = torch.arange(len(xy), device=xy.device)[:, None]                                 # b 1

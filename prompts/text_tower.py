@@ -129,7 +129,7 @@ class TextAndCloud(nn.Module):
         return self.text(ids, mask), mask
 
     def cache(self, split):
-        """What draws the words of captions of a prepared set, padded to one length, on its device."""
+        """A sampler of the word ids of a set's captions: `draw(captions)` -> ids and mask, b t, on its device."""
         ids, mask = (x.to(split.device) for x in self.word_ids(split.table.texts))
         return SimpleNamespace(draw=lambda captions: (ids[captions], mask[captions]))
 
