@@ -17,7 +17,6 @@ from engine.files import atomic_write
 from geometry.camera import EYE, as_tensor, rays, to_linear, to_srgb, view_rotation
 from geometry.light import arriving_light, lamps, scatter
 from geometry.rasterise import rasterise_mesh, rasterise_points
-from geometry.splat import splat
 
 PAPER = (.985, .98, .972)          # the background, sRGB: white with a drop of warmth
 SAMPLES = 2                        # samples a pixel, along x and along y
@@ -93,6 +92,7 @@ def render_gaussians(means, scales, rotations, opacities, colours, azimuth=35, e
     means, scales, rotations, opacities, colours = map(as_tensor, (means, scales, rotations, opacities, colours))
     no_pixels = torch.zeros(0, dtype=torch.int64), *[torch.zeros(0, 3)] * 3
     ground = draw(lambda view, width: no_pixels, means[opacities > .5], azimuth, elevation, size)
+    from geometry.splat import splat  # only for Gaussians
     image = splat(means, scales, rotations, opacities, colours, azimuth, elevation, size, as_tensor(ground) / 255)
     return (image.clamp(0, 1) * 255).round().byte().numpy()
 
