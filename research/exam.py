@@ -77,12 +77,14 @@ def result_cache(args, label, folder, *modules, what=None, **settings):
     return ResultCache(f"{args.out}/{what or args.command}/{label}", **settings)
 
 
-def each_shape(args, test, cache, judge):
-    """judge(row, rng), or what is cached of it, of the first --shapes shapes. Classes take turns: they are balanced."""
-    for row in tqdm(range(min(args.shapes, len(test))), unit="shape"):
+def each_shape(args, test, cache, judge, rows=None):
+    """judge(row, rng), or what is cached of it, of `rows`, by default of the first --shapes shapes. Classes take turns:
+    they are balanced."""
+    rows = range(min(args.shapes, len(test))) if rows is None else rows
+    for row in tqdm(rows, unit="shape"):
         if str(row) not in cache:
             cache.write(str(row), judge(row, np.random.default_rng((args.seed, row))))
-    return [cache.read(str(row)) for row in range(min(args.shapes, len(test)))]
+    return [cache.read(str(row)) for row in rows]
 
 
 class Job(NamedTuple):
