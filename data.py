@@ -170,22 +170,22 @@ class Prepared:
 
     # ------------------------------------------------------------------------ which shapes
 
-    def draw(self, count, rng=None):
+    def draw(self, count):
         """Rows of `count` random shapes."""
-        return torch.randint(len(self), (count,), generator=rng, device=self.device)
+        return torch.randint(len(self), (count,), device=self.device)
 
-    def draw_distinct(self, count, first=False, rng=None):
+    def draw_distinct(self, count, first=False):
         """Rows of `count` different random shapes, at most all. first: booleans; these shapes are taken first."""
-        keys = torch.rand(len(self), generator=rng, device=self.device)
+        keys = torch.rand(len(self), device=self.device)
         return (keys - 1. * first).argsort()[:count]
 
     @functools.cached_property
     def class_of(self):                                       # number of each shape's class
         return torch.from_numpy(np.unique(self.classes, return_inverse=True)[1]).to(self.device)
 
-    def of_two_classes(self, rng=None):
+    def of_two_classes(self):
         """Booleans: is the class of a shape one of two random ones (those of two random shapes)?"""
-        pair = self.class_of[self.draw(2, rng)]
+        pair = self.class_of[self.draw(2)]
         return (self.class_of == pair[:1]) | (self.class_of == pair[1:])
 
     # ------------------------------------------------------------------------ their samples

@@ -16,8 +16,9 @@ import backbone
 import data
 import heads
 import sample
+import tokenizer
 import train
-from conftest import CHAIN, NoWait, assert_one_line, run, train_small
+from conftest import CHAIN, SMALL, NoWait, assert_one_line, run, train_small
 from engine import files
 from engine.step import optimizers, update
 from judge import grid_iou
@@ -204,13 +205,16 @@ OWN = "--size", "tiny", "--from", "checkpoints/tiny"
 
 
 @pytest.mark.parametrize("flags, count", [
-    (("--rep", "all"), 8), (("--model", "vat", *OWN), 2), (("--model", "lost", *OWN), 3)], ids=["ltm3d", "vat", "lost"])
+    (("--rep", "all"), 8), (("--stage", "tokenizer"), 1),
+    (("--model", "vat", *OWN), 2), (("--model", "lost", *OWN), 3)], ids=["ltm3d", "convolutions", "vat", "lost"])
 def test_a_step_never_waits_and_is_one_graph(flags, count, tmp_path, monkeypatch):
     """Every stage: draws, loss, gradients and update never wait for a GPU. torch.compile makes one graph of the loss,
     with the same value, and no second one for other batches; for the backbone at most three, for all moments."""
     small = {"dim": 64, "depth": 1, "heads": 4, "prefix": 2}
     for sizes in (vat.SIZES, vat.GENERATORS, lost.SIZES, lost.STUDENTS, lost.GENERATORS):
         monkeypatch.setitem(sizes, "tiny", sizes["tiny"] | {key: small[key] for key in small if key in sizes["tiny"]})
+    if "tokenizer" in flags:
+        monkeypatch.setitem(SMALL[tokenizer], "conv", 4)
     monkeypatch.setattr(vat.Encoder, "points", 256)
     monkeypatch.setitem(heads.GaussianHead.reads, "cloud", 256)
     stages, fit = {}, train.fit

@@ -5,6 +5,7 @@
 import math
 
 import torch
+from einops import rearrange
 
 STEP = -0x61C8864680B583EB    # 2^64 / golden ratio, as int64
 
@@ -26,7 +27,7 @@ def keys_of(seeds, device=None):
 
 def bits(keys, stream, shape):                                # b keys -> b *shape, int64
     index = torch.arange(1, math.prod(shape) + 1, device=keys.device)
-    return mix(mix(keys + stream)[:, None] ^ mix(index * STEP)).view(-1, *shape)
+    return mix(rearrange(mix(keys + stream), "b -> b 1") ^ mix(index * STEP)).view(-1, *shape)
 
 
 def uniform(keys, stream, shape):                             # in (0, 1), symmetric, in steps of 2^-23: exact in fp32

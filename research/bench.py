@@ -5,9 +5,7 @@ Seconds change from run to run on a machine that others use too. The ratio of tw
     python -m research.bench sample --size base          # MAR's published sampling against ours
     python -m research.bench decode                      # a dense grid against one that is refined near the surface
     python -m research.bench train --size small          # a training step in fp32, and as train.py does it
-    python -m research.bench gpu                         # one GPU, in eight minutes (research/gpu.py)
 """
-import argparse
 import contextlib
 import math
 import statistics
@@ -33,7 +31,6 @@ from research.results import write_table
 
 PUBLISHED = 64, 100           # unmasking steps and denoising steps of MAR
 SAMPLED, TRAINED = (1, 16), 64            # shapes in a batch
-PARTS = ["peak", "train", "sample", "default", "decode"]      # of gpu
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -183,13 +180,7 @@ def bench_train(args):
 
 # ---------------------------------------------------------------------------- the command
 
-def bench_gpu(args):
-    """One GPU, in at most eight minutes: training steps, sampling, surfaces, the default training."""
-    from research import gpu
-    return gpu.bench_gpu(args)
-
-
-BENCHES = {"sample": bench_sample, "decode": bench_decode, "train": bench_train, "gpu": bench_gpu}
+BENCHES = {"sample": bench_sample, "decode": bench_decode, "train": bench_train}
 
 
 def main():
@@ -199,16 +190,6 @@ def main():
         flag = commands.add_parser(name, help=bench.__doc__, description=bench.__doc__).add_argument
         add_device_flags(commands.choices[name])
         flag("--out", default="out/bench", help="folder for the table")
-        if name == "gpu":
-            flag("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-            flag("--sizes", nargs="+", choices=backbone.SIZES, default=[*backbone.SIZES][:4], help="of backbones")
-            flag("--ways", nargs="+", choices=["eager", "graph", "compiled"],
-                 help="of training: eager, as CUDA graphs, compiled too, a minute a size (default: all on a GPU)")
-            flag("--batch", type=between(1), help="shapes a step (default: 256; base 64, large 32)")
-            flag("--count", type=between(1), default=10, help="steps to time, three times")
-            flag("--cache", default="cache", help="folder of the prepared data")
-            flag("--train-flags", nargs=argparse.REMAINDER, default=[], help="more flags of the default training")
-            continue
         flag("--rounds", type=between(1, 1000), default=3, help="turns of each way; several after one to warm up")
         if name == "decode":
             flag("--shapes", type=between(1, len(CLASSES)), default=2, help="how many")

@@ -2,9 +2,12 @@
 count: they are lazy, for what a run may not use.
 
     python -m research.closure sample train
+    python -m research.closure loaded sample.py --text table        # what a run has in memory
 """
 import ast
 import hashlib
+import json
+import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -53,8 +56,24 @@ def code_digest(*names):
     return hashlib.sha256("\n".join(map(ast.dump, trees)).encode()).hexdigest()[:16]
 
 
+def loaded(*argv):
+    """The modules of ours that a command has in memory when it ends."""
+    end = "; import sys, json; print(json.dumps([getattr(m, '__file__', None) for m in sys.modules.values()]))"
+    code = f"import sys, runpy; sys.argv = {[*argv]}; runpy.run_path({argv[0]!r}, run_name='__main__')" + end
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    files = {Path(file).resolve() for file in json.loads(out.splitlines()[-1]) if file} | {Path(argv[0]).resolve()}
+    return sorted(name for name, path in FILES.items() if path.resolve() in files)
+
+
+def report(title, names):
+    lines = {name: FILES[name].read_text().count("\n") for name in names}
+    print(*(f"{count:6} {name}" for name, count in lines.items()), sep="\n")
+    print(f"{title}: {len(lines)} files, {sum(lines.values())} lines")
+
+
 if __name__ == "__main__":
-    for start in [name for name in sys.argv[1:] or ["sample", "train"] if name in FILES]:
-        lines = {name: FILES[name].read_text().count("\n") for name in closure(start)}
-        print(*(f"{count:6} {name}" for name, count in lines.items()), sep="\n")
-        print(f"{start}: {len(lines)} files, {sum(lines.values())} lines")
+    if sys.argv[1:2] == ["loaded"]:
+        report("in memory", loaded(*sys.argv[2:]))
+    else:
+        for start in [name for name in sys.argv[1:] or ["sample", "train"] if name in FILES]:
+            report(start, closure(start))

@@ -1,7 +1,8 @@
-"""gpu.py - what a GPU does with this code, in one table: python -m research.bench gpu
+"""gpu.py - what a GPU does with this code, in one table: python -m research.gpu
 
 It makes its own data and takes at most eight minutes. --parts chooses among: peak, train, sample, decode, default.
 """
+import argparse
 import json
 import os
 import shutil
@@ -22,8 +23,8 @@ import backbone
 import tokenizer
 from data import prepare
 from encoders import Encoders
-from engine.commands import UserError, cast_once
-from engine.files import atomic_write, read_config
+from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
+from engine.files import atomic_write, make_folder, read_config
 from engine.graphs import Replayed, ReplayedSampling
 from engine.noise import keys_of
 from engine.step import EMA, optimizers, set_rate, update
@@ -31,12 +32,13 @@ from geometry.surface import extract
 from prompts import image_tower, text_tower
 from prompts.reading import nouns_of
 from research.bench import published, random_backbone, random_condition
+from research.results import write_table
 from sample import load
 
 BATCHES = {"tiny": 256, "mini": 256, "small": 256, "base": 64, "large": 32}
 WAYS = {"eager": (False, False), "graph": (True, False), "compiled": (True, True)}     # compiled: and a CUDA graph
 LONGER = {"tokenizer": 4500}                 # steps of stages that stop short of an IoU of .97 by default
-SAMPLED = 1, 16, 256                         # shapes at once
+SAMPLED, SHAPES = (1, 16, 256), 130          # shapes at once; built-in shapes that batches are drawn from
 NEEDED = "fast_simplification", "matplotlib"  # imported late
 
 
@@ -59,7 +61,7 @@ def timed(function, device, count, rounds=3, warm=1):
 
 def small_set(args):
     """Built-in shapes on the device, untrained towers for their prompts."""
-    split = prepare("train", 130, args.cache, os.cpu_count(), ("surface", "pictures")).to(args.place)
+    split = prepare("train", SHAPES, args.cache, os.cpu_count(), ("surface", "pictures")).to(args.place)
     captions = [caption for own in split.captions for caption in own]
     sizes = text_tower.SIZES["tiny"], image_tower.SIZES["tiny"]
     text = text_tower.TextAndCloud(text_tower.vocabulary(captions), nouns_of(captions), **sizes[0])
@@ -153,7 +155,7 @@ def bench_train(args):
                         alone()
                     yield f"{name}: share of time for data", 1 - timed(alone, args.place, args.count) / took
             except RuntimeError as error:                     # out of memory, or this version cannot compile it
-                tqdm.write(f"{name} failed: {str(error)[:2000]}")
+                args.failed.append(f"{name} ({str(error)[:500]})")
             training = step = alone = fixed = None
             if args.place.type == "cuda":
                 torch.cuda.empty_cache()
@@ -213,14 +215,30 @@ PARTS = {"peak": bench_peak, "train": bench_train, "sample": bench_sample, "defa
          "decode": bench_decode}
 
 
-def bench_gpu(args):
-    """One GPU, in at most eight minutes: steps, sampling, surfaces, the default training."""
+# ---------------------------------------------------------------------------- the command
+
+def main():
+    parser = Parser(__doc__.split("\n")[0])
+    flag = parser.add_argument
+    flag("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="what to measure; decode needs default")
+    flag("--sizes", nargs="+", choices=backbone.SIZES, default=[*backbone.SIZES][:4], help="of backbones")
+    flag("--ways", nargs="+", choices=WAYS,
+         help="of training: eager, as CUDA graphs, compiled too, a minute a size (default: all on a GPU)")
+    flag("--batch", type=between(1), help="shapes a step (default: 256; base 64, large 32)")
+    flag("--count", type=between(1), default=10, help="steps to time, three times")
+    flag("--cache", default="cache", help="folder of the prepared data")
+    flag("--out", default="out/bench", help="folder for the table")
+    flag("--train-flags", nargs=argparse.REMAINDER, default=[], help="more flags of the default training")
+    add_device_flags(parser)
+    args = parser.parse_args()
+    args.place, args.autocast, reason = pick_device(args.device, args.precision)
     if args.place.type != "cuda" and {*(args.ways or ())} - {"eager"}:
         raise UserError("--ways graph and compiled need a GPU; leave --ways out")
+    print(f"running on {reason}")
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f"not installed here: {', '.join(missing)}; the part `default` needs them")
     card = torch.cuda.get_device_name() if args.place.type == "cuda" else "CPU"
-    args.peak, args.trained, rows = float("nan"), f"{args.out}/trained", []
+    args.peak, args.trained, args.failed, rows = float("nan"), f"{make_folder(args.out)}/trained", [], []
     for part in args.parts:
         start = time.perf_counter()
         try:
@@ -228,8 +246,14 @@ def bench_gpu(args):
                 rows.append({"what": name, "value": value})
                 tqdm.write(f"{name}: {value:.4g}")
         except Exception as error:                            # the other parts are still measured
-            tqdm.write(f"{part} failed: {error}")
+            args.failed.append(f"{part} ({str(error)[:500]})")
         rows.append({"what": f"({part}: seconds)", "value": time.perf_counter() - start})
         with atomic_write(Path(args.out) / "gpu.json") as file:
             file.write_text(json.dumps({"card": card, "torch": torch.__version__, "rows": rows}, indent=1))
-    return rows
+    write_table(args.out, "gpu", rows)
+    if args.failed:
+        raise UserError(f"not measured: {'; '.join(args.failed)}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,5 +1,6 @@
 """test_evaluate.py - the tests of evaluate.py and of research/bench.py."""
 import csv
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import sample
 from conftest import SMALL, TrueHead, assert_one_line, rows_of, run
 from geometry import shapes
 from judge import grid_iou
-from research import bench, closure, exam
+from research import bench, closure, exam, gpu
 
 # ---------------------------------------------------------------------------- bench.py
 
@@ -28,6 +29,21 @@ def test_benches(command, tmp_path, monkeypatch):
     assert len({row["way"] for row in rows}) >= 2
     assert float(rows[0]["times as fast"]) == 1
     assert all(float(row.get("same mesh", 1)) == 1 for row in rows)
+
+
+def test_the_bench_of_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
+    """Its parts but training; a part that fails is named at the end, after the others."""
+    for module, size in SMALL.items():
+        monkeypatch.setitem(module.SIZES, "small", size)
+    for name, value in {"SAMPLED": (1, 2), "SHAPES": 13}.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(bench, "PUBLISHED", (2, 2))
+    flags = "--device", "cpu", "--sizes", "small", "--batch", 2, "--count", 1, "--cache", os.environ["CACHE"]
+    assert run(gpu.main, *flags, "--parts", "peak", "train", "decode", "sample", "--out", tmp_path) == 2
+    assert "not measured: decode" in capsys.readouterr().err
+    rows = {row["what"]: row["value"] for row in csv.DictReader((tmp_path / "gpu.csv").open())}
+    assert float(rows["train small, eager: ms a step of 2"]) > 0
+    assert float(rows["sample small: published over ours, 2 at once"]) > 0
 
 
 def test_iou_of_the_true_field_is_one():

@@ -42,3 +42,10 @@ def test_the_core_imports_only_the_core(start):
     files = closure.closure(start)
     lines = sum(len(closure.FILES[name].read_text().splitlines()) for name in files)
     assert len(files) <= MOST[start][0] and lines <= MOST[start][1], (len(files), lines)
+
+
+def test_a_sample_has_few_modules_in_memory(tmp_path):
+    """With those that are imported when they are needed."""
+    found = closure.loaded("sample.py", "--text", "table", "--resolution", "64", "--out", str(tmp_path))
+    lines = sum(closure.FILES[name].read_text().count("\n") for name in found)
+    assert {"sample", "geometry.render"} <= {*found} and lines <= 3700, (found, lines)
