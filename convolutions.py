@@ -1,8 +1,9 @@
-"""convolutions.py - tokenizer and sdf head of sizes small and larger: convolutions on grids, normals in the loss.
+"""convolutions.py - tokenizer and heads of all sizes but tiny: convolutions on grids, normals in the loss.
 
 A decoder that looks up features of each token's own cells shows their borders as dimples. Here features are refined by
 convolutions on the way to a grid of 4 times the tokens' side, and interpolated: neighbouring tokens share a wall. Form
-and colour have grids of their own. tokenizer.Tokenizer and heads.SdfHead become these classes where a size has `conv`.
+and colour have grids of their own. Tokenizer, SdfHead, PointHead and GaussianHead become these classes where a size has
+`conv`.
 
 Letters, beside those of engine/networks.py: grids are channels last, b x y z f.
 
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
-from engine.networks import from_patches, to_patches
+from engine.networks import BANDS, FeedForward, QueryDecoder, fourier, from_patches, to_patches
 from geometry.surface import TRUNCATION
-from heads import SdfHead, rarity
+from heads import GaussianHead, PointHead, SdfHead, rarity
 from tokenizer import NOISE, Tokenizer
 
 # ---------------------------------------------------------------------------- grids of features
@@ -127,25 +128,35 @@ TETRAHEDRON = (1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)            # its 
 STEP, NORMALS = .01, .1     # of finite differences; the weight of normals in the loss
 
 
-class ConvSdfHead(SdfHead):
-    """Tokens -> grids of features, refined by convolutions: two for the form, two for the colour -> points."""
-    reads, STENCILS = {"cloud": 256, "queries": 640}, 96
-    FORM, COLOUR = ((64, 32), (2, 1)), ((32, 16), (1, 0))     # widths of the grids, convolutions on each
+class Unfold(nn.Module):
+    """Tokens -> a grid of them, refined by two convolutions."""
+    FORM, COLOUR = ((64, 32), (2, 1)), ((32, 16), (1, 0))     # widths of finer grids, convolutions on each
 
-    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads, cells: of the other heads
+    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads, cells: of the other sizes
         nn.Module.__init__(self)
         self.side, self.patch, self.token = side, patch, nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(side, side, side, dim) * .02)
         self.blocks = nn.Sequential(ResConv(dim), ResConv(dim))
+        nn.init.normal_(self.token.weight, std=channels ** -.5)
+
+    def unfold(self, tokens):                                 # b n c -> b side side side d
+        x = self.token(from_patches(tokens, self.patch))
+        return self.blocks(rearrange(x, "b (x y z) d -> b x y z d", x=self.side, y=self.side) + self.place)
+
+
+class ConvSdfHead(Unfold, SdfHead):
+    """Tokens -> grids of features, refined by convolutions: two for the form, two for the colour -> points."""
+    reads, STENCILS = {"cloud": 256, "queries": 640}, 96
+
+    def __init__(self, dim, **size):
+        super().__init__(dim=dim, **size)
         self.form_grids, self.colour_grids = Refine(dim, *self.FORM), Refine(dim, *self.COLOUR)
         self.form, self.colour = PointMLP(self.FORM[0], 1), PointMLP(self.COLOUR[0], 3, depth=2)
         self.register_buffer("corners", torch.tensor(TETRAHEDRON) / 3 ** .5, persistent=False)         # 4 3
-        nn.init.normal_(self.token.weight, std=channels ** -.5)
         nn.init.constant_(self.colour[-1].bias, .5)
 
     def read(self, tokens):                                   # b n c -> grids of the form, grids of the colour
-        x = self.token(from_patches(tokens, self.patch))
-        x = self.blocks(rearrange(x, "b (x y z) d -> b x y z d", x=self.side, y=self.side) + self.place)
+        x = self.unfold(tokens)
         return self.form_grids(x), self.colour_grids(x)
 
     def evaluate(self, memory, x):                            # memory, points b k 3 -> b k 4: distance, colour
@@ -167,6 +178,35 @@ class ConvSdfHead(SdfHead):
         gradient = 3 * TRUNCATION / (4 * STEP) * reduce(near * self.corners, "b k v i -> b k i", "sum")
         normal = ((gradient - n).square().sum(-1) + 1e-8).sqrt().mean()
         error = (self.colour(memory[1], x) - batch["colours"]).square().mean(-1)                       # b k
-        colour = (rarity(batch["colours"]) * ((error + 1e-4).sqrt() - .01)).mean() / 2
+        weight = rarity(batch["colours"]) * batch["coloured"][:, None]                                 # b k
+        colour = (weight * ((error + 1e-4).sqrt() - .01)).mean() / 2
         logs = {"distance": distance.detach(), "normal": normal.detach(), "colour": colour.detach()}
         return distance + NORMALS * normal + colour, logs
+
+
+class GridDecoder(Unfold, QueryDecoder):
+    """A QueryDecoder whose memory is grids of features: it decodes each point independently."""
+
+    def __init__(self, dim, outputs, **size):
+        super().__init__(dim=dim, **size)
+        self.grids = Refine(dim, *self.FORM)
+        self.point = nn.Linear(3 + 6 * BANDS + sum(self.FORM[0]), dim)
+        self.feed = nn.Sequential(FeedForward(dim), FeedForward(dim))
+        self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
+
+    def read(self, tokens):                                   # b n c -> grids of features
+        return self.grids(self.unfold(tokens))
+
+    def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
+        found = [interpolate(grid.float(), x) for grid in memory]
+        y = self.feed(self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra)          # b k d
+        with torch.autocast(y.device.type, enabled=False):
+            return self.out(self.norm(y.float()))
+
+
+class ConvPointHead(PointHead, GridDecoder):
+    """heads.PointHead, on grids."""
+
+
+class ConvGaussianHead(GaussianHead, GridDecoder):
+    """heads.GaussianHead, on grids."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from engine.commands import Parser, UserError, between, command
 from engine.files import atomic_write, make_folder
 from engine.step import fits
-from geometry.kinds import KINDS, POINTS, QUERIES
+from geometry.kinds import GREY, KINDS, POINTS, QUERIES
 from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
 from geometry.training_pictures import colours_named, recolour, relight
 
@@ -141,7 +141,7 @@ class Prepared:
     def changed(self, **changes):
         """A copy with other attributes; its tables are made anew."""
         other = copy.copy(self)
-        for name in ("table", "class_of", "moves", "moved_faces"):
+        for name in ("table", "class_of", "odds", "coloured", "moves", "moved_faces"):
             other.__dict__.pop(name, None)
         vars(other).update(changes)
         return other
@@ -170,14 +170,20 @@ class Prepared:
 
     # ------------------------------------------------------------------------ which shapes
 
+    @functools.cached_property
+    def odds(self):                                           # of each shape, relative to others
+        own = [self.source.items[row].odds for row in self.rows.tolist()] if self.source.files else [1.] * len(self)
+        return torch.tensor(own, dtype=torch.float64).to(self.device)
+
     def draw(self, count):
         """Rows of `count` random shapes."""
-        return torch.randint(len(self), (count,), device=self.device)
+        ends = self.odds.cumsum(0)
+        return torch.searchsorted(ends, torch.rand(count, dtype=ends.dtype, device=self.device) * ends[-1], right=True)
 
     def draw_distinct(self, count, first=False):
         """Rows of `count` different random shapes, at most all. first: booleans; these shapes are taken first."""
-        keys = torch.rand(len(self), device=self.device)
-        return (keys - 1. * first).argsort()[:count]
+        keys = torch.rand(len(self), device=self.device) ** (1 / self.odds)       # Efraimidis and Spirakis (2006)
+        return (keys + 1. * first).argsort(descending=True)[:count]
 
     @functools.cached_property
     def class_of(self):                                       # number of each shape's class
@@ -198,7 +204,7 @@ class Prepared:
 
     def samples(self, rows, reads, rng=None):
         """Training samples of a head (heads.py). reads: {method below: point count} -> {name: tensor of b rows}."""
-        batch = {}
+        batch = {"coloured": self.coloured[rows]}
         for name, count in reads.items():
             values = getattr(self, name)(rows, count, rng)
             batch |= dict(zip(("points", "normals", "colours"), values)) if name == "cloud" else values
@@ -209,6 +215,12 @@ class Prepared:
         columns = torch.rand(POINTS, generator=rng, device=self.device).argsort()[:k]
         points, normals, colours = (self.take(name, rows, columns) for name in ("points", "normals", "colours"))
         return self.moved(points, rows), self.moved(normals, rows) / 127, colours / 255
+
+    @functools.cached_property
+    def coloured(self):
+        """1 for each shape that has colours; 0 for those of files without, which are GREY all over."""
+        own = self.arrays["colours"][self.rows[:self.unmoved]]                    # r k 3
+        return (own != round(255 * GREY)).flatten(1).any(1).float().repeat(len(self) // self.unmoved)
 
     @functools.cached_property
     def moves(self):                                          # 8 3 3

@@ -9,7 +9,8 @@ which generates the tokens, is independent of the head. A head is a class with
     COUNT       default number of points; None: not a point representation
     RATE        factor of its learning rate (engine/step.py); optional
     token       an nn.Linear, its first layer: tokenizer.standardise changes it
-    loss        (tokens b n c, batch: what the methods of data.Prepared named in `reads` return) -> loss, logs
+    loss        (tokens b n c, batch: what the methods of data.Prepared named in `reads` return, and `coloured`, b:
+                0 for shapes without colours) -> loss, logs
     decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (geometry/export.py)
 
 A new head also needs an entry in HEADS, in TRAINING and in JUDGES of judge.py.
@@ -76,7 +77,7 @@ class SdfHead(BySize, QueryDecoder):
         target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (0, y.shape[1] - k))
         distance = F.l1_loss(y[..., 0], target)
         error = reduce((y[:, k:, 1:] - batch["colours"]) ** 2, "b k i -> b k", "mean")
-        colour = (rarity(batch["colours"]) * error).mean()
+        colour = (rarity(batch["colours"]) * batch["coloured"][:, None] * error).mean()
         return distance + colour, {"distance": distance.detach(), "colour": colour.detach()}
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
@@ -85,7 +86,7 @@ class SdfHead(BySize, QueryDecoder):
 
 # ---------------------------------------------------------------------------- pc
 
-class PointHead(QueryDecoder):
+class PointHead(BySize, QueryDecoder):
     """A flow from noise to the surface, independent for each point: any number of points from one set of tokens.
     x_t = (1 - t) noise + t x; outputs are the velocity x - noise, and at t = 1 normal and colour. Where there is an
     sdf head, two steps along the normals project the points onto its surface."""
@@ -107,7 +108,7 @@ class PointHead(QueryDecoder):
         y = self.velocity(self.read(tokens), noisy, t[..., 0])                            # b k 9
         flow = F.mse_loss(y[:, final:, :3], velocity[:, final:])
         normal = F.l1_loss(y[:, :final, 3:6], batch["normals"][:, :final])
-        colour = F.l1_loss(y[:, :final, 6:9], batch["colours"][:, :final])
+        colour = (batch["coloured"][:, None, None] * (y[:, :final, 6:9] - batch["colours"][:, :final]).abs()).mean()
         logs = {"flow": flow.detach(), "normal": normal.detach(), "colour": colour.detach()}
         return flow + .2 * normal + .2 * colour, logs
 
@@ -139,7 +140,7 @@ class PointHead(QueryDecoder):
 
 # ---------------------------------------------------------------------------- gs
 
-class GaussianHead(QueryDecoder):
+class GaussianHead(BySize, QueryDecoder):
     """Tokens and surface points of the sdf head -> one Gaussian per point; trained on pictures."""
     POINTS = 4096    # Gaussians of a training picture; more Gaussians are smaller
     SIZE = .016      # standard deviation at output 0
@@ -165,8 +166,9 @@ class GaussianHead(QueryDecoder):
             image = splats(*attributes, batch["angles"], batch["views"].shape[1], self.PAIRS * x.shape[1])
             target = batch["colours"] * baked_light(batch["normals"])                     # b k 3, light included
         error = image - batch["views"]                                                    # b s s 4
-        picture = (error[..., :3] - error[..., 3:] * background).abs().mean()
-        colour = F.l1_loss(attributes[-1], target)
+        coloured = rearrange(batch["coloured"], "b -> b 1 1")
+        picture = (coloured[..., None] * (error[..., :3] - error[..., 3:] * background)).abs().mean()
+        colour = (coloured * (attributes[-1] - target)).abs().mean()
         return picture + .2 * colour, {"picture": picture.detach(), "colour": colour.detach()}
 
     @torch.no_grad()
@@ -229,7 +231,8 @@ class MeshHead(nn.Module):
         bins = F.cross_entropy(logits.flatten(0, 2), corners.flatten(), ignore_index=-1)
         exists = F.pad(true, (0, exists_logit.shape[1] - f)).float()                      # b s
         face = F.binary_cross_entropy_with_logits(exists_logit, exists)
-        error = (true[..., None] * (colour[:, :f] - colours).abs()).sum() / (3 * true.sum())
+        error = (true * batch["coloured"][:, None])[..., None] * (colour[:, :f] - colours).abs()
+        error = error.sum() / (3 * true.sum())
         return bins + face + 2 * error, {"bins": bins.detach(), "face": face.detach(), "colour": error.detach()}
 
     @staticmethod

@@ -26,10 +26,10 @@ from engine.stage import Stage
 # grid, cells^3 for each of the side^3. With conv, tokenizer and sdf head are convolutions, on conv^3 cells a token.
 SIZES = {
     "tiny": dict(side=4, channels=16, dim=128, heads=4),
-    "mini": dict(side=6, patch=2, channels=16, dim=160, heads=4, cells=4),
-    "small": dict(side=6, channels=16, dim=192, heads=6, cells=4, conv=4),
-    "base": dict(side=8, channels=32, dim=384, heads=6, cells=4, conv=4),
-    "large": dict(side=10, channels=32, dim=512, heads=8, cells=4, conv=4),
+    "mini": dict(side=6, patch=2, channels=16, dim=192, heads=6, conv=4),
+    "small": dict(side=6, channels=16, dim=192, heads=6, conv=4),
+    "base": dict(side=8, channels=32, dim=384, heads=6, conv=4),
+    "large": dict(side=10, channels=32, dim=512, heads=8, conv=4),
 }
 NOISE = .05      # on the tokens in training: it makes the latent space smooth, and needs no KL weight
 STAY = .3        # weight of the squared drift of tokens in fine-tuning

@@ -14,6 +14,8 @@ VARIANTS = set("""age back bottom burnt center closed corner crop curve curved c
     side single small snow square stage start stone straight tall thin third top transformed wide wood
     black blue brown dark gold golden gray green grey orange pink purple red white yellow""".split())
 SILENT = {"default", "level", "lvl", "mat", "sample", "stage", "transformed"}     # variants that say nothing of a shape
+TILES = set("""block cliff corner floor ground hex path pipe platform rail river road roof stairs structure template
+    terrain tile track wall window""".split())      # pieces of landscapes and buildings: half of some kits
 KIT = re.compile(r"(kit|pack)s?(?![a-z])|modular", re.I)     # a folder with such a name holds things of all kinds
 
 
@@ -27,6 +29,11 @@ def family(name):
     """The words of a name without those that tell variants apart; the first one, if there are no others."""
     found = split(name)
     return " ".join(dict.fromkeys(word for word in found if word not in VARIANTS)) or " ".join(found[:1])
+
+
+def odds(family):
+    """How often a shape is drawn in training, relative to others."""
+    return 1 / 3 if TILES & {*family.split()} else 1.
 
 
 def captions(name, kit):

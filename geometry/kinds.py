@@ -8,6 +8,7 @@ from geometry.crop import SIZE
 from geometry.meshes import FACES
 
 POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
+GREY = .7                     # the colour of files without colours
 VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
 KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 29 (a picture) and 66 kB
     "surface": dict(points=(np.float16, (POINTS, 3)), normals=(np.int8, (POINTS, 3)), colours=(np.uint8, (POINTS, 3)),

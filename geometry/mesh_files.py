@@ -16,6 +16,7 @@ from PIL import Image
 
 from engine.commands import UserError
 from geometry.camera import to_srgb
+from geometry.kinds import GREY
 from geometry.soup import Soup
 
 MOST_BYTES, MOST_FACES = 300_000_000, 1_000_000   # of a mesh with its materials, textures and buffers
@@ -249,7 +250,7 @@ def colour_faces(mesh, size, linear):
         return vertices, faces, srgb(colours)
     if visual.kind in ("face", "vertex"):
         return vertices, faces, srgb(np.asarray(visual.face_colors, float)[:, :3] / 255)
-    return vertices, faces, np.full((len(faces), 3), .7)
+    return vertices, faces, np.full((len(faces), 3), GREY)
 
 
 def shape(item):

@@ -11,6 +11,7 @@ import io
 import re
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from geometry.words import FILLERS, words
 SUFFIXES = (".obj", ".glb", ".gltf", ".ply", ".stl", ".off")
 COPY = "#1"                 # ends the key of a stretched copy
 FEW = 5_000                 # files
+LARGEST = 12                # shapes of a family that may be held out: a kind of thing remains
 SYNSETS = {  # of ShapeNetCore
     "02691156": "aeroplane", "02747177": "bin", "02773838": "bag", "02801938": "basket", "02808440": "bathtub",
     "02818832": "bed", "02828884": "bench", "02843684": "birdhouse", "02871439": "bookshelf", "02876657": "bottle",
@@ -52,6 +54,7 @@ class Item:
     licence: str = ""
     author: str = ""
     family: str = ""            # of shapes that are nearly the same (geometry/asset_names.py); by default a shape alone
+    odds: float = 1.            # how often it is drawn in training, relative to others
     stretch: tuple = (1, 1, 1)  # factors of x, y and z
 
     def __post_init__(self):
@@ -157,13 +160,15 @@ def list_folder(path):
             captions = [line.strip() for line in lines if line.strip()]
         synset = next((SYNSETS[name] for name in names if name in SYNSETS), None)
         class_name, family = synset or tidy(file.parent.name if file.parent != path else file.stem), ""
+        odds = 1.
         kit = next((folder.name for folder in file.relative_to(path.parent).parents
                     if asset_names.KIT.search(folder.name)), None)
         if kit and tidy(file.stem) and not captions and not synset:
             *captions, name = asset_names.captions(file.stem, kit)
             class_name = family = families.setdefault(frozenset(name.split()), name)      # "pine tree" is "tree pine"
+            odds = asset_names.odds(family)
         captions = captions or [tidy(file.stem)] * (synset is None)
-        items.append(Item(key, str(file), captions=captions + [class_name], family=family))
+        items.append(Item(key, str(file), captions=captions + [class_name], family=family, odds=odds))
     return items, skipped + [(name, "it has a caption, but there is no such file") for name in sorted(missing)]
 
 
@@ -206,17 +211,19 @@ def list_library(path):
 # ---------------------------------------------------------------------------- a source of training samples
 
 class Files:
-    """The shapes of a path. One folder holds both splits: a tenth of the families, always the same, is held out. Files
-    are few: each has more pictures. Below FEW, each training shape has a stretched copy; the copies are last."""
+    """The shapes of a path. One folder holds both splits: a thirteenth of the families of at most LARGEST shapes,
+    always the same, is held out. Files are few: each has more pictures. Below FEW, each training shape has a stretched
+    copy; the copies are last."""
     pictures = 8
 
     def __init__(self, split, path):
         self.split, (self.items, self.skipped) = split, list_items(path)
-        families = {item.family for item in self.items}
-        numbers = {family: int(hashlib.sha256(family.encode()).hexdigest(), 16) for family in families}
-        tenth = {family for family, number in numbers.items() if number % 10 == 0}
-        lowest = sorted(numbers, key=numbers.get)[:min(2, len(numbers) // 2)]
-        self.held_out = tenth if len(tenth) > 1 else set(lowest)                  # families
+        families = Counter(item.family for item in self.items)
+        numbers = {family: int(hashlib.sha256(family.encode()).hexdigest(), 16) / 2 ** 256
+                   for family, count in families.items() if count <= LARGEST or len(families) < 4}
+        lowest = sorted(numbers, key=numbers.get)
+        least = min(2, len(families) // 2)                    # of few families, too
+        self.held_out = {*lowest[:least], *(family for family in lowest if numbers[family] < 1 / 13)}
         self.files = len(self.items)
         if self.files < FEW:
             self.items += [stretched(item) for item in self.items if item.family not in self.held_out]
