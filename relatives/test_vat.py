@@ -64,7 +64,8 @@ def test_latents_and_codes_pull_each_other(tokenizer):
 
 def test_the_divergence_is_that_of_gaussians(tokenizer):
     points, normals, colours = cloud = torch.rand(3, 1, 100, 3)
-    samples = {"points": points, "colours": colours, "queries": points, "distance": torch.rand(1, 100) * .2 - .1}
+    samples = {"points": points, "colours": colours, "queries": points, "distance": torch.rand(1, 100) * .2 - .1,
+               "coloured": torch.ones(1)}
     mean, log_variance = tokenizer.encoder(*cloud).chunk(2, -1)                   # b n c each
     own = kl_divergence(Normal(mean, (log_variance / 2).exp()), Normal(0., 1.)).sum(-1).mean()
     _, logs = tokenizer.loss(vat.Decoder(**SIZE), cloud, samples, quantised=False)
@@ -75,7 +76,8 @@ def test_occupancy_is_that_of_the_distance():
     """Its cross-entropy is lower for the true distance than for the opposite."""
     distance = torch.linspace(-.1, .1, 9)[None]
     y = nn.functional.pad(distance / .1, (0, 1))[..., None].expand(-1, -1, 4)     # 1 10 4; the last is on the surface
-    batch = {"queries": torch.zeros(1, 9, 3), "distance": distance, "colours": torch.zeros(1, 1, 3)}
+    batch = {"queries": torch.zeros(1, 9, 3), "distance": distance, "colours": torch.zeros(1, 1, 3),
+             "coloured": torch.ones(1)}
     right, wrong = (vat.Decoder(**SIZE).errors(x, batch)[1]["occupancy"] for x in (y, -y))
     assert right < .5 * wrong
 
