@@ -164,10 +164,12 @@ def list_folder(path):
         kit = next((folder.name for folder in file.relative_to(path.parent).parents
                     if asset_names.KIT.search(folder.name)), None)
         if kit and tidy(file.stem) and not captions and not synset:
-            *captions, name = asset_names.captions(file.stem, kit)
-            class_name = family = families.setdefault(frozenset(name.split()), name)      # "pine tree" is "tree pine"
+            *captions, class_name = asset_names.captions(file.stem, kit)
+            name = asset_names.family(file.stem)
+            family = families.setdefault(frozenset(name.split()), name)                   # "pine tree" is "tree pine"
             odds = asset_names.odds(family)
-        captions = captions or [tidy(file.stem)] * (synset is None)
+        elif not captions and not synset:
+            captions = [tidy(file.stem)]
         items.append(Item(key, str(file), captions=captions + [class_name], family=family, odds=odds))
     return items, skipped + [(name, "it has a caption, but there is no such file") for name in sorted(missing)]
 
