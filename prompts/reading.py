@@ -4,7 +4,7 @@ is an error.
     python -m prompts.reading "a blue chiar with no arms"       # the known words of a prompt
     python -m prompts.reading                                   # all nouns: what can be generated
 
-Plurals and typos are understood. The checkpoint is chosen that knows the noun and most of the other words.
+Plurals, typos and synonyms are understood. The checkpoint is chosen that knows the noun and most of the other words.
 """
 import difflib
 import re
@@ -19,17 +19,26 @@ SHIPPED = "checkpoints/tiny", "checkpoints/assets"            # in order of pref
 LENGTH = 32    # words of a prompt that are used; the longest built-in caption has 20
 POLITE = {"please", "thanks", "thank", "you"}
 LINKS = {"with", "without", "that", "which", "has", "having", "and", "in", "on", "under", "beside", "for", "from"}
+BREAKS = rf"[,;:.!?\n]|\b(?:{'|'.join(LINKS)})\b"             # between noun phrases
 SILENT = (FILLERS | LINKS) - {"without"}                       # words without meaning for a shape
+# words of one meaning; the first one in a vocabulary stands for those that are not
+SYNONYMS = [line.split() for line in """house cottage bungalow villa mansion, sofa couch settee, car automobile auto,
+    truck lorry, spaceship spacecraft starship, airplane aeroplane plane aircraft, ship galleon, boat dinghy rowboat,
+    dumpster skip, bin trash dustbin rubbish garbage, rock stone boulder, pistol handgun, campfire bonfire, dog puppy,
+    cat kitten, bunny rabbit hare, chick chicken hen, pig hog, mage wizard sorcerer, castle fortress, rug carpet,
+    fridge refrigerator, television tv, phone telephone, stove oven cooker, faucet tap, cabinet cupboard, closet
+    wardrobe, backpack rucksack, donut doughnut, fries chips, burger hamburger, eggplant aubergine, corn maize, cookie
+    biscuit, axe ax hatchet, grave tomb, gravestone tombstone, bicycle bike, motorbike motorcycle, bookcase bookshelf,
+    gray grey, wooden wood, golden gold, snow snowy, large big huge giant, small little tiny""".split(",")]
+ALIKE = .75       # share of letters that a word and its nearest neighbours have in common
 ROWS = "qwertyuiop", "asdfghjkl", "zxcvbnm"                    # of the keyboard
 NEIGHBOURS = {pair for row in ROWS for pair in zip(row, row[1:])} | {
     pair for upper, lower in zip(ROWS, ROWS[1:]) for i in (0, 1) for pair in zip(upper[i:], lower)}
 # no typos: frequent English words that is_typo would take for words of the shipped checkpoints, as "shirt" for "short"
-ENGLISH = set("""baker bard bead bender bond both bra bred bride cane cartoon causal char cheat coal cooled cooling
-    cop corp corpse create crow cure cured diner dont fame fare filed fist flake fling font form gamma gave globe
-    gorge grace grade hart heat heath inferior lead loser manga march math meal pant party pint plan pop reed sack
-    sake salon salt self sewer shake shape share shirt shop shot sick sing skill slit soar sock soon sort spade span
-    special spice spit spoke spot stake stale staple stat state string stuck tack tale thee there trick tuck wager
-    walk what while widow win woken wrath""".split())
+ENGLISH = set("""action arrest boom both bride camp cane click coal cola cop cost create crow cure dont drunk father
+    formed gain gave grace heading heat march math meal mold money only pace party pint plan playing pocket polo root
+    ruby saddle salt seed self sept shake shape share shift shipping shirt shop shot sick skill sold soon sort spade
+    spoke spot state string stuck tail there tons trail trans trial trick tries walk walked while widow""".split())
 
 
 def plain(prompt):
@@ -39,30 +48,24 @@ def plain(prompt):
 
 def noun_phrases(prompt):
     """The words of a prompt between commas and linking words: "a red chair with no arms" -> [red chair], [no arms]."""
-    links = "|".join(LINKS)
-    return [phrase for part in re.split(rf"[,;:.!?\n]|\b(?:{links})\b", prompt.lower()) if (phrase := words(part))]
+    return [phrase for part in re.split(BREAKS, prompt.lower()) if (phrase := words(part))]
 
 
 def nouns_of(captions):
-    """{noun that captions are about, the last word of the first phrase: all words of these captions}
-
-    Names of files have captions in both orders, "box pizza" and "pizza box", since the noun may come first ("lamp
-    table"). One of the two goes on: "pizza box from the kit". A noun that ends the other one only may be no noun: it is
-    not among its own words."""
-    captions = [(phrases[0], set(words(plain(caption)))) for caption in captions if (phrases := noun_phrases(caption))]
-    nouns, named, ends = {}, set(), {}
-    for phrase, _ in captions:
-        ends.setdefault(frozenset(phrase), set()).add(phrase[-1])
-    for phrase, found in captions:
-        nouns.setdefault(phrase[-1], set()).update(found)
-        if "from" in found or len(ends[frozenset(phrase)]) == 1:
-            named.add(phrase[-1])
-    return {noun: " ".join(sorted(found - ({noun} - named))) for noun, found in sorted(nouns.items())}
+    """{noun that captions are about, the last word of the first phrase: all words of these captions}"""
+    nouns = {}
+    for caption in captions:
+        if phrases := noun_phrases(caption):
+            nouns.setdefault(phrases[0][-1], set()).update(words(plain(caption)))
+    return {noun: " ".join(sorted(found)) for noun, found in sorted(nouns.items())}
 
 
-def listed(nouns):
-    """The nouns of nouns_of, without those that may be none."""
-    return [noun for noun, found in nouns.items() if noun in found.split()]
+def respaced(text, vocabulary, nouns):
+    """A text with compounds as training captions spell them: "space ship" -> "spaceship", "pinetree" -> "pine tree"."""
+    known = lambda word, noun: word in nouns.get(noun, "").split()                # is it a word of the noun's captions?
+    text = re.sub(r"\b(\w+) (?=(\w+))", lambda m: m[1] + " " * (m[1] + m[2] not in nouns or known(m[1], m[2])), text)
+    parts = lambda word: [f"{word[:i]} {word[i:]}" for i in range(3, len(word)) if known(word[:i], word[i:])] or [word]
+    return re.sub(r"\w+", lambda m: m[0] if m[0] in vocabulary else parts(m[0])[0], text)
 
 
 # ---------------------------------------------------------------------------- one word
@@ -91,11 +94,13 @@ def is_typo(word, known):
 
 
 def known_form(word, vocabulary):
-    """The one word of the vocabulary that `word` is, or is a plural, a singular or a typo of. None: no such word."""
+    """The one word of the vocabulary that `word` is, or is a plural, singular, synonym or typo of. None: no such."""
     if word in vocabulary:
         return word
     forms = word, *singulars(word)
     found = {form for form in (*forms, word + "s") if form in vocabulary and len(word) > 2}
+    if not found:
+        found = {next(filter(vocabulary.__contains__, line), None) for line in SYNONYMS if {*line} & {*forms}} - {None}
     if not found and ENGLISH.isdisjoint(forms):
         found = {known for known in vocabulary if any(is_typo(form, known) for form in forms)}
     return found.pop() if len(found) == 1 else None
@@ -107,20 +112,28 @@ class Reading:
     """A prompt, parsed once for a vocabulary and nouns (nouns_of): it chooses the checkpoint, warns, and becomes words.
 
     noun: what the prompt is about, or None if that cannot be generated; words: at most LENGTH known words, in their
-    known form, with the noun."""
+    known form, with the noun. A word that no training caption has with the noun is left out: it would change the shape
+    into what has the word, as "pirate" in "a pirate ship"."""
 
     def __init__(self, prompt, vocabulary, nouns):
         self.prompt, self.vocabulary, self.nouns = prompt, vocabulary, nouns
-        text, phrases = words(plain(prompt)), noun_phrases(plain(prompt))
-        self.forms = {word: known_form(word, vocabulary) for word in text}
-        self.known = [form for word in text if (form := self.forms[word])]
-        self.about = [phrase for phrase in phrases if any(self.forms[word] in nouns for word in phrase)]
+        text = respaced(plain(prompt), vocabulary, nouns)
+        phrases = noun_phrases(text)
+        self.forms = {word: known_form(word, vocabulary) for word in words(text)}
         self.unknown = unknown_noun(phrases, self.forms, nouns)
-        self.noun, self.words = None, self.known[:LENGTH]
-        if self.about and not self.unknown:
-            self.noun = [self.forms[word] for word in self.about[0] if self.forms[word] in nouns][-1]
-            if self.noun not in self.words:
-                self.words[-1] = self.noun
+        self.noun, trained = None, vocabulary
+        about = [named for phrase in phrases if (named := [self.forms[x] for x in phrase if self.forms[x] in nouns])]
+        if about and not self.unknown:
+            self.noun = about[0][-1]
+            trained = {self.noun, *nouns[self.noun].split()}
+            if "without" not in trained:                      # what the shape has not is left out, too
+                text = re.sub(rf"\bwithout\b.*?(?={BREAKS}|$)", "", text)
+        self.known = [form for word in words(text) if (form := self.forms[word]) in trained]
+        while self.known[-1:] and self.known[-1] in SILENT:   # what it linked is left out
+            self.known.pop()
+        self.words = self.known[:LENGTH]
+        if self.noun and self.noun not in self.words:
+            self.words[LENGTH - 1:] = [self.noun]
 
     def remarks(self):
         """The warnings about a prompt: changed, ignored and untrained words. Without a known noun, an error."""
@@ -128,18 +141,10 @@ class Reading:
             raise UserError(self.error())
         remarks = [f"'{word}' is understood as '{known}'" for word, known in self.forms.items()
                    if known not in (word, None, word + "s", *singulars(word))]
-        others = {*self.nouns[self.noun].split()} - SILENT    # words of captions about the noun
-        if len(self.about) > 1:
-            first, second = (" ".join(phrase) for phrase in self.about[:2])
-            remarks.append(f"a sample is one shape: '{first}' and '{second}' are generated together")
-        else:
-            untrained = {*self.known} - {self.noun} - others - SILENT
-            remarks += [f"no training caption has '{word}' with '{self.noun}'; it may be ignored"
-                        for word in sorted(untrained)]
-        if self.noun not in others and others.isdisjoint(self.known):
-            remarks.append(f"training captions have '{self.noun}' only with {', '.join(sorted(others)[:8])}")
-        for word in [word for word, known in self.forms.items() if known is None and word not in POLITE]:
-            near = difflib.get_close_matches(word, self.vocabulary)
+        untrained = {*self.forms.values()} - {None, self.noun, *self.nouns[self.noun].split()} - SILENT
+        remarks += [f"no training caption has '{word}' with '{self.noun}'; it is ignored" for word in sorted(untrained)]
+        for word in [word for word, known in self.forms.items() if known is None and word not in POLITE | SILENT]:
+            near = difflib.get_close_matches(word, self.vocabulary, cutoff=ALIKE)
             remarks.append(f"unknown word '{word}' is ignored" + f"; nearest: {', '.join(near)}" * bool(near))
         if len(self.known) > LENGTH:
             remarks.append(f"only {LENGTH} words of a prompt are used, of this one: {' '.join(self.words)}")
@@ -153,8 +158,8 @@ class Reading:
             fault = f"unknown object '{self.unknown[:60]}'"
         if folders := [*readings(self.prompt)]:
             return f"{fault}; the checkpoint {folders[0]} knows it"
-        nouns = listed(self.nouns)
-        if near := self.unknown and difflib.get_close_matches(self.unknown, nouns, cutoff=.5):
+        nouns = [*self.nouns]
+        if near := self.unknown and difflib.get_close_matches(self.unknown, nouns, cutoff=ALIKE):
             return f"{fault}; nearest: {', '.join(near)}"
         shown = nouns[::-(-len(nouns) // 32) or 1]            # all, or 32 of very many
         more = f" ... (python -m prompts.reading lists all {len(nouns)})" if len(shown) < len(nouns) else ""
@@ -204,7 +209,7 @@ def choose(prompt=None):
         nouns = {noun: captions for entry in [*entries.values()][::-1] for noun, captions in entry["nouns"].items()}
         Reading(prompt, vocabulary, nouns).remarks()
         return next(iter(entries))                            # each knows a part of the prompt
-    return min(found, key=lambda folder: (-len(found[folder].known), len(found[folder].remarks())))
+    return min(found, key=lambda folder: (-len(found[folder].words), len(found[folder].remarks())))
 
 
 def main():
@@ -216,7 +221,7 @@ def main():
     entry = read_stage(find(folder) or folder, "encoders")
     if args.prompt is None:
         entries = [entry] if args.checkpoint else shipped().values()
-        return print(*sorted({noun for entry in entries for noun in listed(entry["nouns"])}), sep="\n")
+        return print(*sorted({noun for entry in entries for noun in entry["nouns"]}), sep="\n")
     reading = Reading(args.prompt, entry["vocabulary"], entry["nouns"])
     for remark in reading.remarks():
         print(f"warning: {remark}", file=sys.stderr)
