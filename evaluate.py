@@ -72,7 +72,7 @@ def arguments():
     flag(["generate"], "--registers", type=between(1), help="LoST: stop after so many (default: all)")
     flag(["names"], "--data", required=True, help="the files that it was trained on")
     flag(["tokenizer", "generate", "retrieval", "images", "cross-view", "registers", "search"], "--data",
-         help="the files that it was trained on, a tenth held out (default: the built-in shapes)")
+         help="the files that it was trained on (default: the built-in shapes)")
     flag(["generate", "ablate-rgs", "registers", "search", *TRAINED], "--scorer", default="checkpoints/tiny",
          help="trained folder, whose towers give features of clouds and prompts")
     flag(["ablate-rgs"], "--alphas", nargs="*", type=between(0, 1, float), default=[0, .05, .1, .15, .2, .3, .9],
