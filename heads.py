@@ -33,7 +33,7 @@ from engine.files import load_model, read_config, read_stage, trained_stages
 from engine.networks import Block, BySize, QueryDecoder, flow_pair, from_patches, time_embedding
 from engine.stage import Stage
 from geometry.export import Cloud, Gaussians, Mesh
-from geometry.meshes import BINS, bin_centres, close_holes, face_components, simplify_to, weld
+from geometry.meshes import BINS, bin_centres, close_holes, face_components, weld
 from geometry.surface import TRUNCATION, extract, in_chunks
 
 
@@ -273,20 +273,19 @@ class MeshHead(nn.Module):
 
 
 class SimplifiedMesh:
-    """The surface of the sdf head, simplified to `count` faces by quadric error; replaces a missing mesh head."""
+    """The surface of the sdf head with at most `count` faces. Flat: low-poly, replaces a missing mesh head."""
     needs, COUNT = ("sdf",), None
 
-    def __init__(self, count=256):
-        self.count = count
+    def __init__(self, count=None, flat=True):
+        self.count, self.flat = count or (256 if flat else 20_000), flat
 
-    @torch.no_grad()
-    def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=None):
-        vertices, faces, colours = extract(heads["sdf"], tokens, 64, autocast)
-        if not len(faces):
-            return Mesh(vertices, faces, colours, smooth=False)
-        vertices, faces, colours = simplify_to(vertices, faces, colours[faces[:, 0]], self.count)
-        corners = vertices[faces].reshape(-1, 3).astype(np.float32)                       # (f 3) 3: a colour a face
-        return Mesh(corners, np.arange(len(corners)).reshape(-1, 3), np.repeat(colours, 3, 0), smooth=False)
+    def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
+        mesh = heads["sdf"].decode(tokens, heads, rng, autocast, 64 if self.flat else resolution)
+        if not len(mesh.faces):
+            return mesh
+        from geometry.simplify import simplify_surface
+        arrays = simplify_surface(mesh.vertices, mesh.faces, mesh.colours, self.count, self.flat)
+        return Mesh(*arrays, smooth=not self.flat)
 
 
 HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}

@@ -1,4 +1,4 @@
-"""meshes.py - what decoding and export do with meshes: bins, welding, simplification, points on a surface, faults.
+"""meshes.py - what decoding and export do with meshes: bins, welding, points on a surface, faults.
 
 A face of a low-poly mesh is 9 whole numbers: three corners of three coordinates, each one of BINS cells of [-1, 1].
 geometry/low_poly.py puts faces in order. scipy and trimesh are imported where they are used: they take long.
@@ -99,26 +99,6 @@ def close_holes(faces):
         if vertex == first and len(loop) in (3, 4):
             new += [(first, b, c) for b, c in zip(loop[1:], loop[2:])]
     return np.concatenate([faces, np.array(new, faces.dtype).reshape(-1, 3)])
-
-
-def simplify_to(vertices, faces, colours, limit):
-    """At most `limit` faces. A mesh with more is an extracted surface. Where it runs along the grid it has needle-thin
-    faces, which cannot collapse; so it is smoothed (Taubin 1995), then simplified by quadric error."""
-    check_mesh(vertices, faces)
-    if len(faces) <= limit:
-        return vertices, faces, colours
-    from fast_simplification import simplify
-    from scipy.spatial import cKDTree
-    from trimesh import Trimesh
-    from trimesh.smoothing import filter_taubin
-    smooth = filter_taubin(Trimesh(vertices, faces, process=False)).vertices
-    for haste in (5, 7, 9):                                   # a low one keeps the form better, but may leave too many
-        points, few = simplify(smooth.astype(np.float32), faces.astype(np.int32), target_count=limit, agg=haste)
-        if len(few) <= limit:
-            break
-    points = points.clip(vertices.min(0), vertices.max(0))                             # quadrics may reach beyond
-    _, nearest = cKDTree(vertices[faces].mean(1)).query(points[few].mean(1))           # old faces: their colours
-    return points, few[:limit].astype(np.int64), colours[nearest][:limit]              # many small pieces: some go
 
 
 def face_areas(vertices, faces):

@@ -14,7 +14,7 @@ import heads
 from conftest import TrueHead
 from engine import networks
 from engine.commands import UserError
-from geometry import built_in, low_poly, meshes, metrics, prepare, shapes, solids, surface
+from geometry import built_in, export, low_poly, meshes, metrics, prepare, shapes, simplify, solids, surface
 from geometry.captions import NUMBERS, write_captions
 
 # ---------------------------------------------------------------------------- shapes
@@ -238,9 +238,35 @@ def test_needles_keep_no_edge_from_collapsing():
     grid = np.abs(np.stack(np.meshgrid(axis, axis, axis, indexing="ij"))).max(0) - .5
     vertices, faces, *_ = marching_cubes(grid, 0, gradient_direction="descent")
     vertices = vertices / 32 - 1
-    points, few, paint = meshes.simplify_to(vertices, faces, np.ones((len(faces), 3)), 128)
+    points, few, paint = simplify.simplify_to(vertices, faces, np.ones((len(faces), 3)), 128)
     assert len(few) == len(paint) <= 128 and volumes(points, few) == pytest.approx([1], abs=.02)
     assert (abs(points) <= abs(vertices).max(0)).all()
+
+
+def test_simplified_surfaces_are_closed_and_keep_colours():
+    """A white box with a red band and a speck: 1,000 faces of it have no speck, and colours are right where they were.
+    Without fins they are not."""
+    parts = solids.box((0, 0, 0), (1, 1, 1), "white"), solids.ball((.8, .8, .8), .06, "white")
+    shape = shapes.Shape("box", [*parts], {}, [])
+    vertices, faces, colours = surface.extract(TrueHead(shape), torch.zeros(1, 1), 64)
+    colours[abs(vertices[:, 1]) < .2] = 1, 0, 0
+    points, few, paint = simplify.simplify_surface(vertices, faces, colours, 1000, flat=False)
+    assert metrics.watertight(few) and 900 < len(few) <= 1000 and abs(points).max() < .52
+    found, _, colour = export.Mesh(points, few, paint).surface(10_000, np.random.default_rng(0))
+    inside, sure = abs(found[:, 1]) < .2, abs(abs(found[:, 1]) - .2) > .04
+    assert (abs(colour - np.where(inside[:, None], [1, 0, 0], colours[0]))[sure].max(1) < .1).mean() > .995
+
+
+def test_pinched_edges_are_split():
+    """Two boxes that share an edge become two closed meshes; a face with its back, which encloses nothing, goes."""
+    a, b = trimesh.creation.box((1, 1, 1)), trimesh.creation.box((1, 1, 1))
+    b.apply_translation((1, 1, 0))
+    both = trimesh.util.concatenate([a, b])
+    both.merge_vertices()
+    faces = np.concatenate([both.faces, [[0, 1, 2], [2, 1, 0]]])
+    assert not metrics.watertight(faces)
+    points, faces = simplify.split_pinches(both.vertices, faces)
+    assert metrics.watertight(faces) and len(faces) == 24 and volumes(points, faces) == pytest.approx([1, 1])
 
 
 # ---------------------------------------------------------------------------- distances -> a mesh

@@ -11,8 +11,9 @@ from geometry.camera import as_tensor, view_rotation
 from geometry.crop import SIZE, crop_to_object
 from geometry.kinds import KINDS, POINTS, QUERIES, VIEW
 from geometry.low_poly import canonical
-from geometry.meshes import FACES, simplify_to
+from geometry.meshes import FACES
 from geometry.rasterise import rasterise_mesh
+from geometry.simplify import simplify_to
 from geometry.splat import baked_light
 
 
