@@ -1,6 +1,6 @@
 """export.py - generated shapes: meshes, point clouds, 3D Gaussians; and how they are written to files.
 
-    Mesh        .glb    vertices, faces, vertex colours (.obj; .stl without colours)
+    Mesh        .glb    vertices, faces, vertex colours (.obj; .stl without colours); metres, y up, base at 0
     Cloud       .ply    points, normals, 8-bit colours
     Gaussians   .ply    the layout of 3D Gaussian splatting (Kerbl et al. 2023), which its viewers open
 
@@ -10,7 +10,8 @@ bits, which trimesh keeps if it saves the file again. The error in sRGB is at mo
 
 trimesh, Pillow and the renderer are imported where they are used: they take long.
 """
-import gc
+import json
+import struct
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -50,17 +51,19 @@ class Mesh(Shape):
     smooth: bool = True   # False: low-poly, every face flat
     suffix = ".glb"
 
-    def trimesh(self):
+    def save(self, path, height=1.):
+        """y is up; the base is at 0, its middle at the origin; `height` is in metres."""
+        suffix = Path(path).suffix.lower()
+        if not len(self.faces):
+            raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
+        low, high = (bound(self.vertices[self.faces], (0, 1)) for bound in (np.min, np.max))            # 3 each
+        origin = np.where([False, True, False], low, (low + high) / 2)
+        vertices = (self.vertices - origin) * (height / max(high[1] - low[1], 1e-3))
+        if suffix not in (".obj", ".stl"):
+            return write_glb(path, vertices, self.faces, self.colours, self.smooth)
         from trimesh import Trimesh
         colours = np.round(self.colours * 255).astype(np.uint8)
-        return Trimesh(self.vertices, self.faces, vertex_colors=colours, process=False)
-
-    def save(self, path):
-        suffix = Path(path).suffix.lower()
-        if suffix not in (".obj", ".stl"):
-            return write_glb(path, self.vertices, self.faces, self.colours, self.smooth)
-        check_faces(path, self.faces)
-        content = self.trimesh().export(file_type=suffix[1:])
+        content = Trimesh(vertices, self.faces, vertex_colors=colours, process=False).export(file_type=suffix[1:])
         with atomic_write(path) as temporary:
             temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -139,34 +142,50 @@ def check_suffix(path, suffix):
         raise UserError(f"{path}: a {suffix} file is written here; give it a name that ends in {suffix}{or_else}")
 
 
-def check_faces(path, faces):
-    if len(faces) == 0:
-        raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
-
-
 # ---------------------------------------------------------------------------- glb
+
+def vertex_normals(vertices, faces):
+    """The mean normal of the faces at each vertex, v 3. Large faces count more: flat ones look flat beside a bevel."""
+    a, b, c = vertices[faces].swapaxes(0, 1)
+    corner_normals = np.repeat(np.cross(b - a, c - a), 3, 0).T                          # 3 (f 3), as long as areas
+    total = np.stack([np.bincount(faces.ravel(), x, len(vertices)) for x in corner_normals], 1)
+    return total / np.linalg.norm(total, axis=1, keepdims=True).clip(1e-12)
+
 
 def write_glb(path, vertices, faces, colours, smooth=True):
     """vertices (v 3), faces (f 3), sRGB colours (v 3) in 0..1. The same mesh gives the same bytes. Viewers shade every
     face flat if there are no normals (smooth=False)."""
     check_suffix(path, ".glb")
-    check_faces(path, faces)
-    from trimesh import Trimesh
-    from trimesh.exchange.gltf import export_glb
     linear = (255 * to_linear(as_tensor(colours, torch.float64).clamp(0, 1))).round().byte().numpy()
-    mesh = Trimesh(vertices, faces, vertex_colors=linear, process=False)        # process would merge vertices
+    arrays = {"POSITION": vertices.astype("<f4"), "COLOR_0": np.pad(linear, ((0, 0), (0, 1)), constant_values=255),
+              "indices": faces.reshape(-1, 1).astype("<u2" if len(vertices) < 2 ** 16 else "<u4")}
+    if smooth:
+        arrays["NORMAL"] = vertex_normals(vertices, faces).astype("<f4")
 
-    def finish(tree):
-        primitive = tree["meshes"][0]["primitives"][0]
-        # Without a material viewers assume polished metal, which looks black. Both sides of a face show, as here.
-        material = {"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": .8}, "doubleSided": True}
-        tree["materials"], primitive["material"] = [material], 0
+    # 1. The arrays follow each other in one buffer; each starts at a multiple of four bytes.
+    buffer, views, accessors = b"", [], []
+    for i, x in enumerate(arrays.values()):
+        views.append({"buffer": 0, "byteOffset": len(buffer), "byteLength": x.nbytes})
+        accessors.append({"bufferView": i, "count": len(x), "type": "SCALAR" if x.shape[1] == 1 else f"VEC{x.shape[1]}",
+                          "componentType": {"f4": 5126, "u1": 5121, "u2": 5123, "u4": 5125}[x.dtype.str[1:]]})
+        buffer += x.tobytes() + bytes(-x.nbytes % 4)
+    accessors[0] |= {"min": arrays["POSITION"].min(0).tolist(), "max": arrays["POSITION"].max(0).tolist()}
+    accessors[1]["normalized"] = True
 
-    data = export_glb(mesh, include_normals=smooth, tree_postprocessor=finish)
-    del mesh
-    gc.collect(1)       # objects of trimesh hold each other; Python would keep many before it looks
+    # 2. Without a material viewers assume polished metal, which looks black. Both sides of a face show, as here.
+    material = {"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": .8}, "doubleSided": True}
+    number = {name: i for i, name in enumerate(arrays)}
+    primitive = {"indices": number.pop("indices"), "attributes": number, "material": 0}
+    tree = {"asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
+            "meshes": [{"primitives": [primitive]}], "materials": [material], "accessors": accessors,
+            "bufferViews": views, "buffers": [{"byteLength": len(buffer)}]}
+
+    # 3. A header and two chunks, of multiples of four bytes.
+    text = json.dumps(tree).encode()
+    text += b" " * (-len(text) % 4)
+    chunks = b"".join(struct.pack("<I4s", len(x), kind) + x for x, kind in ((text, b"JSON"), (buffer, b"BIN\0")))
     with atomic_write(path) as temporary:
-        temporary.write_bytes(data)
+        temporary.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks)
 
 
 # ---------------------------------------------------------------------------- ply
