@@ -27,15 +27,17 @@ from engine.commands import Parser, UserError, add_device_flags, between, cast_o
 from engine.files import make_folder, read_config, read_stage
 from engine.noise import keys_of
 from engine.stage import RELATIVES
+from geometry.export import Mesh
 from prompts.reading import choose, find
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
 MAX_INT = 2 ** 63 - 1
 LIMITS = {  # option: type, minimum, maximum
-    "n": (int, 1, 10_000), "seed": (int, 0, MAX_INT), "points": (int, 1, 1_000_000), "faces": (int, 12, 100_000),
-    "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "cfg": (float, 0, 100), "cfg_image": (float, 0, 100),
-    "temperature": (float, 0, 10), "window": (float, 0, 1), "registers": (int, 1, MAX_INT),
-    "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
+    "n": (int, 1, 10_000), "seed": (int, 0, MAX_INT), "points": (int, 1, 1_000_000), "faces": (int, 12, 10 ** 7),
+    "height": (float, .001, 1000), "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "cfg": (float, 0, 100),
+    "cfg_image": (float, 0, 100), "temperature": (float, 0, 10), "window": (float, 0, 1),
+    "registers": (int, 1, MAX_INT), "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
+COUNTS = {"points": ("pc", "gs"), "faces": ("sdf", "mesh")}   # options of these representations
 OPTIONS = "steps", "denoise_steps", "cfg", "cfg_image", "temperature", "rgs", "window", "registers", "top_k", "top_p"
 
 
@@ -49,15 +51,16 @@ def check_numbers(**values):
             raise UserError(f"{name} is a {'whole ' * (kind is int)}number {span}, not {value!r}")
 
 
-def check_shape(rep, resolution, points, faces):
+def check_shape(rep, resolution, **counts):
     """Checks arguments of `decode` and `generate`."""
     if not isinstance(rep, str) or rep not in heads.HEADS:
         raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not {rep!r}; call it once for each")
     if resolution not in RESOLUTIONS:
         raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
-    check_numbers(points=points, faces=faces)
-    if faces and rep != "mesh" or points and rep not in ("pc", "gs"):
-        raise UserError(f'faces are of rep "mesh", points of "pc" and "gs", not of "{rep}"')
+    check_numbers(**counts)
+    for name in counts:
+        if counts[name] and rep not in COUNTS[name]:
+            raise UserError(f"{name} are of rep {' and '.join(COUNTS[name])}, not of {rep}")
 
 
 # ---------------------------------------------------------------------------- the models of checkpoint folders
@@ -114,9 +117,9 @@ class Sampler:
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
-        faces: at most, of "mesh", by simplifying the surface; default: the mesh head predicts them."""
-        check_shape(rep, resolution, points, faces)
-        simplified = heads.SimplifiedMesh(faces) if faces else None
+        faces: at most, of "sdf" (default: 20,000), of "mesh" by simplifying the surface (default: the head's own)."""
+        check_shape(rep, resolution, points=points, faces=faces)
+        simplified = heads.SimplifiedMesh(faces, flat=rep == "mesh") if faces or rep == "sdf" else None
         self.load_heads(*simplified.needs if simplified else [rep])
         head, rng = simplified or self.heads[rep], np.random.default_rng(seed)
         return head.decode(tokens.to(self.device), self.heads, rng, self.autocast, resolution, points or head.COUNT)
@@ -124,7 +127,7 @@ class Sampler:
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, faces=None,
                  **options):
         """`sample`, then `decode`: a list of n shapes."""
-        check_shape(rep, resolution, points, faces)
+        check_shape(rep, resolution, points=points, faces=faces)
         tokens = self.sample(prompt, image, n, seed, **options)
         return [self.decode(x, rep, (seed, i), resolution, points, faces) for i, x in enumerate(tokens)]
 
@@ -197,7 +200,9 @@ def arguments():
     number("seed", "random seed; shape i is the same for every --n, up to rounding", 0)
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
     number("points", f"number of points or Gaussians (default: {heads.PointHead.COUNT}, {heads.GaussianHead.COUNT})")
-    number("faces", "simplify the surface to at most this many faces (default: the mesh head predicts up to 256)")
+    number("faces", "simplify the surface to at most this many faces (default: 20,000; 10,000,000 keeps all), with "
+           "--rep mesh to a low-poly mesh (default: the mesh head predicts up to 256 faces)")
+    number("height", "height of a surface or mesh in its file, in metres", 1.)
     flag("--turntable", action="store_true", help="also write a turntable GIF of each shape")
     flag("--model", choices=["ltm3d", *RELATIVES], help="which model (default of --checkpoint: its shipped weights)")
     flag("--checkpoint", help="folder of trained weights (default: the shipped ones trained on the noun of --text)")
@@ -225,10 +230,9 @@ def arguments():
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
-    if args.points and not {"pc", "gs"} & {*args.rep}:
-        parser.error("--points is the number of points or of Gaussians; give --rep pc or gs, too")
-    if args.faces and "mesh" not in args.rep:
-        parser.error("--faces is the number of faces of a low-poly mesh; give --rep mesh, too")
+    for name, reps in COUNTS.items():
+        if getattr(args, name) and not {*reps} & {*args.rep}:
+            parser.error(f"--{name} is an option of other representations; give --rep {' or '.join(reps)}, too")
     return args
 
 
@@ -238,11 +242,11 @@ def file_name(text, image):
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "shape"
 
 
-def write_shape(shape, path, turn):
-    """Writes the shape, a picture and, if `turn`, a GIF; -> the picture."""
+def write_shape(shape, path, height, turn):
+    """Writes the shape (a mesh: of this height), a picture and, if `turn`, a GIF; -> the picture."""
     from geometry.render import save_gif, save_png, turntable
     picture = shape.picture()
-    shape.save(path)
+    shape.save(path, height) if isinstance(shape, Mesh) else shape.save(path)
     save_png(path.with_suffix(".png"), picture)
     print(path, path.with_suffix(".png"), sep="\n")
     if turn:
@@ -276,10 +280,11 @@ def main():
     ending["mesh"] = f"-mesh-{args.faces}" if args.faces else ending.get("mesh")
     for i, x in enumerate(tokens):                                                # n c
         for rep in args.rep:
-            points, faces = args.points if rep in ("pc", "gs") else None, args.faces if rep == "mesh" else None
-            shape = model.decode(x, rep, (args.seed, i), args.resolution, points, faces)
+            counts = {name: getattr(args, name) for name, reps in COUNTS.items() if rep in reps}
+            shape = model.decode(x, rep, (args.seed, i), args.resolution, **counts)
             lap(rep)
-            pictures.append(write_shape(shape, out / f"{name}-{i}{ending[rep]}{shape.suffix}", args.turntable))
+            path = out / f"{name}-{i}{ending[rep]}{shape.suffix}"
+            pictures.append(write_shape(shape, path, args.height, args.turntable))
             lap("pictures")
     if len(pictures) > 1:
         sheet = out / f"{name}{''.join(ending[rep] for rep in args.rep)}.png"

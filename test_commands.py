@@ -36,9 +36,13 @@ def test_the_text_decides_the_colour_beside_a_picture():
 
 
 def test_a_mesh_has_as_many_faces_as_asked():
-    """With `faces`, the surface is simplified: closed, and never more faces."""
-    mesh = sample.load().generate("a chair", rep="mesh", faces=300)[0]
+    """With `faces`, the surface is simplified: closed, and never more faces. A surface has 20,000 by default."""
+    model = sample.load()
+    mesh = model.generate("a chair", rep="mesh", faces=300)[0]
     assert 200 < len(mesh.faces) <= 300 and metrics.soundness(mesh)["closed edges"] > .98
+    few, most, every = (model.generate("a chair", faces=faces)[0] for faces in (1000, None, 10 ** 7))
+    assert 900 < len(few.faces) <= 1000 and 19_000 < len(most.faces) <= 20_000 < len(every.faces) / 2
+    assert all(metrics.watertight(mesh.faces) for mesh in (few, most, every))
 
 
 def test_the_sdf_head_brings_points_to_its_surface():
@@ -71,8 +75,8 @@ def test_precision_overrides_the_default(precision, dtype, monkeypatch):
 @pytest.mark.parametrize("options, complaint", [
     (dict(prompt=None), "there is no prompt"), (dict(prompt=["a table"]), "one string, not a list"),
     (dict(rep="obj"), "sdf, pc, mesh, gs"), (dict(rep=["sdf"]), "sdf, pc, mesh, gs"), (dict(seed=-1), "seed is a"),
-    (dict(seed="a"), "seed is a"), (dict(cfg=-3), "cfg is a number from 0 to 100"), (dict(points=9), "faces are of"),
-    (dict(faces=100), "faces are of"), (dict(n=None), "n is a whole"), (dict(n=0), "n is a whole"),
+    (dict(seed="a"), "seed is a"), (dict(cfg=-3), "cfg is a number from 0 to 100"), (dict(points=9), "pc and gs"),
+    (dict(rep="gs", faces=100), "sdf and mesh"), (dict(n=None), "n is a whole"), (dict(n=0), "n is a whole"),
     (dict(resolution=96), "32, 64, 128, 256, 512"),
     (dict(steps=65), "shape tokens"), (dict(rgs="sampled"), "RGS takes"), (dict(rgs="sampled=5"), "from 0 to 1")])
 def test_python_api_names_a_wrong_argument(overfitted, options, complaint):
@@ -104,7 +108,7 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--rgs", "sampled=2"], "RGS takes none, auto, sampled=A"), (["--rgs", "x"], "RGS takes none, auto, sampled=A"),
     (["--window", "2"], "--window: must be between 0 and 1"), (["--rep", "voxels"], "choose from"),
     (["--points", "0"], "--points: must be"), (["--faces", "3"], "--faces: must be"),
-    (["--faces", "300"], "give --rep mesh, too"), (["--points", "9"], "give --rep pc or gs, too"),
+    (["--rep", "pc", "--faces", "300"], "give --rep sdf or mesh, too"), (["--points", "9"], "give --rep pc or gs, too"),
     (["--device", "toaster"], "--device toaster"),
     (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
     (["--text", ""], "is empty"), (["--text", "with the"], "names no object"), (["--device", "meta"], "--device meta"),
@@ -162,7 +166,7 @@ def test_a_checkpoint_stores_its_sampling_options(overfitted, tmp_path):
 def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
     """A sample without a surface is an error, not a traceback."""
     empty = export.Mesh(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3)))
-    monkeypatch.setattr(sample.Sampler, "decode", lambda *_: empty)
+    monkeypatch.setattr(sample.Sampler, "decode", lambda *_, **counts: empty)
     assert run(sample.main, "--text", "a table", "--checkpoint", overfitted, "--out", tmp_path / "out") == 2
     assert_one_line(capsys.readouterr().err, "empty")
 
