@@ -202,7 +202,7 @@ def arguments():
     number("points", f"number of points or Gaussians (default: {heads.PointHead.COUNT}, {heads.GaussianHead.COUNT})")
     number("faces", "simplify the surface to at most this many faces (default: 20,000; 10,000,000 keeps all), with "
            "--rep mesh to a low-poly mesh (default: the mesh head predicts up to 256 faces)")
-    number("height", "height of a surface or mesh in its file, in metres", 1.)
+    number("height", "height of a surface or mesh in its file, in metres (default: its longest side has one metre)")
     flag("--turntable", action="store_true", help="also write a turntable GIF of each shape")
     flag("--model", choices=["ltm3d", *RELATIVES], help="which model (default of --checkpoint: its shipped weights)")
     flag("--checkpoint", help="folder of trained weights (default: the shipped ones trained on the noun of --text)")

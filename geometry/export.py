@@ -51,14 +51,15 @@ class Mesh(Shape):
     smooth: bool = True   # False: low-poly, every face flat
     suffix = ".glb"
 
-    def save(self, path, height=1.):
-        """y is up; the base is at 0, its middle at the origin; `height` is in metres."""
+    def save(self, path, height=None):
+        """y is up; the base is at 0, its middle at the origin. height: in metres; default: the longest side has one."""
         suffix = Path(path).suffix.lower()
         if not len(self.faces):
             raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
         low, high = (bound(self.vertices[self.faces], (0, 1)) for bound in (np.min, np.max))            # 3 each
         origin = np.where([False, True, False], low, (low + high) / 2)
-        vertices = (self.vertices - origin) * (height / max(high[1] - low[1], 1e-3))
+        longest, own = (high - low).max(), max(high[1] - low[1], 1e-3)
+        vertices = (self.vertices - origin) * (height / own if height else 1 / longest)
         if suffix not in (".obj", ".stl"):
             return write_glb(path, vertices, self.faces, self.colours, self.smooth)
         from trimesh import Trimesh
