@@ -69,13 +69,13 @@ def take_turns(args, ways):
     return rows
 
 
-def random_backbone(args, denoiser="flow"):
+def random_backbone(args, size, denoiser="flow", widths={"text": 128}):
     torch.manual_seed(0)
-    sizes = tokenizer.SIZES[args.size]
+    sizes = tokenizer.SIZES[size]
     patch = sizes.get("patch", 1) ** 3
-    settings = dict(tokens=sizes["side"] ** 3 // patch, channels=sizes["channels"] * patch, widths={"text": 128},
+    settings = dict(tokens=sizes["side"] ** 3 // patch, channels=sizes["channels"] * patch, widths=widths,
                     denoiser=denoiser)
-    return backbone.Backbone(**backbone.SIZES[args.size] | settings).to(args.place)
+    return backbone.Backbone(**backbone.SIZES[size] | settings).to(args.place)
 
 
 def random_condition(b, device):
@@ -120,8 +120,8 @@ def ours(model, condition, keys):
 
 def bench_sample(args):
     """Sampling tokens, as MAR published it and as sample.py does it."""
-    models = {denoiser: cast_once(random_backbone(args, denoiser).eval().requires_grad_(False), args.autocast)
-              for denoiser in ("ddpm", "flow")}
+    models = {kind: cast_once(random_backbone(args, args.size, kind).eval().requires_grad_(False), args.autocast)
+              for kind in ("ddpm", "flow")}
 
     def sample(way, denoiser, b):
         with args.autocast():
@@ -156,7 +156,7 @@ def bench_train(args):
         "with --recompute": (args.autocast, 1, True), "with --micro-batches 4": (args.autocast, 4, False)}
 
     def trainer(autocast, micro_batches, recompute):
-        model, b = random_backbone(args), TRAINED // micro_batches
+        model, b = random_backbone(args, args.size), TRAINED // micro_batches
         opts = optimizers(model, 1e-4)
         if recompute:
             recompute_blocks(model)

@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import backbone
-import tokenizer
 from data import prepare
 from encoders import Encoders
 from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
@@ -74,15 +73,11 @@ class Training:
     """The step of train.py's `fit`, for a backbone at one moment of generation."""
 
     def __init__(self, args, size, way, split, towers):
-        graph, fused = WAYS[way]
-        torch.manual_seed(0)
-        grid = tokenizer.SIZES[size]
-        n, patch = grid["side"] ** 3, grid.get("patch", 1) ** 3
-        settings = dict(tokens=n // patch, channels=grid["channels"] * patch, widths=towers.widths)
-        self.args, self.split, self.towers, self.graph = args, split, towers, graph
-        self.batch, self.known = args.batch or BATCHES[size], backbone.known_counts(n // patch)[8]
-        self.model = backbone.Backbone(**backbone.SIZES[size] | settings).to(args.place).train()
-        self.tokens = torch.randn(len(split), n // patch, settings["channels"], device=args.place)
+        self.graph, fused = WAYS[way]
+        self.model = random_backbone(args, size, widths=towers.widths)
+        self.args, self.split, self.towers = args, split, towers
+        self.batch, self.known = args.batch or BATCHES[size], backbone.known_counts(self.model.tokens)[8]
+        self.tokens = torch.randn(len(split), self.model.tokens, self.model.channels, device=args.place)
         self.ema, self.opts = EMA(self.model), optimizers(self.model, 1e-3)
         self.loss = torch.compile(self.loss_of, fullgraph=True) if fused else self.loss_of
 
@@ -166,9 +161,9 @@ def bench_train(args):
 @torch.no_grad()
 def bench_sample(args):
     for size in args.sizes:
-        args.size, took = size, {}
+        took = {}
         for way, denoiser, counts in (("ours", "flow", SAMPLED), ("published", "ddpm", SAMPLED[1:2])):
-            model = cast_once(random_backbone(args, denoiser).eval().requires_grad_(False), args.autocast)
+            model = cast_once(random_backbone(args, size, denoiser).eval().requires_grad_(False), args.autocast)
             generate = partial(published, model)
             if way == "ours":                                 # as sample.py does it
                 generate = ReplayedSampling(model.generate) if args.place.type == "cuda" else model.generate
