@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import heads
 import tokenizer
-from data import prepare
+from data import prepare, seeded
 from engine.commands import UserError
 from engine.files import digest, read_config
 from engine.stage import RELATIVES
@@ -18,6 +18,7 @@ from geometry.metrics import soundness
 from geometry.real import Files
 from research import peers  # adds its classes to those that a folder may hold
 from research.closure import closure, code_digest
+from research.crisp import likeness
 from research.results import ResultCache
 from sample import load, model_in
 
@@ -60,6 +61,14 @@ def held_out(args, kinds=("surface",)):
     return prepare(getattr(args, "split", "test"), out=args.cache, kinds=kinds, data=args.data)
 
 
+@torch.no_grad()
+def encode(split, row, encoder, device, autocast, seed):
+    """The tokens of a shape of a prepared set: n c."""
+    cloud = split.cloud([row], encoder.points, seeded(seed))                      # 1 k 3 each
+    with autocast():
+        return encoder(*(x.to(device) for x in cloud))[0].float()
+
+
 def longest_captions(split, rows):
     return [max(split.captions[row], key=len) for row in rows]
 
@@ -68,12 +77,13 @@ def longest_captions(split, rows):
 
 def result_cache(args, label, folder, *modules, what=None, **settings):
     """The cache of a checkpoint and a command, or of `what` several commands share. Its key: the weights, these
-    settings, and the code of sample.py, of the models, and of the research modules that measure."""
+    settings, and the code of sample.py, of the models, and of the modules that measure."""
     models = closure("sample", *(f"relatives.{name}" for name in RELATIVES))
-    settings |= {key: getattr(args, key, None) for key in ("rep", "seed", "resolution", "split")}
+    settings |= {key: getattr(args, key, None) for key in ("rep", "seed", "resolution", "split", "faces")}
     settings |= dict(weights=weights(folder), sampling=read_config(folder).get("backbone", {}).get("sampling"),
                      data=Files("test", args.data).name if args.data else None,
-                     code=code_digest(*models, "judge", "research.exam", peers.__name__, *modules))
+                     code=code_digest(*models, "judge", "research.exam", "research.crisp", "research.attributes",
+                                      peers.__name__, *modules))
     return ResultCache(f"{args.out}/{what or args.command}/{label}", **settings)
 
 
@@ -113,17 +123,32 @@ def sample_all(model, jobs, cache, result_of, **options):
     return {key: np.stack([result[key] for result in results]) for key in results[0]}
 
 
-def shape_result(model, rep, resolution, points=POINTS):
-    """What `sample_all` stores of a shape: its tokens, a cloud of its surface, whether the surface is sound."""
+class Encoding:
+    """Stands in for a model in `sample_all`: of a job with the seed (s, row), the tokens of this shape, the ceiling of
+    samples."""
+
+    def __init__(self, args, model, split):
+        self.model, self.split = model, split
+        self.encoder = open_tokenizer(model.folder, args.rep, model.device)[0]
+
+    def tokens(self, texts, seeds, pictures):                 # -> b n c
+        return torch.stack([encode(self.split, seed[1], self.encoder, self.model.device, self.model.autocast, seed)
+                            for seed in seeds])
+
+
+def shape_result(model, rep, resolution, points=POINTS, faces=None, split=None, true=None):
+    """What `sample_all` stores of a shape: its tokens, a cloud of its surface, whether the surface is sound; and its
+    `likeness` to the true shape, the nearest of the rows true(job) of a prepared set."""
     model.load_heads(rep)                                     # a missing head is an error now
 
     def result_of(tokens, job):
-        shape = model.decode(tokens, rep, job.seed, resolution)
+        shape = model.decode(tokens, rep, job.seed, resolution, faces=faces)
         cloud = [np.float32(x) for x in shape.surface(points, np.random.default_rng(job.seed))]     # k 3 each
-        return {"tokens": tokens.cpu().numpy()} | dict(zip(CLOUD, cloud)) | soundness(shape)
+        found = {"tokens": tokens.cpu().numpy()} | dict(zip(CLOUD, cloud)) | soundness(shape)
+        return found | (likeness(shape, split, true(job), np.random.default_rng(job.seed)) if split else {})
     return result_of
 
 
 def picture_of(model, args, tokens, job, size=192):
     """The picture of a sample: its tokens n c as an array, decoded."""
-    return model.decode(torch.from_numpy(tokens), args.rep, job.seed, args.resolution).picture(size)
+    return model.decode(torch.from_numpy(tokens), args.rep, job.seed, args.resolution, faces=args.faces).picture(size)

@@ -1,6 +1,7 @@
 """names.py - a model of files: do samples match the names that it learnt, and are they new or copies?
 
     python evaluate.py names --data path/to/meshes --checkpoint runs/meshes
+    python evaluate.py names --data path/to/meshes --checkpoint runs/meshes --words barrel sword      # a sheet of these
 """
 import numpy as np
 import torch
@@ -9,38 +10,61 @@ from data import prepare, seeded
 from geometry.render import render_mesh
 from geometry.training_samples import vertex_coloured
 from research import exam, metrics
-from research.quality import save_sheet
+from research.crisp import LIKENESS, likeness
+from research.quality import save_samples, save_sheet
 from research.results import labels, write_table
-from research.scores import Memory, Scorer, training_set_of
+from research.scores import SOUNDNESS, Memory, Scorer, training_set_of
+
+
+def show_words(args):
+    """A sheet with four samples of each of --words; sample i is that of `sample.py --n 4`."""
+    for folder, label in labels(args.checkpoint).items():
+        model = exam.open_model(args, folder)
+        for word in args.words:
+            print(word, *model.encoders.remarks(word), sep=": ")
+        jobs = [exam.Job("", word, None, (args.seed, i)) for word in args.words for i in range(4)]
+        tokens = model.tokens([job.text for job in jobs], [job.seed for job in jobs]).cpu().numpy()       # b n c
+        save_samples(args, model, f"words-{args.rep}-{label}", jobs, tokens, 8)
 
 
 @torch.no_grad()
 def evaluate_names(args):
-    """Samples 200 names of training shapes: is its own name the nearest of all, and is it a copy?"""
+    """Samples 200 names of training shapes: is its own name the nearest of all, is it a copy, and how near is it to the
+    nearest of the training shapes with its name?"""
+    if args.words:
+        return show_words(args)
     train, test = (prepare(split, None, args.cache, data=args.data) for split in ("train", "test"))
-    names = np.unique(train.classes)
+    learnt = train.repeated(2)                                # with mirror images
+    names, classes = np.unique(train.classes), np.array(learnt.classes)
     names, rows = names[np.linspace(0, len(names) - 1, min(200, len(names))).astype(int)].tolist(), []
     jobs = [exam.Job(f"name-{name}", name, None, (args.seed, i)) for i, name in enumerate(names)]
     new = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))                     # h k 3 each
+    meant = lambda job: np.flatnonzero(classes == job.text)
     for folder, label in labels(args.checkpoint).items():
         training_set_of(folder, args)                         # an error, if it learnt from other files
-        cache, model = exam.result_cache(args, label, folder), exam.open_model(args, folder)
+        cache, model = exam.result_cache(args, label, folder, "research.names"), exam.open_model(args, folder)
         scorer, memory = Scorer(folder, args.device), Memory(folder, model.device, model.autocast, train)
-        results = exam.sample_all(model, jobs, cache, exam.shape_result(model, args.rep, args.resolution))
-        cloud, own = [results[key] for key in exam.CLOUD], np.eye(len(names), dtype=bool)                 # r r
-        vectors = memory.vectors(cloud)                                           # r (n c)
-        rows.append({"checkpoint": label,
-                     "R-precision": metrics.r_precision(scorer.texts(names), scorer.clouds(*cloud), own),
-                     "memorisation": metrics.memorisation(vectors, memory.vectors(new), memory.known)})
+        result_of = exam.shape_result(model, args.rep, args.resolution, faces=args.faces, split=learnt, true=meant)
+        sampled = exam.sample_all(model, jobs, cache, result_of)
+        own = [exam.Job(f"shape-{name}", name, None, (args.seed, row)) for name, row in zip(names, sampled["row"])]
+        decoded = exam.sample_all(exam.Encoding(args, model, learnt), own, cache, result_of)
+        for title, results in ((f"{label}, reconstructions", decoded), (label, sampled)):
+            cloud = [results[key] for key in exam.CLOUD]
+            vectors = memory.vectors(cloud)                                       # r (n c)
+            rows.append({"checkpoint": title,
+                         "R-precision": metrics.r_precision(scorer.texts(names), scorer.clouds(*cloud),
+                                                            np.eye(len(names), dtype=bool)),
+                         "memorisation": metrics.memorisation(vectors, memory.vectors(new), memory.known),
+                         **{key: results[key].mean() for key in (*SOUNDNESS, *LIKENESS) if key in results}})
 
-        # forty samples, evenly spread; on a second sheet each beside its nearest training shape
-        nearest = torch.cdist(vectors, memory.known).argmin(1).tolist()
-        chosen = np.linspace(0, len(jobs) - 1, min(40, len(jobs))).astype(int)
-        samples = [exam.picture_of(model, args, results["tokens"][i], jobs[i], 160) for i in chosen]
-        pairs = [(sample, render_mesh(*vertex_coloured(train.shape(nearest[i])), size=160))
-                 for i, sample in zip(chosen, samples)]
-        titles = [(names[i], train.captions[nearest[i]][-1]) for i in chosen]
-        save_sheet(args, f"names-{args.rep}-{label}", samples, 8, [names[i] for i in chosen])
-        save_sheet(args, f"names-{args.rep}-{label}-nearest", sum(pairs, ()), 8, sum(titles, ()))
-    print(f"{len(names)} names. R-precision: share whose nearest name is its own. memorisation: as of generate")
+        # sixty samples, drawn by --seed; on a second sheet each beside its nearest training shape
+        chosen = np.random.default_rng(args.seed).permutation(len(jobs))[:60]
+        shown, sheet = [jobs[i] for i in chosen], f"names-{args.rep}-{label}"
+        samples = save_samples(args, model, sheet, shown, sampled["tokens"][chosen], 10)
+        nearest = torch.cdist(vectors[chosen], memory.known).argmin(1).tolist()
+        true = [render_mesh(*vertex_coloured(train.shape(row)), size=200) for row in nearest]
+        titles = zip([job.text for job in shown], [train.captions[row][-1] for row in nearest])
+        save_sheet(args, f"{sheet}-nearest", sum(zip(samples, true), ()), 10, sum(titles, ()))
+    print(f"{len(names)} names. R-precision: share whose nearest name is its own. memorisation: as of generate.\n"
+          f"{' '.join(likeness.__doc__.split())} The true shape: the nearest of the training shapes with the name")
     write_table(args.out, f"{args.command}-{args.rep}", rows)

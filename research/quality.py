@@ -12,20 +12,29 @@ import heads
 from data import SYMMETRIES, kinds_of, seeded, turns_to_front
 from engine.commands import pick_device
 from geometry import training_pictures, training_samples
-from geometry.metrics import chamfer, chamfer_matrix, emd, fscore
+from geometry.metrics import chamfer, chamfer_matrix, emd
 from geometry.render import contact_sheet, render_mesh, save_png
 from judge import JUDGES, caption_retrieval, picture_retrieval
 from prompts import image_tower, text_tower
 from research import exam
-from research.crisp import crispness
+from research.crisp import LIKENESS, crispness, likeness
 from research.results import labels, mean, write_table, write_tables
 from research.scores import Exam
+
+CEILING = "(its reconstruction)"
 
 
 def save_sheet(args, name, *sheet):
     """Pictures, how many a row, and their titles -> a contact sheet in --out."""
     save_png(f"{args.out}/{name}.png", contact_sheet(*sheet))
     print(f"{args.out}/{name}.png")
+
+
+def save_samples(args, model, name, jobs, tokens, columns):
+    """A contact sheet of samples (tokens, of each n c as an array) and their prompts; -> the pictures."""
+    pictures = [exam.picture_of(model, args, x, job, 200) for job, x in zip(jobs, tokens)]
+    save_sheet(args, name, pictures, columns, [job.text for job in jobs])
+    return pictures
 
 
 def evaluate_tokenizer(args):
@@ -37,9 +46,7 @@ def evaluate_tokenizer(args):
 
         @torch.no_grad()
         def judge(row, rng):
-            with autocast():
-                cloud = test.cloud([row], encoder.points, seeded(rng))                    # 1 k 3 each
-                tokens = encoder(*(x.to(device) for x in cloud))[0].float()       # n c
+            tokens = exam.encode(test, row, encoder, device, autocast, rng)       # n c
             result = JUDGES[args.rep](decoders, tokens, test, row, rng, autocast, points=100_000)
             if args.rep == "sdf":
                 result |= crispness(decoders["sdf"], tokens, test.shape(row), rng, autocast)
@@ -48,7 +55,7 @@ def evaluate_tokenizer(args):
         rows = range(min(args.shapes, len(test)))
         if test.source.files:                                 # kits come one after another, and most names are rare
             rows = np.linspace(0, len(test) - 1, len(rows)).astype(int).tolist()
-        results = exam.each_shape(args, test, exam.result_cache(args, label, folder, "research.crisp"), judge, rows)
+        results = exam.each_shape(args, test, exam.result_cache(args, label, folder), judge, rows)
         save_reconstructions(args, label, test, encoder, decoders, autocast, device)
         classes = ["all"] * len(rows) if test.source.files else [test.classes[row] for row in rows]
         tables[label] = [{"class": name} | mean([x for x, other in zip(results, classes) if other == name])
@@ -57,13 +64,11 @@ def evaluate_tokenizer(args):
     write_tables(args.out, f"{args.command}-{args.rep}", tables)
 
 
-@torch.no_grad()
 def save_reconstructions(args, label, test, encoder, decoders, autocast, device, count=20):
     """A sheet of shapes, evenly spread over the set, each beside what is decoded of its tokens."""
     pictures = []
     for row in np.linspace(0, len(test) - 1, min(count, args.shapes, len(test))).astype(int):
-        with autocast():
-            tokens = encoder(*(x.to(device) for x in test.cloud([row], encoder.points, seeded(row))))[0].float()
+        tokens = exam.encode(test, row, encoder, device, autocast, row)
         decoded = decoders[args.rep].decode(tokens, decoders, np.random.default_rng(0), autocast)
         pictures += [render_mesh(*training_samples.vertex_coloured(test.shape(row)), size=160), decoded.picture(160)]
     save_sheet(args, f"{args.command}-{args.rep}-{args.split}-{label}", pictures, 8)
@@ -79,8 +84,7 @@ def evaluate_generate(args):
         rows.append({"checkpoint": label} | scores)
         chosen = [i * args.n + (4 * i + j) % args.n for i in range(len(benchmark.names)) for j in range(min(4, args.n))]
         jobs = [benchmark.named[row] for row in chosen]       # of each class four, of different seeds
-        pictures = [exam.picture_of(model, args, named["tokens"][row], job, 160) for row, job in zip(chosen, jobs)]
-        save_sheet(args, f"{args.command}-{args.rep}-{label}", pictures, 8, [job.text for job in jobs])
+        save_samples(args, model, f"{args.command}-{args.rep}-{label}", jobs, named["tokens"][chosen], 8)
     print(f"{len(benchmark.captions)} captions, {len(benchmark.names)} class names with {args.n} samples each.")
     print(" ".join(Exam.__doc__.split()))
     write_tables(args.out, f"{args.command}-{args.rep}-names", tables)
@@ -110,42 +114,41 @@ def turned_back(points, turns):
 
 
 def evaluate_images(args):
-    """Samples from the name, any caption, the longest one, a picture, the last two of a held-out shape."""
+    """Samples from the name, any caption, the longest one, a picture, the last two of a held-out shape; and what the
+    tokenizer makes of the shape itself."""
     test, tables = exam.held_out(args, ("surface", "pictures")), {}
-    references, classes = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))[0], test.classes
+    references, classes = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))[0], np.array(test.classes)
     rows, rng = torch.arange(min(args.shapes, len(test))), seeded(args.seed)
     any_caption, longest = [test.table.texts[i] for i in test.table.draw(rows, rng)], exam.longest_captions(test, rows)
     which = test.draw_pictures(len(rows), rng)                                    # r, a picture of each shape
     pictures, turns = test.pictures(rows, rng, which), test.turns(rows, which)    # r 3 s s, r
-    true, again = ([test.shape(row).surface(8192, np.random.default_rng((args.seed, row, i)))[0]
-                    for row in rows.tolist()]
-                   for i in range(2))                         # r times k 3
+    eightfold, as_shown = test.repeated(8), test.rows_as_shown(rows, which)       # r, turned as in its picture
     nothing = [None] * len(rows)
-    prompts = {"name": (classes, nothing), "any caption": (any_caption, nothing), "longest caption": (longest, nothing),
-               "picture": (nothing, pictures), "picture and longest caption": (longest, pictures)}
-    distances = lambda pairs: {"Chamfer": np.mean([chamfer(*pair) for pair in pairs]),
-                               "F-score": np.mean([fscore(*pair, .05) for pair in pairs])}
-    floor = {"prompt": "(two samplings of the true surface)", **distances([*zip(true, again)]), "right class": ""}
+    prompts = {CEILING: (classes, nothing), "name": (classes, nothing), "any caption": (any_caption, nothing),
+               "longest caption": (longest, nothing), "picture": (nothing, pictures),
+               "picture and longest caption": (longest, pictures)}
     for folder, label in labels(args.checkpoint).items():
         cache, model = exam.result_cache(args, label, folder, "research.quality"), exam.open_model(args, folder)
-        result_of = exam.shape_result(model, args.rep, args.resolution, 8192)
-        tables[label] = [floor]
+        tables[label] = []
         for prompt, (texts, images) in prompts.items():
+            own = rows if images is nothing else as_shown
+            result_of = exam.shape_result(model, args.rep, args.resolution, split=eightfold,
+                                          true=lambda job: own[[job.seed[1]]])
             jobs = [exam.Job(f"{prompt}-{row}", text, image, (args.seed, row))
                     for row, text, image in zip(rows.tolist(), texts, images)]
-            results = exam.sample_all(model, jobs, cache, result_of)
+            source = exam.Encoding(args, model, test) if prompt == CEILING else model
+            results = exam.sample_all(source, jobs, cache, result_of)
             points = results["points"] if images is nothing else turned_back(results["points"], turns)    # r k 3
-            nearest = chamfer_matrix(points[:, :exam.POINTS].copy(), references).argmin(1)                # r
-            tables[label].append({"prompt": prompt, **distances([*zip(points, true)]),
-                                  "right class": np.mean([classes[near] == classes[row]
-                                                          for near, row in zip(nearest, rows)])})
+            nearest = chamfer_matrix(points, references).argmin(1).numpy()        # r
+            tables[label].append({"prompt": prompt, **{key: results[key].mean() for key in LIKENESS},
+                                  "right class": (classes[nearest] == classes[:len(rows)]).mean()})
             if prompt == "picture":                           # sixty of them, evenly spread, each beside its sample
                 chosen = np.linspace(0, len(jobs) - 1, min(60, len(jobs))).astype(int)
                 samples = [exam.picture_of(model, args, results["tokens"][i], jobs[i], 128) for i in chosen]
                 shown = (pictures[chosen].clamp(0, 1) * 255).byte().numpy()
                 shown = repeat(shown, "b c h w -> b (h i) (w j) c", i=2, j=2)     # twice SIZE = 128 pixels
                 save_sheet(args, f"images-{args.rep}-{label}", sum(zip(shown, samples), ()), 12)
-    print(f"{len(rows)} held-out shapes, one sample each. Chamfer distance, F-score at .05 of 8192 points")
+    print(f"{len(rows)} held-out shapes, one sample each:", " ".join(likeness.__doc__.split()))
     write_tables(args.out, f"{args.command}-{args.rep}", tables, means=False)
 
 

@@ -44,11 +44,8 @@ class Opened:
         self.tokenizer, self.codec, self.student = (part.to(self.device) for part in parts)
         self.heads, self.test = heads.load(folder, ["sdf"], self.device), exam.held_out(args)
 
-    @torch.no_grad()
     def tokens(self, row, seed):                              # of a held-out shape: 1 n c
-        cloud = self.test.cloud([row], self.tokenizer.points, seeded((seed, row)))
-        with self.autocast():
-            return self.tokenizer(*(x.to(self.device) for x in cloud)).float()
+        return exam.encode(self.test, row, self.tokenizer, self.device, self.autocast, (seed, row))[None]
 
     @torch.no_grad()
     def mesh(self, tokens, k, seed, rng):

@@ -12,6 +12,7 @@ import sample
 from conftest import TrueHead
 from engine.commands import UserError
 from geometry import shapes
+from geometry.export import Cloud
 from heads import field_of
 from research import attributes, crisp, exam, metrics, results
 from research.scores import score_memorisation
@@ -132,6 +133,18 @@ def test_intervals_are_written(tmp_path):
     rows = [{"name": "a", "score": results.interval([.8, .9, 1.])}, {"name": "b", "score": results.interval([2.])}]
     results.write_table(tmp_path, "x", rows)
     assert (tmp_path / "x.csv").read_text().splitlines() == ["name,score", "a,0.900 ± 0.248", "b,2.0"]
+
+
+def test_a_sample_is_compared_with_the_shape_as_it_stands():
+    """Turned in its set, a mug is found as it is turned; compared unturned, its handle points elsewhere."""
+    mug, rng = shapes.make(0, shapes.CLASSES.index("mug")), np.random.default_rng(0)
+    x, normals, colours = mug.surface(50_000, rng)
+    every = torch.tensor(np.stack([x[:1024] @ move.T for move in data.SYMMETRIES]))
+    split = SimpleNamespace(symmetry=range(8), shape=lambda row: mug, cloud=lambda rows, *_: [every[rows]])
+    sample = Cloud(x @ data.SYMMETRIES[2].T, normals @ data.SYMMETRIES[2].T, colours)
+    found, unturned = (crisp.likeness(sample, split, rows, rng) for rows in (np.arange(8), np.arange(1)))
+    assert found["Chamfer"] < 1.05 * found["its floor"] and min(found["n15"], found["F@.05"]) > .95
+    assert unturned["Chamfer"] > 2 * found["Chamfer"]
 
 
 def test_crispness_sees_waves_and_wrong_colours():
