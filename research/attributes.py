@@ -42,7 +42,7 @@ def count_runs(line):
 
 def count_components(o):
     """How many components a horizontal layer has: the median over the layers, without specks."""
-    counts = [(np.bincount(ndimage.label(o[:, y])[0].ravel())[1:] >= 4).sum() for y in range(o.shape[1])]
+    counts = [(np.bincount(ndimage.label(o[:, y])[0].ravel())[1:] > 1).sum() for y in range(o.shape[1])]
     return int(np.median(counts))
 
 
@@ -64,9 +64,13 @@ def seat(o):
     return np.flatnonzero(area > .7 * area.max())[-1]
 
 
+def both(left, right):                                        # None: one alone, which no built-in shape has
+    return bool(left) if left == right else None
+
+
 def chair_arms(o):
     above = o[:, seat(o) + 3:, o.shape[2] // 2:]                 # over the front half of the seat
-    return bool(above.sum() * CELL ** 3 > .003)                  # a sixth of the volume of two arms there
+    return both(*(side.sum() * CELL ** 3 > .0015 for side in np.array_split(above, 2)))      # a sixth of an arm there
 
 
 def sofa_front(o):                                            # heights of the seat and the arms, along x
@@ -75,7 +79,7 @@ def sofa_front(o):                                            # heights of the s
 
 def sofa_arms(o):
     front = sofa_front(o)
-    return bool(front[[3, 4, -4, -5]].mean() > np.median(front) + .5)
+    return both(*(front[side].mean() > np.median(front) + .5 for side in ([3, 4], [-4, -5])))
 
 
 def sofa_cushions(o):
@@ -113,6 +117,11 @@ def engines(o):
     wings = below[len(below) // 2:], below[len(below) // 2::-1]
     places = [wing[span(len(wing), low, high)] for wing in wings for low, high in ((.36, .54), (.64, .8))]
     return sum(int(place.any()) for place in places)
+
+
+def mug_handle(o):            # None: it encloses no hole. A handle adds at least .16 to the width
+    hole = (binary_fill_holes(o.any(2)) & ~o.any(2)).sum() > 2                    # from the front
+    return both(hole, len(o) > 1.08 * o.shape[2])
 
 
 def crown_layers(o):          # of a fir: bulges of the width (root of the area) along y; any has more than 3 cells
@@ -165,8 +174,7 @@ ATTRIBUTES = [  # class, attribute of geometry/shapes.py, its checker, {value: p
      {4: "a bench with four legs", 2: "a bench with two wide legs"}),
     ("mug", "shape", lambda o: "tall" if o.shape[1] > 1.2 * o.shape[2] else "wide",
      prompts("a {} mug", "tall", "wide")),
-    ("mug", "handle", lambda o: bool((binary_fill_holes(o.any(2)) & ~o.any(2)).sum() > 2),     # a hole, from the front
-     {True: "a mug with a handle", False: "a mug without a handle"}),
+    ("mug", "handle", mug_handle, {True: "a mug with a handle", False: "a mug without a handle"}),
     ("car", "kind", car_kind, prompts("a {}", "sedan", "van", "pickup")),
     ("aeroplane", "wings", lambda o: "swept" if wing_tips(o)[2].mean() < .49 * o.shape[2] else "straight",
      prompts("an aeroplane with {} wings", "straight", "swept")),
@@ -212,6 +220,33 @@ def has_attribute(measured, attribute, checker, value):
     return min(o.shape) >= SPECK and checker(paint if attribute in ("colour", "second") else o) == value
 
 
+# class: a range of heights, as shares, with nothing but legs (or feet, wheels, a pole, a neck, a trunk, a fin); how
+# many of them the front half and the back half may have. A mug has none
+LEGS = {"table": (.35, .6, (2, 2), (1, 1)), "chair": (.05, .25, (2, 2)), "stool": (.05, .2, (2, 2), (1, 2)),
+        "lamp": (.47, .57, (1, 1)), "sofa": (.04, .08, (2, 2)), "shelf": (0, .03, (2, 2)),
+        "bed": (.05, .1, (2, 1), (1, 1)), "bench": (.05, .25, (2, 2)), "car": (.05, .12, (2, 2)),
+        "aeroplane": (.75, .95, (0, 1)), "bottle": (.8, .95, (1, 1)), "tree": (.15, .2, (1, 1), (1, 0), (0, 1))}
+PARTS = "arms", "handle", "slats", "boards", "engines"        # attributes that tell whether something is missing
+
+
+def count_legs(layers):
+    """`count_components` of layers of half a shape. -1: there is more on the left than on the right, as where a leg is
+    lost; or it fills more than .4, as no legs do."""
+    centre = np.argwhere(layers)[:, 0].mean() / (len(layers) - 1) if layers.any() else .5
+    return count_components(layers) if abs(centre - .5) < .1 and layers.mean() < .4 else -1
+
+
+def complete(o, name):
+    """Whether a shape has all that any shape of a built-in class has: LEGS and PARTS."""
+    if min(o.shape) < SPECK:
+        return False
+    low, high, *right = LEGS.get(name, (0, 1))
+    layers, half = o[:, span(o.shape[1], low, high)], o.shape[2] // 2
+    found = count_legs(layers[..., half:]), count_legs(layers[..., :half])        # front, back
+    return found in (right or [found]) and all(
+        checker(o) in texts for of, part, checker, texts in ATTRIBUTES if of == name and part in PARTS)
+
+
 def evaluate_attributes(args):
     """Measures on the solid whether it has the visible attribute that its prompt names."""
     wanted = {prompt: (*attribute, value) for _, *attribute, texts in ATTRIBUTES for value, prompt in texts.items()}
@@ -219,7 +254,7 @@ def evaluate_attributes(args):
     second = np.array([attribute == "second" for attribute, *_ in wanted.values()])               # prompts
     tables = {}
     for folder, label in labels(args.checkpoint).items():
-        cache = exam.result_cache(args, label, folder, "research.attributes")
+        cache = exam.result_cache(args, label, folder)
         model = exam.open_model(args, folder).load_heads("sdf")
 
         def result_of(tokens, job):

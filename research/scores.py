@@ -15,11 +15,13 @@ from engine.files import read_stage, trained_stages
 from geometry.metrics import chamfer, chamfer_matrix
 from geometry.prepare import name_begins
 from geometry.shapes import CLASSES
+from heads import field_of
 from prompts import text_tower
 from research import exam, metrics
+from research.attributes import complete, measure_shape
 from research.results import mean
 
-SOUNDNESS = "one piece", "watertight", "closed edges"         # what a representation may say of its surface
+SOUNDNESS = "one piece", "watertight", "closed edges", "complete"     # what a representation may say of its surface
 
 
 class Scorer:
@@ -93,8 +95,9 @@ class Exam:
     own. Chamfer: distance to the shape described. Frechet, kernel, MMD, COV, 1-NNA: distances to as many other
     held-out shapes. memorisation: distance to training shapes, in tokens, over that of held-out shapes; of copies: what
     copies would have. right class: share of samples whose nearest held-out shape has that class. one piece: share with
-    99 % of the surface in one component. diversity: mean Chamfer distance of pairs of a class, over that of held-out
-    shapes, both less the distance of two samplings of one shape. seconds: of a sample in a batch of up to 64."""
+    99 % of the surface in one component. complete: share with all legs, arms, wheels ... of its class.
+    diversity: mean Chamfer distance of pairs of a class, over that of held-out shapes, both less the distance of two
+    samplings of one shape. seconds: of a sample in a batch of up to 64."""
 
     def __init__(self, args, n, shapes):
         self.args, self.n, self.scorer = args, n, Scorer(args.scorer, args.device)
@@ -145,7 +148,13 @@ class Exam:
         result_of = exam.shape_result(model, self.args.rep, self.args.resolution)
         train = training_set_of(model.folder, self.args)
         captioned = exam.sample_all(model, self.captioned, cache, result_of, **options)
-        named = exam.sample_all(model, self.named, cache, result_of, **options)
+
+        def with_parts(tokens, job):                          # a class name promises parts
+            found = measure_shape(field_of(model.heads["sdf"], tokens, model.autocast))[0]
+            return result_of(tokens, job) | {"complete": complete(found, job.text)}
+
+        of_names = with_parts if self.args.rep == "sdf" and self.args.data is None else result_of
+        named = exam.sample_all(model, self.named, cache, of_names, **options)
         cloud, rows = [captioned[key] for key in exam.CLOUD], self.class_rows(named)
         scores = {**self.caption_scores(cloud),
                   **score_memorisation(train, self.args, model, cloud, self.described), **mean(rows),

@@ -12,6 +12,7 @@ import sample
 from conftest import TrueHead
 from engine.commands import UserError
 from geometry import shapes
+from geometry.built_in import BuiltIn
 from geometry.export import Cloud
 from heads import field_of
 from research import attributes, crisp, exam, metrics, results
@@ -127,6 +128,20 @@ def test_attributes_are_found():
             if shape.name == name and (attribute in ("colour", "second") and value or value in texts):
                 right.append(attributes.has_attribute(found, attribute, checker, value))
     assert len(right) > 40 and all(right)
+
+
+@pytest.mark.parametrize("name, lost", [
+    ("table", slice(1, 3)), ("chair", slice(2, 3)), ("stool", slice(1, 2)), ("sofa", slice(-1, None)),
+    ("bench", slice(2, 4)), ("mug", slice(3, 6)), ("car", slice(-3, -2))])
+def test_lost_parts_are_noticed(name, lost):
+    """Held-out shapes are complete; without a leg, a foot, a wheel or a piece of the handle they are not."""
+    complete = lambda shape: attributes.complete(attributes.measure_shape(
+        field_of(TrueHead(shape), torch.zeros(1, 1), torch.no_grad))[0], name)
+    test = [shape for i in range(7) if (shape := BuiltIn("test", classes=[name]).shape(i)).attributes.get("handle", 1)]
+    assert all(map(complete, test))
+    for shape in test:
+        del shape.parts[lost]
+    assert test and not any(map(complete, test))
 
 
 def test_intervals_are_written(tmp_path):
