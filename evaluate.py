@@ -15,7 +15,7 @@ import heads
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder, read_config
 from geometry.prepare import TRAIN_SHAPES
-from sample import RESOLUTIONS, model_in
+from sample import LIMITS, RESOLUTIONS, model_in
 
 COMMANDS = {  # module of research/ and function, help
     "tokenizer": ("quality.evaluate_tokenizer", "held-out shapes, encoded and decoded"),
@@ -72,7 +72,7 @@ def arguments():
     flag(["generate"], "--registers", type=between(1), help="LoST: stop after so many (default: all)")
     flag(["names"], "--data", required=True, help="the files that it was trained on")
     flag(["names"], "--words", nargs="+", help="only a sheet: four samples of each of these words")
-    flag(["names"], "--faces", type=between(12, 100_000), help="of --rep mesh: at most, by simplifying the surface")
+    flag(["names"], "--faces", type=between(*LIMITS["faces"][1:]), help="of a mesh, at most, as of sample.py")
     flag(["tokenizer", "generate", "retrieval", "images", "cross-view", "registers", "search"], "--data",
          help="the files that it was trained on (default: the built-in shapes)")
     flag(["generate", "ablate-rgs", "registers", "search", *TRAINED], "--scorer", default="checkpoints/tiny",

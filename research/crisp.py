@@ -11,6 +11,7 @@ from scipy.spatial import cKDTree
 
 from data import SYMMETRIES, seeded
 from geometry.export import Mesh
+from geometry.kinds import GREY
 from geometry.metrics import chamfer, chamfer_matrix, fscore
 from geometry.surface import TRUNCATION, extract
 from heads import field_of
@@ -36,10 +37,11 @@ class TrueHead:
 
 
 def agreement(normals, colours, true_normals, true_colours):  # k 3 each
-    """-> mean cosine of normals, n15: the share within 15 degrees, the share of colours with no channel .1 off."""
+    """-> mean cosine of normals, n15: the share within 15 degrees, the share of colours with no channel .1 off, nan for
+    a shape without colours."""
     cosine = (normals * true_normals).sum(1)
-    right = abs(colours - true_colours).max(1) < .1
-    return {"cosine": cosine.mean(), "n15": (cosine > np.cos(np.pi / 12)).mean(), "colours right": right.mean()}
+    right = (abs(colours - true_colours).max(1) < .1).mean() if abs(true_colours - GREY).max() > .01 else np.nan
+    return {"cosine": cosine.mean(), "n15": (cosine > np.cos(np.pi / 12)).mean(), "colours right": right}
 
 
 def of_field(field, x, normals, colours):

@@ -55,7 +55,7 @@ def evaluate_names(args):
                          "R-precision": metrics.r_precision(scorer.texts(names), scorer.clouds(*cloud),
                                                             np.eye(len(names), dtype=bool)),
                          "memorisation": metrics.memorisation(vectors, memory.vectors(new), memory.known),
-                         **{key: results[key].mean() for key in (*SOUNDNESS, *LIKENESS) if key in results}})
+                         **{key: np.nanmean(results[key]) for key in (*SOUNDNESS, *LIKENESS) if key in results}})
 
         # sixty samples, drawn by --seed; on a second sheet each beside its nearest training shape
         chosen = np.random.default_rng(args.seed).permutation(len(jobs))[:60]

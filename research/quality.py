@@ -140,7 +140,7 @@ def evaluate_images(args):
             results = exam.sample_all(source, jobs, cache, result_of)
             points = results["points"] if images is nothing else turned_back(results["points"], turns)    # r k 3
             nearest = chamfer_matrix(points, references).argmin(1).numpy()        # r
-            tables[label].append({"prompt": prompt, **{key: results[key].mean() for key in LIKENESS},
+            tables[label].append({"prompt": prompt, **{key: np.nanmean(results[key]) for key in LIKENESS},
                                   "right class": (classes[nearest] == classes[:len(rows)]).mean()})
             if prompt == "picture":                           # sixty of them, evenly spread, each beside its sample
                 chosen = np.linspace(0, len(jobs) - 1, min(60, len(jobs))).astype(int)

@@ -49,9 +49,9 @@ def labels(folders):
 # ---------------------------------------------------------------------------- numbers
 
 def mean(rows):
-    """Dicts with the same keys -> one dict of their means, without texts."""
+    """Dicts with the same keys -> one dict of their means, without texts and nan."""
     numbers = [key for key, value in rows[0].items() if not isinstance(value, str)]
-    return {key: np.mean([row[key] for row in rows]) for key in numbers}
+    return {key: np.nanmean([row[key] for row in rows]) for key in numbers}
 
 
 class Interval(NamedTuple):
