@@ -112,6 +112,16 @@ def test_every_colour_has_the_same_weight():
     assert torch.allclose(weights, torch.tensor([[2 / 3, 2 / 3, 2 / 3, 2]]))
 
 
+@pytest.mark.parametrize("rep", heads.HEADS)
+def test_files_without_colours_teach_none(rep, prepared):
+    """They are grey all over, and no head's loss of colours counts them."""
+    split, head = prepared[0].changed(), heads.HEADS[rep](**SMALL[tokenizer])
+    assert split.coloured.tolist() == [1.] * len(split)
+    split = split.changed(arrays=split.arrays | {"colours": torch.full_like(split.arrays["colours"], 178)})
+    samples = split.samples(np.array([0, 1]), head.reads, data.seeded(0))
+    assert head.loss(torch.randn(2, 64, 8), samples)[1]["colour"] == 0
+
+
 @pytest.mark.parametrize("rep, cells", [
     *((rep, {"cells": 4}) for rep in heads.HEADS), ("sdf", {"cells": 0}), ("sdf", {"conv": 4})], ids=str)
 def test_heads_learn_and_decode(rep, cells, prepared):

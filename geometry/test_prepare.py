@@ -11,7 +11,7 @@ import torch
 import data
 from conftest import same_files
 from engine.commands import UserError
-from geometry import built_in, mesh_files, prepare, shapes, training_samples
+from geometry import asset_names, built_in, mesh_files, prepare, shapes, training_samples
 
 
 @pytest.mark.parametrize("name", ["points.npy", "00000.json"])
@@ -109,3 +109,12 @@ def test_batches_are_functions_of_their_generator(prepared):
         assert abs(shape.distance(batch["queries"][i].numpy()) - batch["distance"][i].numpy()).max() < 1e-3
         assert abs(shape.distance(points[i].numpy())).max() < 2e-3          # points are stored in half precision
     assert (normals.norm(dim=-1) - 1).abs().max() < .02 and 0 <= colours.min() <= colours.max() <= 1
+
+
+def test_tiles_are_drawn_a_third_as_often(prepared):
+    split = prepared[0].changed()
+    split.odds = torch.tensor([asset_names.odds(name) for name in ["stone wall", *["tree"] * 12]])
+    torch.manual_seed(0)
+    drawn = split.draw(8000), torch.cat([split.draw_distinct(1) for _ in range(4000)])
+    assert all((rows == 0).float().mean().item() == pytest.approx(1 / 37, abs=.008) for rows in drawn)
+    assert len(split.draw_distinct(99).unique()) == 13
