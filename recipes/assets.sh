@@ -4,7 +4,8 @@
 #     DATA=path/to/assets bash recipes/assets.sh
 #
 # Resumable: train.py skips stages that are done. After each command: its minutes, and what the shipped weights reach.
-# These were trained in several runs, the last ones on a GPU, whose steps are added up here (docs/DATA.md).
+# These were trained in several runs, the last ones on a GPU, whose steps are added up here (docs/DATA.md), on other
+# shapes and with another tokenizer than today's size mini (revision f762557).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
