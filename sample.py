@@ -200,8 +200,8 @@ def arguments():
     number("seed", "random seed; shape i is the same for every --n, up to rounding", 0)
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
     number("points", f"number of points or Gaussians (default: {heads.PointHead.COUNT}, {heads.GaussianHead.COUNT})")
-    number("faces", "simplify the surface to at most this many faces (default: 20,000; 10,000,000 keeps all), with "
-           "--rep mesh to a low-poly mesh (default: the mesh head predicts up to 256 faces)")
+    number("faces", "simplify the surface to at most this many faces (default: 20,000; 10,000,000 keeps all); with "
+           "--rep mesh, to a low-poly mesh (default: the mesh head predicts up to 256 faces)")
     number("height", "height of a surface or mesh in its file, in metres (default: its longest side has one metre)")
     flag("--turntable", action="store_true", help="also write a turntable GIF of each shape")
     flag("--model", choices=["ltm3d", *RELATIVES], help="which model (default of --checkpoint: its shipped weights)")
@@ -281,6 +281,8 @@ def main():
     for i, x in enumerate(tokens):                                                # n c
         for rep in args.rep:
             counts = {name: getattr(args, name) for name, reps in COUNTS.items() if rep in reps}
+            if rep == "sdf" and "mesh" in args.rep:           # --faces are those of the mesh
+                del counts["faces"]
             shape = model.decode(x, rep, (args.seed, i), args.resolution, **counts)
             lap(rep)
             path = out / f"{name}-{i}{ending[rep]}{shape.suffix}"
