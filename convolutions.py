@@ -11,10 +11,19 @@ Letters, beside those of engine/networks.py: grids are channels last, b x y z f.
 """
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import nn
 
-from engine.networks import BANDS, FeedForward, QueryDecoder, fourier, from_patches, to_patches
+from engine.networks import (
+    BANDS,
+    FeedForward,
+    FromCells,
+    QueryDecoder,
+    cell_means,
+    fourier,
+    from_patches,
+    to_patches,
+)
 from geometry.surface import TRUNCATION
 from heads import GaussianHead, PointHead, SdfHead, rarity
 from tokenizer import NOISE, Tokenizer
@@ -90,34 +99,26 @@ class ConvTokenizer(Tokenizer):
     """Points -> means of their features in (side conv)^3 cells -> one token for conv^3 cells -> a convolution."""
     FEATURES = 32
 
-    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads, cells: of the heads
+    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads: of the mesh head
         nn.Module.__init__(self)
         self.side, self.conv, self.patch, self.points = side, conv, patch, 4096
         self.point = nn.Sequential(nn.Linear(15, 64), nn.GELU(), nn.Linear(64, self.FEATURES))
-        self.cells = nn.Linear(conv ** 3 * (self.FEATURES + 1), dim)
+        self.cells = FromCells(side, conv, self.FEATURES + 1, dim)
         self.place = nn.Parameter(torch.randn(side, side, side, dim) * .02)
         self.block, last = ResConv(dim), nn.LayerNorm(channels, elementwise_affine=False)
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels), last)
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("std", torch.ones(channels))
-        for layer in (*self.point[::2], self.cells):
+        for layer in (*self.point[::2], self.cells.into):
             nn.init.normal_(layer.weight, std=2 * layer.in_features ** -.5)
 
     def forward(self, points, normals, colours):              # b k 3 each -> b n c
         s = self.side * self.conv                             # cells along the cube
-        fine, coarse = ((points + 1) * side / 2 for side in (s, self.side))
-        cell = fine.floor().clamp(0, s - 1)                                       # b k 3
-        inside = [2 * (fine - cell) - 1, 2 * (coarse - coarse.floor()) - 1]       # in the cell, in the token's cube
+        inside = [(points + 1) * side % 2 - 1 for side in (s, self.side)]         # in the cell, in the token's cube
         features = self.point(torch.cat([*inside, points, normals, 2 * colours - 1], -1))
-        features = F.pad(features.float(), (0, 1), value=1.)                      # b k (f + 1): the last counts points
-        x, y, z = cell.long().unbind(-1)                                          # b k each
-        index = repeat((x * s + y) * s + z, "b k -> b k f", f=features.shape[-1])
-        sums = features.new_zeros(len(points), s ** 3, features.shape[-1]).scatter_add(1, index, features)
-        count = sums[..., -1:]
-        means = torch.cat([sums[..., :-1] / count.clamp(min=1), (1 + count).log() / 2], -1)           # b s^3 (f + 1)
-        x = rearrange(means, "b (x i y j z l) f -> b x y z (i j l f)", x=self.side, y=self.side, z=self.side,
-                      i=self.conv, j=self.conv)
-        x = self.block(self.cells(x) + self.place)                                # b side side side d
+        means, count = cell_means(points, features, s)                            # b s^3 f, b s^3 1
+        x = self.cells(torch.cat([means, (1 + count).log() / 2], -1))             # b n d
+        x = self.block(rearrange(x, "b (x y z) d -> b x y z d", x=self.side, y=self.side) + self.place)
         tokens = rearrange(self.out(x).float() - self.mean, "b x y z c -> b (x y z) c") / self.std
         return to_patches(tokens + NOISE * torch.randn_like(tokens) if self.training else tokens, self.patch)
 
@@ -132,7 +133,7 @@ class Unfold(nn.Module):
     """Tokens -> a grid of them, refined by two convolutions."""
     FORM, COLOUR = ((64, 32), (2, 1)), ((32, 16), (1, 0))     # widths of finer grids, convolutions on each
 
-    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads, cells: of the other sizes
+    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads: of the mesh head
         nn.Module.__init__(self)
         self.side, self.patch, self.token = side, patch, nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(side, side, side, dim) * .02)

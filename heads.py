@@ -277,7 +277,7 @@ class SimplifiedMesh:
     needs, COUNT = ("sdf",), None
 
     def __init__(self, count=None, flat=True):
-        self.count, self.flat = count or (256 if flat else 20_000), flat
+        self.count, self.flat = count or (256 if flat else 19_000), flat
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
         mesh = heads["sdf"].decode(tokens, heads, rng, autocast, 64 if self.flat else resolution)

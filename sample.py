@@ -117,7 +117,7 @@ class Sampler:
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
-        faces: at most, of "sdf" (default: 20,000), of "mesh" by simplifying the surface (default: the head's own)."""
+        faces: at most, of "sdf" (default: 19,000), of "mesh" by simplifying the surface (default: the head's own)."""
         check_shape(rep, resolution, points=points, faces=faces)
         simplified = heads.SimplifiedMesh(faces, flat=rep == "mesh") if faces or rep == "sdf" else None
         self.load_heads(*simplified.needs if simplified else [rep])
@@ -200,8 +200,8 @@ def arguments():
     number("seed", "random seed; shape i is the same for every --n, up to rounding", 0)
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
     number("points", f"number of points or Gaussians (default: {heads.PointHead.COUNT}, {heads.GaussianHead.COUNT})")
-    number("faces", "simplify the surface to at most this many faces (default: 20,000; 10,000,000 keeps all); with "
-           "--rep mesh, to a low-poly mesh (default: the mesh head predicts up to 256 faces)")
+    number("faces", "at most this many faces of a surface (default: 19,000, less than 500 kB; 10,000,000 keeps all); "
+           "with --rep mesh, of the surface as a low-poly mesh (default: the mesh head predicts up to 256 faces)")
     number("height", "height of a surface or mesh in its file, in metres (default: its longest side has one metre)")
     flag("--turntable", action="store_true", help="also write a turntable GIF of each shape")
     flag("--model", choices=["ltm3d", *RELATIVES], help="which model (default of --checkpoint: its shipped weights)")

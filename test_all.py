@@ -25,6 +25,7 @@ from convolutions import interpolate
 from engine.commands import UserError
 from engine.networks import grid_points
 from engine.noise import keys_of
+from geometry.kinds import GREY
 from prefix import Prefix
 
 # ---------------------------------------------------------------------------- the code
@@ -117,7 +118,8 @@ def test_files_without_colours_teach_none(rep, prepared):
     """They are grey all over, and no head's loss of colours counts them."""
     split, head = prepared[0].changed(), heads.HEADS[rep](**SMALL[tokenizer])
     assert split.coloured.tolist() == [1.] * len(split)
-    split = split.changed(arrays=split.arrays | {"colours": torch.full_like(split.arrays["colours"], 178)})
+    grey = torch.full_like(split.arrays["colours"], round(255 * GREY))
+    split = split.changed(arrays=split.arrays | {"colours": grey})
     samples = split.samples(np.array([0, 1]), head.reads, data.seeded(0))
     assert head.loss(torch.randn(2, 64, 8), samples)[1]["colour"] == 0
 

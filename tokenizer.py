@@ -19,11 +19,11 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.files import atomic_write, digest, load_stage
-from engine.networks import BANDS, Block, BySize, FromCells, PointEmbedding, from_patches, grid_points, to_patches
+from engine.networks import BANDS, Block, BySize, FromCells, cell_means, fourier, from_patches, grid_points, to_patches
 from engine.stage import Stage
 
 # n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads interpolate features of a
-# grid, cells^3 for each of the side^3. With conv, tokenizer and sdf head are convolutions, on conv^3 cells a token.
+# grid, cells^3 for each of the side^3. With conv, tokenizer and heads are convolutions, on conv^3 cells a token.
 SIZES = {
     "tiny": dict(side=4, channels=16, dim=128, heads=4),
     "mini": dict(side=6, patch=2, channels=16, dim=192, heads=6, conv=4),
@@ -44,7 +44,7 @@ class Tokenizer(BySize, nn.Module):
         self.points = 4096 if cells else 2048                 # of an input; half as many in training
         self.register_buffer("anchors", grid_points(side), persistent=False)             # n 3
         width = 64 if cells else dim                                                     # e
-        self.point = PointEmbedding(dim, width, BANDS)
+        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, width))
         self.query = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.cells = FromCells(side, cells // 2, width, dim) if cells else None
         self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim) for _ in range(0 if cells else 2))
@@ -57,11 +57,11 @@ class Tokenizer(BySize, nn.Module):
 
     def forward(self, points, normals, colours):              # b k 3 each -> b n c
         b = len(points)
-        context = self.point(points, normals, colours)                            # b k e
+        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k e
         x = repeat(self.query, "n d -> b n d", b=b)                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=b)                       # b n 3
         if self.cells:                                        # a token pools the points in its own cells, once
-            x = x + self.cells(points, context)
+            x = x + self.cells(cell_means(points, context, self.cells.side * self.cells.cells)[0])
         for i, blocks in enumerate(self.blocks):
             if not self.cells:                                # or it cross-attends to all, with a distance bias
                 x = self.cross[i](x, context, positions=(anchors, points))        # b n d

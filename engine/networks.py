@@ -144,17 +144,6 @@ def fourier(x, bands):
     return torch.cat([x, rearrange(torch.cat([angle.sin(), angle.cos()], -1), "... i f -> ... (i f)")], -1)
 
 
-class PointEmbedding(nn.Sequential):
-    """Coloured oriented points -> features of each."""
-
-    def __init__(self, dim, out, bands):
-        super().__init__(nn.Linear(3 + 6 * bands + 6, dim), nn.GELU(), nn.Linear(dim, out))
-        self.bands = bands
-
-    def forward(self, points, normals, colours):              # b k 3 each -> b k out
-        return super().forward(torch.cat([fourier(points, self.bands), normals, colours], -1))
-
-
 def time_embedding(t, dim):
     """t in [0, 1]: b -> b dim: sines and cosines of 1000 t, wavelengths from 2 pi to 20,000 pi."""
     rate = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -189,23 +178,26 @@ def from_patches(x, patch):
     return rearrange(x, "b (x y z) (i j k c) -> b (x i y j z k) c", x=side, y=side, z=side, i=patch, j=patch, k=patch)
 
 
+def cell_means(points, features, side):
+    """Points b k 3 in [-1, 1]^3 with features b k f -> the means of those in each of side^3 cells, b side^3 f, 0 in
+    empty cells, and their numbers, b side^3 1."""
+    x, y, z = ((points + 1) * side / 2).long().clamp(0, side - 1).unbind(-1)      # b k each
+    index = repeat((x * side + y) * side + z, "b k -> b k f", f=features.shape[-1] + 1)
+    counted = F.pad(features.float(), (0, 1), value=1.)                           # b k (f + 1): the last counts points
+    sums = counted.new_zeros(len(points), side ** 3, counted.shape[-1]).scatter_add(1, index, counted)
+    return sums[..., :-1] / sums[..., -1:].clamp(min=1), sums[..., -1:]
+
+
 class FromCells(nn.Module):
-    """Points with f features each -> side^3 tokens. A token has cells^3 cells; it pools the mean of the points in each,
-    0 in empty cells."""
+    """The features of all cells, b (side cells)^3 f -> side^3 tokens b n d, each of its own cells^3 cells."""
 
     def __init__(self, side, cells, features, dim):
         super().__init__()
         self.side, self.cells, self.into = side, cells, nn.Linear(cells ** 3 * features, dim)
 
-    def forward(self, points, values):                        # b k 3 in [-1, 1]^3, b k f -> b n d
-        s = self.side * self.cells                            # cells along the cube
-        x, y, z = ((points + 1) * s / 2).long().clamp(0, s - 1).unbind(-1)        # b k each
-        index = repeat((x * s + y) * s + z, "b k -> b k f", f=values.shape[-1] + 1)
-        counted = F.pad(values.float(), (0, 1), value=1.)                         # b k (f + 1): the last counts points
-        sums = counted.new_zeros(len(points), s ** 3, counted.shape[-1]).scatter_add(1, index, counted)
-        means = sums[..., :-1] / sums[..., -1:].clamp(min=1)                      # b s^3 f
-        return self.into(rearrange(means, "b (x i y j z l) f -> b (x y z) (i j l f)",
-                                   x=self.side, y=self.side, z=self.side, i=self.cells, j=self.cells))
+    def forward(self, x):
+        return self.into(rearrange(x, "b (x i y j z l) f -> b (x y z) (i j l f)", x=self.side, y=self.side, z=self.side,
+                                   i=self.cells, j=self.cells))
 
 
 class ToCells(nn.Module):

@@ -68,10 +68,11 @@ def test_a_token_gets_the_mean_of_the_points_in_its_cells():
     nn.init.zeros_(cells.into.bias)
     points, features = torch.rand(1, 500, 3) * 2 - 1, torch.randn(1, 500, 3)
     inside = (points[0] > torch.tensor([0, -1, .5])).all(1) & (points[0] < torch.tensor([.5, -.5, 1])).all(1)
-    token, cell = cells(points, features)[0, 0b101], 0b001    # x > 0, y < 0, z > 0; in it x low, y low, z high
-    assert inside.any()
+    means, count = networks.cell_means(points, features, 4)
+    token, cell = cells(means)[0, 0b101], 0b001               # x > 0, y < 0, z > 0; in it x low, y low, z high
+    assert inside.any() and count.sum() == 500
     assert torch.allclose(token[3 * cell:3 * cell + 3], features[0, inside].mean(0), atol=1e-6)
-    assert not cells(torch.full((1, 5, 3), .9), torch.randn(1, 5, 3))[0, :7].any()
+    assert not networks.cell_means(torch.full((1, 5, 3), .9), torch.randn(1, 5, 3), 4)[0][0, :63].any()
 
 
 def test_a_point_looks_up_the_features_of_its_cell():

@@ -10,8 +10,7 @@ bits, which trimesh keeps if it saves the file again. The error in sRGB is at mo
 
 trimesh, Pillow and the renderer are imported where they are used: they take long.
 """
-import json
-import struct
+import gc
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -157,36 +156,23 @@ def write_glb(path, vertices, faces, colours, smooth=True):
     """vertices (v 3), faces (f 3), sRGB colours (v 3) in 0..1. The same mesh gives the same bytes. Viewers shade every
     face flat if there are no normals (smooth=False)."""
     check_suffix(path, ".glb")
+    from trimesh import Trimesh
+    from trimesh.exchange.gltf import export_glb
     linear = (255 * to_linear(as_tensor(colours, torch.float64).clamp(0, 1))).round().byte().numpy()
-    arrays = {"POSITION": vertices.astype("<f4"), "COLOR_0": np.pad(linear, ((0, 0), (0, 1)), constant_values=255),
-              "indices": faces.reshape(-1, 1).astype("<u2" if len(vertices) < 2 ** 16 else "<u4")}
-    if smooth:
-        arrays["NORMAL"] = vertex_normals(vertices, faces).astype("<f4")
+    mesh = Trimesh(vertices, faces, vertex_colors=linear, process=False)        # process would merge vertices
+    mesh.vertex_normals = vertex_normals(vertices, faces)
 
-    # 1. The arrays follow each other in one buffer; each starts at a multiple of four bytes.
-    buffer, views, accessors = b"", [], []
-    for i, x in enumerate(arrays.values()):
-        views.append({"buffer": 0, "byteOffset": len(buffer), "byteLength": x.nbytes})
-        accessors.append({"bufferView": i, "count": len(x), "type": "SCALAR" if x.shape[1] == 1 else f"VEC{x.shape[1]}",
-                          "componentType": {"f4": 5126, "u1": 5121, "u2": 5123, "u4": 5125}[x.dtype.str[1:]]})
-        buffer += x.tobytes() + bytes(-x.nbytes % 4)
-    accessors[0] |= {"min": arrays["POSITION"].min(0).tolist(), "max": arrays["POSITION"].max(0).tolist()}
-    accessors[1]["normalized"] = True
+    def finish(tree):
+        primitive = tree["meshes"][0]["primitives"][0]
+        # Without a material viewers assume polished metal, which looks black. Both sides of a face show, as here.
+        material = {"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": .8}, "doubleSided": True}
+        tree["materials"], primitive["material"] = [material], 0
 
-    # 2. Without a material viewers assume polished metal, which looks black. Both sides of a face show, as here.
-    material = {"pbrMetallicRoughness": {"metallicFactor": 0, "roughnessFactor": .8}, "doubleSided": True}
-    number = {name: i for i, name in enumerate(arrays)}
-    primitive = {"indices": number.pop("indices"), "attributes": number, "material": 0}
-    tree = {"asset": {"version": "2.0"}, "scene": 0, "scenes": [{"nodes": [0]}], "nodes": [{"mesh": 0}],
-            "meshes": [{"primitives": [primitive]}], "materials": [material], "accessors": accessors,
-            "bufferViews": views, "buffers": [{"byteLength": len(buffer)}]}
-
-    # 3. A header and two chunks, of multiples of four bytes.
-    text = json.dumps(tree).encode()
-    text += b" " * (-len(text) % 4)
-    chunks = b"".join(struct.pack("<I4s", len(x), kind) + x for x, kind in ((text, b"JSON"), (buffer, b"BIN\0")))
+    data = export_glb(mesh, include_normals=smooth, tree_postprocessor=finish)
+    del mesh
+    gc.collect(1)       # objects of trimesh hold each other; Python would keep many before it looks
     with atomic_write(path) as temporary:
-        temporary.write_bytes(struct.pack("<4sII", b"glTF", 2, 12 + len(chunks)) + chunks)
+        temporary.write_bytes(data)
 
 
 # ---------------------------------------------------------------------------- ply

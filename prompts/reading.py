@@ -198,8 +198,8 @@ def readings(prompt):
 
 
 def choose(prompt=None):
-    """The shipped folder that knows the noun of a prompt; of several, the one that knows most of its words, then with
-    fewest warnings. Without a prompt, the first. If none knows the noun, that is an error."""
+    """The shipped folder that knows the noun of a prompt; of several, the one that knows most of its words, then the
+    first, whose shapes are the best. Without a prompt, the first. If none knows the noun, that is an error."""
     if not (entries := shipped()):
         raise UserError(f"there is no folder {SHIPPED[0]}; name a folder that train.py made with --checkpoint")
     if prompt is None:
@@ -209,7 +209,7 @@ def choose(prompt=None):
         nouns = {noun: captions for entry in [*entries.values()][::-1] for noun, captions in entry["nouns"].items()}
         Reading(prompt, vocabulary, nouns).remarks()
         return next(iter(entries))                            # each knows a part of the prompt
-    return min(found, key=lambda folder: (-len(found[folder].words), len(found[folder].remarks())))
+    return max(found, key=lambda folder: len(found[folder].words))
 
 
 def main():

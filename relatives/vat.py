@@ -29,7 +29,7 @@ from backbone import combine, fit_generator, split_condition
 from engine import processes
 from engine.commands import UserError, cast_once, command
 from engine.files import load_model, load_stage, read_stage, read_weights, trained_stages
-from engine.networks import BANDS, Block, FromCells, PointEmbedding, grid_points
+from engine.networks import BANDS, Block, FromCells, cell_means, fourier, grid_points
 from engine.stage import Stage
 from geometry.surface import TRUNCATION
 from relatives.codes import Codebook, code_use, draw_codes
@@ -60,7 +60,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.register_buffer("place", grid_points(side), persistent=False)                        # n 3
         self.register_buffer("centre", grid_points(features), persistent=False)                   # of features, m 3
-        self.point = PointEmbedding(dim, 32, BANDS)
+        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, 32))
         self.feature = FromCells(features, cells, 32, dim)    # the paper has 3,072 features, of a point each
         self.latent = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -68,7 +68,8 @@ class Encoder(nn.Module):
         nn.init.constant_(self.out[-1].bias[channels:], -5.)  # begin with little noise
 
     def forward(self, points, normals, colours):              # b k 3 each -> mean and log variance: b n 2c
-        features = self.feature(points, self.point(points, normals, colours))     # b m d
+        x = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))              # b k 32
+        features = self.feature(cell_means(points, x, self.feature.side * self.feature.cells)[0])      # b m d
         x = torch.cat([features, repeat(self.latent, "n d -> b n d", b=len(features))], 1)        # b (m + n) d
         place = repeat(torch.cat([self.centre, self.place]), "n i -> b n i", b=len(features))
         for block in self.blocks:
