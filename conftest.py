@@ -36,7 +36,7 @@ if PARALLEL:
 SMALL = {  # one size below tiny, for every stage
     text_tower: dict(dim=64, depth=1, heads=4),
     image_tower: dict(dim=64, depth=1, heads=4),
-    tokenizer: dict(side=4, channels=8, dim=64, heads=4, cells=4),
+    tokenizer: dict(side=4, channels=8, dim=64, heads=4),
     backbone: dict(dim=64, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2),
     reconstruct: dict(dim=64, depth=1, heads=4),
 }

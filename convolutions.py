@@ -99,7 +99,7 @@ class ConvTokenizer(Tokenizer):
     """Points -> means of their features in (side conv)^3 cells -> one token for conv^3 cells -> a convolution."""
     FEATURES = 32
 
-    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads: of the mesh head
+    def __init__(self, side, channels, dim, heads, conv, patch=1):        # heads: of the mesh head
         nn.Module.__init__(self)
         self.side, self.conv, self.patch, self.points = side, conv, patch, 4096
         self.point = nn.Sequential(nn.Linear(15, 64), nn.GELU(), nn.Linear(64, self.FEATURES))
@@ -133,7 +133,7 @@ class Unfold(nn.Module):
     """Tokens -> a grid of them, refined by two convolutions."""
     FORM, COLOUR = ((64, 32), (2, 1)), ((32, 16), (1, 0))     # widths of finer grids, convolutions on each
 
-    def __init__(self, side, channels, dim, conv, patch=1, **_):          # heads: of the mesh head
+    def __init__(self, side, channels, dim, heads, conv, patch=1):        # heads: of the mesh head
         nn.Module.__init__(self)
         self.side, self.patch, self.token = side, patch, nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(side, side, side, dim) * .02)
@@ -198,11 +198,9 @@ class GridDecoder(Unfold, QueryDecoder):
     def read(self, tokens):                                   # b n c -> grids of features
         return self.grids(self.unfold(tokens))
 
-    def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
+    def points(self, memory, x, extra):                       # b k d
         found = [interpolate(grid.float(), x) for grid in memory]
-        y = self.feed(self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra)          # b k d
-        with torch.autocast(y.device.type, enabled=False):
-            return self.out(self.norm(y.float()))
+        return self.feed(self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra)
 
 
 class ConvPointHead(PointHead, GridDecoder):

@@ -192,7 +192,7 @@ class MeshHead(nn.Module):
     FACES, LEVELS = 4, 24
     RATE = 4         # factor of the learning rate
 
-    def __init__(self, side, channels, dim, heads, cells=0, patch=1, conv=0):     # cells, conv: unused
+    def __init__(self, side, channels, dim, heads, conv=0, patch=1):              # conv: of the other heads
         super().__init__()
         self.patch, dim = patch, dim * 3 // 2
         self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)

@@ -19,11 +19,11 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.files import atomic_write, digest, load_stage
-from engine.networks import BANDS, Block, BySize, FromCells, cell_means, fourier, from_patches, grid_points, to_patches
+from engine.networks import BANDS, Block, BySize, fourier, from_patches, grid_points
 from engine.stage import Stage
 
-# n = side^3 tokens of c channels; patch^3 neighbours become one token. With cells, heads interpolate features of a
-# grid, cells^3 for each of the side^3. With conv, tokenizer and heads are convolutions, on conv^3 cells a token.
+# n = side^3 tokens of c channels; patch^3 neighbours become one token. With conv, tokenizer and heads are convolutions
+# on grids of conv^3 cells a token (convolutions.py).
 SIZES = {
     "tiny": dict(side=4, channels=16, dim=128, heads=4),
     "mini": dict(side=6, patch=2, channels=16, dim=192, heads=6, conv=4),
@@ -38,18 +38,15 @@ STAY = .3        # weight of the squared drift of tokens in fine-tuning
 class Tokenizer(BySize, nn.Module):
     """The shape encoder: surface points, their normals and colours -> anchored tokens."""
 
-    def __init__(self, side, channels, dim, heads, cells=0, patch=1):
+    patch, points = 1, 2048                                   # points of an input; half as many in training
+
+    def __init__(self, side, channels, dim, heads):
         super().__init__()
-        self.patch = patch
-        self.points = 4096 if cells else 2048                 # of an input; half as many in training
         self.register_buffer("anchors", grid_points(side), persistent=False)             # n 3
-        width = 64 if cells else dim                                                     # e
-        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, width))
+        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, dim))
         self.query = nn.Parameter(torch.randn(side ** 3, dim) * .02)
-        self.cells = FromCells(side, cells // 2, width, dim) if cells else None
-        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim) for _ in range(0 if cells else 2))
-        depth = 1 if cells else 2
-        self.blocks = nn.ModuleList(nn.ModuleList(Block(dim, heads) for _ in range(depth)) for _ in range(2))
+        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.ModuleList(Block(dim, heads) for _ in range(2)) for _ in range(2))
         last = nn.LayerNorm(channels, elementwise_affine=False)
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels), last)
         self.register_buffer("mean", torch.zeros(channels))   # of the tokens of the training set,
@@ -57,18 +54,15 @@ class Tokenizer(BySize, nn.Module):
 
     def forward(self, points, normals, colours):              # b k 3 each -> b n c
         b = len(points)
-        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k e
+        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k d
         x = repeat(self.query, "n d -> b n d", b=b)                               # b n d
         anchors = repeat(self.anchors, "n i -> b n i", b=b)                       # b n 3
-        if self.cells:                                        # a token pools the points in its own cells, once
-            x = x + self.cells(cell_means(points, context, self.cells.side * self.cells.cells)[0])
-        for i, blocks in enumerate(self.blocks):
-            if not self.cells:                                # or it cross-attends to all, with a distance bias
-                x = self.cross[i](x, context, positions=(anchors, points))        # b n d
+        for cross, blocks in zip(self.cross, self.blocks):
+            x = cross(x, context, positions=(anchors, points))                    # b n d
             for block in blocks:
                 x = block(x, positions=(anchors, anchors))                        # b n d
         tokens = (self.out(x).float() - self.mean) / self.std                     # b n c
-        return to_patches(tokens + NOISE * torch.randn_like(tokens) if self.training else tokens, self.patch)
+        return tokens + NOISE * torch.randn_like(tokens) if self.training else tokens
 
 
 @torch.no_grad()

@@ -197,26 +197,7 @@ class FromCells(nn.Module):
 
     def forward(self, x):
         return self.into(rearrange(x, "b (x i y j z l) f -> b (x y z) (i j l f)", x=self.side, y=self.side, z=self.side,
-                                   i=self.cells, j=self.cells))
-
-
-class ToCells(nn.Module):
-    """side^3 tokens -> a grid in which a token has cells^3 cells, of f features each."""
-
-    def __init__(self, side, cells, features, dim):
-        super().__init__()
-        self.side, self.cells, self.features = side, cells, features
-        self.out = nn.Linear(dim, cells ** 3 * features)
-
-    def forward(self, tokens):                                # b n d -> b f s s s, s = side * cells
-        return rearrange(self.out(tokens).float(), "b (x y z) (i j k f) -> b f (x i) (y j) (z k)",
-                         x=self.side, y=self.side, i=self.cells, j=self.cells, k=self.cells)
-
-    def look_up(self, grid, points):
-        """The features of points b k 3 in [-1, 1]^3: b k f, interpolated between the centres of cells."""
-        zyx = rearrange(points.flip(-1), "b k i -> b k 1 1 i").float()            # grid_sample: last axis first
-        found = F.grid_sample(grid, zyx, align_corners=False, padding_mode="border")          # b f k 1 1
-        return rearrange(found, "b f k 1 1 -> b k f")
+                                   i=self.cells, j=self.cells, l=self.cells))
 
 
 # ---------------------------------------------------------------------------- tokens -> a function of points
@@ -227,36 +208,31 @@ BANDS = 7        # finest positional wavelength 4 / 2^6 = .06, twice the cell of
 class QueryDecoder(nn.Module):
     """`read` encodes tokens as a memory, once; `evaluate` decodes the memory at any number of points."""
 
-    def __init__(self, side, channels, dim, heads, outputs, cells=0, patch=1, conv=0):        # conv: of the sdf head
+    def __init__(self, side, channels, dim, heads, outputs):
         super().__init__()
         self.register_buffer("anchors", grid_points(side), persistent=False)
-        self.patch, self.token = patch, nn.Linear(channels, dim)
+        self.token = nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(3))
-        self.grids = nn.ModuleList(self.make_grids(side, dim, cells))
-        self.point = nn.Linear(3 + 6 * BANDS + sum(grid.features for grid in self.grids), dim)
-        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(0 if self.grids else 2))
-        self.feed = nn.ModuleList(FeedForward(dim) for _ in range(2 if self.grids else 0))
+        self.point = nn.Linear(3 + 6 * BANDS, dim)
+        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim, expand=2) for _ in range(2))
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
-    def make_grids(self, side, dim, cells):                   # of features, interpolated at points
-        return [ToCells(side, cells // 2, 32, dim), ToCells(side, cells, 16, dim)] if cells else []
-
-    def read(self, tokens):                                   # b n c -> memory: b side^3 d, or grids of features
-        x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
+    def read(self, tokens):                                   # b n c -> memory b n d
+        x = self.token(tokens) + self.place
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:
             x = block(x, positions=(anchors, anchors))
-        return [grid(x) for grid in self.grids] or x
+        return x
+
+    def points(self, memory, x, extra):                       # points cross-attend to tokens
+        y = self.point(fourier(x, BANDS)) + extra             # b k d
+        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
+        for block in self.cross:
+            y = block(y, memory, positions=(x, anchors))
+        return y
 
     def evaluate(self, memory, x, extra=0.):                  # memory, points x b k 3, extra b k d -> b k outputs
-        found = [grid.look_up(features, x) for grid, features in zip(self.grids, memory)]
-        y = self.point(torch.cat([fourier(x, BANDS), *found], -1)) + extra                # b k d
-        for block in self.feed:                               # with grids: each point independently
-            y = block(y)
-        anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
-        for block in self.cross:                              # without: points cross-attend to tokens
-            y = block(y, memory, positions=(x, anchors))
-        y = self.norm(y)
+        y = self.norm(self.points(memory, x, extra))
         with torch.autocast(y.device.type, enabled=False):    # a surface is where this crosses zero: fp32
             return self.out(y.float())

@@ -75,19 +75,6 @@ def test_a_token_gets_the_mean_of_the_points_in_its_cells():
     assert not networks.cell_means(torch.full((1, 5, 3), .9), torch.randn(1, 5, 3), 4)[0][0, :63].any()
 
 
-def test_a_point_looks_up_the_features_of_its_cell():
-    """At the centre of a cell they are those of the token; between centres they are interpolated."""
-    torch.manual_seed(0)
-    cells = networks.ToCells(side=2, cells=2, features=3, dim=16)
-    tokens = torch.randn(1, 8, 16)
-    centre = torch.tensor([[[.25, -.75, .75]]])               # of token x > 0, y < 0, z > 0; its cell 0b001
-    assert torch.allclose(cells.look_up(cells(tokens), centre)[0, 0], cells.out(tokens[0, 0b101])[3:6], atol=1e-6)
-    points = torch.full((1, 3, 3), .25)
-    points[0, :, 1] = torch.tensor([.25, .5, .75])
-    low, middle, high = cells.look_up(cells(tokens), points)[0]
-    assert torch.allclose(middle, (low + high) / 2, atol=1e-6)
-
-
 @pytest.mark.parametrize("bf16, tolerance", [(True, .003), (False, .03)], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64)])
 def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
