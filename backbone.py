@@ -217,7 +217,7 @@ class Backbone(nn.Module):
         for block in self.decoder[:-1]:                                           # prefix, known and mask tokens
             y = block(y, mask=mask_out)
         y = self.decoder[-1](y, mask=mask_out, rows=p + rows)                     # b m d
-        return self.norm_out(y) + self.prefix.summary(prefix, mask)
+        return self.norm_out(y)
 
     def loss(self, x, condition, known):
         """x: b n c shape tokens; condition (prefix.py); known: how many tokens are not masked -> the diffusion loss of

@@ -4,8 +4,7 @@
 
 It aligns the condition with the shape space while generating, so the shape tokenizer needs no text or
 pictures. The paper's prefix is the q query outputs alone. They are a bottleneck (docs/RESULTS.md), so here the
-condition tokens, projected to the same width, are concatenated; and the mean of the prefix, through a Linear, is added
-to every context vector z_i. (`Queries` in research/peers.py is the paper's.)
+condition tokens, projected to the same width, are concatenated. (`Queries` in research/peers.py is the paper's.)
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. The mask is
 False for padding, and for all tokens of a dropped prompt: training drops prompts at random, guidance drops them by
@@ -15,7 +14,7 @@ branch. Each kind has its own width e and its own Linear to the width d, whose b
 """
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import repeat
 from torch import nn
 
 from engine.networks import Block
@@ -45,7 +44,6 @@ class Prefix(nn.Module):
         self.conditions = Conditions(widths, dim)
         self.query = nn.Parameter(torch.randn(prefix, dim) * .02)                 # q d
         self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
-        self.pool = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
 
     def forward(self, condition):
         """-> prefix tokens b p d, p = t + q, and their mask, False = padding or a dropped prompt."""
@@ -53,8 +51,3 @@ class Prefix(nn.Module):
         query = repeat(self.query, "q d -> b q d", b=len(context))
         outputs = self.cross(query, context, mask)                                # b q d
         return torch.cat([context, outputs], 1), F.pad(mask, (0, len(self.query)), value=True)
-
-    def summary(self, tokens, mask):
-        """Prefix tokens b p d and their mask -> b 1 d, to be added to every context vector."""
-        valid = rearrange(mask, "b p -> b p 1").to(tokens.dtype)
-        return self.pool(reduce(tokens * valid, "b p d -> b 1 d", "sum") / reduce(valid, "b p 1 -> b 1 1", "sum"))

@@ -3,10 +3,25 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from torch import nn
 
 from prefix import Prefix
+
+
+class MeanPrefix(Prefix):
+    """A prefix, and its mean through a Linear: what modulates blocks."""
+
+    def __init__(self, prefix, dim, heads, widths):
+        super().__init__(prefix, dim, heads, widths)
+        self.pool = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
+
+    def forward(self, condition):
+        """-> prefix tokens b p d, their mask b p, and their mean b 1 d."""
+        tokens, mask = super().forward(condition)
+        valid = rearrange(mask, "b p -> b p 1").to(tokens.dtype)
+        mean = reduce(tokens * valid, "b p d -> b 1 d", "sum") / reduce(valid, "b p 1 -> b 1 1", "sum")
+        return tokens, mask, self.pool(mean)
 
 
 class AdaBlock(nn.Module):
@@ -39,7 +54,7 @@ class AdaBlock(nn.Module):
 class Sequence(nn.Module):
     def __init__(self, prefix, widths, dim, depth, heads):
         super().__init__()
-        self.prefix = Prefix(prefix, dim, heads, widths)
+        self.prefix = MeanPrefix(prefix, dim, heads, widths)
         self.pooled, self.start = nn.Linear(dim, 6 * dim), nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(AdaBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
@@ -48,8 +63,7 @@ class Sequence(nn.Module):
     def begin(self, condition):
         """-> prefix b p d, its mask b p, the first token b 1 d, shifts, scales and gates of all blocks b 6 d. The last
         two come from the mean of the prefix."""
-        prefix, mask = self.prefix(condition)
-        mean = self.prefix.summary(prefix, mask)              # b 1 d
+        prefix, mask, mean = self.prefix(condition)
         return prefix, mask, self.start(mean), rearrange(self.pooled(mean), "b 1 (i d) -> b i d", i=6)
 
     def read(self, x, modulation, mask, caches=None):

@@ -23,7 +23,7 @@ from engine.networks import time_embedding
 from engine.noise import bits, normal
 from prefix import Prefix
 from relatives import lost
-from relatives.sequence import AdaBlock
+from relatives.sequence import AdaBlock, MeanPrefix
 
 STEPS = 64    # of denoising all tokens at once
 
@@ -36,19 +36,19 @@ class Diffusion(nn.Module):
                  denoiser="flow"):
         super().__init__()
         self.tokens, self.channels, self.dim, self.denoiser = tokens, channels, dim, DENOISERS[denoiser]
-        self.prefix = Prefix(prefix, dim, heads, widths)
+        self.prefix = MeanPrefix(prefix, dim, heads, widths)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         nn.init.zeros_(self.time[-1].weight)
         self.token = nn.Linear(channels, dim)
         self.place = nn.Parameter(torch.randn(tokens, dim) * .02)                 # n d
-        spare = (5 * head_depth + 4) * head_dim ** 2 - 7 * dim ** 2               # of a DenoiseNet, less self.time
+        spare = (5 * head_depth + 4) * head_dim ** 2 - 8 * dim ** 2               # of a DenoiseNet, less others here
         count = encoder + decoder + round(spare / (12 * dim ** 2))
         self.blocks = nn.ModuleList(AdaBlock(dim, heads) for _ in range(count))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
 
-    def net(self, x, t, prefix, mask):                        # b (n c), b or 1, b p d, b p -> b (n c)
+    def net(self, x, t, prefix, mask, mean):                  # b (n c), b or 1, b p d, b p, b 1 d -> b (n c)
         x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place               # b n d
-        t = time_embedding(t, self.dim) + rearrange(self.prefix.summary(prefix, mask), "b 1 d -> b d")
+        t = time_embedding(t, self.dim) + rearrange(mean, "b 1 d -> b d")
         t = rearrange(self.time(t), "b (i d) -> b i d", i=6)
         y = torch.cat([prefix, x], 1)                                             # b (p + n) d
         mask = repeat(F.pad(mask, (0, self.tokens), value=True), "b k -> b q k", q=y.shape[1])
@@ -57,8 +57,8 @@ class Diffusion(nn.Module):
         return rearrange(self.out(y[:, -self.tokens:]).float(), "b n c -> b (n c)")
 
     def loss(self, x, condition, known=None):                 # b n c; it has no moments of generation
-        prefix, mask = self.prefix(condition)                                     # b p d, b p
-        return self.denoiser.loss(partial(self.net, mask=mask), rearrange(x, "b n c -> b (n c)"), prefix)
+        prefix, mask, mean = self.prefix(condition)                               # b p d, b p, b 1 d
+        return self.denoiser.loss(partial(self.net, mask=mask, mean=mean), rearrange(x, "b n c -> b (n c)"), prefix)
 
     @torch.no_grad()
     def generate(self, condition, keys, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
@@ -68,8 +68,8 @@ class Diffusion(nn.Module):
         steps = denoise_steps or STEPS
         draw = lambda count: normal(keys, 0, (count, self.tokens * self.channels))                   # b count (n c)
         condition, strengths = split_condition(condition, cfg)
-        prefix, mask = self.prefix(condition)                                     # (r b) p d, (r b) p
-        x = self.denoiser.sample(partial(self.net, mask=mask), prefix, draw, steps, strengths, temperature)
+        prefix, mask, mean = self.prefix(condition)                               # (r b) p d, (r b) p, (r b) 1 d
+        x = self.denoiser.sample(partial(self.net, mask=mask, mean=mean), prefix, draw, steps, strengths, temperature)
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
@@ -97,20 +97,16 @@ class Autoregressive(lost.Generator):
 # ---------------------------------------------------------------------------- the masked backbone, changed
 
 class Queries(Backbone):
-    """The paper's prefix: the outputs of q learnt queries alone, whose mean is not added to the context vectors."""
+    """The paper's prefix: the outputs of q learnt queries alone."""
 
     class Prefix(Prefix):
         def forward(self, condition):
             tokens, mask = super().forward(condition)                             # b (t + q) d, b (t + q)
             return tokens[:, -len(self.query):], mask[:, -len(self.query):]
 
-        def summary(self, tokens, mask):
-            return 0.
-
     def __init__(self, *, prefix, dim, heads, widths, **rest):
         super().__init__(prefix=prefix, dim=dim, heads=heads, widths=widths, **rest)
         self.prefix = self.Prefix(prefix, dim, heads, widths)
-        del self.prefix.pool
 
 
 class Spaces(Backbone):

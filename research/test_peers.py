@@ -11,12 +11,12 @@ from research import peers
 
 @pytest.mark.parametrize("size", backbone.SIZES)
 def test_peers_are_as_large(size):
-    """Of every size, all generators have the same number of parameters, to 8 %."""
+    """Of every size, all generators have the same number of parameters, to 9 %."""
     settings = dict(tokens=64, channels=16, widths=WIDTHS, **backbone.SIZES[size])
     with torch.device("meta"):
         models = [kind(**settings) for kind in (backbone.Backbone, *peers.PEERS.values())]
     counts = [sum(p.numel() for p in model.parameters()) for model in models]
-    assert all(abs(count / counts[0] - 1) < .08 for count in counts), counts
+    assert all(abs(count / counts[0] - 1) < .09 for count in counts), counts
 
 
 @pytest.mark.parametrize("variant", ["diffusion", "autoregressive"])
