@@ -72,7 +72,8 @@ def test_patches_change_tokens_not_shapes(prepared):
     fields = []
     for patch in (1, 2):
         torch.manual_seed(0)
-        encoder, head = (kind(**SMALL[tokenizer], patch=patch).eval() for kind in (tokenizer.Tokenizer, heads.SdfHead))
+        settings = SMALL[tokenizer] | {"conv": 4, "patch": patch}
+        encoder, head = (kind(**settings).eval() for kind in (tokenizer.Tokenizer, heads.SdfHead))
         tokenizer.standardise(encoder, [head], encoder(*cloud))
         tokens = encoder(*cloud)                                                  # b n c
         fields.append(head.evaluate(head.read(tokens), x))

@@ -112,7 +112,7 @@ def test_every_size_can_be_built(size, count, size_of_file):
     parts = vat.SIZES[size]
     with torch.device("meta"):
         quantiser = vat.Tokenizer(**parts).quantiser
-        levels, = vat.Decoder(**parts).read(torch.zeros(1, parts["side"] ** 3, parts["channels"]))
+        levels = vat.Decoder(**parts).read(torch.zeros(1, parts["side"] ** 3, parts["channels"]))
         vat.Generator(**{key: parts[key] for key in PARTS}, **vat.GENERATORS[size], widths=WIDTHS)
     assert [level.shape[-1] for level in levels] == [4 * parts["side"] * k for k in (1, 2, 4)]
     assert (sum(quantiser.counts), codes.file_size(count, quantiser.book.bits)) == (count, size_of_file)

@@ -29,7 +29,7 @@ from backbone import combine, fit_generator, split_condition
 from engine import processes
 from engine.commands import UserError, cast_once, command
 from engine.files import load_model, load_stage, read_stage, read_weights, trained_stages
-from engine.networks import BANDS, Block, FromCells, cell_means, fourier, grid_points
+from engine.networks import BANDS, Block, FeedForward, FromCells, cell_means, fourier, grid_points
 from engine.stage import Stage
 from geometry.surface import TRUNCATION
 from relatives.codes import Codebook, code_use, draw_codes
@@ -175,9 +175,16 @@ class Decoder(heads_.SdfHead):
 
     def __init__(self, side, channels, dim, heads, **_):
         super().__init__(side=side, channels=channels, dim=dim, heads=heads)
+        del self.cross                                        # a point looks its features up, instead of attending
+        self.grids = nn.ModuleList([ToPlanes(side, dim)])
+        self.point = nn.Linear(3 + 6 * BANDS + self.grids[0].features, dim)
+        self.feed = nn.Sequential(FeedForward(dim), FeedForward(dim))
 
-    def make_grids(self, side, dim, cells):
-        return [ToPlanes(side, dim)]
+    def read(self, tokens):                                   # b n c -> levels of (b 3) f s s
+        return self.grids[0](super().read(tokens))
+
+    def points(self, memory, x, extra):                       # b k d
+        return self.feed(self.point(torch.cat([fourier(x, BANDS), self.grids[0].look_up(memory, x)], -1)) + extra)
 
     def errors(self, y, batch):
         """Cross-entropy of the semi-continuous occupancy, L1 of the clipped distance, squared error of colours."""
