@@ -233,9 +233,10 @@ class Backbone(nn.Module):
         return self.denoiser.loss(self.net, x, z)
 
     @torch.no_grad()
-    def generate(self, condition, keys, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.75):
+    def generate(self, condition, keys, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.47):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c.
-        blend: RGS, a function of x; in the first `window` of the steps the MAE encodes its output (reconstruct.py)."""
+        blend: RGS, a function of x; in the first `window` of the steps, in the paper 30 of 64, the MAE encodes its
+        output (reconstruct.py)."""
         b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
         order = bits(keys, 0, (n,)).argsort(1)                                    # b n, a permutation for each sample
 

@@ -79,8 +79,8 @@ def arguments():
          help="trained folder, whose towers give features of clouds and prompts")
     flag(["ablate-rgs"], "--alphas", nargs="*", type=between(0, 1, float), default=[0, .05, .1, .15, .2, .3, .9],
          help="weights of the sampled tokens")
-    flag(["ablate-rgs"], "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .5],
-         help="shares of the steps in which RGS acts, besides .75, at a = .1")
+    flag(["ablate-rgs"], "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .75],
+         help="shares of the steps in which RGS acts, besides .47, the paper's, at a = .1")
     flag(["ablate-rgs", *COMPARED, "ablate-rida"], "--seeds", type=between(1, 100), default=3,
          help="samplings, or trainings of each variant")
     flag(TRAINED, "--train-shapes", type=between(2), default=TRAIN_SHAPES, help="built-in training shapes")

@@ -135,7 +135,7 @@ class Sampler:
 class LTM3D(Sampler):
     LAST = "backbone"
     OPTIONS = {"steps": 10, "denoise_steps": None, "cfg": 2., "cfg_image": 2., "temperature": 1., "rgs": "auto",
-               "window": .75}                        # defaults; "sampling" of the backbone in config.json overrides
+               "window": .47}                        # defaults; "sampling" of the backbone in config.json overrides
     reconstructor = None                             # loaded at first use
 
     def open(self):
