@@ -28,9 +28,9 @@ from engine.networks import Block
 from geometry.crop import SIZE
 
 SIZES = {  # dim is also e, the width of a condition token
-    "tiny": dict(dim=128, depth=2, heads=4), "mini": dict(dim=128, depth=2, heads=4, convolutions=2),
-    "small": dict(dim=256, depth=4, heads=8, convolutions=2),
-    "base": dict(dim=512, depth=8, heads=8, convolutions=2), "large": dict(dim=768, depth=12, heads=12, convolutions=2),
+    "tiny": dict(dim=128, depth=2, heads=4), "mini": dict(dim=128, depth=2, heads=4, convolutions=3),
+    "small": dict(dim=256, depth=4, heads=8, convolutions=3),
+    "base": dict(dim=512, depth=8, heads=8, convolutions=3), "large": dict(dim=768, depth=12, heads=12, convolutions=3),
 }
 READER_WEIGHT = 10    # of the reader's error in the loss
 RANK = 512            # of the reader: so many directions hold 95 % of the variance of shape tokens
@@ -71,9 +71,12 @@ class ImageTower(nn.Module):
     def __init__(self, out, dim, depth, heads, convolutions=0):      # out: the width of a cloud's embedding
         super().__init__()
         self.width = dim                                      # e
-        widths = 3, dim // 8, dim // 4, dim // 2, dim
-        self.stem = nn.Sequential()
-        for channels, wider in itertools.pairwise(widths):    # 32, 16, 8, 4 pixels wide; convolutions but for the last
+        widths = dim // 4, dim // 2, dim                      # 16, 8, 4 pixels wide
+        if convolutions:                                      # few channels at many pixels take most of the time
+            self.stem = nn.Sequential(nn.Conv2d(3, dim // 4, 4, 4), *(Convolve(dim // 4) for _ in range(convolutions)))
+        else:
+            self.stem = nn.Sequential(Halve(3, dim // 8), Halve(dim // 8, dim // 4))
+        for channels, wider in itertools.pairwise(widths):
             self.stem.append(Halve(channels, wider))
             self.stem.extend(Convolve(wider) for _ in range(convolutions if wider < dim else 0))
         self.place = nn.Parameter(torch.randn((SIZE // 16) ** 2, dim) * dim ** -.5)
