@@ -199,11 +199,12 @@ def readings(prompt):
 
 def choose(prompt=None):
     """The shipped folder that knows the noun of a prompt; of several, the one that knows most of its words, then the
-    first, whose shapes are the best. Without a prompt, the first. If none knows the noun, that is an error."""
+    first, whose shapes are the best. Without a prompt, the last, which has seen the most things. If none knows the
+    noun, that is an error."""
     if not (entries := shipped()):
         raise UserError(f"there is no folder {SHIPPED[0]}; name a folder that train.py made with --checkpoint")
     if prompt is None:
-        return next(iter(entries))
+        return [*entries][-1]
     if not (found := readings(prompt)):                       # an error that names the nearest noun of all
         vocabulary = {word for entry in entries.values() for word in entry["vocabulary"]}
         nouns = {noun: captions for entry in [*entries.values()][::-1] for noun, captions in entry["nouns"].items()}
