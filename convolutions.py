@@ -186,11 +186,12 @@ class ConvSdfHead(Unfold, SdfHead):
 
 
 class GridDecoder(Unfold, QueryDecoder):
-    """A QueryDecoder whose memory is grids of features: it decodes each point independently."""
+    """A QueryDecoder whose memory is grids of features: it decodes each point independently. Its convolutions have half
+    the width of the sdf head's, whose surface it has to follow."""
 
     def __init__(self, dim, outputs, **size):
-        super().__init__(dim=dim, **size)
-        self.grids = Refine(dim, *self.FORM)
+        super().__init__(dim=dim // 2, **size)
+        self.grids = Refine(dim // 2, *self.FORM)
         self.point = nn.Linear(3 + 6 * BANDS + sum(self.FORM[0]), dim)
         self.feed = nn.Sequential(FeedForward(dim), FeedForward(dim))
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
