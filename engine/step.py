@@ -89,12 +89,12 @@ class Muon(torch.optim.Optimizer):
             shapes = {}
             for w in group["params"]:
                 if w.grad is not None:
-                    shapes.setdefault(w.shape, []).append(w)
+                    shapes.setdefault(w.flatten(1).shape, []).append(w)
             for shape, own in shapes.items():
                 self.update(own, self.state[own[0]], .2 * max(shape) ** .5, **group)
 
     def update(self, own, state, factor, lr, decay, momentum, **_):
-        g = torch.stack([w.grad for w in own])                # k i j
+        g = torch.stack([w.grad.flatten(1) for w in own])     # k i j
         keep = torch.ones_like(lr) if self.found_inf is None else 1 - self.found_inf          # 0: skips the step
         g = torch.where(keep > 0, g, 0.)
         if not state:
@@ -102,14 +102,14 @@ class Muon(torch.optim.Optimizer):
         m = state["momentum_buffer"].lerp_(g, (1 - momentum) * keep)
         step = orthogonalise(g.lerp(m, momentum)) * (-factor * lr * keep)         # k i j, Nesterov momentum
         torch._foreach_mul_(own, 1 - lr * decay * keep)
-        torch._foreach_add_(own, step.to(g.dtype).unbind())
+        torch._foreach_add_(own, [x.view_as(w) for w, x in zip(own, step.to(g.dtype))])
 
 
 def optimizers(model, lr):
-    """Muon for Linear weights of at least 64 x 64, AdamW for the rest; a module's RATE multiplies its learning rate.
-    Rates are tensors: a CUDA graph reads them."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    matrices = {module.weight for module in linear if min(module.weight.shape) >= 64}
+    """Muon for the weights of Linear and Conv3d, as matrices of at least 64 x 64, AdamW for the rest; a module's RATE
+    multiplies its learning rate. Rates are tensors: a CUDA graph reads them."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv3d)]
+    matrices = {module.weight for module in linear if min(module.weight.flatten(1).shape) >= 64}
     device = next(model.parameters()).device
     rates = {p: m.RATE for m in model.modules() if hasattr(m, "RATE") for p in m.parameters()}
 
