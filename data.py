@@ -64,7 +64,7 @@ def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",
 def training_sets(args, kinds):
     """The training set and the held-out set of the flags of train.py."""
     settings = args.cache, args.workers, kinds, args.data
-    train = prepare("train", args.shapes, *settings, classes=args.classes)
+    train = prepare("all" if args.all_shapes else "train", args.shapes, *settings, classes=args.classes)
     test = prepare("test", None, *settings, classes=args.classes)
     if min(len(train), len(test)) < 2:
         where = f", see {train.folder}/skipped.csv" if train.broken else ""

@@ -124,7 +124,8 @@ def train_text(run):
     judge = run.judge
     # data
     captions = [caption for own in run.train.captions for caption in own]
-    words, nouns = text_tower.vocabulary(captions), nouns_of(captions)
+    known = read_stage(run.source, "encoders")["vocabulary"] if run.finetune else []
+    words, nouns = [*dict.fromkeys(known + text_tower.vocabulary(captions))], nouns_of(captions)
 
     def draw(split):
         return text_tower.training_batch(split, words_of[split], run.micro_batch_size("encoders"))
@@ -132,7 +133,7 @@ def train_text(run):
     # model
     settings = text_tower.SIZES[run.size]
     model = text_tower.TextAndCloud(words, nouns, **settings)
-    run.load_to_finetune("encoders", {"encoders": model}, settings=settings, vocabulary=words)
+    run.load_to_finetune("encoders", {"encoders": model}, ["word.weight"], settings=settings)
     words_of = {split: model.cache(split) for split in (run.train, run.test)}
 
     # loss

@@ -137,6 +137,22 @@ def test_from_another_run_bad_input_is_one_line(overfitted, source, flags, compl
     assert complaint in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_finetuning_adds_words(overfitted, tmp_path, monkeypatch):
+    """Words that --from lacks come last in the vocabulary; the vectors of the others are kept."""
+    source, path = shutil.copytree(overfitted, tmp_path / "source"), tmp_path / "source" / "encoders.safetensors"
+    config, weights = files.read_config(source), files.read_weights(path)
+    words = config["encoders"]["vocabulary"]
+    config["encoders"]["vocabulary"] = [*words[:2], *words[3:]]
+    (source / "config.json").write_text(json.dumps(config))
+    before = torch.cat([weights["word.weight"][:2], weights["word.weight"][3:]])
+    files.save_weights(path, weights | {"word.weight": before}, half=True)
+    flags = "--from", source, "--finetune", "--stage", "encoders", "--steps", 1, "--batch", 2, "--lr", 1e-9
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
+    assert files.read_config(tmp_path / "run")["encoders"]["vocabulary"] == [*words[:2], *words[3:], words[2]]
+    after = files.read_weights(tmp_path / "run" / "encoders.safetensors")["word.weight"]
+    assert len(after) == len(words) and torch.allclose(after[:-1], before, atol=1e-3)
+
+
 def test_finetuning_needs_the_stage_in_both_folders(overfitted, tmp_path, monkeypatch, capsys):
     """A stage that --from lacks cannot be fine-tuned; if the run has it, it is done."""
     source = shutil.copytree(overfitted, tmp_path / "source")

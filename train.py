@@ -205,6 +205,8 @@ def arguments():
          help="representations")
     flag("--data", help="files to train on, as in `data.py --data` (default: the built-in shapes)")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
+    flag("--all-shapes", action="store_true",
+         help="with --data: train on the held-out shapes, too, when all figures are known")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS",
          help=f"built-in classes to learn, of {', '.join(CLASSES)} (default: all)")
     flag("--stage", help="train this stage alone: encoders, tokenizer, vision, head, backbone, reconstruct, or one of "
@@ -241,6 +243,8 @@ def arguments():
             parser.error(f"--{'from' if name == 'source' else name} is empty; name a folder")
     if args.data and (args.classes or args.shapes):
         parser.error("--classes and --shapes choose built-in shapes; leave them or --data out")
+    if args.all_shapes and not args.data:
+        parser.error("--all-shapes is of --data; built-in shapes are unlimited")
     args.model = args.model or next((name for name in RELATIVES if (args.stage or "").startswith(f"{name}-")), "ltm3d")
     model, stages = import_module(f"relatives.{args.model}") if args.model in RELATIVES else None, stages_of(args.model)
     names = list(dict.fromkeys("head" if stage.name.startswith("head-") else stage.name for stage in stages))

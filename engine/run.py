@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 from zlib import crc32
 
+import torch
+
 from engine import processes
 from engine.commands import UserError, pick_device
 from engine.files import (
@@ -140,9 +142,9 @@ class Run:
         own, other = (Path(folder) / f"{stage}.safetensors" for folder in (self.folder, self.source))
         return other.is_file() and digest(own) == digest(other)
 
-    def load_to_finetune(self, stage, files, **settings):
+    def load_to_finetune(self, stage, files, longer=(), **settings):
         """With --finetune, loads the weights of a stage from --from, if it was trained with the same settings.
-        files: {name of a weights file: its module}."""
+        files: {name of a weights file: its module}; longer: names of weights to which rows may have been added."""
         if not self.finetune:
             return
         entry = read_stage(self.source, stage)
@@ -151,8 +153,10 @@ class Run:
                             "variant is another; give the flags that it was trained with")
         for name, module in files.items():
             path = f"{self.source}/{name}.safetensors"
-            saved = read_weights(path)
-            check_shapes(module.state_dict(), saved, path)
+            saved, own = read_weights(path), module.state_dict()
+            for key in {*longer} & saved.keys():
+                saved[key] = torch.cat([saved[key], own[key][len(saved[key]):].to(saved[key])])
+            check_shapes(own, saved, path)
             module.load_state_dict(saved)
 
     @processes.first_process_only

@@ -54,7 +54,8 @@ def counts(source, kind):
 
 def version(source):
     """The name of a set, and a digest of what its surfaces depend on: what config.json says a stage learnt from."""
-    return f"{source.name}-{source.folder('surface').split('-')[-1]}"
+    everything = "-all" * (source.files > 0 and source.split == "all")
+    return f"{source.name}-{source.folder('surface').split('-')[-1]}{everything}"
 
 
 # ---------------------------------------------------------------------------- preparing

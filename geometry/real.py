@@ -247,8 +247,8 @@ class Files:
         item = self.items[row]
         return {"file": item.key, "licence": item.licence, "author": item.author}
 
-    def in_split(self, row):
-        return (self.items[row].family in self.held_out) == (self.split == "test")
+    def in_split(self, row):                                  # "all": of both
+        return self.split == "all" or (self.items[row].family in self.held_out) == (self.split == "test")
 
 
 def main():

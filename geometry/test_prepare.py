@@ -92,6 +92,8 @@ def test_shards_are_the_whole(tmp_path, monkeypatch, four_files):
     held_out = data.prepare("test", out=tmp_path / "whole", **four_files)
     assert held_out.folder == whole.folder and held_out.name != whole.name       # one folder; caches have the name
     assert len(held_out) == 2 and len(whole) == 4 and not set(held_out.rows) & set(whole.rows)
+    every = data.prepare("all", out=tmp_path / "whole", **four_files)
+    assert len(every) == 6 and every.version == f"{whole.version}-all" and every.name != whole.name
     monkeypatch.setattr(prepare, "CHUNK", 1)
     alone = data.prepare("test", out=tmp_path / "alone", **four_files)
     assert len(alone) == len([*alone.folders["surface"].glob("?????.json")]) == 2
