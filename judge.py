@@ -65,7 +65,7 @@ def judge_pc(heads, tokens, split, row, rng, autocast, points):
     return {"Chamfer": chamfer(cloud.points, true), "its floor": chamfer(second, true),
             "EMD": emd(cloud.points[:1024], true[:1024]), "EMD floor": emd(second[:1024], true[:1024]),
             "normal cosine": (cloud.normals * normals[nearest]).sum(1).mean(),
-            "colour error": abs(cloud.colours - colours[nearest]).mean()}
+            "colour error": abs(cloud.colours - colours[nearest]).mean() if split.coloured[row] else np.nan}
 
 
 def judge_mesh(heads, tokens, split, row, rng, autocast, points):
@@ -83,7 +83,9 @@ def judge_mesh(heads, tokens, split, row, rng, autocast, points):
 
 def judge_gs(heads, tokens, split, row, rng, autocast, points):
     """PSNR, SSIM and the mean error of a colour channel in pixels that the shape fills: 4 random views of 128 x 128
-    pixels, on white."""
+    pixels, on white. Shapes without colours do not count."""
+    if not split.coloured[row]:
+        return dict.fromkeys(("PSNR", "SSIM", "colour error"), np.nan)
     true_shape, shape, results = split.shape(row), heads["gs"].decode(tokens, heads, rng, autocast), []
     gaussians = shape.means, shape.scales, shape.rotations, shape.opacities, shape.colours
     for _ in range(4):
@@ -130,7 +132,7 @@ def head_metrics(run, heads, tokens, rep):
     """The metrics of one head on held-out shapes; tokens n c of the rows 0, 1 ... of the set."""
     results = [JUDGES[rep](heads, x.to(run.device), run.test, row, np.random.default_rng(row), run.autocast, points=0)
                for row, x in enumerate(tqdm(tokens, desc="held-out shapes", leave=False))]
-    means = {name: np.mean([result[name] for result in results]) for name in results[0]}
+    means = {name: np.nanmean([result[name] for result in results]) for name in results[0]}
     return {"shapes": len(results)} | {name: round(float(value), 4) for name, value in means.items()}
 
 
