@@ -12,7 +12,7 @@ import heads
 import tokenizer
 from data import prepare, seeded
 from engine.commands import UserError
-from engine.files import digest, read_config
+from engine.files import digest, read_config, read_stage
 from engine.stage import RELATIVES
 from geometry.metrics import soundness
 from geometry.real import Files
@@ -33,6 +33,8 @@ def open_model(args, folder):
     """The model in a trained folder, or a variant of it (research/peers.py)."""
     model = load(folder, args.device, args.precision)
     print(f"{folder}, running on {model.reason}")
+    if read_stage(folder, last_stage(folder))["data"].endswith("-all"):
+        print(f"{folder} has learnt from the held-out shapes, too: its figures are those of training shapes")
     return model
 
 

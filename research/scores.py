@@ -45,14 +45,15 @@ class Scorer:
 
 def training_set_of(folder, args):
     """The prepared shapes that a checkpoint was trained on; None and a remark, if they are not in --cache."""
-    name = read_stage(folder, exam.last_stage(folder))["data"].rpartition("-")[0]           # NAME-DIGEST
+    version = read_stage(folder, exam.last_stage(folder))["data"]                 # NAME-DIGEST, or NAME-DIGEST-all
+    name = version.removesuffix("-all").rpartition("-")[0]
     if not name.startswith(name_begins(args.data) if args.data else "shapes-train-"):
         raise UserError(f"the generator in {folder} learnt from {name}; give the --data that it was trained on")
     if not (Path(args.cache) / name).is_dir():
         print(f"memorisation is left out: {name} is not in {args.cache}; data.py prepares it")
         return None
     if args.data:
-        return prepare("train", None, args.cache, data=args.data)
+        return prepare("all" if version.endswith("-all") else "train", None, args.cache, data=args.data)
     _, _, count, *classes = name.split("-")                   # shapes-train-COUNT-CLASSES
     return prepare("train", int(count), args.cache, classes=classes or None)
 
