@@ -11,6 +11,7 @@ learning rate that decays linearly (engine/step.py).
 """
 import math
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
 }
+PARTS = 9    # of the tokens, in a round (moments)
 DRAWS = 2    # noise draws per masked token and step, which share one MAE pass
 CACHED = 2 ** 20    # tokens x width x guidance branches in one chunk on a CPU (cache_sized)
 
@@ -233,19 +235,18 @@ class Backbone(nn.Module):
         return self.denoiser.loss(self.net, x, z)
 
     @torch.no_grad()
-    def generate(self, condition, keys, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.47):
+    def generate(self, condition, keys, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.47,
+                 rounds=0):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c.
         blend: RGS, a function of x; in the first `window` of the steps, in the paper 30 of 64, the MAE encodes its
         output (reconstruct.py)."""
         b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
-        order = bits(keys, 0, (n,)).argsort(1)                                    # b n, a permutation for each sample
-
         condition, strengths = split_condition(condition, cfg)
         prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
         rgs_steps = math.ceil(window * steps) if blend else 0
 
         x = torch.zeros(b, n, c, device=keys.device)                              # b n c, unknown tokens are 0
-        for step, (known, after) in enumerate(schedule(n, steps)):
+        for step, (order, known, after) in enumerate(moments(n, keys, steps, rounds)):
             new = order[:, known:after]                                           # b m, the tokens of this step
             blended = blend(x) if step < rgs_steps else x                         # b n c, RGS; only known count
             ramped = ramp(strengths, known, n) if known else []                   # first step: branch 0 alone
@@ -286,6 +287,19 @@ def schedule(n, steps):
         pairs.append((known, after))
         known = after
     return pairs
+
+
+def moments(n, keys, steps, rounds):
+    """(order b n, known, after): the tokens order[:, known:after] are drawn, given the first `known` ones. After the
+    schedule, each round draws every token anew, a part of them at a time, given all others: Gibbs sampling. (Tokens
+    that were drawn early, or at the same time, do not agree; not in the paper.)"""
+    order = bits(keys, 0, (n,)).argsort(1)                                        # a permutation for each sample
+    for known, after in schedule(n, steps):
+        yield order, known, after
+    for i in range(rounds):
+        order, ends = bits(keys, -1 - i, (n,)).argsort(1), [n * part // PARTS for part in range(PARTS + 1)]
+        for start, end in pairwise(sorted({*ends})):
+            yield order.roll(-end, 1), n - (end - start), n   # these tokens are last
 
 
 def known_counts(n, count=16, power=1.5):

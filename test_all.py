@@ -213,6 +213,19 @@ def test_schedules_place_every_token_once(n):
             backbone.schedule(n, steps)
 
 
+@pytest.mark.parametrize("n", [1, 27, 64])
+def test_a_round_draws_every_token_once_given_all_others(n):
+    """After the schedule. The order differs from sample to sample and from round to round."""
+    found = list(backbone.moments(n, keys_of([0, 1]), min(n, 8), rounds=2))
+    first, *rounds = np.split(np.arange(len(found)), [min(n, 8), (len(found) + min(n, 8)) // 2])
+    for part in (first, *rounds):
+        drawn = torch.cat([found[i][0][:, found[i][1]:found[i][2]] for i in part], 1)
+        assert (drawn.sort(1).values == torch.arange(n)).all()
+        assert n == 1 or not (drawn[0] == drawn[1]).all()
+    for order, known, after in found[min(n, 8):]:
+        assert after == n and (order.sort(1).values == torch.arange(n)).all()
+
+
 def test_a_schedule_places_few_tokens_at_first():
     sizes = [then - known for known, then in backbone.schedule(512, 8)]
     assert sizes == sorted(sizes) and sizes[-1] > 5 * sizes[0]
