@@ -35,7 +35,7 @@ MAX_INT = 2 ** 63 - 1
 LIMITS = {  # option: type, minimum, maximum
     "n": (int, 1, 10_000), "seed": (int, 0, MAX_INT), "points": (int, 1, 1_000_000), "faces": (int, 12, 10 ** 7),
     "height": (float, .001, 1000), "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "rounds": (int, 0, 1000),
-    "cfg": (float, 0, 100),    "cfg_image": (float, 0, 100), "temperature": (float, 0, 10), "window": (float, 0, 1),
+    "cfg": (float, 0, 100), "cfg_image": (float, 0, 100), "temperature": (float, 0, 10), "window": (float, 0, 1),
     "registers": (int, 1, MAX_INT), "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
 COUNTS = {"points": ("pc", "gs"), "faces": ("sdf", "mesh")}   # options of these representations
 OPTIONS = ("steps", "denoise_steps", "rounds", "cfg", "cfg_image", "temperature", "rgs", "window", "registers", "top_k",
@@ -136,7 +136,7 @@ class Sampler:
 class LTM3D(Sampler):
     LAST = "backbone"
     OPTIONS = {"steps": 10, "denoise_steps": None, "cfg": 2., "cfg_image": 2., "temperature": 1., "rgs": "auto",
-               "window": .47, "rounds": 0}           # defaults; "sampling" of the backbone in config.json overrides
+               "window": .47, "rounds": 1}           # defaults; "sampling" of the backbone in config.json overrides
     reconstructor = None                             # loaded at first use
 
     def open(self):
