@@ -75,8 +75,10 @@ def in_chunks(evaluate, x):
 
 @torch.no_grad()
 def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=True):
-    """tokens n c -> vertices v 3, faces f 3 (outward), colours v 3 in [0, 1]: numpy arrays."""
+    """tokens n c -> vertices v 3, faces f 3 (outward), few colours v 3 in [0, 1]: numpy arrays."""
     from skimage.measure import marching_cubes  # here, because its import takes long
+
+    from geometry.palette import few_colours
 
     with autocast():
         memory = head.read(tokens[None])
@@ -94,8 +96,9 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
     vertices, faces, _, _ = marching_cubes(box, 0., gradient_direction="descent")      # faces outward
     vertices = np.ascontiguousarray((vertices + [rows[0] - 1 for rows in inside]) * 2 / resolution - 1, np.float32)
     colours = evaluate(torch.from_numpy(vertices).to(tokens.device))[:, 1:].clamp(0, 1).cpu().numpy()
+    faces = np.ascontiguousarray(faces, dtype=np.int64)
     give_back_memory()
-    return vertices, np.ascontiguousarray(faces, dtype=np.int64), colours
+    return vertices, faces, few_colours(faces, colours)
 
 
 def give_back_memory():
