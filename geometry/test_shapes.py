@@ -16,6 +16,7 @@ from engine import networks
 from engine.commands import UserError
 from geometry import built_in, export, low_poly, meshes, metrics, prepare, shapes, simplify, solids, surface
 from geometry.captions import NUMBERS, write_captions
+from geometry.palette import few_colours
 
 # ---------------------------------------------------------------------------- shapes
 
@@ -302,3 +303,20 @@ def test_chunks_keep_points_in_order_and_have_few_sizes():
     for k in range(1, len(x), 97):
         assert surface.in_chunks(lambda chunk: sizes.add(len(chunk)) or 2 * chunk, x[:k]).equal(2 * x[:k])
     assert len(sizes) == 8
+
+
+def test_a_surface_gets_few_flat_colours():
+    """Two colours, noisy and blurred at their border, become two; the colours of a rainbow stay."""
+    rng, side = np.random.default_rng(0), 60
+    i, j = (x.ravel() for x in np.meshgrid(range(side - 1), range(side - 1), indexing="ij"))
+    corner = i * side + j
+    faces = np.concatenate([np.stack([corner, corner + 1, corner + side], 1),
+                            np.stack([corner + 1, corner + side + 1, corner + side], 1)])
+    share = np.clip(np.arange(side) / 6 - side / 12, 0, 1)    # of the second colour, in each column
+    true = np.array([[.8, .3, .1], [.2, .3, .6]], np.float32)
+    noisy = np.outer(1 - share, true[0]) + np.outer(share, true[1]) + .02 * rng.standard_normal((side, side, 3))
+    found = few_colours(faces, np.float32(noisy.reshape(-1, 3)))
+    assert len(np.unique(found, axis=0)) == 2
+    assert abs(found - true[np.tile(share > .5, side).astype(int)]).max(1).mean() < .05
+    rainbow = rng.random((side * side, 3)).astype(np.float32)
+    assert few_colours(faces, rainbow) is rainbow

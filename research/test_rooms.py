@@ -48,4 +48,4 @@ def test_a_sample_has_few_modules_in_memory(tmp_path):
     """With those that are imported when they are needed."""
     found = closure.loaded("sample.py", "--text", "table", "--resolution", "64", "--out", str(tmp_path))
     lines = sum(closure.FILES[name].read_text().count("\n") for name in found)
-    assert {"sample", "geometry.render"} <= {*found} and lines <= 3700, (found, lines)
+    assert {"sample", "geometry.render"} <= {*found} and lines <= 3730, (found, lines)
