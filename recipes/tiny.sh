@@ -13,7 +13,7 @@ $tiny --stage encoders --steps 1000                                    #  12  fu
 $tiny --stage tokenizer --steps 3100                                   #  44  IoU .973
 $tiny --stage head --rep sdf --steps 4200                              #  26  IoU .980
 $tiny --stage vision --steps 4600                                      #  58  picture -> cloud R@1 .855
-$tiny --stage backbone --steps 8200                                    # 372  held_out .122
+$tiny --stage backbone --steps 9300                                    # 396  held_out .111
 $tiny --stage reconstruct --steps 1400                                 #  54  loss -.51, error .253
 $tiny --stage head --rep pc --steps 3000                               #  26  Chamfer .060, floor .055
 $tiny --stage head --rep mesh --steps 13500 --shapes 83200             #  90  .986 of the faces within 2 bins; 8 GB of data
@@ -32,6 +32,6 @@ $lost --stage lost-student --steps 1000                                #   2
 $lost --stage lost-registers --steps 2000                              #  46  Chamfer .030 of 64 registers, of the tokens .028
 $lost --stage lost-generator --steps 2000                              #  62  prompt score .555
 
-python evaluate.py generate --rep sdf --checkpoint runs/tiny           # prompt score .556, R-precision .899
+python evaluate.py generate --rep sdf --checkpoint runs/tiny           # prompt score .557, R-precision .909
 python evaluate.py generate --checkpoint runs/vat                      # prompt score .549, R-precision .885
 python evaluate.py generate --checkpoint runs/lost                     # prompt score .555, R-precision .938
