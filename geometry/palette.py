@@ -7,7 +7,7 @@ from scipy.spatial import cKDTree
 
 MOST, LEAST = 4, .03                          # colours, and the least share of the vertices for one
 EXPLAINED = .9                                # share of the vertices whose colour has to be near one of the palette
-TOLERANCES = .08, .1, .125, .15, .2           # largest error of a channel; colours stay as right as before (docs/DATA.md)
+TOLERANCES = .08, .1, .125, .15, .2           # largest error of a channel; reconstructions stay right (docs/DATA.md)
 
 
 def palette(colours, near):
