@@ -35,7 +35,7 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
 }
-PARTS = 9    # of the tokens, in a round (moments)
+PARTS = 9    # of the tokens; a round resamples one at a time (moments)
 DRAWS = 2    # noise draws per masked token and step, which share one MAE pass
 CACHED = 2 ** 20    # tokens x width x guidance branches in one chunk on a CPU (cache_sized)
 
@@ -290,16 +290,18 @@ def schedule(n, steps):
 
 
 def moments(n, keys, steps, rounds):
-    """(order b n, known, after): the tokens order[:, known:after] are drawn, given the first `known` ones. After the
-    schedule, each round draws every token anew, a part of them at a time, given all others: Gibbs sampling. (Tokens
-    that were drawn early, or at the same time, do not agree; not in the paper.)"""
+    """(order b n, known, after): the tokens order[:, known:after] are sampled, given the first `known` ones. After the
+    schedule, each round resamples all tokens, one of PARTS parts at a time, given the others (Gibbs sampling; not in
+    the paper): tokens that were sampled early, or in one step, do not agree."""
     order = bits(keys, 0, (n,)).argsort(1)                                        # a permutation for each sample
     for known, after in schedule(n, steps):
         yield order, known, after
+
+    ends = sorted({n * part // PARTS for part in range(PARTS + 1)})               # a set: n may be less than PARTS
     for i in range(rounds):
-        order, ends = bits(keys, -1 - i, (n,)).argsort(1), [n * part // PARTS for part in range(PARTS + 1)]
-        for start, end in pairwise(sorted({*ends})):
-            yield order.roll(-end, 1), n - (end - start), n   # these tokens are last
+        order = bits(keys, -1 - i, (n,)).argsort(1)
+        for start, end in pairwise(ends):
+            yield order.roll(-end, 1), n - (end - start), n   # this part is last
 
 
 def known_counts(n, count=16, power=1.5):

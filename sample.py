@@ -214,7 +214,7 @@ def arguments():
     flag = parser.add_argument_group("sampling", f"default: the checkpoint's own, else {known}").add_argument
     number("steps", "unmasking steps, at most the number of shape tokens")
     number("denoise_steps", "denoising steps of a token (default: 4 flow, 100 ddpm)")
-    number("rounds", "how often all tokens are drawn anew, each given all others: parts agree better")
+    number("rounds", "how often to resample all tokens, each given the others; more: parts agree better")
     number("cfg", "scale of classifier-free guidance by the text; 1: no guidance (default of lost: 1.5)")
     number("cfg_image", "scale of guidance by the picture")
     number("temperature", "temperature of the noise; lower: less diversity")

@@ -214,7 +214,7 @@ def test_schedules_place_every_token_once(n):
 
 
 @pytest.mark.parametrize("n", [1, 27, 64])
-def test_a_round_draws_every_token_once_given_all_others(n):
+def test_a_round_resamples_every_token_once_given_the_others(n):
     """After the schedule. The order differs from sample to sample and from round to round."""
     found = list(backbone.moments(n, keys_of([0, 1]), min(n, 8), rounds=2))
     first, *rounds = np.split(np.arange(len(found)), [min(n, 8), (len(found) + min(n, 8)) // 2])

@@ -75,7 +75,7 @@ def in_chunks(evaluate, x):
 
 @torch.no_grad()
 def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=True):
-    """tokens n c -> vertices v 3, faces f 3 (outward), few colours v 3 in [0, 1]: numpy arrays."""
+    """tokens n c -> vertices v 3, faces f 3 (outward), colours v 3 in [0, 1] of a palette: numpy arrays."""
     from skimage.measure import marching_cubes  # here, because its import takes long
 
     from geometry.palette import few_colours
