@@ -356,5 +356,5 @@ def fit_generator(run, stage, model, draw, loss_of, towers, decoders,
     run.finish(stage, seconds, {stage: model}, towers=run.encoder_names, metrics=metrics, **entries)
 
 
-STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"), pictures=True,
+STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=("pictures",),
               variants=BACKBONES)

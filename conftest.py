@@ -217,3 +217,14 @@ def rows_of(path):
     numbers = [cell.split(" ± ")[0] for row in rows for key, cell in row.items() if cell and key not in texts]
     assert all(np.isfinite(float(number)) for number in numbers)
     return rows
+
+
+def stop_in_step(number, stop):
+    """A learning rate that calls stop() when training comes to this step."""
+    learning_rate = train.learning_rate
+
+    def rate(current, steps, peak):
+        if current == number:
+            stop()
+        return learning_rate(current, steps, peak)
+    return rate

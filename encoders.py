@@ -190,4 +190,4 @@ def train_vision(run):
 
 
 TEXT = Stage("encoders", train_text, 800, 128, 1e-3)
-VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",), pictures=True)
+VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",), kinds=("pictures",))

@@ -31,12 +31,15 @@ COMMANDS = {  # module of research/ and function, help
     "ablate-prefix": ("experiments.compare_variants", "trains the prefix and that of the paper"),
     "ablate-denoiser": ("experiments.compare_variants", "trains flow and DDPM; by the number of denoising steps"),
     "latent-spaces": ("experiments.compare_variants", "trains one backbone for one latent space, and for four"),
+    "latte3d": ("latte3d.evaluate_latte3d", "LATTE3D: are class and colour right, seen together in training or not?"),
+    "ablate-latte3d": ("latte3d.ablate_latte3d", "LATTE3D: trains stage 1 without some of its parts"),
+    "prior": ("latte3d.evaluate_prior", "LATTE3D: are class and colour right in the prior's pictures?"),
     "scales": ("scales.evaluate_scales", "VAT: bytes, and what they keep of a shape"),
     "registers": ("registers.evaluate_registers", "LoST: what the first registers keep of a shape"),
     "search": ("registers.evaluate_search", "LoST: do its features find similar shapes?"),
     "ablate-rida": ("registers.compare_rida", "trains LoST's registers with RIDA and without")}
 COMPARED = [name for name, (function, _) in COMMANDS.items() if function == "experiments.compare_variants"]
-TRAINED = ["overfit", *COMPARED, "ablate-rida"]
+TRAINED = ["overfit", *COMPARED, "ablate-rida", "ablate-latte3d"]
 
 
 def arguments():
@@ -45,7 +48,7 @@ def arguments():
     common.add_argument("--cache", default="cache", help="folder of the prepared data")
     common.add_argument("--out", default="out/evaluate", help="folder of the results")
     add_device_flags(common)
-    common.set_defaults(data=None, faces=None)
+    common.set_defaults(data=None, faces=None, rep="sdf")
     parser = Parser(__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name, parents=[common], help=text, description=text)
@@ -55,39 +58,46 @@ def arguments():
         for name in names:
             parsers[name].add_argument(flag_name, **settings)
 
-    shipped = {"scales": "checkpoints/vat", "registers": "checkpoints/lost", "search": "checkpoints/lost"}
+    shipped = {"scales": "checkpoints/vat", "registers": "checkpoints/lost", "search": "checkpoints/lost",
+               **dict.fromkeys(("latte3d", "ablate-latte3d", "prior"), "checkpoints/latte3d")}
     for name in COMMANDS:                                     # not in `common`: parsers share its flags and defaults
         flag([name], "--checkpoint", nargs="+", default=[shipped.get(name, "checkpoints/tiny")],
              help="folders of trained weights")
     sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", "overfit", *COMPARED]
     flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=list(heads.HEADS), default="sdf",
          help="what to judge")
-    flag(sampled, "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
-    for names, count in ((["tokenizer"], 260), (["generate", "images", "scales", "registers"], 208),
+    flag([*sampled, "latte3d", "ablate-latte3d"], "--resolution", type=int, choices=RESOLUTIONS, default=64,
+         help="of surfaces")
+    for names, count in ((["tokenizer"], 260), (["generate", "images", "scales", "registers", "latte3d", "prior"], 208),
                          (["cross-view", "ablate-rgs"], 26), ([*COMPARED, "ablate-rida"], 104)):
         flag(names, "--shapes", type=between(1, 520), default=count, help="held-out shapes, of all classes alike")
     flag(["tokenizer"], "--split", choices=["train", "test"], default="test", help="training or held-out shapes")
     for names, count in ((["generate"], 16), (["attributes"], 8), (["ablate-rgs", *COMPARED], 4)):
         flag(names, "--n", type=between(2, 1000), default=count, help="samples of each prompt")
     flag(["generate"], "--registers", type=between(1), help="LoST: stop after so many (default: all)")
+    flag(["latte3d"], "--unseen", type=between(1, 520), default=60, help="prompts of combinations that are held out")
+    flag(["latte3d"], "--refine", type=between(1, 10_000), default=50, help="steps for one prompt alone")
+    flag(["prior"], "--cfg", type=between(0, 100, float), default=2., help="scale of classifier-free guidance")
     flag(["names"], "--data", required=True, help="the files that it was trained on")
     flag(["names"], "--words", nargs="+", help="only a sheet: four samples of each of these words")
     flag(["names"], "--faces", type=between(*LIMITS["faces"][1:]), help="of a mesh, at most, as of sample.py")
     flag(["tokenizer", "generate", "retrieval", "images", "cross-view", "registers", "search"], "--data",
          help="the files that it was trained on (default: the built-in shapes)")
-    flag(["generate", "ablate-rgs", "registers", "search", *TRAINED], "--scorer", default="checkpoints/tiny",
+    flag(["generate", "ablate-rgs", "registers", "search", "prior", *TRAINED[:-1]], "--scorer",
+         default="checkpoints/tiny",
          help="trained folder, whose towers give features of clouds and prompts")
     flag(["ablate-rgs"], "--alphas", nargs="*", type=between(0, 1, float), default=[0, .05, .1, .15, .2, .3, .9],
          help="weights of the sampled tokens")
     flag(["ablate-rgs"], "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .75],
          help="shares of the steps in which RGS acts, besides .47, the paper's, at a = .1")
-    flag(["ablate-rgs", *COMPARED, "ablate-rida"], "--seeds", type=between(1, 100), default=3,
+    flag(["ablate-rgs", *COMPARED, "ablate-rida", "ablate-latte3d"], "--seeds", type=between(1, 100), default=3,
          help="samplings, or trainings of each variant")
     flag(TRAINED, "--train-shapes", type=between(2), default=TRAIN_SHAPES, help="built-in training shapes")
     flag(TRAINED, "--steps", type=between(1), default=400, help="training steps of every variant")
     flag(TRAINED, "--batch", type=between(1), default=32, help="shapes a training step")
     flag(TRAINED, "--runs", default="runs/experiments", help="folder of the trained variants")
     parsers["overfit"].set_defaults(train_shapes=10)
+    parsers["ablate-latte3d"].set_defaults(train_shapes=104, batch=8)
     for name in ("images", "names"):
         parsers[name].set_defaults(resolution=128)            # n15 of the true surface: .92 at 64, .97 at 128
     return parser.parse_args()

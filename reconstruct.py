@@ -145,4 +145,4 @@ def train(run):
     run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.encoder_names)
 
 
-STAGE = Stage("reconstruct", train, 600, 64, 2e-3, after=("encoders", "tokenizer", "vision"), pictures=True)
+STAGE = Stage("reconstruct", train, 600, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=("pictures",))

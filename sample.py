@@ -36,10 +36,10 @@ LIMITS = {  # option: type, minimum, maximum
     "n": (int, 1, 10_000), "seed": (int, 0, MAX_INT), "points": (int, 1, 1_000_000), "faces": (int, 12, 10 ** 7),
     "height": (float, .001, 1000), "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "rounds": (int, 0, 1000),
     "cfg": (float, 0, 100), "cfg_image": (float, 0, 100), "temperature": (float, 0, 10), "window": (float, 0, 1),
-    "registers": (int, 1, MAX_INT), "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
+    "registers": (int, 1, MAX_INT), "refine": (int, 0, 10_000), "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
 COUNTS = {"points": ("pc", "gs"), "faces": ("sdf", "mesh")}   # options of these representations
 OPTIONS = ("steps", "denoise_steps", "rounds", "cfg", "cfg_image", "temperature", "rgs", "window", "registers", "top_k",
-           "top_p")
+           "top_p", "refine")
 
 
 def check_numbers(**values):
@@ -165,7 +165,7 @@ def model_in(folder, wanted=None):
     stages = [*read_config(folder)]
     if wanted and not stages:
         raise UserError(f"nothing is trained in {folder}; --checkpoint takes a folder that train.py made")
-    complete = ["ltm3d"] * ("backbone" in stages) + [name for name in RELATIVES if f"{name}-generator" in stages]
+    complete = ["ltm3d"] * ("backbone" in stages) + [name for name in RELATIVES if RELATIVES[name] in stages]
     started = [name for name in RELATIVES if any(stage.startswith(f"{name}-") for stage in stages)]
     found = [*complete, *started] or ["ltm3d"]
     if wanted and wanted not in found:
@@ -221,6 +221,7 @@ def arguments():
     number("registers", "lost: number of registers to generate (default: all)")
     number("top_k", "vat: sample among the k most likely codes")
     number("top_p", "vat: sample among the most likely codes whose probabilities add up to p")
+    number("refine", "latte3d: steps of score distillation for this prompt alone")
     flag("--rgs", metavar="RULE", type=lambda text: reconstruct.parse_rgs(text) and text,
          help="Reconstruction-Guided Sampling: what the MAE encodes in the first steps. sampled=A, recon=A: a blend, A "
          "is the weight of the sampled tokens (alpha in the paper's figure) or of the reconstruction (in its text); "

@@ -92,6 +92,7 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
                disable=processes.rank() > 0)
     with stop_after_step(bar, stage) as stop:
         for step in bar:
+            run.progress.fill_(step / steps)
             # --- forward and backward passes: process r takes micro-batches r, r + world ...
             for i in range(processes.rank(), run.micro_batches, processes.world()):
                 if streamed:
@@ -147,7 +148,7 @@ def chain(args, reps, joint, folder):
     with processes.first_process_ahead():
         stages = {stage.name: stage._replace(steps=args.steps or stage.steps, batch=args.batch or stage.batch,
                                              lr=args.lr or stage.lr) for stage in stages_of(args.model)}
-        last = "backbone" if args.model == "ltm3d" else f"{args.model}-generator"
+        last = RELATIVES.get(args.model, "backbone")
         run, begin = Run(args, stages, heads.HEADS, reps, joint, last, folder, fit, judge), name_begins(args.data)
         encoders.load_pretrained(**run.encoder_names, device=run.device)          # a missing one is an error here
         names = chosen(args, stages.values(), reps)
@@ -165,8 +166,8 @@ def chain(args, reps, joint, folder):
                 raise UserError(f"{args.source} holds no trained {name} to fine-tune; leave out --finetune")
         with locked(run.folder):                              # a folder that cannot be used is an error now
             pass
-        pictures = args.image_encoder or any(stages[name].pictures for name in names)
-        kinds = ["surface", *["pictures"] * bool(pictures), *kinds_of(heads.HEADS[rep] for rep in joint + reps)]
+        own = ["pictures"] * bool(args.image_encoder) + [kind for name in names for kind in stages[name].kinds]
+        kinds = ["surface", *own, *kinds_of(heads.HEADS[rep] for rep in joint + reps)]
         run.train, run.test = (split.to(run.device) for split in training_sets(args, list(dict.fromkeys(kinds))))
         run.classes, run.prompts = judge.classes_and_prompts(run.train, run.test, built_in=args.data is None)
     with locked(run.folder):

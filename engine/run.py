@@ -79,6 +79,7 @@ class Run:
             raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
+        self.progress = torch.zeros((), device=self.device)   # of training, from 0 to 1
         self.graphs = self.device.type == "cuda" and not args.no_compile
 
     def fit(self, *args, **settings):

@@ -11,9 +11,10 @@ class Stage(NamedTuple):
     batch: int
     lr: float                   # peak learning rate
     after: tuple = ()           # stages whose weights it is trained on
-    pictures: bool = False      # is it trained on pictures?
+    kinds: tuple = ()           # of training samples beside surfaces and those of heads (geometry/kinds.py)
     smallest: int = 1           # minimum of shapes in a micro-batch
     variants: dict = {}         # other classes for what it trains: {name: class}
 
 
-RELATIVES = "vat", "lost"    # models beside LTM3D: relatives/<name>.py, with stages <name>-... to <name>-generator
+# models beside LTM3D, relatives/<name>.py, and the last of their stages <name>-...
+RELATIVES = {"vat": "vat-generator", "lost": "lost-generator", "latte3d": "latte3d-texture"}

@@ -22,7 +22,7 @@ import data
 import heads
 import judge
 import train
-from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, train_small
+from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, stop_in_step, train_small
 from engine import files, processes, step
 from engine import run as run_folder
 from engine.commands import UserError
@@ -57,17 +57,6 @@ def test_a_module_may_learn_faster():
     rates = {p: group["rate"] for group in groups for p in group["params"]}
     assert heads.MeshHead.RATE != 1
     assert rates == {p: 1 for p in plain.parameters()} | {p: heads.MeshHead.RATE for p in quick.parameters()}
-
-
-def stop_in_step(number, stop):
-    """A learning rate that calls stop() when training comes to this step."""
-    learning_rate = train.learning_rate
-
-    def rate(current, steps, peak):
-        if current == number:
-            stop()
-        return learning_rate(current, steps, peak)
-    return rate
 
 
 def log_rows(path):
@@ -129,7 +118,7 @@ def train_line(folder, bad, monkeypatch, steps=12):
     run = SimpleNamespace(folder=folder, stages={"line": Stage("line", None, steps, 4, .1)}, device=torch.device("cpu"),
                           recompute=False, autocast=contextlib.nullcontext, micro_batches=1, test=None, seed=0,
                           graphs=False, fingerprint=lambda stage: 0,
-                          train=SimpleNamespace(version="toy", streamed=False))
+                          progress=torch.zeros(()), train=SimpleNamespace(version="toy", streamed=False))
     torch.manual_seed(0)
     return train.fit(run, "line", nn.Linear(64, 64), draw, lambda model, x: (((model(x) - x) ** 2).mean(), {}))[0]
 

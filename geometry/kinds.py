@@ -10,7 +10,8 @@ from geometry.meshes import FACES
 POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
 GREY = .7                     # the colour of files without colours
 VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
-KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 29 (a picture) and 66 kB
+SIDE, RIM = 32, 4             # pixels along a side of a picture that LATTE3D learns from; a camera's border, cut off
+KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 29 (a picture), 66 and 20 kB
     "surface": dict(points=(np.float16, (POINTS, 3)), normals=(np.int8, (POINTS, 3)), colours=(np.uint8, (POINTS, 3)),
                     queries=(np.float16, (QUERIES, 3)), distance=(np.float16, (QUERIES,))),
     "faces": dict(corners=(np.int16, (FACES, 3, 3)), face_colours=(np.uint8, (FACES, 3)),
@@ -19,5 +20,6 @@ KINDS = {                     # kind of samples -> its arrays, one row per shape
                      picture_normals=(np.int8, (SIZE, SIZE, 3)),
                      picture_coverage=(np.uint8, (SIZE, SIZE)), picture_azimuth=(np.float32, ())),
     "views": dict(views=(np.uint8, (VIEW, VIEW, 4)), angles=(np.float32, (2,))),
+    "sides": dict(sides=(np.uint8, (4, SIDE, SIDE, 5)), side_angles=(np.float32, (4, 2))),
     "records": {},
 }

@@ -1,4 +1,4 @@
-"""training_samples.py - four kinds of training samples, each a function of a shape and a random generator.
+"""training_samples.py - five kinds of training samples, each a function of a shape and a random generator.
 
 A shape is any object with `surface`, `distance`, `mesh`, `low_poly` and `icon`: a built-in shape (geometry/solids.py)
 or triangles of a file (geometry/soup.py). They fill the arrays of geometry/kinds.py.
@@ -9,12 +9,15 @@ from einops import reduce
 
 from geometry.camera import as_tensor, view_rotation
 from geometry.crop import SIZE, crop_to_object
-from geometry.kinds import KINDS, POINTS, QUERIES, VIEW
+from geometry.kinds import KINDS, POINTS, QUERIES, RIM, SIDE, VIEW
 from geometry.low_poly import canonical
 from geometry.meshes import FACES
 from geometry.rasterise import rasterise_mesh
 from geometry.simplify import simplify_to
 from geometry.splat import baked_light
+
+ELEVATIONS = 0, 40            # of pictures from four sides
+REACH = 1.3                   # depths of surface points lie within -REACH and REACH
 
 
 def take_surface(shape, rng):
@@ -70,18 +73,32 @@ def take_views(shape, rng):
     return {"views": (draw_view(shape, *angles) * 255).round(), "angles": angles}
 
 
+def take_sides(shape, rng):
+    """Pictures from four sides, 90 degrees apart: colour times coverage, coverage, depth times coverage."""
+    first, elevation = rng.uniform(0, 360), rng.uniform(*ELEVATIONS)
+    mesh, angles = vertex_coloured(shape), [(first + 90 * i, elevation) for i in range(4)]
+    return {"sides": np.round(draw_sides(*mesh, angles) * 255), "side_angles": angles}
+
+
+def draw_sides(vertices, faces, colours, angles):
+    sides = torch.stack([render_flat(vertices, faces, colours, *pair, SIDE + 2 * RIM) for pair in angles])
+    return sides[:, RIM:-RIM, RIM:-RIM].numpy()               # v s s 5
+
+
 def draw_view(shape, azimuth, elevation):
-    return render_flat(*vertex_coloured(shape), azimuth, elevation).numpy()
+    return render_flat(*vertex_coloured(shape), azimuth, elevation)[..., :4].numpy()
 
 
-def render_flat(vertices, faces, colours, azimuth, elevation):
-    """The target of a splatted picture: a mesh with colours (v 3) in baked light, no shadow, no floor.
-    -> VIEW VIEW 4: colour times coverage, coverage."""
-    pixel, _, normal, colour = rasterise_mesh(as_tensor(vertices), as_tensor(faces, torch.int64), as_tensor(colours),
-                                              view_rotation(azimuth, elevation), 2 * VIEW)
-    image = torch.zeros(4 * VIEW ** 2, 4)
-    image[pixel] = torch.cat([colour * baked_light(normal), torch.ones_like(normal[:, :1])], -1)
-    return reduce(image, "(h a w b) c -> h w c", "mean", h=VIEW, w=VIEW, a=2)
+def render_flat(vertices, faces, colours, azimuth, elevation, size=VIEW):
+    """The target of a rendered picture: a mesh with colours (v 3) in baked light, no shadow, no floor.
+    -> size size 5: colour times coverage, coverage, depth times coverage, from 0 (far) to 1."""
+    view = view_rotation(azimuth, elevation)
+    pixel, position, normal, colour = rasterise_mesh(as_tensor(vertices), as_tensor(faces, torch.int64),
+                                                     as_tensor(colours), view, 2 * size)
+    image = torch.zeros(4 * size ** 2, 5)
+    depth = (.5 + position @ view[2] / (2 * REACH)).clamp(0, 1)[:, None]                           # p 1
+    image[pixel] = torch.cat([colour * baked_light(normal), torch.ones_like(depth), depth], -1)
+    return reduce(image, "(h a w b) c -> h w c", "mean", h=size, w=size, a=2)
 
 
 def vertex_coloured(shape):
@@ -93,4 +110,4 @@ def vertex_coloured(shape):
 
 
 TAKE = {"surface": take_surface, "faces": take_faces, "pictures": take_pictures, "views": take_views,
-        "records": lambda shape, rng: {}}
+        "sides": take_sides, "records": lambda shape, rng: {}}

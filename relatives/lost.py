@@ -299,7 +299,7 @@ def stages(ltm3d):
             Stage("lost-registers", train_registers, 2000, 64, 2e-3, after=("tokenizer", "lost-student"),
                   variants=CODECS),
             Stage("lost-generator", train_generator, 2000, 64, 2e-3, after=("encoders", "vision", "lost-registers"),
-                  pictures=True)]
+                  kinds=("pictures",))]
 
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened

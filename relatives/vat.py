@@ -354,7 +354,7 @@ def stages(ltm3d):
             Stage("vat-codes", train_codes, 4500, 16, 1e-3),
             Stage("vat-decoder", train_decoder, 2500, 16, 1e-3, after=("vat-codes",)),
             Stage("vat-generator", train_generator, 5000, 32, 2e-3, after=("encoders", "vision", "vat-codes"),
-                  pictures=True)]
+                  kinds=("pictures",))]
 
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened

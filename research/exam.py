@@ -50,7 +50,7 @@ def open_tokenizer(folder, rep, device):
 
 def last_stage(folder):
     """The stage of a folder that generates."""
-    return "backbone" if (name := model_in(folder)) == "ltm3d" else f"{name}-generator"
+    return RELATIVES.get(model_in(folder), "backbone")
 
 
 def weights(folder):

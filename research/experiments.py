@@ -15,6 +15,7 @@ import train
 from data import prepare, seeded
 from engine.commands import UserError
 from engine.files import read_config, read_stage, read_weights
+from engine.stage import RELATIVES
 from geometry.metrics import chamfer, chamfer_matrix
 from research import exam, metrics
 from research.results import interval, write_table
@@ -75,7 +76,7 @@ def train_variant(args, variant, share, seed):
     flags, steps = dict(zip(words[::2], words[1::2])), -(-args.steps * share // 1)
     name = re.sub(r"[^\w.]+", "-", variant).strip("-") or "ltm3d"
     name += f"-{steps:g}-steps" * (share < 1)
-    last = f"{flags['--model']}-generator" if "--model" in flags else "backbone"
+    last = RELATIVES[flags["--model"]] if "--model" in flags else "backbone"
     return train_stages(args, f"{name}-{seed}", seed, flags | {"--steps": int(steps)}, [last])
 
 

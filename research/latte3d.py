@@ -1,0 +1,220 @@
+"""latte3d.py - LATTE3D: are class and colour right, for combinations that training has seen, and for others? What does
+each of its parts bring?
+
+    python evaluate.py latte3d                      # its shapes
+    python evaluate.py prior                        # the pictures that it learns from
+    python evaluate.py ablate-latte3d               # trains stage 1 without some of its parts
+"""
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from tqdm import tqdm
+
+import encoders as encoders_
+from backbone import split_condition
+from data import prepare, seeded
+from engine.commands import pick_device
+from engine.files import load_stage
+from engine.noise import keys_of
+from geometry.crop import crop_to_object
+from geometry.metrics import chamfer_matrix
+from geometry.shapes import CLASSES
+from geometry.words import COLOURS
+from heads import field_of
+from prompts import image_tower
+from relatives import latte3d, prior
+from research import exam
+from research.attributes import SPECK, measure_shape
+from research.experiments import train_stages
+from research.quality import save_sheet
+from research.results import interval, labels, mean, write_table, write_tables
+from research.scores import SOUNDNESS, Scorer
+
+SHADES = .6, .7, .8, .9, 1., 1.1    # of a colour, in splat.baked_light
+SEEN = .2                     # of a shape: true pictures always show so much of their colour, of another .8 % do
+TOGETHER = 16                 # prompts, learnt together or each alone
+ASD = .1                      # the most noise that is added between the two evaluations
+
+
+class FirstStage(latte3d.LATTE3D):
+    """LATTE3D with the colours of its first stage."""
+    LAST = "latte3d-geometry"
+
+    def open(self):
+        self.geometry = latte3d.load_geometry(self.folder).to(self.device)
+        self.heads = {"sdf": self.geometry["field"]}
+
+    def shape_tokens(self, condition, keys, **_):
+        return self.geometry["grower"](condition)
+
+
+class Judge:
+    """Is the class right, that of the nearest held-out shape; is a fifth of the surface nearest to the colour?"""
+
+    def __init__(self, args):
+        self.args, self.test = args, exam.held_out(args)
+        self.clouds = self.test.cloud(range(len(self.test)), exam.POINTS, seeded(args.seed))[0]   # r k 3
+
+    def scores(self, model, cache, records, **options):
+        """The means, and the results, of samples of the longest captions of shapes."""
+        surface = exam.shape_result(model, "sdf", self.args.resolution)
+        by_name = {f"{record['index']}": record for record in records}
+        jobs = [exam.Job(name, max(record["captions"], key=len), None, (self.args.seed, i))
+                for i, (name, record) in enumerate(by_name.items())]
+
+        def result_of(tokens, job):
+            o, paint = measure_shape(field_of(model.heads["sdf"], tokens, model.autocast))
+            record, found = by_name[job.name], surface(tokens, job)
+            near = chamfer_matrix(torch.from_numpy(found["points"])[None], self.clouds).argmin()
+            main = list(COLOURS).index(record["attributes"]["colour"])
+            right = min(o.shape) >= SPECK and (paint[paint >= 0] == main).mean() > SEEN
+            return found | {"right class": self.test.classes[near] == record["class"], "right colour": right}
+
+        results = exam.sample_all(model, jobs, cache, result_of, **options)
+        keys = "right class", "right colour", *SOUNDNESS
+        return {key: results[key].mean() for key in keys if key in results}, results, jobs
+
+
+def evaluate_latte3d(args):
+    """Measures the shapes of the longest captions of held-out shapes. Of eight combinations that training has not seen,
+    a picture: what the prior makes of them, the shapes of stage 1, with the texture, and refined."""
+    judge, tables = Judge(args), {}
+    for folder, label in labels(args.checkpoint).items():
+        model, first = exam.open_model(args, folder), FirstStage(folder, args.device, args.precision)
+        tables[label], columns = [], []
+        seen, unseen = ([record for record in judge.test.records if latte3d.unseen(record) == held_out][:count]
+                        for held_out, count in ((False, args.shapes), (True, args.unseen)))
+        for name, records, model_, options in (
+                ("seen together", seen, model, {}), ("not seen together", unseen, model, {}),
+                ("the same, stage 1 alone", unseen, first, {}),
+                (f"the same, refined for {args.refine} steps", unseen, model, {"refine": args.refine})):
+            cache = exam.result_cache(args, label, folder, "research.latte3d", shapes=name, options=options)
+            scores, results, jobs = judge.scores(model_, cache, records, **options)
+            tables[label].append({"class and colour": name, "prompts": len(records), **scores})
+            columns.append([exam.picture_of(model_, args, results["tokens"][i], job) for i, job in enumerate(jobs[:8])])
+        _, texture, geometry, refined = columns
+        rows = zip(prior_pictures(args, folder, [job.text for job in jobs[:8]]), geometry, texture, refined)
+        titles = [title for job in jobs[:8] for title in (job.text, "stage 1", "stage 2", "refined")]
+        save_sheet(args, f"{args.command}-{label}", sum(rows, ()), 8, titles)
+    write_tables(args.out, args.command, tables, means=False)
+
+
+@torch.no_grad()
+def prior_pictures(args, folder, prompts):
+    """What the prior makes of prompts, four sides in a square each."""
+    device, autocast, _ = pick_device(args.device, args.precision)
+    model = load_stage(folder, "latte3d-prior", prior.Prior).to(device)
+    with autocast():
+        condition = encoders_.load(folder, "latte3d-prior", device).encode(prompts)
+        return prior.images(model.generate(condition, keys_of(range(len(prompts)), device)), rows=2, scale=3)
+
+
+# ---------------------------------------------------------------------------- ablations
+
+def one_view(found_of, pictures, x, condition, angles, noise, depth=None, **settings):
+    """A prior that sees each picture alone."""
+    v, alone = x.shape[1], lambda y: rearrange(y, "b v ... -> (b v) 1 ...")
+    condition = {kind: [repeat(y, "b ... -> (b v) ...", v=v) for y in part] for kind, part in condition.items()}
+    found = found_of(pictures, alone(x), condition, alone(angles), repeat(noise, "b -> (b v)", v=v),
+                     depth if depth is None else alone(depth), **settings)
+    return rearrange(found, "(b v) 1 ... -> b v ...", v=v)
+
+
+def asd(_, pictures, x, condition, angles, noise, depth=None, cfg=latte3d.GUIDANCE):
+    """Asynchronous Score Distillation (arXiv 2407.02040): the same noise, and a little more of it. The pictures should
+    change as what is found with guidance differs from what is found, then, without."""
+    more = noise + ASD * torch.rand_like(noise) * noise
+    kept, drawn = (rearrange(y, "b -> b 1 1 1 1") for y in (noise, more.clamp(max=.98)))
+    eps, (branches, strengths) = torch.randn_like(x), split_condition(condition, cfg)
+    found, _ = pictures.guided(kept * eps + (1 - kept) * x, 1 - noise, branches, strengths, angles, depth)
+    plain, _ = pictures.guided(drawn * eps + (1 - drawn) * x, 1 - drawn.flatten(), condition, [], angles, depth)
+    return x + found - plain
+
+
+PARTS = {  # variant: what it changes in relatives/latte3d.py
+    "LATTE3D": {}, "guidance is not rescaled": {"RESCALED": 0.}, "ASD": {"distilled": asd},
+    "one view instead of four": {"distilled": one_view}, "no silhouettes": {"SILHOUETTE": 0.},
+    "the cloud does not fade": {"FADE": (2., 3.)}}
+
+
+def trained(args, name, seed, changes, **flags):
+    """Trains stage 1 with changes of relatives/latte3d.py; -> its folder."""
+    changes = {key: (lambda *a, now=getattr(latte3d, key), then=value, **k: then(now, *a, **k))
+               if key == "distilled" else value for key, value in changes.items()}
+    with ExitStack() as stack:
+        for key, value in changes.items():
+            stack.enter_context(patch.object(latte3d, key, value))
+        flags = {"--model": "latte3d"} | {f"--{key}": value for key, value in flags.items()}
+        return train_stages(args, f"latte3d-{name.replace(' ', '-')}-{seed}", seed, flags, ["latte3d-geometry"])
+
+
+def ablate_latte3d(args):
+    """Trains stage 1 for TOGETHER prompts without its parts, for a short time; and each prompt alone, in equal time."""
+    judge, rows = Judge(args), []
+    records = prepare("train", args.train_shapes, args.cache).records[:TOGETHER]
+    alone = lambda *chosen: lambda record: record["index"] not in [other["index"] for other in chosen]
+
+    def scores(folder, own):
+        cache = exam.result_cache(args, folder.name, folder, "research.latte3d", shapes=[r["index"] for r in own])
+        return judge.scores(FirstStage(folder, args.device, args.precision), cache, own)[0]
+
+    for name, changes in PARTS.items():
+        folders = [trained(args, name, seed, {"unseen": alone(*records)} | changes) for seed in range(args.seeds)]
+        found = [scores(folder, records) for folder in folders]
+        rows.append({"variant": name} | {key: interval([one[key] for one in found]) for key in found[0]})
+    found = []
+    for seed in range(args.seeds):
+        folders = [trained(args, f"prompt {i}", seed, {"unseen": alone(own)}, steps=args.steps // TOGETHER)
+                   for i, own in enumerate(records)]
+        found.append(mean([scores(folder, [own]) for folder, own in zip(folders, records)]))
+    rows.append({"variant": "each prompt alone"} | {key: interval([one[key] for one in found]) for key in found[0]})
+    print(f"{args.seeds} trainings of {args.steps} steps for {TOGETHER} prompts: means with 95 % confidence intervals")
+    write_table(args.out, args.command, rows)
+
+
+# ---------------------------------------------------------------------------- the prior
+
+@torch.no_grad()
+def evaluate_prior(args):
+    """Of the pictures of the longest captions: what do the towers and the pixels say of class and colour?"""
+    device, autocast, _ = pick_device(args.device, args.precision)
+    test, table = exam.held_out(args, ("surface", "sides")), []
+    rows = range(min(args.shapes, len(test)))
+    scorer, tower = Scorer(args.scorer, args.device), image_tower.load(args.scorer).to(device)
+    names, palette = scorer.texts(list(CLASSES)), np.array(list(COLOURS.values()))                 # m e, 12 3
+    for folder, label in labels(args.checkpoint).items():
+        model = load_stage(folder, "latte3d-prior", prior.Prior).to(device)
+        encoders, captions = encoders_.load(folder, "latte3d-prior", device), exam.longest_captions(test, rows)
+        found = []
+        for chunk in tqdm(np.array_split(rows, -(-len(rows) // 16)), unit="batch"):
+            with autocast():
+                angles = test.sides(chunk)["side_angles"].to(device)
+                x = model.generate(encoders.encode([captions[row] for row in chunk]),
+                                   keys_of([(args.seed, int(row)) for row in chunk], device), angles, cfg=args.cfg)
+            found.append((x.clamp(-1, 1) + 1) / 2)
+        table.append({"checkpoint": label, **judge_pictures(torch.cat(found).cpu(), test, rows, tower, names, palette)})
+    true = test.sides(rows)["sides"][..., :4]
+    table.append({"checkpoint": "held-out shapes", **judge_pictures(true, test, rows, tower, names, palette)})
+    write_table(args.out, args.command, table)
+
+
+def judge_pictures(x, test, rows, tower, names, palette):
+    """b v s s 4 in [0, 1] -> shares of shapes whose class (by the mean feature of four pictures) and main colour (it
+    is the nearest of all, in some shade, to a fifth of the pixels) are right."""
+    shades, results = np.multiply.outer(SHADES, palette), []                      # l 12 3
+    for sides, row in zip(x, rows):
+        own = [np.concatenate([side[..., :3] / side[..., 3:].clip(1e-3), side[..., 3:]], -1) for side in sides.numpy()]
+        pictures = np.stack([crop_to_object(side) for side in own])               # v s s 4
+        white = torch.from_numpy(pictures[..., :3] + 1 - pictures[..., 3:]).permute(0, 3, 1, 2)
+        feature = tower.embed(tower.tokens(white)[0]).cpu().numpy().mean(0)       # e
+        inside = sides[sides[..., 3] > .9].numpy()                                # p 4
+        colours = inside[:, None, None, :3] / inside[:, None, None, 3:]
+        nearest = ((colours - shades) ** 2).sum(-1).min(1).argmin(1)              # p
+        record = test.records[row]
+        main = list(COLOURS).index(record["attributes"]["colour"])
+        results.append({"right class": list(CLASSES)[(names @ feature).argmax()] == record["class"],
+                        "right colour": len(nearest) and (nearest == main).mean() > SEEN})
+    return mean(results)
