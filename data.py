@@ -30,7 +30,7 @@ from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
 from geometry.training_pictures import colours_named, recolour, relight
 
 # entry of a head's `reads`, a method of Prepared -> its kind of samples
-READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views", "sides": "sides"}
+READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
 MIRROR, TURN = np.diag([-1, 1, 1]), np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])      # x to -x; x to -z, z to x
 SYMMETRIES = np.stack([np.linalg.matrix_power(TURN, i // 2) @ np.linalg.matrix_power(MIRROR, i % 2)      # 8 3 3
                        for i in range(8)])                    # a shape, its mirror image, the same turned, ...
@@ -273,10 +273,9 @@ class Prepared:
         views = torch.where(rearrange(mirrored, "b -> b 1 1 1"), views.flip(2), views)
         return {"views": views / 255, "angles": torch.stack([azimuth, elevation], 1)}
 
-    def sides(self, rows, *_):
+    def sides(self, rows):
         """Four pictures of each shape, b 4 size size 5; azimuth and elevation of their cameras, b 4 2 in degrees."""
-        sides, angles = self.take("sides", rows), self.take("side_angles", rows)
-        return {"sides": sides / 255, "side_angles": angles}
+        return {"sides": self.take("sides", rows) / 255, "side_angles": self.take("side_angles", rows)}
 
     def turns(self, rows, which):
         """How many right angles a shape is turned, until its picture `which` is from the front, to 45 degrees: b. Files
@@ -333,8 +332,7 @@ def main():
     flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
                         "(geometry/real.py); default: the built-in shapes")
     flag("--kinds", nargs="+", choices=[kind for kind in KINDS if KINDS[kind]], default=["surface", "pictures"],
-         help="training samples: surface for all heads, pictures for image prompts, faces for mesh, views for gs, "
-              "sides for LATTE3D")
+         help="surface: for all heads; pictures: for image prompts; faces: mesh; views: gs; sides: LATTE3D")
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
          help="only share i of n, from 0: n machines can fill one folder")
     flag("--shapes", type=between(1), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")

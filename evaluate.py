@@ -14,6 +14,7 @@ from importlib import import_module
 import heads
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder, read_config
+from engine.stage import RELATIVES
 from geometry.prepare import TRAIN_SHAPES
 from sample import LIMITS, RESOLUTIONS, model_in
 
@@ -31,6 +32,7 @@ COMMANDS = {  # module of research/ and function, help
     "ablate-prefix": ("experiments.compare_variants", "trains the prefix and that of the paper"),
     "ablate-denoiser": ("experiments.compare_variants", "trains flow and DDPM; by the number of denoising steps"),
     "latent-spaces": ("experiments.compare_variants", "trains one backbone for one latent space, and for four"),
+    "models": ("quality.draw_models", "the same prompts by several models, in one picture"),
     "latte3d": ("latte3d.evaluate_latte3d", "LATTE3D: are class and colour right, seen together in training or not?"),
     "ablate-latte3d": ("latte3d.ablate_latte3d", "LATTE3D: trains stage 1 without some of its parts"),
     "prior": ("latte3d.evaluate_prior", "LATTE3D: are class and colour right in the prior's pictures?"),
@@ -60,8 +62,10 @@ def arguments():
 
     shipped = {"scales": "checkpoints/vat", "registers": "checkpoints/lost", "search": "checkpoints/lost",
                **dict.fromkeys(("latte3d", "ablate-latte3d", "prior"), "checkpoints/latte3d")}
+    every = [f"checkpoints/{name}" for name in ("tiny", *RELATIVES)]
     for name in COMMANDS:                                     # not in `common`: parsers share its flags and defaults
-        flag([name], "--checkpoint", nargs="+", default=[shipped.get(name, "checkpoints/tiny")],
+        flag([name], "--checkpoint", nargs="+",
+             default=every if name == "models" else [shipped.get(name, "checkpoints/tiny")],
              help="folders of trained weights")
     sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", "overfit", *COMPARED]
     flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=list(heads.HEADS), default="sdf",
@@ -75,6 +79,8 @@ def arguments():
     for names, count in ((["generate"], 16), (["attributes"], 8), (["ablate-rgs", *COMPARED], 4)):
         flag(names, "--n", type=between(2, 1000), default=count, help="samples of each prompt")
     flag(["generate"], "--registers", type=between(1), help="LoST: stop after so many (default: all)")
+    flag(["models"], "--text", nargs="+", help="prompts",
+         default=["a blue lamp", "a red bed with a white blanket", "a black chair", "a green bottle"])
     flag(["latte3d"], "--unseen", type=between(1, 520), default=60, help="prompts of combinations that are held out")
     flag(["latte3d"], "--refine", type=between(1, 10_000), default=50, help="steps for one prompt alone")
     flag(["prior"], "--cfg", type=between(0, 100, float), default=2., help="scale of classifier-free guidance")

@@ -16,5 +16,4 @@ class Stage(NamedTuple):
     variants: dict = {}         # other classes for what it trains: {name: class}
 
 
-# models beside LTM3D, relatives/<name>.py, and the last of their stages <name>-...
-RELATIVES = {"vat": "vat-generator", "lost": "lost-generator", "latte3d": "latte3d-texture"}
+RELATIVES = {"vat": "vat-generator", "lost": "lost-generator", "latte3d": "latte3d-texture"}    # model: its last stage

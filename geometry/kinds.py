@@ -10,7 +10,7 @@ from geometry.meshes import FACES
 POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
 GREY = .7                     # the colour of files without colours
 VIEW = 128                    # pixels along a side of a picture that 3D Gaussians learn from
-SIDE, RIM = 32, 4             # pixels along a side of a picture that LATTE3D learns from; a camera's border, cut off
+SIDE, RIM, REACH = 32, 4, 1.3    # of LATTE3D's pictures: pixels along a side and of the border, cut off; depth +-REACH
 KINDS = {                     # kind of samples -> its arrays, one row per shape: 98, 6, 29 (a picture), 66 and 20 kB
     "surface": dict(points=(np.float16, (POINTS, 3)), normals=(np.int8, (POINTS, 3)), colours=(np.uint8, (POINTS, 3)),
                     queries=(np.float16, (QUERIES, 3)), distance=(np.float16, (QUERIES,))),

@@ -9,15 +9,12 @@ from einops import reduce
 
 from geometry.camera import as_tensor, view_rotation
 from geometry.crop import SIZE, crop_to_object
-from geometry.kinds import KINDS, POINTS, QUERIES, RIM, SIDE, VIEW
+from geometry.kinds import KINDS, POINTS, QUERIES, REACH, RIM, SIDE, VIEW
 from geometry.low_poly import canonical
 from geometry.meshes import FACES
 from geometry.rasterise import rasterise_mesh
 from geometry.simplify import simplify_to
 from geometry.splat import baked_light
-
-ELEVATIONS = 0, 40            # of pictures from four sides
-REACH = 1.3                   # depths of surface points lie within -REACH and REACH
 
 
 def take_surface(shape, rng):
@@ -75,14 +72,13 @@ def take_views(shape, rng):
 
 def take_sides(shape, rng):
     """Pictures from four sides, 90 degrees apart: colour times coverage, coverage, depth times coverage."""
-    first, elevation = rng.uniform(0, 360), rng.uniform(*ELEVATIONS)
-    mesh, angles = vertex_coloured(shape), [(first + 90 * i, elevation) for i in range(4)]
-    return {"sides": np.round(draw_sides(*mesh, angles) * 255), "side_angles": angles}
+    first, elevation = rng.uniform(0, 360), rng.uniform(0, 40)
+    angles = [(first + 90 * i, elevation) for i in range(4)]
+    return {"sides": np.round(draw_sides(vertex_coloured(shape), angles) * 255), "side_angles": angles}
 
 
-def draw_sides(vertices, faces, colours, angles):
-    sides = torch.stack([render_flat(vertices, faces, colours, *pair, SIDE + 2 * RIM) for pair in angles])
-    return sides[:, RIM:-RIM, RIM:-RIM].numpy()               # v s s 5
+def draw_sides(mesh, angles):                                 # -> v s s 5
+    return torch.stack([render_flat(*mesh, *pair, SIDE + 2 * RIM)[RIM:-RIM, RIM:-RIM] for pair in angles]).numpy()
 
 
 def draw_view(shape, azimuth, elevation):

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from geometry.camera import EYE, rays
-from geometry.kinds import RIM, SIDE
+from geometry.kinds import REACH, RIM, SIDE
 from geometry.splat import baked_light, view_rotations
 from geometry.surface import TRUNCATION
-from geometry.training_samples import REACH
 
 POINTS = 32          # on each ray
 

@@ -60,7 +60,7 @@ class Grower(nn.Module):
     def __init__(self, tokens, channels, widths, dim, depth, heads, prefix):
         super().__init__()
         self.prefix, self.token = Prefix(prefix, dim, heads, widths), nn.Linear(channels, dim)
-        self.dummy = nn.Parameter(torch.randn(tokens, channels))                  # the dummy cloud
+        self.dummy = nn.Parameter(torch.randn(tokens, channels))                  # the dummy cloud of stage 1
         self.place = nn.Parameter(torch.randn(tokens, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)

@@ -184,8 +184,7 @@ STAGE = Stage("latte3d-prior", train, 6000, 32, 1e-3, after=("encoders",), kinds
 
 def depth_of(path):
     """The file of a mesh -> its depth from the four sides that are shown, 1 v s s 2."""
-    shape = real.read_shape(path)
-    sides = draw_sides(*vertex_coloured(shape), SHOWN[0].tolist())
+    sides = draw_sides(vertex_coloured(real.read_shape(path)), SHOWN[0].tolist())
     return torch.from_numpy(sides[None, ..., [4, 3]])
 
 

@@ -18,10 +18,10 @@ from engine.networks import grid_points
 from engine.step import learning_rate, optimizers, set_rate
 from geometry import shapes
 from geometry.camera import EYE
-from geometry.kinds import SIDE
+from geometry.kinds import REACH, SIDE
 from geometry.splat import baked_light
 from geometry.surface import TRUNCATION
-from geometry.training_samples import REACH, take_sides
+from geometry.training_samples import take_sides
 from geometry.volume import gradient, paint, pixel_rays, render
 from geometry.words import COLOURS
 from relatives import latte3d, prior
@@ -31,7 +31,7 @@ ANGLES = torch.tensor([[[20. + 90 * i, 15] for i in range(4)]])                 
 
 
 def grid_of(distance, colour=.5):                             # of points k 3 -> 1 4 s s s
-    d = torch.as_tensor(distance, dtype=torch.float32).view(1, 1, CELLS, CELLS, CELLS) / TRUNCATION
+    d = rearrange(torch.as_tensor(distance).float(), "(x y z) -> 1 1 x y z", x=CELLS, y=CELLS) / TRUNCATION
     return torch.cat([d, torch.full_like(d, colour).expand(-1, 3, -1, -1, -1)], 1)
 
 
@@ -116,7 +116,7 @@ def test_the_gradient_of_score_distillation(monkeypatch):
     torch.manual_seed(1)
     latte3d.distillation(LinearPrior(), x, TEXT, ANGLES, noise, cfg=3.).backward()
     torch.manual_seed(1)
-    share = noise.view(2, 1, 1, 1, 1)
+    share = rearrange(noise, "b -> b 1 1 1 1")
     found = (.5 + 3 * .3) * (share * torch.randn_like(x) + (1 - share) * x)
     assert torch.allclose(x.grad, ((x - found) / x.numel()).detach(), atol=1e-7)
 
@@ -223,6 +223,11 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     flags = "--model", "latte3d", "--size", "tiny", "--from", "checkpoints/tiny", "--batch", 2, "--steps", 4
     stages = "latte3d-prior", "latte3d-geometry", "latte3d-texture"
     assert train_small(monkeypatch, whole, 4, *flags) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(latte3d, "EMPTY", 1.)                   # every picture is as good as empty
+        assert train_small(monkeypatch, tmp_path / "empty", 4, *flags, "--stage", "latte3d-prior") == 0
+        assert train_small(monkeypatch, tmp_path / "empty", 4, *flags, "--stage", "latte3d-geometry") == 2
+        assert_one_line(capsys.readouterr().err.splitlines()[-1], "all shapes have vanished")
     monkeypatch.setattr(train, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
     for stage in stages:
         assert train_small(monkeypatch, cut, 4, *flags, "--stage", stage) == 130

@@ -28,13 +28,14 @@ from prompts import image_tower
 from relatives import latte3d, prior
 from research import exam
 from research.attributes import SPECK, measure_shape
+from research.crisp import TrueHead
 from research.experiments import train_stages
 from research.quality import save_sheet
 from research.results import interval, labels, mean, write_table, write_tables
 from research.scores import SOUNDNESS, Scorer
 
 SHADES = .6, .7, .8, .9, 1., 1.1    # of a colour, in splat.baked_light
-SEEN = .2                     # of a shape: true pictures always show so much of their colour, of another .8 % do
+SEEN, SECOND = .2, .03        # shares of a surface, or of a picture, that a shape's two colours always have
 TOGETHER = 16                 # prompts, learnt together or each alone
 ASD = .1                      # the most noise that is added between the two evaluations
 
@@ -52,7 +53,7 @@ class FirstStage(latte3d.LATTE3D):
 
 
 class Judge:
-    """Is the class right, that of the nearest held-out shape; is a fifth of the surface nearest to the colour?"""
+    """Is the class right, that of the nearest held-out shape? Are the main and the second colour seen?"""
 
     def __init__(self, args):
         self.args, self.test = args, exam.held_out(args)
@@ -66,21 +67,29 @@ class Judge:
                 for i, (name, record) in enumerate(by_name.items())]
 
         def result_of(tokens, job):
-            o, paint = measure_shape(field_of(model.heads["sdf"], tokens, model.autocast))
             record, found = by_name[job.name], surface(tokens, job)
             near = chamfer_matrix(torch.from_numpy(found["points"])[None], self.clouds).argmin()
-            main = list(COLOURS).index(record["attributes"]["colour"])
-            right = min(o.shape) >= SPECK and (paint[paint >= 0] == main).mean() > SEEN
-            return found | {"right class": self.test.classes[near] == record["class"], "right colour": right}
+            colours = self.colours(field_of(model.heads["sdf"], tokens, model.autocast), record["attributes"])
+            return found | {"right class": self.test.classes[near] == record["class"]} | colours
 
         results = exam.sample_all(model, jobs, cache, result_of, **options)
-        keys = "right class", "right colour", *SOUNDNESS
-        return {key: results[key].mean() for key in keys if key in results}, results, jobs
+        keys = "right class", "main colour", "second colour", *SOUNDNESS
+        return {key: np.nanmean(results[key]) for key in keys if key in results}, results, jobs
+
+    @staticmethod
+    def colours(field, attributes):
+        """Whether a shape shows its colours; nan if it has no second one."""
+        o, paint = measure_shape(field)
+        share = np.bincount(paint[paint >= 0], minlength=len(COLOURS)) / max(1, (paint >= 0).sum())
+        share = dict(zip(COLOURS, share * (min(o.shape) >= SPECK)))               # specks show nothing
+        second = attributes.get("second")
+        return {"main colour": share[attributes["colour"]] > SEEN,
+                "second colour": share[second] > SECOND if second in share else np.nan}
 
 
 def evaluate_latte3d(args):
-    """Measures the shapes of the longest captions of held-out shapes. Of eight combinations that training has not seen,
-    a picture: what the prior makes of them, the shapes of stage 1, with the texture, and refined."""
+    """Measures the shapes of the longest captions of held-out shapes. Of combinations that training has not seen, one
+    of each class, a picture: what the prior makes of them, the shapes of stage 1, with the texture, and refined."""
     judge, tables = Judge(args), {}
     for folder, label in labels(args.checkpoint).items():
         model, first = exam.open_model(args, folder), FirstStage(folder, args.device, args.precision)
@@ -93,12 +102,17 @@ def evaluate_latte3d(args):
                 (f"the same, refined for {args.refine} steps", unseen, model, {"refine": args.refine})):
             cache = exam.result_cache(args, label, folder, "research.latte3d", shapes=name, options=options)
             scores, results, jobs = judge.scores(model_, cache, records, **options)
-            tables[label].append({"class and colour": name, "prompts": len(records), **scores})
-            columns.append([exam.picture_of(model_, args, results["tokens"][i], job) for i, job in enumerate(jobs[:8])])
+            tables[label].append({"class and colour": name, "prompts": str(len(records)), **scores})
+            shown = {record["class"]: i for i, record in reversed([*enumerate(records)])}.values()      # one a class
+            columns.append([exam.picture_of(model_, args, results["tokens"][i], jobs[i]) for i in shown])
         _, texture, geometry, refined = columns
-        rows = zip(prior_pictures(args, folder, [job.text for job in jobs[:8]]), geometry, texture, refined)
-        titles = [title for job in jobs[:8] for title in (job.text, "stage 1", "stage 2", "refined")]
+        texts = [jobs[i].text for i in shown]
+        rows = zip(prior_pictures(args, folder, texts), geometry, texture, refined)
+        titles = [title for text in texts for title in (text, "stage 1", "stage 2", "refined")]
         save_sheet(args, f"{args.command}-{label}", sum(rows, ()), 8, titles)
+    fields = [field_of(TrueHead(judge.test.shape(row)), torch.zeros(1), torch.no_grad) for row in range(args.unseen)]
+    true = [judge.colours(field, record["attributes"]) for field, record in zip(fields, judge.test.records)]
+    print("the shapes themselves:", {key: f"{np.nanmean([one[key] for one in true]):.3f}" for key in true[0]})
     write_tables(args.out, args.command, tables, means=False)
 
 
@@ -208,7 +222,7 @@ def judge_pictures(x, test, rows, tower, names, palette):
     for sides, row in zip(x, rows):
         own = [np.concatenate([side[..., :3] / side[..., 3:].clip(1e-3), side[..., 3:]], -1) for side in sides.numpy()]
         pictures = np.stack([crop_to_object(side) for side in own])               # v s s 4
-        white = torch.from_numpy(pictures[..., :3] + 1 - pictures[..., 3:]).permute(0, 3, 1, 2)
+        white = rearrange(torch.from_numpy(pictures[..., :3] + 1 - pictures[..., 3:]), "v h w i -> v i h w")
         feature = tower.embed(tower.tokens(white)[0]).cpu().numpy().mean(0)       # e
         inside = sides[sides[..., 3] > .9].numpy()                                # p 4
         colours = inside[:, None, None, :3] / inside[:, None, None, 3:]

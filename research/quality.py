@@ -30,6 +30,16 @@ def save_sheet(args, name, *sheet):
     print(f"{args.out}/{name}.png")
 
 
+def draw_models(args):
+    """The same prompts by the model of each checkpoint: a row each."""
+    sheet = []
+    for folder, label in labels(args.checkpoint).items():
+        model = exam.open_model(args, folder)
+        sheet += [(model.generate(text, seed=args.seed)[0].picture(200), f"{label}: {text}") for text in args.text]
+    pictures, titles = zip(*sheet)
+    save_sheet(args, args.command, [*pictures], len(args.text), [*titles])
+
+
 def save_samples(args, model, name, jobs, tokens, columns):
     """A contact sheet of samples (tokens, of each n c as an array) and their prompts; -> the pictures."""
     pictures = [exam.picture_of(model, args, x, job, 200) for job, x in zip(jobs, tokens)]
