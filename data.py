@@ -273,10 +273,6 @@ class Prepared:
         views = torch.where(rearrange(mirrored, "b -> b 1 1 1"), views.flip(2), views)
         return {"views": views / 255, "angles": torch.stack([azimuth, elevation], 1)}
 
-    def sides(self, rows):
-        """Four pictures of each shape, b 4 size size 5; azimuth and elevation of their cameras, b 4 2 in degrees."""
-        return {"sides": self.take("sides", rows) / 255, "side_angles": self.take("side_angles", rows)}
-
     def turns(self, rows, which):
         """How many right angles a shape is turned, until its picture `which` is from the front, to 45 degrees: b. Files
         do not define a front: with a picture, the shape is turned as in the picture. Built-in shapes have a front: they

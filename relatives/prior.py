@@ -117,8 +117,13 @@ class Prior(nn.Module):
 
 # ---------------------------------------------------------------------------- stage: data, model, loss, save
 
+def sides_of(split, rows):
+    """Four pictures of each shape, b v s s 5; azimuth and elevation of their cameras, b v 2 in degrees."""
+    return {"sides": split.take("sides", rows) / 255, "side_angles": split.take("side_angles", rows)}
+
+
 def pictures_of(batch):
-    """Samples of Prepared.sides -> pictures b v s s 4 in [-1, 1], depth b v s s 2."""
+    """The same -> pictures b v s s 4 in [-1, 1], depth b v s s 2."""
     return 2 * batch["sides"][..., :4] - 1, batch["sides"][..., [4, 3]]
 
 
@@ -136,7 +141,7 @@ def prompted_sides(run, stage):
 
     def draw(split):
         rows = split.draw(run.micro_batch_size(stage))
-        return rows, encoders.cache("text", split).draw(split.table.draw(rows)), split.sides(rows)
+        return rows, encoders.cache("text", split).draw(split.table.draw(rows)), sides_of(split, rows)
 
     return encoders, draw
 

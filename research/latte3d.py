@@ -205,12 +205,12 @@ def evaluate_prior(args):
         found = []
         for chunk in tqdm(np.array_split(rows, -(-len(rows) // 16)), unit="batch"):
             with autocast():
-                angles = test.sides(chunk)["side_angles"].to(device)
+                angles = prior.sides_of(test, chunk)["side_angles"].to(device)
                 x = model.generate(encoders.encode([captions[row] for row in chunk]),
                                    keys_of([(args.seed, int(row)) for row in chunk], device), angles, cfg=args.cfg)
             found.append((x.clamp(-1, 1) + 1) / 2)
         table.append({"checkpoint": label, **judge_pictures(torch.cat(found).cpu(), test, rows, tower, names, palette)})
-    true = test.sides(rows)["sides"][..., :4]
+    true = prior.sides_of(test, rows)["sides"][..., :4]
     table.append({"checkpoint": "held-out shapes", **judge_pictures(true, test, rows, tower, names, palette)})
     write_table(args.out, args.command, table)
 
