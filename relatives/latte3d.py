@@ -279,8 +279,7 @@ def fit_texture(run):
 
     # save
     fit(run, "latte3d-texture", model, draw, loss_of, encoders, settings,
-        lambda model, condition: (Textured(geometry["field"], model["texture"]),
-                                  tokens_of(geometry, model, condition)))
+        lambda model, condition: (Textured(geometry["field"], model["texture"]), tokens_of(geometry, model, condition)))
 
 
 def stages(ltm3d):
@@ -310,10 +309,9 @@ def refined(tokens, geometry, texture, prior, condition, cfg, steps):
     for i in tqdm(range(steps), "refining", unit="step"):
         angles = (prior_.SHOWN + torch.rand(len(tokens), 1, 1) * torch.tensor([90., 0])).to(tokens)
         noise = draw_noise(torch.tensor(.8 + .2 * i / steps).to(tokens), len(tokens))
-        own, colours = tokens.chunk(2, 1)
-        grid = geometry["field"].read(own)
+        grid = geometry["field"].read(tokens.chunk(2, 1)[0])
         x, _ = render(grid, angles, SHARP[1], torch.rand(()) - .5)
-        y, depth = painted(texture["texture"], colours, grid, angles)
+        y, depth = painted(texture["texture"], tokens.chunk(2, 1)[1], grid, angles)
         loss = distillation(prior, x, condition, angles, noise, cfg=cfg)
         loss = loss + distillation(prior, y, condition, angles, noise, depth, cfg)
         optimizer.zero_grad()
@@ -343,7 +341,9 @@ class LATTE3D(Sampler):
         tokens = tokens_of(self.geometry, self.texture, condition)
         if refine:
             prior = load_stage(self.folder, "latte3d-prior", prior_.Prior).to(self.device)
-            tokens = refined(tokens, self.geometry, self.texture, prior, condition, cfg, refine)
+            with torch.random.fork_rng():                     # the same seeds: the same noise
+                torch.manual_seed(keys[0].item())
+                tokens = refined(tokens, self.geometry, self.texture, prior, condition, cfg, refine)
         return tokens
 
 
