@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains checkpoints/tiny, vat, lost and latte3d from nothing, in runs/. Twenty-one hours of one or two CPU cores with bf16.
+# Trains checkpoints/tiny, vat, lost and latte3d from nothing, in runs/. 21 hours of one or two CPU cores with bf16.
 #
 #     bash recipes/tiny.sh
 #
