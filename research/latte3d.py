@@ -6,6 +6,7 @@ each of its parts bring?
     python evaluate.py ablate-latte3d               # trains stage 1 without some of its parts
 """
 from contextlib import ExitStack
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 import encoders as encoders_
 from backbone import split_condition
 from data import prepare, seeded
-from engine.commands import pick_device
+from engine.commands import UserError, pick_device
 from engine.files import load_stage
 from engine.noise import keys_of
 from geometry.crop import crop_to_object
@@ -155,14 +156,22 @@ PARTS = {  # variant: what it changes in relatives/latte3d.py
 
 
 def trained(args, name, seed, changes, **flags):
-    """Trains stage 1 with changes of relatives/latte3d.py; -> its folder."""
+    """Trains stage 1 with changes of relatives/latte3d.py; -> its folder, or None if all shapes vanished."""
+    folder = f"latte3d-{name.replace(' ', '-')}-{seed}"
+    if (vanished := Path(args.runs) / folder / "vanished").exists():
+        return None
     changes = {key: (lambda *a, now=getattr(latte3d, key), then=value, **k: then(now, *a, **k))
                if key == "distilled" else value for key, value in changes.items()}
     with ExitStack() as stack:
         for key, value in changes.items():
             stack.enter_context(patch.object(latte3d, key, value))
         flags = {"--model": "latte3d"} | {f"--{key}": value for key, value in flags.items()}
-        return train_stages(args, f"latte3d-{name.replace(' ', '-')}-{seed}", seed, flags, ["latte3d-geometry"])
+        try:
+            return train_stages(args, folder, seed, flags, ["latte3d-geometry"])
+        except UserError as error:
+            if "vanished" not in str(error):
+                raise
+            vanished.touch()
 
 
 def ablate_latte3d(args):
@@ -172,20 +181,26 @@ def ablate_latte3d(args):
     alone = lambda *chosen: lambda record: record["index"] not in [other["index"] for other in chosen]
 
     def scores(folder, own):
+        if folder is None:
+            return {}
         cache = exam.result_cache(args, folder.name, folder, "research.latte3d", shapes=[r["index"] for r in own])
         return judge.scores(FirstStage(folder, args.device, args.precision), cache, own)[0]
 
+    def add(name, found):                                     # of seeds
+        keys = [*rows[0]][1:] if rows else [*found[0]]
+        rows.append({"variant": name} | {key: interval([one.get(key, 0) for one in found]) for key in keys})
+
     for name, changes in PARTS.items():
         folders = [trained(args, name, seed, {"unseen": alone(*records)} | changes) for seed in range(args.seeds)]
-        found = [scores(folder, records) for folder in folders]
-        rows.append({"variant": name} | {key: interval([one[key] for one in found]) for key in found[0]})
+        add(name, [scores(folder, records) for folder in folders])
     found = []
     for seed in range(args.seeds):
         folders = [trained(args, f"prompt {i}", seed, {"unseen": alone(own)}, steps=args.steps // TOGETHER)
                    for i, own in enumerate(records)]
         found.append(mean([scores(folder, [own]) for folder, own in zip(folders, records)]))
-    rows.append({"variant": "each prompt alone"} | {key: interval([one[key] for one in found]) for key in found[0]})
-    print(f"{args.seeds} trainings of {args.steps} steps for {TOGETHER} prompts: means with 95 % confidence intervals")
+    add("each prompt alone", found)
+    print(f"{args.seeds} trainings of {args.steps} steps for {TOGETHER} prompts: means with 95 % confidence intervals. "
+          "0: all shapes vanished")
     write_table(args.out, args.command, rows)
 
 
