@@ -6,11 +6,12 @@ Letters: f faces, v vertices, k points or Gaussians, p pixels.
     python sample.py --text "table" --turntable
 """
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import rearrange, reduce, repeat
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.files import atomic_write
@@ -52,7 +53,8 @@ def draw(rasterise, cloud, azimuth, elevation, size):
         light = arriving_light(cloud, azimuth, torch.cat([position, cells]), torch.cat([normal, up]))
         directions, lamp_colours = lamps(azimuth)
         share = light[len(pixel):] / (directions[:, 1].clamp(min=0) @ lamp_colours)      # of the light on an open floor
-        image *= floor(rearrange(share, "(z x) c -> z x c", z=CELLS), height, view, width)
+        share = floor(rearrange(share, "(z x) c -> z x c", z=CELLS), height, view, size)       # smooth: one a pixel
+        image *= repeat(share, "(h w) c -> (h a w b) c", h=size, a=SAMPLES, b=SAMPLES)
         image[pixel] = to_linear(colour) * light[:len(pixel)]
     image = reduce(image.clamp(0, 1), "(h a w b) c -> h w c", "mean", h=size, w=size, a=SAMPLES)
     return (to_srgb(image) * 255).round().byte().numpy()
@@ -97,9 +99,11 @@ def render_gaussians(means, scales, rotations, opacities, colours, azimuth=35, e
     return (image.clamp(0, 1) * 255).round().byte().numpy()
 
 
-def turntable(shape, frames=36, size=256):
-    """Pictures of one full turn of a Mesh, Cloud or Gaussians (geometry/export.py)."""
-    return [shape.picture(size, azimuth=35 + 360 * i / frames) for i in range(frames)]
+def turntable(shape, frames=24, size=256):
+    """Pictures of one full turn of a Mesh, Cloud or Gaussians (geometry/export.py), each by one thread: its tensors are
+    too small for several."""
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=[1]) as pool:
+        return list(pool.map(lambda i: shape.picture(size, azimuth=35 + 360 * i / frames), range(frames)))
 
 
 def contact_sheet(images, columns, labels=None):
@@ -130,4 +134,4 @@ def save_gif(path, frames):
     palette = Image.fromarray(np.concatenate(frames[::6])).quantize(256)
     first, *rest = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
     with atomic_write(path) as temporary:
-        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=67, loop=0)      # 15 a second
+        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=83, loop=0)      # 12 a second
