@@ -34,6 +34,13 @@ from prompts import text_tower
 SHAPES = 52         # held-out shapes on which a stage measures a head
 save_picture = processes.first_process_only(save_png)
 
+
+
+def write_page(folder):
+    from geometry import page  # only here
+    page.write_run(folder)
+
+
 # ---------------------------------------------------------------------------- one shape
 
 def grid_iou(head, tokens, shape, autocast, resolution=64):

@@ -9,12 +9,16 @@
     shapes = load().generate("a round table", rep="sdf", n=4, seed=0)
     shapes[0].save("out/table.glb")
 """
+import os
 import re
 import sys
 import time
+from functools import partial
 from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
+
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "5000")    # on a busy machine, torch's threads yield
 
 import numpy as np
 import torch
@@ -86,8 +90,9 @@ class Sampler:
         return self
 
     @torch.no_grad()
-    def tokens(self, prompts, seeds, pictures=None, **options):
-        """b prompts, pictures b 3 s s, or both, and a seed each -> shape tokens b n c. options: of OPTIONS, or None."""
+    def tokens(self, prompts, seeds, pictures=None, watch=None, **options):
+        """b prompts, pictures b 3 s s, or both, and a seed each -> shape tokens b n c. options: of OPTIONS, or None.
+        watch: of `steps`."""
         options = {option: value for option, value in options.items() if value is not None}
         if unknown := options.keys() - self.OPTIONS.keys():
             flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
@@ -95,8 +100,9 @@ class Sampler:
         check_numbers(**options)
         options = self.OPTIONS | options
         options["cfg"] = {"text": options["cfg"], "image": options.pop("cfg_image")}
+        generate = partial(type(self).shape_tokens, self, watch=watch) if watch else self.shape_tokens
         with self.autocast():
-            return self.shape_tokens(self.encoders.encode(prompts, pictures), keys_of(seeds, self.device), **options)
+            return generate(self.encoders.encode(prompts, pictures), keys_of(seeds, self.device), **options)
 
     def sample(self, prompt=None, image=None, n=1, seed=0, **options):
         """n samples of one prompt, one picture (a file, or an image of Pillow), or both -> shape tokens b n c, b = n.
@@ -106,15 +112,20 @@ class Sampler:
         if not isinstance(prompt, str | None):
             raise UserError(f"a prompt is one string, not a {type(prompt).__name__}; call it once for each")
         check_numbers(n=n, seed=seed)
-        pictures, warnings = None, [] if prompt is None else self.encoders.remarks(prompt)
+        prompted, warnings = self.prompted(prompt, image, [(seed, i) for i in range(n)])
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        return self.tokens(*prompted, **options)
+
+    def prompted(self, prompt, image, seeds):
+        """One prompt and a seed for each sample -> the arguments of `tokens`, warnings."""
+        warnings, pictures = [] if prompt is None else self.encoders.remarks(prompt), None
         if image is not None:
             from prompts import picture_files
             picture, warning = picture_files.load_picture(image)                  # 3 s s
-            pictures = picture.expand(n, -1, -1, -1)
+            pictures = picture.expand(len(seeds), -1, -1, -1)
             warnings += [f"{image}: {warning}"] * bool(warning)
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        return self.tokens(None if prompt is None else [prompt] * n, [(seed, i) for i in range(n)], pictures, **options)
+        return (None if prompt is None else [prompt] * len(seeds), seeds, pictures), warnings
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
@@ -152,6 +163,19 @@ class LTM3D(Sampler):
         blend = lambda condition: reconstruct.blending(self.reconstruct, condition, rgs)
         chunks = backbone.cache_sized(self.backbone, condition, keys)
         return torch.cat([self.backbone.generate(*chunk, blend=blend(chunk[0]), **options) for chunk in chunks]).float()
+
+    def steps(self, *prompted, **options):
+        """One sample, anew: a label, its tokens n c, and their states, after each step, rounds aside. States: "0"
+        unknown, "1" known, "2" new."""
+        found, n = [], self.backbone.tokens
+
+        def watch(x, order, known, after):
+            states = np.full(n, "0")
+            states[order[0, :after].cpu()], states[order[0, known:after].cpu()] = "1", "2"
+            if not found or "0" in found[-1][2]:
+                found.append((f"{after} of {n} tokens", x[0], "".join(states)))
+        self.tokens(*prompted, watch=watch, **options)
+        return found
 
     def reconstruct(self, condition):
         if self.reconstructor is None:
@@ -205,6 +229,7 @@ def arguments():
            "with --rep mesh, of the surface as a low-poly mesh (default: the mesh head predicts up to 256 faces)")
     number("height", "height of a surface or mesh in its file, in metres (default: its longest side has one metre)")
     flag("--turntable", action="store_true", help="also write a turntable GIF of each shape")
+    flag("--html", action="store_true", help="also write a page to turn the shapes in, with the steps of generation")
     flag("--model", choices=["ltm3d", *RELATIVES], help="which model (default of --checkpoint: its shipped weights)")
     flag("--checkpoint", help="folder of trained weights (default: the shipped ones trained on the noun of --text)")
     add_device_flags(parser)
@@ -272,16 +297,17 @@ def main():
     print(f"{folder}, running on {model.reason}")
     lap("load")
 
-    options = {option: getattr(args, option) for option in OPTIONS}
+    options = {option: value for option in OPTIONS if (value := getattr(args, option)) is not None}
     tokens = model.sample(args.text, args.image, args.n, args.seed, **options).cpu()          # b n c
     lap("tokens")
 
     from geometry.render import contact_sheet, save_png
     name = file_name(args.text, args.image) + f"-{type(model).__name__.lower()}" * (not isinstance(model, LTM3D))
-    out, pictures = make_folder(args.out), []
+    out, pictures, entries = make_folder(args.out), [], []
     ending = {rep: "" if args.rep == ["sdf"] else f"-{rep}" for rep in args.rep}
     ending["mesh"] = f"-mesh-{args.faces}" if args.faces else ending.get("mesh")
     for i, x in enumerate(tokens):                                                # n c
+        shapes = []                                           # for a page
         for rep in args.rep:
             counts = {name: getattr(args, name) for name, reps in COUNTS.items() if rep in reps}
             if rep == "sdf" and "mesh" in args.rep:           # --faces are those of the mesh
@@ -290,12 +316,24 @@ def main():
             lap(rep)
             path = out / f"{name}-{i}{ending[rep]}{shape.suffix}"
             pictures.append(write_shape(shape, path, args.height, args.turntable))
+            shapes.append((rep, path, shape))
             lap("pictures")
+        if args.html:
+            from geometry import page
+            steps = model.steps(*model.prompted(args.text, args.image, [(args.seed, i)])[0], **options)
+            entries.append(page.entry(model, f"sample {i}", f"seed {args.seed}", shapes, steps, args.height))
+            lap("page")
     if len(pictures) > 1:
         sheet = out / f"{name}{''.join(ending[rep] for rep in args.rep)}.png"
         save_png(sheet, contact_sheet(pictures, len(args.rep) if len(args.rep) > 1 else min(4, args.n)))
         print(sheet)
         lap("pictures")
+    if args.html:
+        known = {option: value for option, value in (model.OPTIONS | options).items() if value is not None}
+        note = ", ".join(f"{option} {value}" for option, value in known.items())
+        page.write(out / f"{name}.html", args.text or name, f"{type(model).__name__}, {folder}: {note}", entries)
+        print(out / f"{name}.html")
+        lap("page")
     print("seconds: " + ", ".join(f"{phase} {taken:.2f}" for phase, taken in seconds.items()))
 
 

@@ -178,13 +178,14 @@ class Run:
                      seconds=round(seconds), data=self.train.version, made_with=made_with,
                      revision=git.stdout.strip(), **entries)
         (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
-        self.plot()
         print(f"{stage}: done in {seconds / 60:.1f} minutes  {entries.get('metrics', '')}")
 
+    @processes.first_process_only
     def plot(self):
         columns = {"training": "loss", "held-out shapes": "held_out"}
         plot_losses({stage: [(label, self.folder / f"{stage}.csv", column) for label, column in columns.items()]
                      for stage in self.stages}, self.folder / "losses.png")
+        self.judge.write_page(self.folder)
 
 
 def copy_stages(run, source, begin, training):

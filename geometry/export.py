@@ -50,15 +50,19 @@ class Mesh(Shape):
     smooth: bool = True   # False: low-poly, every face flat
     suffix = ".glb"
 
-    def save(self, path, height=None):
-        """y is up; the base is at 0, its middle at the origin. height: in metres; default: the longest side has one."""
-        suffix = Path(path).suffix.lower()
-        if not len(self.faces):
-            raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
+    def placed(self, height=None):
+        """Its vertices in a file: y is up; the base is at 0, its middle at the origin. height: in metres; default: the
+        longest side has one."""
         low, high = (bound(self.vertices[self.faces], (0, 1)) for bound in (np.min, np.max))            # 3 each
         origin = np.where([False, True, False], low, (low + high) / 2)
         longest, own = (high - low).max(), max(high[1] - low[1], 1e-3)
-        vertices = (self.vertices - origin) * (height / own if height else 1 / longest)
+        return (self.vertices - origin) * (height / own if height else 1 / longest)
+
+    def save(self, path, height=None):
+        suffix = Path(path).suffix.lower()
+        if not len(self.faces):
+            raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
+        vertices = self.placed(height)
         if suffix not in (".obj", ".stl"):
             return write_glb(path, vertices, self.faces, self.colours, self.smooth)
         from trimesh import Trimesh

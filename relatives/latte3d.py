@@ -48,8 +48,7 @@ FADE = 0., .3                 # of training: from here to there, ever more sampl
 NOISE = .02, (.98, .5)        # least noise, and most: at the beginning, and from .8 of training on
 GUIDANCE, RESCALED = 7.5, .5  # of score distillation
 SILHOUETTE, EIKONAL = .3, .05 # weights in the loss
-EMPTY = .002                  # mean coverage of pictures: less is a collapse
-REFINE = .01                  # learning rate of --refine
+EMPTY, REFINE = .002, .01     # mean coverage of pictures: less is a collapse; learning rate of --refine
 
 
 # ---------------------------------------------------------------------------- encode: prompt and cloud -> tokens
@@ -323,6 +322,7 @@ def refined(tokens, geometry, texture, prior, condition, cfg, steps):
 class LATTE3D(Sampler):
     LAST = "latte3d-texture"
     OPTIONS = {"cfg": GUIDANCE, "cfg_image": 1., "refine": 0}
+    steps = prior_.steps
 
     def open(self):
         self.geometry, self.texture = (cast_once(load(self.folder).to(self.device), self.autocast)

@@ -341,6 +341,12 @@ class LoST(Sampler):
             raise UserError(f"{options['registers']} registers are not between 1 and {self.codec.count}")
         return generate_tokens(self.codec, self.generator, condition, keys, **options)
 
+    def steps(self, *prompted, registers=None, **options):    # of 1, 2, 4 ... registers
+        last = registers or self.codec.count
+        counts = [*(2 ** i for i in range(10) if 2 ** i < last), last]
+        return [(f"{k} of {self.codec.count} registers", self.tokens(*prompted, registers=k, **options)[0], None)
+                for k in counts]
+
 
 Model = LoST
 

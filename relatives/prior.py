@@ -115,6 +115,14 @@ class Prior(nn.Module):
         return x
 
 
+def steps(model, prompts, seeds, *_, **options):
+    """What the prior makes of a prompt, for the page of a LATTE3D model: its teacher."""
+    prior = load_stage(model.folder, "latte3d-prior", Prior).to(model.device)
+    with model.autocast():
+        x = prior.generate(model.encoders.encode(prompts), keys_of(seeds, model.device))
+    return [("the prior: four sides", images(x)[0], None)]
+
+
 # ---------------------------------------------------------------------------- stage: data, model, loss, save
 
 def sides_of(split, rows):

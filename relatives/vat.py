@@ -258,8 +258,8 @@ class Generator(Sequence):
         return F.cross_entropy(logits.flatten(0, 1), indices.flatten()), {"right": right}
 
     @torch.no_grad()
-    def generate(self, condition, keys, cfg=2., top_k=None, top_p=1., temperature=1.):
-        """condition (prefix.py) and one key per sample (engine/noise.py) -> latents b n c."""
+    def generate(self, condition, keys, cfg=2., top_k=None, top_p=1., temperature=1., watch=None):
+        """condition (prefix.py) and one key per sample (engine/noise.py) -> latents b n c. watch: of each scale."""
         condition, strengths = split_condition(condition, cfg)                    # r branches of b samples
         r, rows, f = len(strengths) + 1, Growing(self, condition, sum(self.counts)), self.quantiser.nothing(len(keys))
         for k in range(len(self.scales)):
@@ -267,6 +267,8 @@ class Generator(Sequence):
             logits = combine(self.out(rows.append(x)).float(), strengths)         # b s^3 v
             codes = draw_codes(logits, keys, k, top_k, top_p, temperature * (LATER if k else 1))              # b s^3
             f = f + self.quantiser.up(codes, k)
+            if watch:
+                watch(as_rows(f), self.scales[k])
         return as_rows(f)
 
 
@@ -386,6 +388,11 @@ class VAT(Sampler):
 
     def shape_tokens(self, condition, keys, **options):       # latents b n c
         return self.generator.generate(condition, keys, **options)
+
+    def steps(self, *prompted, **options):                    # after each scale
+        found = []
+        self.tokens(*prompted, watch=lambda x, side: found.append((f"scale of {side}^3 codes", x[0], None)), **options)
+        return found
 
 
 Model = VAT
