@@ -153,6 +153,7 @@ def train_small(patch, folder, count, *args, watched=False):
         for name, value in results.items():
             patch.setattr(judge, name, lambda *_, value=value, **__: value)
         patch.setattr(run_folder, "plot_losses", lambda panels, out: None)
+        patch.setattr(judge, "write_page", lambda folder: None)
     for module, size in SMALL.items():
         patch.setitem(module.SIZES, "small", size)
     patch.setattr(data, "prepare", lambda split, _, *rest, **more: PREPARE("train", count, *rest, **more))
@@ -228,3 +229,15 @@ def stop_in_step(number, stop):
             stop()
         return learning_rate(current, steps, peak)
     return rate
+
+
+# ---------------------------------------------------------------------------- the course
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A failing test of a unit is one line, and its docstring as a hint."""
+    report = yield
+    if report.failed and call.when == "call" and item.path.name.startswith("test_unit"):
+        error = call.excinfo.exconly().splitlines()[0]
+        report.longrepr = f"{item.name}: {error[:200]}\nhint: {' '.join(item.function.__doc__.split())}"
+    return report

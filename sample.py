@@ -32,12 +32,14 @@ from engine.files import make_folder, read_config, read_stage
 from engine.noise import keys_of
 from engine.stage import RELATIVES
 from geometry.export import Mesh
-from prompts.reading import choose, find
+from prompts.reading import choose, find, shipped, some
+from prompts.text_tower import POINTS
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
 MAX_INT = 2 ** 63 - 1
 LIMITS = {  # option: type, minimum, maximum
-    "n": (int, 1, 10_000), "seed": (int, 0, MAX_INT), "points": (int, 1, 1_000_000), "faces": (int, 12, 10 ** 7),
+    "n": (int, 1, 10_000), "best": (int, 1, 1000), "seed": (int, 0, MAX_INT),
+    "points": (int, 1, 1_000_000), "faces": (int, 12, 10 ** 7),
     "height": (float, .001, 1000), "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "rounds": (int, 0, 1000),
     "cfg": (float, 0, 100), "cfg_image": (float, 0, 100), "temperature": (float, 0, 10), "window": (float, 0, 1),
     "registers": (int, 1, MAX_INT), "refine": (int, 0, 10_000), "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
@@ -51,7 +53,7 @@ def check_numbers(**values):
     for name, value in values.items():
         kind, least, most = LIMITS.get(name, (None, 0, 0))
         number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
-        if kind and (value is not None or name in ("n", "seed")) and not (number and least <= value <= most):
+        if kind and (value is not None or name in ("n", "best", "seed")) and not (number and least <= value <= most):
             span = f"of at least {least}" if most == MAX_INT else f"from {least:g} to {most:,}"
             raise UserError(f"{name} is a {'whole ' * (kind is int)}number {span}, not {value!r}")
 
@@ -104,18 +106,28 @@ class Sampler:
         with self.autocast():
             return generate(self.encoders.encode(prompts, pictures), keys_of(seeds, self.device), **options)
 
-    def sample(self, prompt=None, image=None, n=1, seed=0, **options):
+    def sample(self, prompt=None, image=None, n=1, seed=0, best=1, **options):
         """n samples of one prompt, one picture (a file, or an image of Pillow), or both -> shape tokens b n c, b = n.
-        options: as for `tokens`."""
+        best: each is the best of so many. options: as for `tokens`."""
+        return self.choose(prompt, image, n, seed, best, **options)[0]
+
+    def choose(self, prompt, image, n, seed, best, **options):
+        """`sample`, and the seeds of these samples: b."""
         if prompt is None and image is None:
             raise UserError("there is no prompt; give a text, an image or both")
         if not isinstance(prompt, str | None):
             raise UserError(f"a prompt is one string, not a {type(prompt).__name__}; call it once for each")
-        check_numbers(n=n, seed=seed)
-        prompted, warnings = self.prompted(prompt, image, [(seed, i) for i in range(n)])
+        check_numbers(n=n, seed=seed, best=best)
+        seeds = [(seed, i + j * LIMITS["n"][2]) for i in range(n) for j in range(best)]
+        prompted, warnings = self.prompted(prompt, image, seeds)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-        return self.tokens(*prompted, **options)
+        tokens = self.tokens(*prompted, **options)
+        if best > 1:
+            scores = self.scores(prompt, prompted[2], tokens).view(n, best)
+            chosen = (scores.argmax(1) + best * torch.arange(n)).tolist()
+            tokens, seeds = tokens[chosen], [seeds[i] for i in chosen]
+        return tokens, seeds
 
     def prompted(self, prompt, image, seeds):
         """One prompt and a seed for each sample -> the arguments of `tokens`, warnings."""
@@ -126,6 +138,18 @@ class Sampler:
             pictures = picture.expand(len(seeds), -1, -1, -1)
             warnings += [f"{image}: {warning}"] * bool(warning)
         return (None if prompt is None else [prompt] * len(seeds), seeds, pictures), warnings
+
+    @torch.no_grad()
+    def scores(self, prompt, pictures, tokens):
+        """Prompt scores of shape tokens b n c: the cosines of features of the text, or else the picture, and of the
+        surface, b."""
+        (text, image), rng = self.encoders.towers.values(), np.random.default_rng(0)
+        if self.encoders.pretrained:
+            raise UserError("--best takes the built-in encoders, and this checkpoint has others; leave it out")
+        clouds = [self.decode(x, resolution=32).surface(POINTS, rng) for x in tokens]             # b times k 3 each
+        clouds = [torch.tensor(np.stack(x), dtype=torch.float, device=self.device) for x in zip(*clouds)]
+        query = image.embed(image.tokens(pictures)[0]) if prompt is None else text.embed_text(*text.word_ids([prompt]))
+        return (text.embed_cloud(*clouds) * query).sum(1).cpu()
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
@@ -197,17 +221,39 @@ def model_in(folder, wanted=None):
     return wanted or found[0]
 
 
+def from_hub(name):
+    """The folder of a checkpoint of the Hugging Face hub, which may be downloaded. None: it is no such name."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.is_dir():
+        return None
+    from prompts.pretrained import download  # takes a second
+    return download(name)
+
+
 def load(folder="checkpoints/tiny", device=None, precision=None, model=None):
-    """Loads the model in a checkpoint folder."""
-    if not folder or (found := find(folder)) is None:
+    """Loads the model in a checkpoint folder, or in one of the Hugging Face hub: user/name."""
+    if not folder or (found := find(folder) or from_hub(str(folder))) is None:
         raise UserError(f"there is no folder '{folder}'; "
-                        "--checkpoint takes checkpoints/tiny, checkpoints/assets, or a folder that train.py made")
+                        "--checkpoint takes checkpoints/tiny, checkpoints/assets, a folder that train.py made, "
+                        "or a name of the Hugging Face hub")
     name = model_in(found, model)
     model_class = LTM3D if name == "ltm3d" else import_module(f"relatives.{name}").Model
     return model_class(found, device, precision)
 
 
 # ---------------------------------------------------------------------------- the command
+
+GUIDE = """Text or a picture becomes a shape.
+
+{}
+
+All nouns: python -m prompts.reading
+
+    python sample.py --text "a red chair with arms" --n 4 --turntable
+    python sample.py --text "a birthday cake" --best 4 --html          # a page to turn it in
+    python sample.py --image assets/chair.png
+
+All flags: python sample.py --help"""
+
 
 def arguments():
     parser = Parser(__doc__.split("\n")[0])
@@ -218,10 +264,12 @@ def arguments():
         flag(f"--{name.replace('_', '-')}", type=between(least, most, kind), default=default, help=help)
 
     flag("--text", help="what to generate, e.g. \"a round table\"")
+    flag("--prompts", metavar="FILE", help="a file with a text on each line, instead of --text")
     flag("--image", help="a picture of it (png, jpg, webp), alone or with --text")
     flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
          help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
     number("n", "number of shapes", 1)
+    number("best", "of so many candidates, the one with the highest prompt score", 1)
     number("seed", "random seed; shape i is the same for every --n, up to rounding", 0)
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
     number("points", f"number of points or Gaussians (default: {heads.PointHead.COUNT}, {heads.GaussianHead.COUNT})")
@@ -253,8 +301,9 @@ def arguments():
          "within=S: tokens within S standard deviations of it; none; auto: sampled=.1 for a picture alone, else none")
     number("window", "RGS: its share of the steps, from the first")
     args = parser.parse_args()
-    if args.text is None and args.image is None:
-        parser.error("there is no prompt; give --text or --image")
+    if sum(x is not None for x in (args.text, args.prompts)) == 2 or args.text is args.prompts is args.image is None:
+        parser.error("give --text or --prompts, or --image, alone or with one of them")
+    args.texts = [args.text] if args.prompts is None else read_prompts(args.prompts)
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
@@ -262,6 +311,17 @@ def arguments():
         if getattr(args, name) and not {*reps} & {*args.rep}:
             parser.error(f"--{name} is an option of other representations; give --rep {' or '.join(reps)}, too")
     return args
+
+
+def read_prompts(path):
+    """The lines of a file, but empty ones and copies."""
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a text file: {' '.join(str(error).split())[:160]}") from None
+    if not (texts := list(dict.fromkeys(line.strip() for line in lines if line.strip()))):
+        raise UserError(f"{path} has no prompt; write one on each line")
+    return texts
 
 
 def file_name(text, image):
@@ -283,26 +343,23 @@ def write_shape(shape, path, height, turn):
     return picture
 
 
-def main():
-    args, seconds, start = arguments(), {}, time.perf_counter()
+class Laps(dict):
+    """Seconds of each phase."""
+    start = time.perf_counter()
 
-    def lap(phase):                                           # ends a phase
-        nonlocal start
-        seconds[phase], start = seconds.get(phase, 0) + time.perf_counter() - start, time.perf_counter()
-    if args.image is not None:                                # an unreadable picture is an error before loading
-        from prompts import picture_files
-        picture_files.load_picture(args.image)
-    folder = args.checkpoint or (f"checkpoints/{args.model}" if args.model in RELATIVES else choose(args.text))
-    model = load(folder, args.device, args.precision, args.model).load_heads(*args.rep)
-    print(f"{folder}, running on {model.reason}")
-    lap("load")
+    def end(self, phase):
+        now = time.perf_counter()
+        self[phase], self.start = self.get(phase, 0) + now - self.start, now
 
+
+def write_samples(args, model, text, laps):
+    """Samples one prompt, and writes all its files."""
     options = {option: value for option in OPTIONS if (value := getattr(args, option)) is not None}
-    tokens = model.sample(args.text, args.image, args.n, args.seed, **options).cpu()          # b n c
-    lap("tokens")
+    tokens, seeds = model.choose(text, args.image, args.n, args.seed, args.best, **options)
+    laps.end("tokens")
 
     from geometry.render import contact_sheet, save_png
-    name = file_name(args.text, args.image) + f"-{type(model).__name__.lower()}" * (not isinstance(model, LTM3D))
+    name = file_name(text, args.image) + f"-{type(model).__name__.lower()}" * (not isinstance(model, LTM3D))
     out, pictures, entries = make_folder(args.out), [], []
     ending = {rep: "" if args.rep == ["sdf"] else f"-{rep}" for rep in args.rep}
     ending["mesh"] = f"-mesh-{args.faces}" if args.faces else ending.get("mesh")
@@ -313,28 +370,48 @@ def main():
             if rep == "sdf" and "mesh" in args.rep:           # --faces are those of the mesh
                 del counts["faces"]
             shape = model.decode(x, rep, (args.seed, i), args.resolution, **counts)
-            lap(rep)
+            laps.end(rep)
             path = out / f"{name}-{i}{ending[rep]}{shape.suffix}"
             pictures.append(write_shape(shape, path, args.height, args.turntable))
             shapes.append((rep, path, shape))
-            lap("pictures")
+            laps.end("pictures")
         if args.html:
             from geometry import page
-            steps = model.steps(*model.prompted(args.text, args.image, [(args.seed, i)])[0], **options)
+            steps = model.steps(*model.prompted(text, args.image, seeds[i:i + 1])[0], **options)
             entries.append(page.entry(model, f"sample {i}", f"seed {args.seed}", shapes, steps, args.height))
-            lap("page")
+            laps.end("page")
     if len(pictures) > 1:
         sheet = out / f"{name}{''.join(ending[rep] for rep in args.rep)}.png"
         save_png(sheet, contact_sheet(pictures, len(args.rep) if len(args.rep) > 1 else min(4, args.n)))
         print(sheet)
-        lap("pictures")
+        laps.end("pictures")
     if args.html:
         known = {option: value for option, value in (model.OPTIONS | options).items() if value is not None}
-        note = ", ".join(f"{option} {value}" for option, value in known.items())
-        page.write(out / f"{name}.html", args.text or name, f"{type(model).__name__}, {folder}: {note}", entries)
+        note = f"{type(model).__name__}, {model.folder}: " + ", ".join(f"{key} {known[key]}" for key in known)
+        page.write(out / f"{name}.html", text or name, note, entries)
         print(out / f"{name}.html")
-        lap("page")
-    print("seconds: " + ", ".join(f"{phase} {taken:.2f}" for phase, taken in seconds.items()))
+        laps.end("page")
+
+
+def main():
+    if len(sys.argv) == 1:
+        known = (f"{folder} knows {', '.join(some(entry['nouns']))}" for folder, entry in shipped().items())
+        return print(GUIDE.format("\n\n".join(known)))
+    args, laps, models = arguments(), Laps(), {}
+    if args.image is not None:                                # an unreadable picture is an error before loading
+        from prompts import picture_files
+        picture_files.load_picture(args.image)
+    own = args.checkpoint or args.model in RELATIVES and f"checkpoints/{args.model}"
+    folders = [own or choose(text) for text in args.texts]
+    for folder in dict.fromkeys(folders):
+        models[folder] = load(folder, args.device, args.precision, args.model).load_heads(*args.rep)
+        print(f"{folder}, running on {models[folder].reason}")
+    for text, folder in zip(args.texts, folders):             # an unknown noun is an error before anything is written
+        text is None or models[folder].encoders.remarks(text)
+    laps.end("load")
+    for text, folder in zip(args.texts, folders):
+        write_samples(args, models[folder], text, laps)
+    print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in laps.items()))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import trimesh
 import sample
 from conftest import HERE, assert_one_line, run, same_files
 from engine import files
-from engine.commands import UserError, pick_device
+from engine.commands import Parser, UserError, pick_device
 from geometry import export, metrics
 from heads import field_of
 from research import attributes
@@ -163,6 +164,58 @@ def test_a_checkpoint_stores_its_sampling_options(overfitted, tmp_path):
     assert not torch.equal(explicit, tokens)
 
 
+@pytest.mark.parametrize("prompt, image, gain", [("a red chair", None, .01), (None, "assets/chair.png", 0)])
+def test_the_best_candidates_score_higher(prompt, image, gain):
+    """Candidate 0 of sample i is sample i, the others come after all samples."""
+    model = sample.load()
+    pictures = model.prompted(prompt, image, [(0, 0)])[0][2]
+    plain, best = (model.choose(prompt, image, 3, 0, count) for count in (1, 4))
+    assert plain[1] == [(0, 0), (0, 1), (0, 2)] and {seed % 10_000 for _, seed in best[1]} == {0, 1, 2}
+    scores = [model.scores(prompt, pictures, tokens) for tokens, _ in (plain, best)]
+    assert (scores[1] > scores[0] - .01).all() and scores[1].mean() > scores[0].mean() + gain
+
+
+def test_a_file_of_prompts(overfitted, tmp_path, capsys):
+    """Each line is as --text; empty lines and copies are left out. A file that cannot be used is one line."""
+    flags = "--checkpoint", overfitted, "--resolution", 32, "--out", tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("a table\n\na chair\na table\n")
+    assert run(sample.main, "--prompts", tmp_path / "prompts.txt", *flags) == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.glb")} == {"a-table-0.glb", "a-chair-0.glb"}
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "wrong.txt").write_text("a chair\na mug\n")
+    for name, complaint in (("empty.txt", "has no prompt"), ("none.txt", "cannot be read"), ("wrong.txt", "'mug'")):
+        capsys.readouterr()
+        assert run(sample.main, "--prompts", tmp_path / name, *flags) == 2
+        assert_one_line(capsys.readouterr().err, complaint)
+
+
+def test_without_flags_it_says_what_can_be_made(capsys):
+    assert run(sample.main) == 0
+    shown = capsys.readouterr().out
+    assert "chair" in shown and len(re.findall("^    python sample.py --", shown, re.M)) == 3
+
+
+def test_a_name_of_the_hub_is_a_checkpoint(overfitted, tmp_path, monkeypatch, capsys):
+    """From the hub's cache. A name that is not there, without a network, is one line."""
+    folder = tmp_path / "models--someone--toys"
+    shutil.copytree(overfitted, folder / "snapshots" / ("a" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert torch.equal(*(sample.load(name).sample("a table") for name in ("someone/toys", overfitted)))
+    assert run(sample.main, "--text", "a table", "--checkpoint", "someone/else", "--out", tmp_path / "out") == 2
+    assert_one_line(capsys.readouterr().err, "Hugging Face hub")
+
+
+@pytest.mark.parametrize("folder", sorted((HERE / "checkpoints").iterdir()), ids=lambda path: path.name)
+def test_a_checkpoint_has_a_model_card(folder):
+    """Licence, data, figures, limits."""
+    card = (folder / "README.md").read_text()
+    assert all(text in card for text in ("license: mit", "**Data.**", "**Figures.**", "**Limits.**"))
+    assert all((folder / link).exists() for link in re.findall(r"\]\((?!https?:)([^)]+)\)", card))
+
+
 def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
     """A sample without a surface is an error, not a traceback."""
     empty = export.Mesh(np.zeros((0, 3)), np.zeros((0, 3), int), np.zeros((0, 3)))
@@ -195,13 +248,54 @@ def readme_command(script):
 @pytest.fixture
 def fresh_copy(tmp_path):
     """A copy of the code with the shipped weights -> what runs a command in it."""
-    for path in (HERE / "README.md", HERE / "pyproject.toml", *HERE.glob("*.py"), *HERE.glob("[a-z]*/*.py")):
+    for path in (HERE / "README.md", HERE / "pyproject.toml", *HERE.glob("*.py"), *HERE.glob("[a-z]*/*.py"),
+                 HERE / "geometry" / "page.html"):
         copied = tmp_path / path.relative_to(HERE)
         copied.parent.mkdir(exist_ok=True)
         shutil.copy(path, copied)
     (tmp_path / "checkpoints").symlink_to(HERE / "checkpoints")
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return functools.partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+def documented_commands():
+    """(file, words) of every command in README, docs, course and model cards, tests aside."""
+    paths = [HERE / "README.md", *(path for folder in ("docs", "course", "checkpoints/*")
+                                   for path in sorted(HERE.glob(f"{folder}/*.md")))]
+    for path in paths:
+        text = path.read_text().replace("\\\n", " ")
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
+        lines = [line for block in blocks for line in block.splitlines()]
+        lines += re.findall(r"`(python [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+        for line in lines:
+            line = re.sub(r"^torchrun --nproc_per_node=\d", "python", line.split("&& ")[-1]).replace("CLASS", "table")
+            if re.match("python +(-m )?[a-z]", line) and "pytest" not in line and "..." not in line:
+                yield path.name, shlex.split(line.replace("REP", "sdf"), comments=True)[1:]
+
+
+class Parsed(Exception):
+    pass
+
+
+def test_documented_commands_have_the_flags_that_they_are_given(monkeypatch, capsys):
+    """Each is parsed by its script, and not run."""
+    monkeypatch.syspath_prepend(HERE / "course")
+    parse = Parser.parse_args
+
+    def parse_only(*args):
+        parse(*args)
+        raise Parsed
+    monkeypatch.setattr(Parser, "parse_args", parse_only)
+    commands = [*documented_commands()]
+    assert len(commands) > 80
+    for name, words in commands:
+        module = words[1] if words[0] == "-m" else Path(words[0]).stem
+        arguments = words[2:] if words[0] == "-m" else words[1:]
+        try:
+            run(import_module(module).main, *arguments)
+        except Parsed:
+            continue
+        raise AssertionError(f"{name}: {shlex.join(words)}: {capsys.readouterr().err}")
 
 
 def test_readme_sample_command_runs_as_written(fresh_copy, tmp_path):

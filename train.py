@@ -51,7 +51,7 @@ MOST_SKIPPED = 10                            # steps in a row
 
 # ---------------------------------------------------------------------------- the loop of every stage
 
-def fit(run, stage, model, draw, loss_of, show=lambda model, path: None, choices=((),)):
+def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
     """Trains `model` on loss_of(model, draw(split), *choice), -> loss, logs; each micro-batch takes one of `choices`,
     tuples of numbers. Returns its moving average, frozen, and the seconds. show(model, path) draws its output."""
     steps, batch, lr = run.stages[stage].steps, run.stages[stage].batch, run.stages[stage].lr
@@ -117,8 +117,9 @@ def fit(run, stage, model, draw, loss_of, show=lambda model, path: None, choices
             if done % SAVE == 0 or last or stopped:
                 save_state(state_path, done, flags, model, ema, opts, log.sums)
             if not stopped and (done % max(SHOW, steps // PICTURES) == 0 or last):
-                with torch.no_grad():
-                    show(ema.model, run.folder / f"{stage}-{done:06d}.png")
+                if show:
+                    with torch.no_grad():
+                        show(ema.model, run.folder / f"{stage}-{done:06d}.png")
                 run.plot()
             if stopped:
                 bar.close()

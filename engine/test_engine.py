@@ -118,7 +118,8 @@ def train_line(folder, bad, monkeypatch, steps=12):
     run = SimpleNamespace(folder=folder, stages={"line": Stage("line", None, steps, 4, .1)}, device=torch.device("cpu"),
                           recompute=False, autocast=contextlib.nullcontext, micro_batches=1, test=None, seed=0,
                           graphs=False, fingerprint=lambda stage: 0,
-                          progress=torch.zeros(()), train=SimpleNamespace(version="toy", streamed=False))
+                          progress=torch.zeros(()), plot=lambda: None,
+                          train=SimpleNamespace(version="toy", streamed=False))
     torch.manual_seed(0)
     return train.fit(run, "line", nn.Linear(64, 64), draw, lambda model, x: (((model(x) - x) ** 2).mean(), {}))[0]
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,20 @@ from engine.step import fits
 from geometry import crop, training_pictures
 
 LENGTH = 64    # word pieces of a prompt that are read
+
+
+def download(name):
+    """A checkpoint of the Hugging Face hub, from its cache or over the network -> its folder."""
+    try:
+        from huggingface_hub import snapshot_download
+        found = partial(snapshot_download, name, allow_patterns=["config.json", "*.safetensors"])
+        try:
+            return Path(found(local_files_only=True))
+        except OSError:
+            return Path(found())
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"there is no folder '{name}', nor can it be had from the Hugging Face hub "
+                        f"({' '.join(str(error).split())[:160]})") from None
 
 
 class Pretrained:

@@ -169,8 +169,6 @@ def test_no_shipped_checkpoint_is_one_line(prompt, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(reading, "SHIPPED", [str(tmp_path / "none")])
     assert run(reading.main, *prompt) == 2
     assert_one_line(capsys.readouterr().err, "there is no folder")
-    assert run(sample.main) == 2
-    assert_one_line(capsys.readouterr().err, "--text or --image")
 
 
 # ---------------------------------------------------------------------------- picture files
