@@ -71,7 +71,7 @@ class DenoiseNet(nn.Module):
 
 # ---------------------------------------------------------------------------- classifier-free guidance
 
-def split_condition(condition, cfg):
+def split_condition(condition, cfg):                          # unit 4
     """The branches that classifier-free guidance compares, stacked along the batch: r branches of b samples each.
 
     Each branch drops one more prompt kind; the last is unconditional. With text and picture:
@@ -102,7 +102,7 @@ def ramp(strengths, known, n):
     return [1 + (strength - 1) * min(1, 4 * known / n) for strength in strengths]
 
 
-def combine(branches, strengths):
+def combine(branches, strengths):                             # unit 4
     """The outputs of r branches, stacked along the batch, (r b) ... -> guided, b ... (Brooks et al. 2023).
 
         out = out_unconditional + sum_i strength_i (out_i - out_(i+1))
@@ -124,13 +124,13 @@ class Flow:
     steps = 4                                                 # by default
 
     @staticmethod
-    def loss(net, x, z):                                      # k c, k d -> mean squared error
+    def loss(net, x, z):                                      # k c, k d -> mean squared error; unit 2
         t = torch.randn(len(x), device=x.device).sigmoid()    # logit-normal: most samples near t = .5
         noisy, velocity = flow_pair(x, rearrange(t, "k -> k 1"))                  # k c
         return F.mse_loss(net(noisy, t, z), velocity)
 
     @staticmethod
-    def sample(net, z, draw, steps, strengths=(), temperature=1.):
+    def sample(net, z, draw, steps, strengths=(), temperature=1.):  # unit 2
         """Context vectors z (r k) d, draw: count -> noise k count c; -> tokens k c. Adams-Bashforth steps from t = 0 to
         1: second order with one evaluation a step. temperature scales the noise."""
         x, before = temperature * draw(1)[:, 0], None
@@ -221,7 +221,7 @@ class Backbone(nn.Module):
         y = self.decoder[-1](y, mask=mask_out, rows=p + rows)                     # b m d
         return self.norm_out(y)
 
-    def loss(self, x, condition, known):
+    def loss(self, x, condition, known):                      # unit 3
         """x: b n c shape tokens; condition (prefix.py); known: how many tokens are not masked -> the diffusion loss of
         the masked tokens. The number is the same for the whole batch: no padding."""
         order = torch.rand(len(x), self.tokens, device=x.device).argsort(1)       # b n
@@ -278,7 +278,7 @@ def cache_sized(backbone, condition, keys):
         yield {kind: (x[i:i + size], mask[i:i + size]) for kind, (x, mask) in condition.items()}, keys[i:i + size]
 
 
-def schedule(n, steps):
+def schedule(n, steps):                                       # unit 3
     """The cosine unmasking schedule: pairs (known before, known after), at least one new token a step."""
     if not 1 <= steps <= n:
         raise UserError(f"{steps} steps are not between 1 and {n}, the number of shape tokens")
@@ -306,7 +306,7 @@ def moments(n, keys, steps, rounds):
             yield order.roll(-end, 1), n - (end - start), n   # this part is last
 
 
-def known_counts(n, count=16, power=1.5):
+def known_counts(n, count=16, power=1.5):                     # unit 3
     """How many of n tokens are known at `count` moments of generation. A power above 1: early moments, when the prompt
     decides most, come more often. (MAR's mask ratio is at least .7: it never trains on the last steps.)"""
     return [n - math.ceil(n * math.cos(math.pi / 2 * ((i + .5) / count) ** power)) for i in range(count)]

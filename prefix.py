@@ -45,7 +45,7 @@ class Prefix(nn.Module):
         self.query = nn.Parameter(torch.randn(prefix, dim) * .02)                 # q d
         self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
 
-    def forward(self, condition):
+    def forward(self, condition):                             # unit 4
         """-> prefix tokens b p d, p = t + q, and their mask, False = padding or a dropped prompt."""
         context, mask = self.conditions(condition)                                # b t d, b t
         query = repeat(self.query, "q d -> b q d", b=len(context))

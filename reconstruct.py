@@ -62,7 +62,7 @@ class Reconstructor(nn.Module):
 
 # ---------------------------------------------------------------------------- Reconstruction-Guided Sampling
 
-def blend(sampled, recon, weight):
+def blend(sampled, recon, weight):                            # unit 5
     """The paper's rule: known = (1 - a) x_recon + a x_sampled, where `weight` = a is the weight of the sampled tokens.
 
     That is alpha in the paper's pipeline figure (alpha = .1 keeps 90 % of the reconstruction). The paper's text
@@ -71,7 +71,7 @@ def blend(sampled, recon, weight):
     return torch.lerp(recon, sampled, weight)
 
 
-def within(sampled, recon, log_variance, reach):
+def within(sampled, recon, log_variance, reach):              # unit 5
     """Our rule, which keeps diversity: each channel of a sampled token stays within `reach` sigma of x_recon."""
     margin = reach * (log_variance / 2).exp()                                     # b n c
     return sampled.clamp(recon - margin, recon + margin)

@@ -66,7 +66,7 @@ class Tokenizer(BySize, nn.Module):
 
 
 @torch.no_grad()
-def standardise(tokenizer, heads, tokens):
+def standardise(tokenizer, heads, tokens):                    # unit 1
     """Gives every channel of tokens b n c, a sample of the training set, zero mean and unit variance. The first layers
     of the heads absorb the inverse: the outputs of the heads stay the same."""
     tokens = from_patches(tokens, tokenizer.patch)

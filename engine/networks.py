@@ -138,7 +138,7 @@ class FeedForward(nn.Module):
 
 # ---------------------------------------------------------------------------- embeddings
 
-def fourier(x, bands):
+def fourier(x, bands):                                        # unit 1
     """x: ... 3 -> ... 3 + 6 bands: the position and its sines and cosines, a wavelength of 4 downwards."""
     angle = rearrange(x, "... i -> ... i 1") * (math.pi / 2 * 2 ** torch.arange(bands, device=x.device))
     return torch.cat([x, rearrange(torch.cat([angle.sin(), angle.cos()], -1), "... i f -> ... (i f)")], -1)
@@ -157,7 +157,7 @@ def grid_points(side, device=None):
     return rearrange(torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1), "x y z i -> (x y z) i")
 
 
-def flow_pair(x, t):
+def flow_pair(x, t):                                          # unit 2
     """A rectified flow, noise at t = 0 and x at t = 1: x_t = (1 - t) noise + t x, and its velocity x - noise."""
     noise = torch.randn_like(x)
     return (1 - t) * noise + t * x, x - noise

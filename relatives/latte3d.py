@@ -154,7 +154,7 @@ def distilled(prior, x, condition, angles, noise, depth=None, cfg=GUIDANCE):
     return RESCALED * found * deviation(plain) / deviation(found) + (1 - RESCALED) * found
 
 
-def distillation(prior, x, *args, **settings):
+def distillation(prior, x, *args, **settings):                # unit 6
     """1/2 |x - sg(x_hat)|^2. Its gradient x - x_hat is that of score distillation, in terms of clean pictures."""
     return F.mse_loss(x, distilled(prior, x, *args, **settings)) / 2
 

@@ -127,7 +127,7 @@ def contrast(s, t, low, high, temperature=.07):
     return info_nce(s / temperature, (t > high) & ~torch.eye(len(t), dtype=torch.bool, device=t.device), t < low)
 
 
-def rank(s, t):
+def rank(s, t):                                               # unit 6
     """Rank distillation: the rows of s and of t, without the diagonal, standardised; then their mean squared error."""
     b = len(s)
     others = (x.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1) for x in (s, t))       # skips every b + 1st

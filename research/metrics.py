@@ -16,7 +16,7 @@ def diversity(clouds):
     return chamfer_matrix(clouds, clouds)[~torch.eye(n, dtype=torch.bool)].mean().item()
 
 
-def mmd_cov_1nna(samples, references):
+def mmd_cov_1nna(samples, references):                        # unit 5
     """Two sets of clouds of one size, n k 3, under Chamfer distance (Achlioptas et al. 2018; Yang et al. 2019).
     MMD: mean over references of the distance to the nearest sample. COV: share of references that are the nearest one
     of a sample. 1-NNA: how often the nearest other cloud of the union is of the same set; .5 is the best."""
@@ -72,6 +72,6 @@ def prompt_score(prompts, shapes):
     return np.diag(cosine(prompts, shapes)).mean()
 
 
-def r_precision(prompts, shapes, true):
+def r_precision(prompts, shapes, true):                       # unit 5
     """Share of shapes (n e) whose nearest prompt (n e) is true of them. true[i, j]: is prompt j true of shape i?"""
     return true[np.arange(len(shapes)), cosine(shapes, prompts).argmax(1)].mean()

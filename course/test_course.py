@@ -1,0 +1,58 @@
+"""test_course.py - every unit fails when it is cut, and passes when it is restored; the notebooks run.
+
+    python -m pytest -q -n 2 course
+"""
+import subprocess
+import sys
+
+import cut
+import notebooks
+import pytest
+
+FAILED, PASSED = 1, 0
+
+
+def command(folder, *words):
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+
+
+def unit_tests(folder, unit):
+    return command(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"course/test_unit{unit}.py")
+
+
+@pytest.mark.parametrize("unit", cut.UNITS)
+def test_a_unit_fails_when_cut_and_passes_when_restored(unit, tmp_path):
+    """Cut, every test fails with a hint. Restored, the copy is as the original, and they pass."""
+    mine, script = tmp_path / "mine", str(cut.HERE / "course" / "cut.py")
+    assert command(tmp_path, script, str(unit), "--out", "mine").returncode == 0
+    found = unit_tests(mine, unit)
+    assert found.returncode == FAILED and "passed" not in found.stdout, found.stdout[-2000:]
+    assert found.stdout.count("hint: ") == found.stdout.count("\nFAILED ") > 2
+    assert command(tmp_path, script, str(unit), "--out", "mine", "--restore").returncode == 0
+    for path in cut.all_holes(unit):
+        assert (mine / path.relative_to(cut.HERE)).read_bytes() == path.read_bytes()
+    found = unit_tests(mine, unit)
+    assert found.returncode == PASSED, found.stdout[-2000:]
+
+
+@pytest.mark.parametrize("path", [path for unit in cut.UNITS for path in notebooks.paths_of(unit).values()],
+                         ids=lambda path: path.stem)
+def test_a_notebook_runs(path):
+    """With holes it shows hints, solved it shows none."""
+    done = command(cut.HERE, "course/notebooks.py", "--run", str(path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    solved = path.stem.endswith("-solved")
+    assert ("hint: " in done.stdout) != solved
+
+
+def test_notebooks_are_those_of_pages_and_source():
+    for unit in cut.UNITS:
+        for solved, path in notebooks.paths_of(unit).items():
+            assert path.read_text() == notebooks.notebook(notebooks.cells_of(unit, solved)), \
+                f"{path.name} is old; `python course/notebooks.py` writes it"
+
+
+def test_a_copy_is_never_overwritten(tmp_path):
+    (tmp_path / "mine").mkdir()
+    done = command(tmp_path, str(cut.HERE / "course" / "cut.py"), "1", "--out", "mine")
+    assert done.returncode == 2 and "give another --out" in done.stderr
