@@ -5,10 +5,14 @@ Seconds change from run to run on a machine that others use too. The ratio of tw
     python -m research.bench sample --size base          # MAR's published sampling against ours
     python -m research.bench decode                      # a dense grid against one that is refined near the surface
     python -m research.bench train --size small          # a training step in fp32, and as train.py does it
+    python -m research.bench busy                        # sample.py alone and beside two busy processes
 """
 import contextlib
 import math
+import os
 import statistics
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -178,9 +182,31 @@ def bench_train(args):
     return [row | {"seconds": row["seconds"] / 3} for row in turns]
 
 
+# ---------------------------------------------------------------------------- other processes
+
+BUSY = "import torch; torch.set_num_threads(1); x = torch.randn(512, 512)\nwhile True: x @ x"
+
+
+def bench_busy(args):
+    """sample.py, alone and beside two busy processes: torch's threads wait as by default, and as sample.py has it."""
+    script, rows = Path(__file__).parents[1] / "sample.py", []
+    for count in (0, 2):
+        others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+        sample = lambda env: subprocess.run([sys.executable, script, "--text", "table", "--out", args.out], check=True,
+                                            stdout=subprocess.DEVNULL, env=os.environ | env)
+        ways = {"torch's default": {"GOMP_SPINCOUNT": "300000"}, "ours": {}}
+        try:
+            rows += [{"beside": f"{count} busy processes"} | row for row in
+                     take_turns(args, {name: partial(sample, env) for name, env in ways.items()})]
+        finally:
+            for other in others:
+                other.kill()
+    return rows
+
+
 # ---------------------------------------------------------------------------- the command
 
-BENCHES = {"sample": bench_sample, "decode": bench_decode, "train": bench_train}
+BENCHES = {"sample": bench_sample, "decode": bench_decode, "train": bench_train, "busy": bench_busy}
 
 
 def main():

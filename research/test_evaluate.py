@@ -16,7 +16,8 @@ from research import bench, closure, exam, gpu
 
 # ---------------------------------------------------------------------------- bench.py
 
-@pytest.mark.parametrize("command", ["sample --size small", "train --size small", "decode --shapes 1 --resolutions 64"])
+@pytest.mark.parametrize("command", ["sample --size small", "train --size small", "decode --shapes 1 --resolutions 64",
+                                     "busy"])
 def test_benches(command, tmp_path, monkeypatch):
     """Each compares at least two ways, the first with itself; the refined mesh is the dense one."""
     for module, size in SMALL.items():
