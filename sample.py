@@ -18,7 +18,8 @@ from importlib import import_module
 from numbers import Integral, Real
 from pathlib import Path
 
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "5000")    # on a busy machine, torch's threads yield
+if os.getloadavg()[0] > os.cpu_count() / 2:                   # on a busy machine, torch's threads yield to others
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import numpy as np
 import torch

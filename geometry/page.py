@@ -55,8 +55,9 @@ def entry(model, name, note, shapes, steps, height):
               "box": box_of(shape.placed(height) if isinstance(shape, Mesh) else shape.positions())}
              for rep, path, shape in shapes]
     decoded = [x if isinstance(x, np.ndarray) else model.decode(x, resolution=STEP_CELLS) for _, x, _ in steps]
+    boxes = [box_of(x.vertices) for x in decoded if isinstance(x, Mesh) and len(x.faces)]
     steps = [picture_step(label, shape) if isinstance(shape, np.ndarray) else
-             surface_step(label, shape, states, box_of(decoded[-1].vertices))
+             surface_step(label, shape, states, (boxes or [None])[-1])            # all in the place of the last one
              for (label, _, states), shape in zip(steps, decoded)]
     return {"name": name, "note": note, "files": files, "steps": steps}
 

@@ -184,20 +184,24 @@ def bench_train(args):
 
 # ---------------------------------------------------------------------------- other processes
 
+HERE = Path(__file__).parents[1]
 BUSY = "import torch; torch.set_num_threads(1); x = torch.randn(512, 512)\nwhile True: x @ x"
 
 
 def bench_busy(args):
     """sample.py, alone and beside two busy processes: torch's threads wait as by default, and as sample.py has it."""
-    script, rows = Path(__file__).parents[1] / "sample.py", []
+    words, rows = ["--text", "table", "--out", str(Path(args.out).resolve())], []
     for count in (0, 2):
         others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
-        sample = lambda env: subprocess.run([sys.executable, script, "--text", "table", "--out", args.out], check=True,
-                                            stdout=subprocess.DEVNULL, env=os.environ | env)
-        ways = {"torch's default": {"GOMP_SPINCOUNT": "300000"}, "ours": {}}
+
+        def sample(load):                                     # sample.py is told the load: the average takes a minute
+            code = f"import os, sys; os.getloadavg = lambda: [{load}]; sys.argv[1:] = {words}"
+            code += "; import sample; sample.main()"
+            env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}        # our own
+            subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=HERE, env=env)
         try:
             rows += [{"beside": f"{count} busy processes"} | row for row in
-                     take_turns(args, {name: partial(sample, env) for name, env in ways.items()})]
+                     take_turns(args, {"torch's default": partial(sample, 0), "ours": partial(sample, count)})]
         finally:
             for other in others:
                 other.kill()
