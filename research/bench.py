@@ -184,13 +184,13 @@ def bench_train(args):
 
 # ---------------------------------------------------------------------------- other processes
 
-HERE = Path(__file__).parents[1]
+HERE, SAMPLE = Path(__file__).parents[1], ("--text", "table")
 BUSY = "import torch; torch.set_num_threads(1); x = torch.randn(512, 512)\nwhile True: x @ x"
 
 
 def bench_busy(args):
     """sample.py, alone and beside two busy processes: torch's threads wait as by default, and as sample.py has it."""
-    words, rows = ["--text", "table", "--out", str(Path(args.out).resolve())], []
+    words, rows = [*SAMPLE, "--out", str(Path(args.out).resolve())], []
     for count in (0, 2):
         others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
 

@@ -22,7 +22,7 @@ def test_benches(command, tmp_path, monkeypatch):
     """Each compares at least two ways, the first with itself; the refined mesh is the dense one."""
     for module, size in SMALL.items():
         monkeypatch.setitem(module.SIZES, "small", size)
-    for name, value in {"PUBLISHED": (4, 4), "SAMPLED": (1, 2), "TRAINED": 4}.items():
+    for name, value in {"PUBLISHED": (4, 4), "SAMPLED": (1, 2), "TRAINED": 4, "SAMPLE": ["--help"], "BUSY": ""}.items():
         monkeypatch.setattr(bench, name, value)
     name, *flags = command.split()
     assert run(bench.main, name, *flags, "--rounds", 1, "--out", tmp_path) == 0
