@@ -19,7 +19,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 if os.getloadavg()[0] > os.cpu_count() / 2:                   # on a busy machine, torch's threads yield to others
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
@@ -224,7 +224,7 @@ def model_in(folder, wanted=None):
 
 def from_hub(name):
     """The folder of a checkpoint of the Hugging Face hub, which may be downloaded. None: it is no such name."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.is_dir():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("runs/") or Path(name).parent.is_dir():
         return None
     from prompts.pretrained import download  # takes a second
     return download(name)
@@ -322,6 +322,8 @@ def read_prompts(path):
         raise UserError(f"{path} cannot be read as a text file: {' '.join(str(error).split())[:160]}") from None
     if not (texts := list(dict.fromkeys(line.strip() for line in lines if line.strip()))):
         raise UserError(f"{path} has no prompt; write one on each line")
+    if len({file_name(text, None) for text in texts}) < len(texts):
+        raise UserError(f"{path}: two prompts have the same first 60 letters and digits, and so the same files; change one")
     return texts
 
 
@@ -379,7 +381,7 @@ def write_samples(args, model, text, laps):
         if args.html:
             from geometry import page
             steps = model.steps(*model.prompted(text, args.image, seeds[i:i + 1])[0], **options)
-            entries.append(page.entry(model, f"sample {i}", f"seed {args.seed}", shapes, steps, args.height))
+            entries.append(page.entry(model, f"sample {seeds[i][1]}", f"seed {args.seed}", shapes, steps, args.height))
             laps.end("page")
     if len(pictures) > 1:
         sheet = out / f"{name}{''.join(ending[rep] for rep in args.rep)}.png"

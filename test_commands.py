@@ -182,8 +182,10 @@ def test_a_file_of_prompts(overfitted, tmp_path, capsys):
     assert run(sample.main, "--prompts", tmp_path / "prompts.txt", *flags) == 0
     assert {path.name for path in (tmp_path / "out").glob("*.glb")} == {"a-table-0.glb", "a-chair-0.glb"}
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "alike.txt").write_text("a chair\na chair!\n")
     (tmp_path / "wrong.txt").write_text("a chair\na mug\n")
-    for name, complaint in (("empty.txt", "has no prompt"), ("none.txt", "cannot be read"), ("wrong.txt", "'mug'")):
+    for name, complaint in (("empty.txt", "has no prompt"), ("none.txt", "cannot be read"), ("wrong.txt", "'mug'"),
+                            ("alike.txt", "the same files")):
         capsys.readouterr()
         assert run(sample.main, "--prompts", tmp_path / name, *flags) == 2
         assert_one_line(capsys.readouterr().err, complaint)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE))
 from engine.commands import Parser, UserError, command  # noqa: E402 - this file is a folder below
 
 UNITS = range(1, 7)
-LEFT_OUT = shutil.ignore_patterns(".git", "out", "runs", "cache*", "__pycache__", ".*_cache", "checkpoints")
+FOLDERS = "engine", "geometry", "prompts", "relatives", "research", "recipes", "assets", "course", "docs"
 
 
 def holes(path, unit):
@@ -32,9 +32,9 @@ def holes(path, unit):
     return found
 
 
-def all_holes(unit, folder=HERE):
+def all_holes(unit):
     """{file: its holes} of a unit."""
-    paths = [*folder.glob("*.py"), *folder.glob("[a-z]*/*.py")]
+    paths = [*HERE.glob("*.py"), *(path for folder in FOLDERS for path in HERE.glob(f"{folder}/*.py"))]
     return {path: found for path in sorted(paths) if (found := holes(path, unit))}
 
 
@@ -60,7 +60,12 @@ def main():
     if not args.restore and out.exists():
         raise UserError(f"{out} exists; give another --out")
     if not args.restore:
-        shutil.copytree(HERE, out, ignore=lambda folder, names: {*LEFT_OUT(folder, names), out.name})
+        out.mkdir(parents=True)
+        for path in HERE.iterdir():
+            if path.is_file():
+                shutil.copy(path, out)
+        for folder in FOLDERS:
+            shutil.copytree(HERE / folder, out / folder, ignore=shutil.ignore_patterns("__pycache__", "*-solved.ipynb"))
         (out / "checkpoints").symlink_to(HERE / "checkpoints")
     for path, found in all_holes(args.unit).items():
         copy = out / path.relative_to(HERE)

@@ -52,6 +52,17 @@ def test_notebooks_are_those_of_pages_and_source():
                 f"{path.name} is old; `python course/notebooks.py` writes it"
 
 
+def test_a_copy_of_a_copy_is_cut(tmp_path):
+    """With --out below the repository, as on the page, and beside an older copy."""
+    assert command(tmp_path, str(cut.HERE / "course" / "cut.py"), "3", "--out", "clone").returncode == 0
+    for unit in (1, 5):
+        assert command(tmp_path / "clone", "course/cut.py", str(unit), "--out", f"mine{unit}").returncode == 0
+        for path in cut.all_holes(unit):
+            text = (tmp_path / "clone" / f"mine{unit}" / path.relative_to(cut.HERE)).read_text()
+            assert f"raise NotImplementedError(\"unit {unit}: " in text
+    assert not [*tmp_path.rglob("*-solved.ipynb")]
+
+
 def test_a_copy_is_never_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
     done = command(tmp_path, str(cut.HERE / "course" / "cut.py"), "1", "--out", "mine")

@@ -78,4 +78,4 @@ def write(path, title, note, samples):
     bare = re.sub(r"\n\s+|\s+// .*", lambda found: found[0][:1].strip(" "), TEMPLATE.read_text())       # for its size
     content = json.dumps({"title": title, "note": note, "samples": samples}).replace("<", r"\u003c")
     with atomic_write(path) as temporary:
-        temporary.write_text(bare.replace("TITLE", html.escape(title), 1).replace("DATA", content, 1))
+        temporary.write_text(bare.replace("DATA", content, 1).replace("TITLE", html.escape(title), 1))

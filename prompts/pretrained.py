@@ -2,7 +2,7 @@
 
 LTM3D section 4 freezes CLIP and DINOv2. These towers are frozen too; their tokens of a prepared set are computed once.
 
-    hf download openai/clip-vit-base-patch32                     # once; nothing here opens a connection
+    hf download openai/clip-vit-base-patch32                     # once; towers are never downloaded
     python train.py --rep sdf --text-encoder openai/clip-vit-base-patch32 --image-encoder path/to/dinov2
 """
 import hashlib
