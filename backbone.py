@@ -236,10 +236,10 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def generate(self, condition, keys, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.47,
-                 rounds=0, watch=None):
+                 rounds=0, watch=lambda *_: None):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c.
         blend: RGS, a function of x; in the first `window` of the steps, in the paper 30 of 64, the MAE encodes its
-        output (reconstruct.py). watch: a function of x after each step."""
+        output (reconstruct.py). watch: a function of what is known after each step."""
         b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
         condition, strengths = split_condition(condition, cfg)
         prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
@@ -263,8 +263,7 @@ class Backbone(nn.Module):
             sample = self.denoiser.sample(self.net, z, draw, denoise_steps, ramped, temperature)
             index = repeat(new, "b m -> b m c", c=c)
             x = x.scatter(1, index, rearrange(sample, "(b m) c -> b m c", b=b))   # b n c
-            if watch:
-                watch(x, order, known, after)
+            watch(x, order, known, after)
         return x
 
 

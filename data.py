@@ -122,8 +122,7 @@ class Prepared:
             raise UserError(f"{folder} is damaged ({error}); delete it, and run the same command again") from None
         broken = {row: record for of_kind in records for row, record in of_kind.items() if "broken" in record}
         self.broken = {record["file"]: record["broken"] for row, record in broken.items() if row < source.files}
-        rows = sorted(row for row in set.intersection(*map(set, records))
-                      if row not in broken and source.in_split(row))
+        rows = sorted(row for row in set.intersection(*map(set, records)) if row not in broken and source.in_split(row))
         self.rows = torch.tensor(rows, dtype=torch.long)      # rows of the arrays: one for each shape of this set
         self.records = [records[0][row] for row in rows]
         self.classes = [record["class"] for record in self.records]

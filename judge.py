@@ -35,7 +35,6 @@ SHAPES = 52         # held-out shapes on which a stage measures a head
 save_picture = processes.first_process_only(save_png)
 
 
-
 def write_page(folder):
     from geometry import page  # only here
     page.write_run(folder)

@@ -10,31 +10,27 @@
     shapes[0].save("out/table.glb")
 """
 import os
-import re
 import sys
-import time
 from functools import partial
 from importlib import import_module
 from numbers import Integral, Real
-from pathlib import Path
 
 if os.getloadavg()[0] > os.cpu_count() / 2:                   # on a busy machine, torch's threads yield to others
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
+from einops import rearrange
 
 import backbone
 import encoders
 import heads
 import reconstruct
 from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
-from engine.files import make_folder, read_config, read_stage
+from engine.files import read_config, read_stage
 from engine.noise import keys_of
 from engine.stage import RELATIVES
-from geometry.export import Mesh
-from prompts.reading import choose, find, shipped, some
-from prompts.text_tower import POINTS
+from prompts.reading import choose, find
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
 MAX_INT = 2 ** 63 - 1
@@ -110,22 +106,23 @@ class Sampler:
     def sample(self, prompt=None, image=None, n=1, seed=0, best=1, **options):
         """n samples of one prompt, one picture (a file, or an image of Pillow), or both -> shape tokens b n c, b = n.
         best: each is the best of so many. options: as for `tokens`."""
-        return self.choose(prompt, image, n, seed, best, **options)[0]
+        return self.best_samples(prompt, image, n, seed, best, **options)[0]
 
-    def choose(self, prompt, image, n, seed, best, **options):
+    def best_samples(self, prompt, image, n, seed, best, **options):
         """`sample`, and the seeds of these samples: b."""
         if prompt is None and image is None:
             raise UserError("there is no prompt; give a text, an image or both")
         if not isinstance(prompt, str | None):
             raise UserError(f"a prompt is one string, not a {type(prompt).__name__}; call it once for each")
         check_numbers(n=n, seed=seed, best=best)
-        seeds = [(seed, i + j * LIMITS["n"][2]) for i in range(n) for j in range(best)]
+        seeds = [(seed, i + 10_000 * j) for i in range(n) for j in range(best)]     # candidates: beyond any n
         prompted, warnings = self.prompted(prompt, image, seeds)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         tokens = self.tokens(*prompted, **options)
         if best > 1:
-            scores = self.scores(prompt, prompted[2], tokens).view(n, best)
+            from prompts.scores import prompt_scores
+            scores = rearrange(prompt_scores(self, prompt, prompted[2], tokens), "(n best) -> n best", n=n)
             chosen = (scores.argmax(1) + best * torch.arange(n)).tolist()
             tokens, seeds = tokens[chosen], [seeds[i] for i in chosen]
         return tokens, seeds
@@ -139,18 +136,6 @@ class Sampler:
             pictures = picture.expand(len(seeds), -1, -1, -1)
             warnings += [f"{image}: {warning}"] * bool(warning)
         return (None if prompt is None else [prompt] * len(seeds), seeds, pictures), warnings
-
-    @torch.no_grad()
-    def scores(self, prompt, pictures, tokens):
-        """Prompt scores of shape tokens b n c: the cosines of features of the text, or else the picture, and of the
-        surface, b."""
-        (text, image), rng = self.encoders.towers.values(), np.random.default_rng(0)
-        if self.encoders.pretrained:
-            raise UserError("--best takes the built-in encoders, and this checkpoint has others; leave it out")
-        clouds = [self.decode(x, resolution=32).surface(POINTS, rng) for x in tokens]             # b times k 3 each
-        clouds = [torch.tensor(np.stack(x), dtype=torch.float, device=self.device) for x in zip(*clouds)]
-        query = image.embed(image.tokens(pictures)[0]) if prompt is None else text.embed_text(*text.word_ids([prompt]))
-        return (text.embed_cloud(*clouds) * query).sum(1).cpu()
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
         """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
@@ -190,14 +175,14 @@ class LTM3D(Sampler):
         return torch.cat([self.backbone.generate(*chunk, blend=blend(chunk[0]), **options) for chunk in chunks]).float()
 
     def steps(self, *prompted, **options):
-        """One sample, anew: a label, its tokens n c, and their states, after each step, rounds aside. States: "0"
+        """One sample, anew: a label, its tokens n c, and their states, after each step, but not of rounds. States: "0"
         unknown, "1" known, "2" new."""
         found, n = [], self.backbone.tokens
 
         def watch(x, order, known, after):
             states = np.full(n, "0")
             states[order[0, :after].cpu()], states[order[0, known:after].cpu()] = "1", "2"
-            if not found or "0" in found[-1][2]:
+            if not found or "0" in found[-1][2]:              # else a round
                 found.append((f"{after} of {n} tokens", x[0], "".join(states)))
         self.tokens(*prompted, watch=watch, **options)
         return found
@@ -222,39 +207,17 @@ def model_in(folder, wanted=None):
     return wanted or found[0]
 
 
-def from_hub(name):
-    """The folder of a checkpoint of the Hugging Face hub, which may be downloaded. None: it is no such name."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("runs/") or Path(name).parent.is_dir():
-        return None
-    from prompts.pretrained import download  # takes a second
-    return download(name)
-
-
 def load(folder="checkpoints/tiny", device=None, precision=None, model=None):
     """Loads the model in a checkpoint folder, or in one of the Hugging Face hub: user/name."""
-    if not folder or (found := find(folder) or from_hub(str(folder))) is None:
-        raise UserError(f"there is no folder '{folder}'; "
-                        "--checkpoint takes checkpoints/tiny, checkpoints/assets, a folder that train.py made, "
-                        "or a name of the Hugging Face hub")
+    if (found := find(folder) if folder else None) is None:
+        from prompts.pretrained import download  # takes a second
+        found = download(str(folder))                         # an error if there is no such name
     name = model_in(found, model)
     model_class = LTM3D if name == "ltm3d" else import_module(f"relatives.{name}").Model
     return model_class(found, device, precision)
 
 
 # ---------------------------------------------------------------------------- the command
-
-GUIDE = """Text or a picture becomes a shape.
-
-{}
-
-All nouns: python -m prompts.reading
-
-    python sample.py --text "a red chair with arms" --n 4 --turntable
-    python sample.py --text "a birthday cake" --best 4 --html          # a page to turn it in
-    python sample.py --image assets/chair.png
-
-All flags: python sample.py --help"""
-
 
 def arguments():
     parser = Parser(__doc__.split("\n")[0])
@@ -280,7 +243,8 @@ def arguments():
     flag("--turntable", action="store_true", help="also write a turntable GIF of each shape")
     flag("--html", action="store_true", help="also write a page to turn the shapes in, with the steps of generation")
     flag("--model", choices=["ltm3d", *RELATIVES], help="which model (default of --checkpoint: its shipped weights)")
-    flag("--checkpoint", help="folder of trained weights (default: the shipped ones trained on the noun of --text)")
+    flag("--checkpoint", help="folder of trained weights, or user/name of the Hugging Face hub (default: the shipped "
+         "ones trained on the noun of --text; for a picture alone, checkpoints/assets)")
     add_device_flags(parser)
     flag("--out", default="out", help="folder to write to")
 
@@ -302,118 +266,48 @@ def arguments():
          "within=S: tokens within S standard deviations of it; none; auto: sampled=.1 for a picture alone, else none")
     number("window", "RGS: its share of the steps, from the first")
     args = parser.parse_args()
-    if sum(x is not None for x in (args.text, args.prompts)) == 2 or args.text is args.prompts is args.image is None:
+    texts = [x for x in (args.text, args.prompts) if x is not None]
+    if len(texts) > 1 or not texts and args.image is None:
         parser.error("give --text or --prompts, or --image, alone or with one of them")
-    args.texts = [args.text] if args.prompts is None else read_prompts(args.prompts)
+    args.texts = [args.text]
+    if args.prompts is not None:
+        from prompts.text_files import read_prompts
+        args.texts = read_prompts(args.prompts)
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
     for name, reps in COUNTS.items():
         if getattr(args, name) and not {*reps} & {*args.rep}:
             parser.error(f"--{name} is an option of other representations; give --rep {' or '.join(reps)}, too")
+    args.counts = {rep: {name: getattr(args, name) for name, reps in COUNTS.items() if rep in reps} for rep in args.rep}
+    if {"sdf", "mesh"} <= {*args.rep}:                        # --faces are those of the mesh
+        del args.counts["sdf"]["faces"]
     return args
-
-
-def read_prompts(path):
-    """The lines of a file, but empty ones and copies."""
-    try:
-        lines = Path(path).read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a text file: {' '.join(str(error).split())[:160]}") from None
-    if not (texts := list(dict.fromkeys(line.strip() for line in lines if line.strip()))):
-        raise UserError(f"{path} has no prompt; write one on each line")
-    if len({file_name(text, None) for text in texts}) < len(texts):
-        raise UserError(f"{path}: two prompts begin with the same 60 letters, so they have the same files")
-    return texts
-
-
-def file_name(text, image):
-    """The base name of a prompt's files. A picture adds from-NAME, so that pictures do not overwrite each other."""
-    name = (text or "") + (f" from {Path(image).stem}" if image else "")
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "shape"
-
-
-def write_shape(shape, path, height, turn):
-    """Writes the shape (a mesh: of this height), a picture and, if `turn`, a GIF; -> the picture."""
-    from geometry.render import save_gif, save_png, turntable
-    picture = shape.picture()
-    shape.save(path, height) if isinstance(shape, Mesh) else shape.save(path)
-    save_png(path.with_suffix(".png"), picture)
-    print(path, path.with_suffix(".png"), sep="\n")
-    if turn:
-        save_gif(path.with_suffix(".gif"), turntable(shape))
-        print(path.with_suffix(".gif"))
-    return picture
-
-
-class Laps(dict):
-    """Seconds of each phase."""
-    start = time.perf_counter()
-
-    def end(self, phase):
-        now = time.perf_counter()
-        self[phase], self.start = self.get(phase, 0) + now - self.start, now
-
-
-def write_samples(args, model, text, laps):
-    """Samples one prompt, and writes all its files."""
-    options = {option: value for option in OPTIONS if (value := getattr(args, option)) is not None}
-    tokens, seeds = model.choose(text, args.image, args.n, args.seed, args.best, **options)
-    laps.end("tokens")
-
-    from geometry.render import contact_sheet, save_png
-    name = file_name(text, args.image) + f"-{type(model).__name__.lower()}" * (not isinstance(model, LTM3D))
-    out, pictures, entries = make_folder(args.out), [], []
-    ending = {rep: "" if args.rep == ["sdf"] else f"-{rep}" for rep in args.rep}
-    ending["mesh"] = f"-mesh-{args.faces}" if args.faces else ending.get("mesh")
-    for i, x in enumerate(tokens):                                                # n c
-        shapes = []                                           # for a page
-        for rep in args.rep:
-            counts = {name: getattr(args, name) for name, reps in COUNTS.items() if rep in reps}
-            if rep == "sdf" and "mesh" in args.rep:           # --faces are those of the mesh
-                del counts["faces"]
-            shape = model.decode(x, rep, (args.seed, i), args.resolution, **counts)
-            laps.end(rep)
-            path = out / f"{name}-{i}{ending[rep]}{shape.suffix}"
-            pictures.append(write_shape(shape, path, args.height, args.turntable))
-            shapes.append((rep, path, shape))
-            laps.end("pictures")
-        if args.html:
-            from geometry import page
-            steps = model.steps(*model.prompted(text, args.image, seeds[i:i + 1])[0], **options)
-            entries.append(page.entry(model, f"sample {seeds[i][1]}", f"seed {args.seed}", shapes, steps, args.height))
-            laps.end("page")
-    if len(pictures) > 1:
-        sheet = out / f"{name}{''.join(ending[rep] for rep in args.rep)}.png"
-        save_png(sheet, contact_sheet(pictures, len(args.rep) if len(args.rep) > 1 else min(4, args.n)))
-        print(sheet)
-        laps.end("pictures")
-    if args.html:
-        known = {option: value for option, value in (model.OPTIONS | options).items() if value is not None}
-        note = f"{type(model).__name__}, {model.folder}: " + ", ".join(f"{key} {known[key]}" for key in known)
-        page.write(out / f"{name}.html", text or name, note, entries)
-        print(out / f"{name}.html")
-        laps.end("page")
 
 
 def main():
     if len(sys.argv) == 1:
-        known = (f"{folder} knows {', '.join(some(entry['nouns']))}" for folder, entry in shipped().items())
-        return print(GUIDE.format("\n\n".join(known)))
-    args, laps, models = arguments(), Laps(), {}
+        from prompts.text_files import guide
+        return print(guide())
+    args = arguments()
+    from geometry.sample_files import Laps, write_samples
+    laps = Laps()
     if args.image is not None:                                # an unreadable picture is an error before loading
         from prompts import picture_files
         picture_files.load_picture(args.image)
-    own = args.checkpoint or args.model in RELATIVES and f"checkpoints/{args.model}"
-    folders = [own or choose(text) for text in args.texts]
+    own = args.checkpoint or (f"checkpoints/{args.model}" if args.model in RELATIVES else None)
+    folders, models = [own or choose(text) for text in args.texts], {}
     for folder in dict.fromkeys(folders):
         models[folder] = load(folder, args.device, args.precision, args.model).load_heads(*args.rep)
         print(f"{folder}, running on {models[folder].reason}")
     for text, folder in zip(args.texts, folders):             # an unknown noun is an error before anything is written
-        text is None or models[folder].encoders.remarks(text)
+        if text is not None:
+            models[folder].encoders.remarks(text)
     laps.end("load")
+
+    options = {option: value for option in OPTIONS if (value := getattr(args, option)) is not None}
     for text, folder in zip(args.texts, folders):
-        write_samples(args, models[folder], text, laps)
+        write_samples(models[folder], text, args, options, laps)
     print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in laps.items()))
 
 

@@ -24,6 +24,7 @@ from engine import files
 from engine.commands import Parser, UserError, pick_device
 from geometry import export, metrics
 from heads import field_of
+from prompts.scores import prompt_scores
 from research import attributes
 
 # ---------------------------------------------------------------------------- the shipped weights
@@ -169,9 +170,9 @@ def test_the_best_candidates_score_higher(prompt, image, gain):
     """Candidate 0 of sample i is sample i, the others come after all samples."""
     model = sample.load()
     pictures = model.prompted(prompt, image, [(0, 0)])[0][2]
-    plain, best = (model.choose(prompt, image, 3, 0, count) for count in (1, 4))
+    plain, best = (model.best_samples(prompt, image, 3, 0, count) for count in (1, 4))
     assert plain[1] == [(0, 0), (0, 1), (0, 2)] and {seed % 10_000 for _, seed in best[1]} == {0, 1, 2}
-    scores = [model.scores(prompt, pictures, tokens) for tokens, _ in (plain, best)]
+    scores = [prompt_scores(model, prompt, pictures, tokens) for tokens, _ in (plain, best)]
     assert (scores[1] > scores[0] - .01).all() and scores[1].mean() > scores[0].mean() + gain
 
 

@@ -31,16 +31,7 @@ from engine.graphs import Replayed, compiled
 from engine.run import Run, copy_stages, locked
 from engine.stage import RELATIVES
 from engine.state import Log, load_state, save_state, stop_after_step
-from engine.step import (
-    EMA,
-    held_out_loss,
-    learning_rate,
-    optimizers,
-    recompute_blocks,
-    seed_micro_batch,
-    set_rate,
-    update,
-)
+from engine.step import EMA, held_out_loss, learning_rate, optimizers, recompute_blocks, seed_batch, set_rate, update
 from geometry.prepare import TRAIN_SHAPES, name_begins
 
 LTM3D = [encoders.TEXT, tokenizer.STAGE, encoders.VISION, *heads.STAGES, backbone.STAGE, reconstruct.STAGE]
@@ -97,7 +88,7 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
             for i in range(processes.rank(), run.micro_batches, processes.world()):
                 if streamed:
                     streamed.advance()
-                micro_batch(*seed_micro_batch(run, stage, step, i, choices))
+                micro_batch(*seed_batch(run, stage, step, i, choices))
             processes.sum_over_processes([p.grad for p in model.parameters() if p.grad is not None], log.now.values())
 
             # --- update

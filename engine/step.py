@@ -21,7 +21,7 @@ RESIDENT = .5                                # share of a GPU's free memory for 
 
 # ---------------------------------------------------------------------------- micro-batches
 
-def seed_micro_batch(run, stage, step, i, choices=((),)):
+def seed_batch(run, stage, step, i, choices=((),)):
     """Seeds torch for a micro-batch, a function of (seed, stage, step, micro-batch) alone; -> one of `choices`."""
     rng = np.random.default_rng((run.seed, crc32(stage.encode()), step, i))
     torch.manual_seed(int(rng.integers(2 ** 62)))

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from engine import processes
-from engine.step import seed_micro_batch, to_device
+from engine.step import seed_batch, to_device
 
 WORKERS = min(4, os.cpu_count())
 
@@ -20,7 +20,7 @@ class Streamed:
         items = [*product(range(first, steps), range(processes.rank(), run.micro_batches, processes.world()))]
 
         def drawn(item):
-            seed_micro_batch(run, stage, *item)
+            seed_batch(run, stage, *item)
             return draw(run.train)
 
         def deaf(_):                                          # the main process stops, after its step

@@ -51,8 +51,7 @@ class Mesh(Shape):
     suffix = ".glb"
 
     def placed(self, height=None):
-        """Its vertices in a file: y is up; the base is at 0, its middle at the origin. height: in metres; default: the
-        longest side has one."""
+        """Vertices of a file: y up, the middle of the base at 0. height: in metres; default: the longest side has 1."""
         low, high = (bound(self.vertices[self.faces], (0, 1)) for bound in (np.min, np.max))            # 3 each
         origin = np.where([False, True, False], low, (low + high) / 2)
         longest, own = (high - low).max(), max(high[1] - low[1], 1e-3)
@@ -62,12 +61,12 @@ class Mesh(Shape):
         suffix = Path(path).suffix.lower()
         if not len(self.faces):
             raise UserError(f"{path}: the mesh is empty, there is nothing to write; try another seed, or train longer")
-        vertices = self.placed(height)
         if suffix not in (".obj", ".stl"):
-            return write_glb(path, vertices, self.faces, self.colours, self.smooth)
+            return write_glb(path, self.placed(height), self.faces, self.colours, self.smooth)
         from trimesh import Trimesh
-        colours = np.round(self.colours * 255).astype(np.uint8)
-        content = Trimesh(vertices, self.faces, vertex_colors=colours, process=False).export(file_type=suffix[1:])
+        colours = np.uint8(np.round(self.colours * 255))
+        mesh = Trimesh(self.placed(height), self.faces, vertex_colors=colours, process=False)
+        content = mesh.export(file_type=suffix[1:])
         with atomic_write(path) as temporary:
             temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -190,8 +189,7 @@ DC = .28209479177387814     # the constant spherical harmonic: colour = .5 + DC 
 def write_ply(path, columns):
     """columns: pairs of a name and k numbers. Bytes stay bytes, others become floats. One vertex element, binary."""
     check_suffix(path, ".ply")
-    count = len(columns[0][1])
-    if count == 0:
+    if not (count := len(columns[0][1])):
         raise UserError(f"{path}: there are no points to write; try another seed, or train longer")
     types = [(name, "u1" if values.dtype == np.uint8 else "<f4") for name, values in columns]
     table = np.empty(count, types)

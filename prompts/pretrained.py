@@ -27,6 +27,9 @@ LENGTH = 64    # word pieces of a prompt that are read
 
 def download(name):
     """A checkpoint of the Hugging Face hub, from its cache or over the network -> its folder."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("runs/") or Path(name).parent.is_dir():
+        raise UserError(f"there is no folder '{name}'; --checkpoint takes checkpoints/tiny, checkpoints/assets, "
+                        "a folder that train.py made, or a name of the Hugging Face hub")
     try:
         from huggingface_hub import snapshot_download
         found = partial(snapshot_download, name, allow_patterns=["config.json", "*.safetensors"])

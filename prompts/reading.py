@@ -108,11 +108,6 @@ def known_form(word, vocabulary):
 
 # ---------------------------------------------------------------------------- a prompt
 
-def some(nouns):
-    """All, or 32 of very many."""
-    return [*nouns][::-(-len(nouns) // 32) or 1]
-
-
 class Reading:
     """A prompt, parsed once for a vocabulary and nouns (nouns_of): it chooses the checkpoint, warns, and becomes words.
 
@@ -166,7 +161,7 @@ class Reading:
         nouns = [*self.nouns]
         if near := self.unknown and difflib.get_close_matches(self.unknown, nouns, cutoff=ALIKE):
             return f"{fault}; nearest: {', '.join(near)}"
-        shown = some(nouns)
+        shown = nouns[::-(-len(nouns) // 32) or 1]            # all, or 32 of very many
         more = f" ... (python -m prompts.reading lists all {len(nouns)})" if len(shown) < len(nouns) else ""
         return f"{fault}; name one of {', '.join(shown)}{more}"
 

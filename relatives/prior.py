@@ -28,10 +28,10 @@ from engine.stage import Stage
 from geometry import real
 from geometry.kinds import SIDE
 from geometry.render import contact_sheet, save_png
+from geometry.sample_files import file_name
 from geometry.training_samples import draw_sides, vertex_coloured
 from prompts.reading import find
 from relatives.sequence import AdaBlock, MeanPrefix
-from sample import file_name
 
 SIZES = {"tiny": dict(patch=8, dim=160, depth=6, heads=5, prefix=8),
          "small": dict(patch=4, dim=384, depth=12, heads=6, prefix=16)}

@@ -258,7 +258,7 @@ class Generator(Sequence):
         return F.cross_entropy(logits.flatten(0, 1), indices.flatten()), {"right": right}
 
     @torch.no_grad()
-    def generate(self, condition, keys, cfg=2., top_k=None, top_p=1., temperature=1., watch=None):
+    def generate(self, condition, keys, cfg=2., top_k=None, top_p=1., temperature=1., watch=lambda *_: None):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> latents b n c. watch: of each scale."""
         condition, strengths = split_condition(condition, cfg)                    # r branches of b samples
         r, rows, f = len(strengths) + 1, Growing(self, condition, sum(self.counts)), self.quantiser.nothing(len(keys))
@@ -267,8 +267,7 @@ class Generator(Sequence):
             logits = combine(self.out(rows.append(x)).float(), strengths)         # b s^3 v
             codes = draw_codes(logits, keys, k, top_k, top_p, temperature * (LATER if k else 1))              # b s^3
             f = f + self.quantiser.up(codes, k)
-            if watch:
-                watch(as_rows(f), self.scales[k])
+            watch(as_rows(f), self.scales[k])
         return as_rows(f)
 
 
