@@ -1,5 +1,6 @@
 """Unit 4: prefix and guidance."""
 import torch
+from einops import rearrange
 
 import backbone
 from conftest import WIDTHS, prompted
@@ -34,7 +35,7 @@ def test_each_branch_drops_one_more_kind():
     """With text and picture: branch 0 both, branch 1 the text alone, branch 2 none. Tokens stay, masks become False."""
     condition = prompted()
     stacked, strengths = backbone.split_condition(condition, {"text": 3., "image": 1.5})
-    text, image = (stacked[kind][1].view(3, 3, -1) for kind in ("text", "image"))      # r b t
+    text, image = (rearrange(stacked[kind][1], "(r b) t -> r b t", r=3) for kind in ("text", "image"))
     assert torch.equal(text[0], condition["text"][1]) and torch.equal(text[1], text[0]) and not text[2].any()
     assert torch.equal(image[0], condition["image"][1]) and not image[1:].any()
     assert strengths == [1.5, 3.]                             # 0 against 1: of the picture; 1 against 2: of the text
