@@ -52,8 +52,8 @@ def picture(tab, i=0):
     return tab.locator("canvas").nth(i).screenshot()
 
 
-def test_a_page_opens_in_a_second(tab):
-    """With eight samples in four representations, from navigation to the pictures; three on a busy machine."""
+def test_a_page_opens_quickly(tab):
+    """With eight samples in four representations, to the pictures: a second, three on a busy machine."""
     tab.wait_for_function("window.opened")
     assert tab.locator("canvas").count() == COUNT
     print(f"{tab.evaluate('opened') / 1000:.2f} seconds")
