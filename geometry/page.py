@@ -65,7 +65,7 @@ def entry(model, name, note, shapes, steps, height):
 def write_run(folder):
     """The page of a run of train.py: its losses, and the pictures of each stage over time."""
     pictures = {}
-    for path in sorted(folder.glob("*-[0-9]*.png")):
+    for path in sorted(folder.glob(f"*-{'[0-9]' * 6}.png")):
         stage, _, step = path.stem.rpartition("-")
         pictures.setdefault(stage, []).append(picture_step(f"step {int(step)}", path))
     shown = {"losses": [picture_step("training and held-out shapes", folder / "losses.png")]} | pictures
