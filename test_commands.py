@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ import trimesh
 import sample
 from conftest import HERE, assert_one_line, run, same_files
 from engine import files
-from engine.commands import Parser, UserError, pick_device
+from engine.commands import UserError, pick_device
 from geometry import export, metrics
 from heads import field_of
 from prompts.scores import prompt_scores
@@ -259,46 +258,6 @@ def fresh_copy(tmp_path):
     (tmp_path / "checkpoints").symlink_to(HERE / "checkpoints")
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     return functools.partial(subprocess.run, cwd=tmp_path, env=env, capture_output=True, text=True)
-
-
-def documented_commands():
-    """(file, words) of every command in README, docs, course and model cards, tests aside."""
-    paths = [HERE / "README.md", *(path for folder in ("docs", "course", "checkpoints/*")
-                                   for path in sorted(HERE.glob(f"{folder}/*.md")))]
-    for path in paths:
-        text = path.read_text().replace("\\\n", " ")
-        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
-        lines = [line for block in blocks for line in block.splitlines()]
-        lines += re.findall(r"`(python [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
-        for line in lines:
-            line = re.sub(r"^torchrun --nproc_per_node=\d", "python", line.split("&& ")[-1]).replace("CLASS", "table")
-            if re.match("python +(-m )?[a-z]", line) and "pytest" not in line and "..." not in line:
-                yield path.name, shlex.split(line.replace("REP", "sdf"), comments=True)[1:]
-
-
-class Parsed(Exception):
-    pass
-
-
-def test_documented_commands_have_the_flags_that_they_are_given(monkeypatch, capsys):
-    """Each is parsed by its script, and not run."""
-    monkeypatch.syspath_prepend(HERE / "course")
-    parse = Parser.parse_args
-
-    def parse_only(*args):
-        parse(*args)
-        raise Parsed
-    monkeypatch.setattr(Parser, "parse_args", parse_only)
-    commands = [*documented_commands()]
-    assert len(commands) > 80
-    for name, words in commands:
-        module = words[1] if words[0] == "-m" else Path(words[0]).stem
-        arguments = words[2:] if words[0] == "-m" else words[1:]
-        try:
-            run(import_module(module).main, *arguments)
-        except Parsed:
-            continue
-        raise AssertionError(f"{name}: {shlex.join(words)}: {capsys.readouterr().err}")
 
 
 def test_readme_sample_command_runs_as_written(fresh_copy, tmp_path):

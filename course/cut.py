@@ -55,8 +55,10 @@ def main():
     parser.add_argument("--restore", action="store_true", help="put the real functions back into that copy")
     args = parser.parse_args()
     out = Path(args.out)
-    if args.restore and not out.is_dir():
-        raise UserError(f"there is no copy in {out} to restore")
+    if any((HERE / folder) in [out.resolve(), *out.resolve().parents] for folder in FOLDERS):
+        raise UserError(f"{out} is in a folder that is copied; give another --out")
+    if args.restore and not (out / "course").is_dir():
+        raise UserError(f"there is no copy in {out} to restore; run this where it was cut, with the same --out")
     if not args.restore and out.exists():
         raise UserError(f"{out} exists; give another --out")
     if not args.restore:

@@ -65,5 +65,7 @@ def test_a_copy_of_a_copy_is_cut(tmp_path):
 
 def test_a_copy_is_never_overwritten(tmp_path):
     (tmp_path / "mine").mkdir()
-    done = command(tmp_path, str(cut.HERE / "course" / "cut.py"), "1", "--out", "mine")
-    assert done.returncode == 2 and "give another --out" in done.stderr
+    for out, more, complaint in (("mine", [], "give another --out"), ("mine", ["--restore"], "no copy in mine"),
+                                 (cut.HERE / "docs" / "mine", [], "is copied")):
+        done = command(tmp_path, str(cut.HERE / "course" / "cut.py"), "1", "--out", str(out), *more)
+        assert done.returncode == 2 and complaint in done.stderr

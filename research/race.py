@@ -3,8 +3,8 @@
     python -m research.race                                  # recipes/race.sh: row 0, the default recipe
     python -m research.race --recipe mine.sh --seeds 0 1 2
 
-A recipe is a bash script. It trains a checkpoint in $OUT and prepares data in $CACHE, both empty at the start, with $SEED
-on $DEVICE. A recipe that was stopped resumes, and its seconds add up; the judge's do not count.
+A recipe is a bash script. It trains a checkpoint in $OUT and prepares data in $CACHE, both empty at the start, with
+$SEED on $DEVICE. A recipe that was stopped resumes, and its seconds add up; the judge's do not count.
 """
 import csv
 import datetime

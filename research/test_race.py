@@ -1,0 +1,50 @@
+"""test_race.py - the tests of the race, with a recipe that copies the shipped weights."""
+import json
+
+import pytest
+
+from conftest import assert_one_line, run
+from research import race
+
+RECIPE = 'test ! -e "$OUT" && mkdir "$OUT" && cp checkpoints/tiny/* "$OUT" && echo "$SEED $DEVICE" > "$OUT/said"\n'
+
+
+@pytest.fixture
+def flags(tmp_path, monkeypatch):
+    """Of a race whose judge is quick."""
+    monkeypatch.setattr(race, "judge", lambda *_: {"IoU": .96, "R-precision": .91, "right class": 1.})
+    monkeypatch.setattr(race, "product_seconds", lambda device: .01)
+    (tmp_path / "mine.sh").write_text(RECIPE)
+    return "--recipe", tmp_path / "mine.sh", "--out", tmp_path / "runs"
+
+
+def test_a_race_is_a_table_and_a_record_for_each_seed(flags, tmp_path):
+    """A recipe has empty folders, its seed and its device. What is done is not run again: its seconds stay."""
+    assert run(race.main, *flags, "--seeds", 3, 4) == 0
+    records = [json.loads((tmp_path / "runs" / f"seed-{seed}" / "record.json").read_text()) for seed in (3, 4)]
+    assert [record["reached"] for record in records] == [True, True] and records[0]["recipe"] == RECIPE
+    assert (tmp_path / "runs" / "seed-4" / "run" / "said").read_text() == "4 cpu\n"
+    assert (tmp_path / "runs" / "race.md").read_text().count("\n") == 5         # a head, two seeds, their mean
+    assert run(race.main, *flags, "--seeds", 3) == 0
+    again = json.loads((tmp_path / "runs" / "seed-3" / "record.json").read_text())
+    assert again["seconds"] == records[0]["seconds"] > 0
+
+
+@pytest.mark.parametrize("text, complaint", [("exit 3\n", "ended with status 3"), (None, "there is no recipe")])
+def test_a_mistake_is_one_line(flags, tmp_path, capsys, text, complaint):
+    (tmp_path / "mine.sh").write_text(text) if text else (tmp_path / "mine.sh").unlink()
+    assert run(race.main, *flags) == 2
+    assert_one_line(capsys.readouterr().err, complaint)
+
+
+def test_another_recipe_needs_another_folder(flags, tmp_path, capsys):
+    assert run(race.main, *flags) == 0
+    (tmp_path / "mine.sh").write_text(RECIPE + "true\n")
+    assert run(race.main, *flags) == 2
+    assert_one_line(capsys.readouterr().err, "another recipe")
+
+
+def test_a_goal_that_is_missed_is_said(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(race, "judge", lambda *_: {"IoU": .94, "R-precision": .91, "right class": 1.})
+    assert run(race.main, *flags) == 0
+    assert not json.loads((tmp_path / "runs" / "seed-0" / "record.json").read_text())["reached"]
