@@ -81,7 +81,7 @@ def split_condition(condition, cfg):                          # unit 4
         strengths: [cfg of the image (0 against 1), cfg of the text (1 against 2)]
 
     cfg: one strength, or {kind: strength}. If all strengths are 1, the branches cancel to branch 0: then r = 1.
-    -> the condition of r b samples; the strengths.
+    -> the condition of r b samples: a dropped kind keeps its tokens, its mask is False; the list of strengths.
     """
     kinds = list(condition)                                                       # ["text", "image"]
     strengths = [cfg.get(kind, 2.) if isinstance(cfg, dict) else cfg for kind in reversed(kinds)]
@@ -124,15 +124,16 @@ class Flow:
     steps = 4                                                 # by default
 
     @staticmethod
-    def loss(net, x, z):                                      # k c, k d -> mean squared error; unit 2
+    def loss(net, x, z):                                      # unit 2
+        """Tokens x: k c, z: k d -> mean squared error of the velocity net(noisy x, t, z), t: k."""
         t = torch.randn(len(x), device=x.device).sigmoid()    # logit-normal: most samples near t = .5
         noisy, velocity = flow_pair(x, rearrange(t, "k -> k 1"))                  # k c
         return F.mse_loss(net(noisy, t, z), velocity)
 
     @staticmethod
     def sample(net, z, draw, steps, strengths=(), temperature=1.):  # unit 2
-        """Context vectors z (r k) d, draw: count -> noise k count c; -> tokens k c. Adams-Bashforth steps from t = 0 to
-        1: second order with one evaluation a step. temperature scales the noise."""
+        """Context vectors z (r k) d, draw: count -> noise k count c; -> tokens k c. Adams-Bashforth steps of `denoise`
+        from t = 0 to 1: second order with one evaluation a step. temperature scales the noise."""
         x, before = temperature * draw(1)[:, 0], None
         for i in range(steps):
             t = torch.full((1,), i / steps, device=x.device)                      # 1
@@ -306,8 +307,9 @@ def moments(n, keys, steps, rounds):
 
 
 def known_counts(n, count=16, power=1.5):                     # unit 3
-    """How many of n tokens are known at `count` moments of generation. A power above 1: early moments, when the prompt
-    decides most, come more often. (MAR's mask ratio is at least .7: it never trains on the last steps.)"""
+    """How many of n tokens are known at `count` moments i of generation, as after the share ((i + .5) / count)^power of
+    its steps. A power above 1: early moments, when the prompt decides most, come more often. (MAR's mask ratio is at
+    least .7: it never trains on the last steps.)"""
     return [n - math.ceil(n * math.cos(math.pi / 2 * ((i + .5) / count) ** power)) for i in range(count)]
 
 

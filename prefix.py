@@ -46,7 +46,7 @@ class Prefix(nn.Module):
         self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
 
     def forward(self, condition):                             # unit 4
-        """-> prefix tokens b p d, p = t + q, and their mask, False = padding or a dropped prompt."""
+        """-> prefix b p d: condition tokens (t), then outputs of the queries (q); its mask, False = padding, dropped."""
         context, mask = self.conditions(condition)                                # b t d, b t
         query = repeat(self.query, "q d -> b q d", b=len(context))
         outputs = self.cross(query, context, mask)                                # b q d

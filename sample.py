@@ -70,15 +70,16 @@ def check_shape(rep, resolution, **counts):
 # ---------------------------------------------------------------------------- the models of checkpoint folders
 
 class Sampler:
-    """Prompts -> shape tokens -> shapes. A model is a subclass: it adds LAST, its last stage; OPTIONS of
-    sampling, with their defaults; `open`, which loads its generator; and `shape_tokens`."""
+    """Prompts -> shape tokens -> shapes. A model is a subclass: it adds LAST, its last stage; OPTIONS of sampling, with
+    their defaults; `open`, which loads its generator; `shape_tokens`; and `steps`, for a page."""
+    REPLAYED = True                                  # on a GPU, shape_tokens is captured as CUDA graphs
 
     def __init__(self, folder, device=None, precision=None):
         self.folder, self.heads = folder, {}
         self.device, self.autocast, self.reason = pick_device(device, precision)
         self.encoders = encoders.load(folder, self.LAST, self.device)
         self.open()
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and self.REPLAYED:
             from engine.graphs import ReplayedSampling
             self.shape_tokens = ReplayedSampling(self.shape_tokens)
 
@@ -248,8 +249,8 @@ def arguments():
     add_device_flags(parser)
     flag("--out", default="out", help="folder to write to")
 
-    known = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in LTM3D.OPTIONS.items() if value)
-    flag = parser.add_argument_group("sampling", f"default: the checkpoint's own, else {known}").add_argument
+    usual = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in LTM3D.OPTIONS.items() if value)
+    flag = parser.add_argument_group("sampling", f"default: the checkpoint's own, else {usual}").add_argument
     number("steps", "unmasking steps, at most the number of shape tokens")
     number("denoise_steps", "denoising steps of a token (default: 4 flow, 100 ddpm)")
     number("rounds", "how often to resample all tokens, each given the others; more: parts agree better")

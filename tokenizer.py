@@ -67,8 +67,8 @@ class Tokenizer(BySize, nn.Module):
 
 @torch.no_grad()
 def standardise(tokenizer, heads, tokens):                    # unit 1
-    """Gives every channel of tokens b n c, a sample of the training set, zero mean and unit variance. The first layers
-    of the heads absorb the inverse: the outputs of the heads stay the same."""
+    """Gives every channel of tokens b n c, a sample of the training set, mean 0 and variance 1, by the tokenizer's mean
+    and std. The first layers of the heads, head.token, absorb the inverse: their outputs stay the same."""
     tokens = from_patches(tokens, tokenizer.patch)
     mean, std = tokens.mean((0, 1)), tokens.std((0, 1))       # c each
     tokenizer.mean.copy_(tokenizer.mean + tokenizer.std * mean)

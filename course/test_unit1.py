@@ -12,16 +12,16 @@ def test_fourier_features():
     """Beside the position: sin and cos of 2^k pi/2 x for k = 0, 1 ...; for each coordinate first all sines, then all
     cosines."""
     x = torch.tensor([[.5, -1., 0]])
-    found = networks.fourier(x, 2)
-    assert found.shape == (1, 15) and torch.equal(found[:, :3], x)
+    found = networks.fourier(x, 3)
+    assert found.shape == (1, 21) and torch.equal(found[:, :3], x)
     half = 2 ** -.5
-    expected = [half, 1, half, 0, -1, 0, 0, -1, 0, 0, 1, 1]
-    assert torch.allclose(found[0, 3:], torch.tensor(expected), atol=1e-6)
+    expected = [half, 1, 0, half, 0, -1, -1, 0, 0, 0, -1, 1, 0, 0, 0, 1, 1, 1]
+    assert torch.allclose(found[0, 3:], torch.tensor(expected), atol=1e-5)
 
 
 def test_tokens_get_mean_0_and_deviation_1_and_heads_do_not_notice():
     """A head's first layer is W x + b. If tokens become (x - mean) / std, its W must grow by std, its b by W mean.
-    Mind the order of the two."""
+    Mind the order of the two. The tokenizer may have a mean and a std already."""
     torch.manual_seed(0)
     model = tokenizer.Tokenizer(side=4, channels=8, dim=64, heads=4).eval()
     head, cloud = nn.Module(), [torch.randn(4, 512, 3) for _ in range(3)]
@@ -33,7 +33,7 @@ def test_tokens_get_mean_0_and_deviation_1_and_heads_do_not_notice():
         answer = head.token(before)
         tokenizer.standardise(model, [head], before)
         after = model(*cloud)
-        assert after.mean((0, 1)).abs().max() < 1e-4 and (after.std((0, 1)) - 1).abs().max() < 1e-4
+        assert after.mean((0, 1)).abs().max() < 1e-4 and (after.std((0, 1)) - 1).abs().max() < 5e-3
         assert torch.allclose(head.token(after), answer, atol=1e-4)
 
 

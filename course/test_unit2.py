@@ -41,13 +41,18 @@ def test_the_loss_is_the_error_of_the_velocity():
     loss = Flow.loss(net, x, z)
     (noisy, t, condition), = seen
     assert abs(loss - 5) < .2                                 # E (2 - noise)^2
+    exact = lambda x, t, z: (2 - x) / (1 - t[:, None])        # only of the noisy token, at this t
+    assert Flow.loss(exact, x, z) < 1e-6
     assert t.shape == (20_000,) and abs(t.mean() - .5) < .01 and abs(t.std() - .208) < .01 and condition is z
 
 
 def test_sampling_arrives():
-    """N steps of 1 / N from t = 0; the velocity of a straight path is exact at once."""
+    """N steps of 1 / N from t = 0, a tensor of one number; the velocity of a straight path is exact at once. It is that
+    of `denoise`, guided."""
     found = Flow.sample(Straight(), torch.zeros(5, 1), lambda count: torch.randn(5, count, 2), 4)
     assert torch.allclose(found, Straight.point.expand(5, 2), atol=1e-4)
+    echo, branches = lambda x, t, z: z, torch.tensor([[3.], [1.]])
+    assert Flow.sample(echo, branches, lambda count: torch.zeros(1, count, 1), 2, [2.]) == 5
 
 
 def test_sampling_is_of_second_order():

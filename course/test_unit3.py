@@ -27,31 +27,44 @@ def test_training_sees_the_moments_of_generation():
     assert len(counts) == 16 and counts == sorted(counts) and sum(count < 8 for count in counts) >= 5
 
 
+class Twice(torch.nn.Module):
+    def forward(self, z):
+        return 2 * z
+
+
 def test_the_loss_is_that_of_masked_tokens():
-    """A random order for each sample; its first `known` tokens are encoded, the loss is of the others, with their z_i;
-    DRAWS draws of noise share one pass."""
+    """A random order for each sample; its first `known` tokens are encoded, the loss is of the others, with their z_i
+    through `net.c`; DRAWS draws of noise share one pass. x and z are in one order."""
     model, condition = small_backbone()
-    x, seen = torch.randn(3, 27, 8), []
+    x, seen, asked = torch.randn(3, 27, 8), [], []
+
+    def contexts(prefix, x, order, known, rows):              # stands for the autoencoder: it answers with the tokens
+        asked.append((order, known, rows))
+        return x.gather(1, rows[..., None].expand(-1, -1, 8))
+    model.contexts, model.net.c = contexts, Twice()
     model.denoiser = type("Spy", (), {"loss": staticmethod(lambda net, x, z: seen.append((x, z)) or x.mean())})
     model.loss(x, condition, 20)
-    (targets, z), = seen
-    assert len(targets) == len(z) == backbone.DRAWS * 3 * 7
-    first = targets[:7]
-    assert all((x[0] == token).all(1).any() for token in first)                   # of the first sample
-    assert len(first.unique(dim=0)) == 7 and torch.equal(targets[:21], targets[21:])
+    ((targets, z),), ((order, known, rows),) = seen, asked
+    assert known == 20 and torch.equal(rows.sort(1).values, order[:, 20:].sort(1).values)
+    assert len(order.unique(dim=0)) == 3 and torch.equal(z, 2 * targets)
+    assert len(targets) == backbone.DRAWS * 3 * 7 and len(targets.unique(dim=0)) == 3 * 7
 
 
 def test_a_known_token_matters_and_a_masked_one_does_not():
     """`contexts` gets the order, how many are known, and the rows of the masked tokens."""
     torch.manual_seed(1)
     model, condition = small_backbone()
-    x, losses = torch.randn(3, 27, 8), []
-    model.denoiser = type("Spy", (), {"loss": staticmethod(lambda net, x, z: losses.append(z) or x.mean())})
-    for changed in (x, x.clone()):
+    contexts, orders, seen = model.contexts, [], []
+    model.contexts = lambda *args: orders.append(args[2]) or contexts(*args)
+    model.denoiser = type("Spy", (), {"loss": staticmethod(lambda net, x, z: seen.append(z) or x.mean())})
+
+    def z_of(x):
         torch.manual_seed(2)
-        order = torch.rand(3, 27).argsort(1)
-        if changed is not x:
-            changed[0, order[0, -1]] += 1                     # masked in the first sample
-        torch.manual_seed(2)
-        model.loss(changed, condition, 20)
-    assert torch.allclose(*losses, atol=1e-5)
+        model.loss(x, condition, 20)
+        return seen[-1]
+
+    x = torch.randn(3, 27, 8)
+    before, masked, known = z_of(x), x.clone(), x.clone()
+    masked[0, orders[0][0, -1]] += 1
+    known[0, orders[0][0, 0]] += 1
+    assert torch.allclose(before, z_of(masked), atol=1e-5) and not torch.allclose(before, z_of(known), atol=1e-4)

@@ -42,4 +42,4 @@ def test_one_nearest_neighbour_accuracy():
     mixed = metrics.mmd_cov_1nna(clouds([0, 10, 20]), clouds([1, 11, 21]))
     copied = metrics.mmd_cov_1nna(clouds([0, .1, .2]), clouds([0, 10, 20]))
     assert apart["1-NNA"] == 1 and mixed["1-NNA"] == 0 and mixed["COV"] == 1
-    assert copied["COV"] == 1 / 3 and abs(mixed["MMD"] - 2) < .05                 # both directions of Chamfer
+    assert copied["COV"] == 1 / 3 and copied["MMD"] > 15 and abs(mixed["MMD"] - 2) < .05     # both ways

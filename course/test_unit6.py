@@ -24,19 +24,23 @@ def test_each_scale_quantises_what_is_left():
         assert torch.equal(codes[:, :1], model.book.nearest(vat.as_rows(vat.down(grid, 1))))
         f = model.decode(codes)
         assert torch.equal(codes[:, 1:9], model.book.nearest(vat.as_rows(vat.down(grid - f[1], 2))))
+        assert torch.equal(codes[:, 9:], model.book.nearest(vat.as_rows(vat.down(grid - f[2], 4))))
 
 
 def test_rank_distillation_ignores_scale_and_diagonal():
     """Rows without the diagonal, each with mean 0 and deviation 1, then the mean squared error."""
     s = torch.tensor([[9., 1, 2, 4], [1, 9, 5, 2], [2, 5, 9, 0], [4, 2, 0, 9]])
-    assert lost.rank(s, 10 * s - 3 + 50 * torch.eye(4)) < 1e-4
-    assert lost.rank(s, -s) > 3.9
+    assert lost.rank(s, torch.tensor([[1.], [10], [2], [5]]) * s - 3 + 50 * torch.eye(4)) < 1e-4
+    student = s.clone().requires_grad_()
+    loss = lost.rank(student, -s)
+    loss.backward()
+    assert loss > 2.6 and student.grad.abs().sum() > 0
 
 
 def test_score_distillation_pulls_towards_what_the_prior_finds(monkeypatch):
-    """1/2 |x - sg(x_hat)|^2, as a mean: no gradient through x_hat."""
+    """The mean of 1/2 (x - sg(x_hat))^2: no gradient through x_hat."""
     x, target = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3)
-    found = lambda prior, x, *args, **settings: target + 0 * x
+    found = lambda prior, x, *args, **settings: target + x - x.detach()
     monkeypatch.setitem(latte3d.distillation.__globals__, "distilled", found)
     loss = latte3d.distillation(None, x)
     loss.backward()

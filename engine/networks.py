@@ -139,7 +139,7 @@ class FeedForward(nn.Module):
 # ---------------------------------------------------------------------------- embeddings
 
 def fourier(x, bands):                                        # unit 1
-    """x: ... 3 -> ... 3 + 6 bands: the position and its sines and cosines, a wavelength of 4 downwards."""
+    """x: ... 3 -> ... 3 + 6 bands: the position; of each coordinate sines, then cosines, of frequencies pi/2 2^k."""
     angle = rearrange(x, "... i -> ... i 1") * (math.pi / 2 * 2 ** torch.arange(bands, device=x.device))
     return torch.cat([x, rearrange(torch.cat([angle.sin(), angle.cos()], -1), "... i f -> ... (i f)")], -1)
 

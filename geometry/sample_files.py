@@ -30,12 +30,12 @@ def file_name(text, image):
 
 def write_samples(model, text, args, options, laps):
     """Samples one prompt, and writes all its files. args: the flags of sample.py; options: those of sampling."""
+    out, pictures, entries = make_folder(args.out), [], []    # a folder that cannot be used is an error now
     tokens, seeds = model.best_samples(text, args.image, args.n, args.seed, args.best, **options)
     laps.end("tokens")
 
     kind = type(model).__name__
     name = file_name(text, args.image) + (f"-{kind.lower()}" if kind != "LTM3D" else "")
-    out, pictures, entries = make_folder(args.out), [], []
     ending = {rep: "" if args.rep == ["sdf"] else f"-{rep}" for rep in args.rep}
     ending["mesh"] = f"-mesh-{args.faces}" if args.faces else ending.get("mesh")
     for i, x in enumerate(tokens):                                                # n c
@@ -54,7 +54,7 @@ def write_samples(model, text, args, options, laps):
         if args.html:
             from geometry import page
             steps = model.steps(*model.prompted(text, args.image, seeds[i:i + 1])[0], **options)
-            entries.append(page.entry(model, f"sample {seeds[i][1]}", f"seed {args.seed}", shapes, steps, args.height))
+            entries.append(page.entry(model, f"sample {i}", f"seed {args.seed}", shapes, steps, args.height))
             laps.end("page")
     if len(pictures) > 1:
         sheet = out / f"{name}{''.join(ending[rep] for rep in args.rep)}.png"
@@ -62,8 +62,8 @@ def write_samples(model, text, args, options, laps):
         print(sheet)
         laps.end("pictures")
     if args.html:
-        known = {option: value for option, value in (model.OPTIONS | options).items() if value is not None}
-        note = f"{kind}, {model.folder}: " + ", ".join(f"{option} {value}" for option, value in known.items())
+        used = {option: value for option, value in (model.OPTIONS | options).items() if value is not None}
+        note = f"{kind}, {model.folder}: " + ", ".join(f"{option} {value}" for option, value in used.items())
         page.write(out / f"{name}.html", text or name, note, entries)
         print(out / f"{name}.html")
         laps.end("page")

@@ -36,5 +36,5 @@ def read_prompts(path):
     if not (texts := list(dict.fromkeys(line.strip() for line in lines if line.strip()))):
         raise UserError(f"{path} has no prompt; write one on each line")
     if len({file_name(text, None) for text in texts}) < len(texts):
-        raise UserError(f"{path}: two prompts begin with the same 60 letters, so they have the same files")
+        raise UserError(f"{path}: two prompts have the same file names: their first 60 letters and digits are alike")
     return texts

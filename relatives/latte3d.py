@@ -155,8 +155,9 @@ def distilled(prior, x, condition, angles, noise, depth=None, cfg=GUIDANCE):
 
 
 def distillation(prior, x, *args, **settings):                # unit 6
-    """1/2 |x - sg(x_hat)|^2. Its gradient x - x_hat is that of score distillation, in terms of clean pictures."""
-    return F.mse_loss(x, distilled(prior, x, *args, **settings)) / 2
+    """The mean of 1/2 (x - sg(x_hat))^2. Its gradient, x - x_hat, is that of score distillation in terms of clean
+    pictures."""
+    return F.mse_loss(x, distilled(prior, x, *args, **settings).detach()) / 2
 
 
 def annealed(progress, low, high):                            # of training: 0 before `low`, 1 after `high`
@@ -201,13 +202,13 @@ def training_data(run, stage):
     return encoders, prior, draw, settings
 
 
-def fit(run, stage, model, draw, loss_of, encoders, settings, tokens_of):
-    """Trains, evaluates and saves a stage. tokens_of: model, condition -> a head, and tokens for it."""
+def fit(run, stage, model, draw, loss_of, encoders, settings, decoded_by):
+    """Trains, evaluates and saves a stage. decoded_by: model, condition -> a head, and tokens for it."""
     run.load_to_finetune(stage, {stage: model}, towers=run.encoder_names, settings=settings)
 
     def show(model, path):
         with run.autocast():
-            head, tokens = tokens_of(model, encoders.encode(run.prompts))
+            head, tokens = decoded_by(model, encoders.encode(run.prompts))
         run.judge.save_picture(path, run.judge.samples(run, {run.joint[-1]: head}, tokens))
 
     model, seconds = run.fit(stage, model, draw, loss_of, show)
@@ -301,26 +302,29 @@ def tokens_of(geometry, texture, condition):                  # -> of both stage
 
 
 @torch.enable_grad()
-def refined(tokens, geometry, texture, prior, condition, cfg, steps):
-    """Goes on for these prompts alone: score distillation of the tokens, the networks are frozen."""
+def refined(tokens, geometry, texture, prior, condition, cfg, steps, seed):
+    """Score distillation goes on for this prompt alone, with the noise of the end of training: of the tokens of both
+    stages, 1 2n d. The networks are frozen."""
     tokens = tokens.detach().float().requires_grad_()
     optimizer = torch.optim.Adam([tokens], REFINE)
-    for i in tqdm(range(steps), "refining", unit="step"):
-        angles = (prior_.SHOWN + torch.rand(len(tokens), 1, 1) * torch.tensor([90., 0])).to(tokens)
-        noise = draw_noise(torch.tensor(.8 + .2 * i / steps).to(tokens), len(tokens))
-        grid = geometry["field"].read(tokens.chunk(2, 1)[0])
-        x, _ = render(grid, angles, SHARP[1], torch.rand(()) - .5)
-        y, depth = painted(texture["texture"], tokens.chunk(2, 1)[1], grid, angles)
-        loss = distillation(prior, x, condition, angles, noise, cfg=cfg)
-        loss = loss + distillation(prior, y, condition, angles, noise, depth, cfg)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for _ in tqdm(range(steps), "refining", unit="step", leave=False):
+            angles = (prior_.SHOWN + torch.rand(1, 1, 1) * torch.tensor([90., 0])).to(tokens)
+            noise = draw_noise(torch.ones((), device=tokens.device), 1)
+            grid = geometry["field"].read(tokens.chunk(2, 1)[0])
+            x, _ = render(grid, angles, SHARP[1], torch.rand(()) - .5)
+            y, depth = painted(texture["texture"], tokens.chunk(2, 1)[1], grid, angles)
+            loss = distillation(prior, x, condition, angles, noise, cfg=cfg)
+            loss = loss + distillation(prior, y, condition, angles, noise, depth, cfg)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     return tokens.detach()
 
 
 class LATTE3D(Sampler):
-    LAST = "latte3d-texture"
+    LAST, REPLAYED = "latte3d-texture", False        # --refine trains, which a graph cannot
     OPTIONS = {"cfg": GUIDANCE, "cfg_image": 1., "refine": 0}
     steps = prior_.steps
 
@@ -341,9 +345,9 @@ class LATTE3D(Sampler):
         tokens = tokens_of(self.geometry, self.texture, condition)
         if refine:
             prior = load_stage(self.folder, "latte3d-prior", prior_.Prior).to(self.device)
-            with torch.random.fork_rng():                     # the same seeds: the same noise
-                torch.manual_seed(keys[0].item())
-                tokens = refined(tokens, self.geometry, self.texture, prior, condition, cfg, refine)
+            own = [{"text": pair} for pair in zip(*(x.split(1) for x in condition["text"]))]      # of each sample
+            tokens = torch.cat([refined(x, self.geometry, self.texture, prior, prompt, cfg, refine, key)
+                                for x, prompt, key in zip(tokens.split(1), own, keys.tolist())])
         return tokens
 
 

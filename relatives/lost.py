@@ -128,7 +128,7 @@ def contrast(s, t, low, high, temperature=.07):
 
 
 def rank(s, t):                                               # unit 6
-    """Rank distillation: the rows of s and of t, without the diagonal, standardised; then their mean squared error."""
+    """Rank distillation: rows of s and t, b b as above, standardised without the diagonal; mean squared error."""
     b = len(s)
     others = (x.flatten()[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1) for x in (s, t))       # skips every b + 1st
     return F.mse_loss(*(F.layer_norm(x, [b - 1]) for x in others))

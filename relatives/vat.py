@@ -116,7 +116,8 @@ class Quantiser(nn.Module):
         return f
 
     @torch.no_grad()
-    def encode(self, z):                                      # b n c -> codes b N; unit 6
+    def encode(self, z):                                      # unit 6
+        """Latents b n c -> the codes of all scales, coarse to fine, b N; by nothing, down, book.nearest, up."""
         z = rearrange(z.float(), "b (x y z) c -> b c x y z", x=self.side, y=self.side)
         f, indices = self.nothing(len(z)), []
         for k, s in enumerate(self.scales):

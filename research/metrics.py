@@ -19,7 +19,8 @@ def diversity(clouds):
 def mmd_cov_1nna(samples, references):                        # unit 5
     """Two sets of clouds of one size, n k 3, under Chamfer distance (Achlioptas et al. 2018; Yang et al. 2019).
     MMD: mean over references of the distance to the nearest sample. COV: share of references that are the nearest one
-    of a sample. 1-NNA: how often the nearest other cloud of the union is of the same set; .5 is the best."""
+    of a sample. 1-NNA: how often the nearest other cloud of the union is of the same set; .5 is the best. -> a dict of
+    the three."""
     n = len(check(samples, "the set of samples", 2, "n k 3"))
     if len(check(references, "the set of references", 2, "n k 3")) != n:
         raise UserError(f"1-NNA compares sets of one size, not {n} samples and {len(references)} references")
@@ -73,5 +74,6 @@ def prompt_score(prompts, shapes):
 
 
 def r_precision(prompts, shapes, true):                       # unit 5
-    """Share of shapes (n e) whose nearest prompt (n e) is true of them. true[i, j]: is prompt j true of shape i?"""
+    """Share of shapes (n e) whose nearest prompt (n e), by cosine, is true of them. true[i, j]: is prompt j true of
+    shape i?"""
     return true[np.arange(len(shapes)), cosine(shapes, prompts).argmax(1)].mean()

@@ -1,4 +1,4 @@
-"""rgs.py - Reconstruction-Guided Sampling (LTM3D section 3.3): fidelity against diversity, by rules and weights.
+"""rgs.py - Reconstruction-Guided Sampling (LTM3D section 3.4): fidelity against diversity, by rules and weights.
 
     python evaluate.py ablate-rgs --shapes 13 --seeds 3
 """
