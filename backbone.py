@@ -307,9 +307,8 @@ def moments(n, keys, steps, rounds):
 
 
 def known_counts(n, count=16, power=1.5):                     # unit 3
-    """How many of n tokens are known at `count` moments i of generation, as after the share ((i + .5) / count)^power of
-    its steps. A power above 1: early moments, when the prompt decides most, come more often. (MAR's mask ratio is at
-    least .7: it never trains on the last steps.)"""
+    """How many of n tokens are known at the moments (i + .5) / count of generation; a power above 1: early ones, when
+    the prompt decides most, come more often. (MAR's mask ratio is at least .7: it never trains on the last steps.)"""
     return [n - math.ceil(n * math.cos(math.pi / 2 * ((i + .5) / count) ** power)) for i in range(count)]
 
 

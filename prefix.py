@@ -46,7 +46,7 @@ class Prefix(nn.Module):
         self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
 
     def forward(self, condition):                             # unit 4
-        """-> prefix b p d: condition tokens (t), then outputs of the queries (q); its mask, False = padding, dropped."""
+        """-> prefix b p d: condition tokens (t), outputs of the queries (q); a mask, False = padding, dropped."""
         context, mask = self.conditions(condition)                                # b t d, b t
         query = repeat(self.query, "q d -> b q d", b=len(context))
         outputs = self.cross(query, context, mask)                                # b q d
