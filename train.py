@@ -107,7 +107,7 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
                                     f"give an --lr below {lr:g}, or look for NaN in the data")
             if done % SAVE == 0 or last or stopped:
                 save_state(state_path, done, flags, model, ema, opts, log.sums)
-            if not stopped and (done % max(SHOW, steps // PICTURES) == 0 or last):
+            if not stopped and (done % max(SHOW, -(-steps // PICTURES)) == 0 or last):
                 if show:
                     with torch.no_grad():
                         show(ema.model, run.folder / f"{stage}-{done:06d}.png")
