@@ -55,6 +55,8 @@ def main():
     parser.add_argument("--restore", action="store_true", help="put the real functions back into that copy")
     args = parser.parse_args()
     out = Path(args.out)
+    if out.resolve() == HERE:
+        raise UserError(f"{out} is the folder of this cut.py; run the one of the repository")
     if any((HERE / folder) in [out.resolve(), *out.resolve().parents] for folder in FOLDERS):
         raise UserError(f"{out} is in a folder that is copied; give another --out")
     if args.restore and not (out / "course").is_dir():

@@ -9,6 +9,9 @@ import cut
 import notebooks
 import pytest
 
+import backbone
+from engine import networks
+
 FAILED, PASSED = 1, 0
 
 
@@ -63,9 +66,27 @@ def test_a_copy_of_a_copy_is_cut(tmp_path):
     assert not [*tmp_path.rglob("*-solved.ipynb")]
 
 
-def test_a_copy_is_never_overwritten(tmp_path):
-    (tmp_path / "mine").mkdir()
-    for out, more, complaint in (("mine", [], "give another --out"), ("mine", ["--restore"], "no copy in mine"),
-                                 (cut.HERE / "docs" / "mine", [], "is copied")):
-        done = command(tmp_path, str(cut.HERE / "course" / "cut.py"), "1", "--out", str(out), *more)
-        assert done.returncode == 2 and complaint in done.stderr
+@pytest.mark.parametrize("words, complaint", [
+    (("--out", "docs"), "is copied"), (("--out", "docs/mine"), "is copied"), (("--out", "old"), "give another --out"),
+    (("--out", "old", "--restore"), "no copy in old"), (("--out", ".", "--restore"), "the folder of this cut.py")])
+def test_a_wrong_folder_is_refused(words, complaint, tmp_path):
+    """A folder that is there is never overwritten, and no copy lands in a folder that is copied."""
+    assert command(tmp_path, str(cut.HERE / "course" / "cut.py"), "3", "--out", "clone").returncode == 0
+    (tmp_path / "clone" / "old").mkdir()
+    done = command(tmp_path / "clone", "course/cut.py", "1", *words)
+    assert done.returncode == 2 and complaint in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_cell_replaces_a_function_wherever_it_was_imported():
+    names = {}
+    exec(notebooks.SETUP, names)
+    old = backbone.flow_pair
+
+    def flow_pair(x, t):
+        pass
+    names["put"](networks, flow_pair)
+    try:
+        assert networks.flow_pair is backbone.flow_pair is flow_pair
+    finally:
+        names["put"](networks, old)
+    assert networks.flow_pair is backbone.flow_pair is old

@@ -1,10 +1,10 @@
 """record1.py - train.py, as the first record of docs/RECORDS.md changes it: the backbone learns from words alone, and
 more often from the longest caption of a shape.
 
-    bash recipes/record1.sh
+    python -m research.race --recipe recipes/record1.sh
 """
+import functools
 import sys
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,14 +22,14 @@ class Words(encoders.Encoders):
     """The goal's prompts are texts: no picture is prepared, drawn or encoded for the backbone."""
 
     @staticmethod
-    @cache
+    @functools.cache
     def longest(split):                                       # -> the number of each shape's longest caption
         number = {text: i for i, text in enumerate(split.table.texts)}
         return torch.tensor([number[max(own, key=len)] for own in split.captions], device=split.device)
 
     def draw(self, split, rows):
-        longest, shown = (torch.rand(len(rows), device=split.device) < share for share in (LONGEST, SHOWN))
-        captions = torch.where(longest, self.longest(split)[rows], split.table.draw(rows))
+        whole, shown = (torch.rand(len(rows), device=split.device) < share for share in (LONGEST, SHOWN))
+        captions = torch.where(whole, self.longest(split)[rows], split.table.draw(rows))
         return {"text": self.cache("text", split).draw(captions), "shown": {"text": shown}, "rows": rows}
 
 

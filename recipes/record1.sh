@@ -1,5 +1,4 @@
 # Record 1 of docs/RECORDS.md: a quarter of the shapes, shorter stages, no reconstructor, words alone (record1.py).
-set -e
 stage() {
     python recipes/record1.py --out "$OUT" --cache "$CACHE" --seed "$SEED" --device "$DEVICE" --stage "$@"
 }

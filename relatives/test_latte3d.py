@@ -239,6 +239,8 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     for other in ("one", "two"):
         assert run(sample.main, *sampled, "--refine", 1, "--out", tmp_path / other) == 0
     assert same_files(tmp_path / "one", tmp_path / "two")
+    one, two = (sample.load(whole).sample("a table", n=n, refine=1) for n in (1, 2))
+    assert torch.allclose(one[0], two[0], atol=1e-3) and not torch.allclose(two[0], two[1], atol=1e-3)
     mesh = out / "a-table-latte3d-0.glb"
     assert len(trimesh.load(mesh, force="mesh").faces)
     for depth in ((), ("--depth", mesh)):

@@ -3,8 +3,8 @@
     python -m research.race                                  # recipes/race.sh: row 0, the default recipe
     python -m research.race --recipe mine.sh --seeds 0 1 2
 
-A recipe is a bash script. It trains a checkpoint in $OUT and prepares data in $CACHE, both empty at the start, with
-$SEED on $DEVICE. A recipe that was stopped resumes, and its seconds add up; the judge's do not count.
+A recipe is a bash script. It trains a checkpoint in $OUT and prepares data in $CACHE, two new folders, with $SEED on
+$DEVICE. A recipe that was stopped resumes, and its seconds add up; the judge's do not count.
 """
 import csv
 import datetime
@@ -24,7 +24,7 @@ from engine.files import atomic_write, make_folder, read_config
 from research.results import interval, write_table
 
 ROOT = Path(__file__).parents[1]
-GOAL = {"IoU": .95, "R-precision": .90, "right class": .99}   # of 52 held-out shapes; 208 captions; 13 class names of 8
+GOAL = {"IoU": .95, "R-precision": .90, "right class": .99}   # of 52 shapes, 208 captions, 13 x 8 samples
 
 
 def product_seconds(device, size=2048, rounds=30):
@@ -39,16 +39,22 @@ def product_seconds(device, size=2048, rounds=30):
 
 
 def train(recipe, folder, seed, device):
-    """Runs a recipe, or resumes it. run.json of its folder holds its text, its seconds, and the machine's product."""
+    """Runs a recipe, or resumes it. run.json of its folder holds its text, with that of files of the same name, its
+    seconds, and the machine's product."""
     path = folder / "run.json"
-    text = {"recipe": recipe.read_text(), "seed": seed, "device": device}
-    run = json.loads(path.read_text()) if path.is_file() else text | {"product": product_seconds(device), "seconds": 0.}
-    if text.items() - run.items():
-        raise UserError(f"{folder} holds a run of another recipe; name another --out")
+    texts = [part.read_text() for part in sorted(recipe.parent.glob(f"{recipe.stem}.*"))]         # mine.sh, mine.py
+    settings = {"recipe": "".join(texts), "seed": seed, "device": device}
+    if not path.is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name another --out")
+    run = {"product": product_seconds(device), "seconds": 0.} | settings
+    if path.is_file():
+        run = json.loads(path.read_text())
+    if settings.items() - run.items():
+        raise UserError(f"{folder} holds a run of another recipe or device; name another --out")
     if run.get("done"):
         return run
     env = os.environ | {"OUT": f"{folder}/run", "CACHE": f"{folder}/cache", "SEED": f"{seed}", "DEVICE": device}
-    start, process = time.time(), subprocess.Popen(["bash", recipe], env=env, cwd=ROOT, start_new_session=True)
+    start, process = time.time(), subprocess.Popen(["bash", "-e", recipe], env=env, cwd=ROOT, start_new_session=True)
     try:
         run["done"] = process.wait() == 0
     except KeyboardInterrupt:
@@ -67,8 +73,10 @@ def train(recipe, folder, seed, device):
 def judge(folder, cache):
     """-> the metrics of the goal, as evaluate.py measures them; checkpoints/tiny is the scorer."""
     def table(name, *flags):
-        subprocess.run([sys.executable, "evaluate.py", *flags, "--checkpoint", f"{folder}/run", "--cache", cache,
-                        "--out", f"{folder}/judged"], check=True, cwd=ROOT)
+        done = subprocess.run([sys.executable, "evaluate.py", *flags, "--checkpoint", f"{folder}/run", "--cache", cache,
+                               "--out", f"{folder}/judged"], cwd=ROOT)
+        if done.returncode:
+            raise UserError(f"evaluate.py {flags[0]} ended with status {done.returncode}; the same command goes on")
         with open(f"{folder}/judged/{name}.csv") as file:
             return [*csv.DictReader(file)][-1]                # the mean row, or the row of the checkpoint
     found = table("tokenizer-sdf", "tokenizer", "--shapes", "52")
@@ -88,14 +96,15 @@ def main():
     if not args.recipe.is_file():
         raise UserError(f"there is no recipe {args.recipe}")
     pick_device(args.device)                                  # one that cannot be used is an error now
-    out, rows = Path(args.out or f"runs/{args.recipe.stem}").resolve(), []
+    out = Path(args.out or f"runs/{args.recipe.stem}{'-cuda' * (args.device == 'cuda')}").resolve()
+    rows = []
     for seed in dict.fromkeys(args.seeds):
         folder = make_folder(out / f"seed-{seed}")
         run = train(args.recipe.resolve(), folder, seed, args.device)
         metrics = judge(folder, Path(args.cache).resolve())
         record = run | metrics | {
             "reached": all(metrics[name] >= least for name, least in GOAL.items()),
-            "revision": read_config(folder / "run")["backbone"]["revision"],
+            "revision": [*read_config(folder / "run").values()][-1]["revision"],
             "date": f"{datetime.date.today()}"}
         with atomic_write(folder / "record.json") as part:
             part.write_text(json.dumps(record, indent=1))

@@ -18,12 +18,12 @@ import trimesh
 from conftest import HERE, run
 from engine.commands import Parser
 
-SMALL = {  # flag: value, where the command has such a flag
+SMALL = {  # flag: value, where it is given or has a default
     "steps": 2, "shapes": 8, "n": 2, "resolution": 32, "resolutions": 64, "seeds": 1, "train_shapes": 26, "batch": 4,
     "workers": 1, "unseen": 2, "rounds": 1, "registers": 2, "alphas": .1, "windows": .5, "device": "cpu",
-    "parts": "peak"}
+    "parts": "peak", "refine": 2}
 ELSEWHERE = "research.race", "notebooks"                      # test_race.py, course/test_course.py
-THINGS = "barrel boat bridge bush cactus candle chest cloud coin crate crown door fence flower gate hammer".split()
+NOUNS = "barrel boat bridge bush cactus candle chest cloud coin crate crown door fence flower gate hammer".split()
 
 
 def documented_commands():
@@ -38,10 +38,12 @@ def documented_commands():
         for line in lines:
             line = re.sub(r"^torchrun --nproc_per_node=\d", "python", line.split("&& ")[-1]).replace("CLASS", "table")
             if re.match("python +(-m )?[a-z]", line) and "pytest" not in line and "..." not in line:
-                yield path.relative_to(HERE), shlex.split(line.replace("REP", "sdf"), comments=True)[1:]
+                line = line.replace("REP", "sdf").replace("PATH", "path/to/meshes")
+                yield path.relative_to(HERE), shlex.split(line, comments=True)[1:]
 
 
 COMMANDS = [*documented_commands()]
+IDS = [f"{path}: {shlex.join(words)}" for path, words in COMMANDS]
 
 
 class Parsed(Exception):
@@ -63,7 +65,7 @@ def flags_of(words, monkeypatch):
     return module, vars(parsed.value.args[0])
 
 
-@pytest.mark.parametrize("words", [words for _, words in COMMANDS], ids=" ".join)
+@pytest.mark.parametrize("words", [words for _, words in COMMANDS], ids=IDS)
 def test_a_command_has_the_flags_that_it_is_given(words, monkeypatch):
     flags_of(words, monkeypatch)
 
@@ -76,20 +78,20 @@ def test_commands_are_found():
 def copy(tmp_path_factory):
     """A copy of the repository, with the files that the documents speak of."""
     folder = tmp_path_factory.mktemp("copy") / "copy"
-    made = shutil.ignore_patterns(".*", "checkpoints", "cache", "runs", "out", "__pycache__")
-    shutil.copytree(HERE, folder, ignore=made)
+    ignored = shutil.ignore_patterns(".*", "checkpoints", "cache", "runs", "out", "mine*", "__pycache__")
+    shutil.copytree(HERE, folder, ignore=ignored)
     (folder / "checkpoints").symlink_to(HERE / "checkpoints")
-    for name in ("path/to/meshes", "path/to/assets", "PATH"):
+    for name in ("path/to/meshes", "path/to/assets"):
         (folder / name / "boxKit").mkdir(parents=True)
-        for i, thing in enumerate(THINGS):
+        for i, noun in enumerate(NOUNS):
             for letter in "AB":
-                trimesh.creation.box((1, 1, 1 + i / 4)).export(folder / name / "boxKit" / f"{thing}_{letter}.glb")
+                trimesh.creation.box((1, 1, 1 + i / 4)).export(folder / name / "boxKit" / f"{noun}_{letter}.glb")
     trimesh.creation.box((1, 1, 2)).export(folder / "chair.glb")
     return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [words for _, words in COMMANDS], ids=" ".join)
+@pytest.mark.parametrize("words", [words for _, words in COMMANDS], ids=IDS)
 def test_a_command_runs(words, copy, monkeypatch):
     """In the order of the documents: some need what others wrote."""
     module, flags = flags_of(words, monkeypatch)
@@ -100,6 +102,8 @@ def test_a_command_runs(words, copy, monkeypatch):
         short |= {"steps": 2, "batch": 4} | ({} if flags["data"] else {"shapes": 26})
         short |= {"size": "tiny"} if flags["size"] in ("small", "large") else {}
     more = [str(word) for flag, value in short.items() for word in (f"--{flag.replace('_', '-')}", value)]
+    if module == "data" and not flags["data"]:
+        more += ["--shapes", "26"]
     done = subprocess.run([sys.executable, *words, *more], cwd=copy, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     after_two_steps = any(word.startswith("runs/") for word in words) and "empty" in done.stderr

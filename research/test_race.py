@@ -1,11 +1,13 @@
 """test_race.py - the tests of the race, with a recipe that copies the shipped weights."""
 import json
+import subprocess
 
 import pytest
 
 from conftest import assert_one_line, run
 from research import race
 
+JUDGE = race.judge
 RECIPE = 'test ! -e "$OUT" && mkdir "$OUT" && cp checkpoints/tiny/* "$OUT" && echo "$SEED $DEVICE" > "$OUT/said"\n'
 
 
@@ -28,6 +30,28 @@ def test_a_race_is_a_table_and_a_record_for_each_seed(flags, tmp_path):
     assert run(race.main, *flags, "--seeds", 3) == 0
     again = json.loads((tmp_path / "runs" / "seed-3" / "record.json").read_text())
     assert again["seconds"] == records[0]["seconds"] > 0
+
+
+def test_a_stopped_recipe_resumes_and_its_seconds_add_up(flags, tmp_path):
+    (tmp_path / "mine.sh").write_text('test -e "$OUT" || { mkdir "$OUT"; cp checkpoints/tiny/* "$OUT"; exit 3; }\n')
+    assert run(race.main, *flags) == 2
+    path = tmp_path / "runs" / "seed-0" / "run.json"
+    before = json.loads(path.read_text())["seconds"]
+    assert run(race.main, *flags) == 0
+    assert json.loads(path.read_text())["seconds"] > before > 0
+
+
+def test_the_judge_reads_the_tables_of_evaluate(tmp_path, monkeypatch):
+    """Of the tokenizer the mean row, of samples the row of the checkpoint: the last ones."""
+    tables = {"tokenizer": "tokenizer-sdf", "generate": "generate-sdf"}
+
+    def evaluate(words, **_):
+        (tmp_path / "judged").mkdir(exist_ok=True)
+        text = "name,IoU,R-precision,right class\na,0,0,0\nb,.1,.2,.3\n"
+        (tmp_path / "judged" / f"{tables[words[2]]}.csv").write_text(text)
+        return subprocess.CompletedProcess(words, 0)
+    monkeypatch.setattr(race.subprocess, "run", evaluate)
+    assert JUDGE(tmp_path, tmp_path) == {"IoU": .1, "R-precision": .2, "right class": .3}
 
 
 @pytest.mark.parametrize("text, complaint", [("exit 3\n", "ended with status 3"), (None, "there is no recipe")])
