@@ -185,7 +185,7 @@ def test_a_file_of_prompts(overfitted, tmp_path, capsys):
     (tmp_path / "alike.txt").write_text("a chair\na chair!\n")
     (tmp_path / "wrong.txt").write_text("a chair\na mug\n")
     for name, complaint in (("empty.txt", "has no prompt"), ("none.txt", "cannot be read"), ("wrong.txt", "'mug'"),
-                            ("alike.txt", "the same files")):
+                            ("alike.txt", "the same file names")):
         capsys.readouterr()
         assert run(sample.main, "--prompts", tmp_path / name, *flags) == 2
         assert_one_line(capsys.readouterr().err, complaint)

@@ -30,12 +30,12 @@ def file_name(text, image):
 
 def write_samples(model, text, args, options, laps):
     """Samples one prompt, and writes all its files. args: the flags of sample.py; options: those of sampling."""
-    out, pictures, entries = make_folder(args.out), [], []    # a folder that cannot be used is an error now
     tokens, seeds = model.best_samples(text, args.image, args.n, args.seed, args.best, **options)
     laps.end("tokens")
 
     kind = type(model).__name__
     name = file_name(text, args.image) + (f"-{kind.lower()}" if kind != "LTM3D" else "")
+    out, pictures, entries = make_folder(args.out), [], []
     ending = {rep: "" if args.rep == ["sdf"] else f"-{rep}" for rep in args.rep}
     ending["mesh"] = f"-mesh-{args.faces}" if args.faces else ending.get("mesh")
     for i, x in enumerate(tokens):                                                # n c

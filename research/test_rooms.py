@@ -8,7 +8,7 @@ from research import closure
 
 STAGE_FILES = ("data", "encoders", "tokenizer", "heads", "convolutions", "prefix", "backbone", "reconstruct", "judge")
 ROOMS = {"engine": 0, "geometry": 1, "prompts": 2, **dict.fromkeys(STAGE_FILES, 3), "sample": 4, "train": 4,
-         "relatives": 5, "research": 6, "evaluate": 7, "course": 8}
+         "relatives": 5, "research": 6, "evaluate": 7, "course": 8, "recipes": 8}
 MOST = {"sample": (24, 3300), "train": (30, 4600)}            # files, lines
 
 
