@@ -195,7 +195,7 @@ def ablate_latte3d(args):
         add(name, [scores(folder, records) for folder in folders])
     found = []
     for seed in range(args.seeds):
-        folders = [trained(args, f"prompt {i}", seed, {"unseen": alone(own)}, steps=args.steps // TOGETHER)
+        folders = [trained(args, f"prompt {i}", seed, {"unseen": alone(own)}, steps=max(1, args.steps // TOGETHER))
                    for i, own in enumerate(records)]
         found.append(mean([scores(folder, [own]) for folder, own in zip(folders, records)]))
     add("each prompt alone", found)

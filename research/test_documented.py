@@ -107,5 +107,5 @@ def test_a_command_runs(words, copy, monkeypatch):
     done = subprocess.run([sys.executable, *words, *more], cwd=copy, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     after_two_steps = any(word.startswith("runs/") for word in words) and "empty" in done.stderr
-    no_network = flags.get("text_encoder") and "hub" in done.stderr
+    no_network = flags.get("text_encoder") and "cannot be loaded" in done.stderr
     assert done.returncode == 0 or after_two_steps or no_network, done.stderr[-2000:]
