@@ -44,11 +44,12 @@ def train(recipe, folder, seed, device):
     path = folder / "run.json"
     texts = [part.read_text() for part in sorted(recipe.parent.glob(f"{recipe.stem}.*"))]         # mine.sh, mine.py
     settings = {"recipe": "".join(texts), "seed": seed, "device": device}
-    if not path.is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; name another --out")
-    run = {"product": product_seconds(device), "seconds": 0.} | settings
     if path.is_file():
         run = json.loads(path.read_text())
+    elif any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name another --out")
+    else:
+        run = {"product": product_seconds(device), "seconds": 0.} | settings
     if settings.items() - run.items():
         raise UserError(f"{folder} holds a run of another recipe or device; name another --out")
     if run.get("done"):

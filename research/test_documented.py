@@ -1,7 +1,7 @@
 """test_documented.py - every command in README, docs, course and model cards: its flags exist; with few steps, it runs.
 
     python -m pytest -q research/test_documented.py
-    python -m pytest -q -m slow research/test_documented.py   # an hour of one core
+    python -m pytest -q -m slow research/test_documented.py   # an hour or two of one core
 """
 import os
 import re

@@ -68,6 +68,13 @@ def test_another_recipe_needs_another_folder(flags, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "another recipe")
 
 
+def test_a_folder_with_other_files_is_refused(flags, tmp_path, capsys):
+    """What lies there could be weights: a recipe begins with nothing."""
+    (tmp_path / "runs" / "seed-0" / "run").mkdir(parents=True)
+    assert run(race.main, *flags) == 2
+    assert_one_line(capsys.readouterr().err, "is not empty")
+
+
 def test_a_goal_that_is_missed_is_said(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(race, "judge", lambda *_: {"IoU": .94, "R-precision": .91, "right class": 1.})
     assert run(race.main, *flags) == 0
