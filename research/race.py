@@ -54,7 +54,8 @@ def train(recipe, folder, seed, device):
         raise UserError(f"{folder} holds a run of another recipe or device; name another --out")
     if run.get("done"):
         return run
-    env = os.environ | {"OUT": f"{folder}/run", "CACHE": f"{folder}/cache", "SEED": f"{seed}", "DEVICE": device}
+    env = os.environ | {"OUT": f"{folder}/run", "CACHE": f"{folder}/cache", "SEED": f"{seed}", "DEVICE": device,
+                        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}           # `python` is this one
     start, process = time.time(), subprocess.Popen(["bash", "-e", recipe], env=env, cwd=ROOT, start_new_session=True)
     try:
         run["done"] = process.wait() == 0

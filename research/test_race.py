@@ -1,6 +1,8 @@
 """test_race.py - the tests of the race, with a recipe that copies the shipped weights."""
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +10,9 @@ from conftest import assert_one_line, run
 from research import race
 
 JUDGE = race.judge
-RECIPE = 'test ! -e "$OUT" && mkdir "$OUT" && cp checkpoints/tiny/* "$OUT" && echo "$SEED $DEVICE" > "$OUT/said"\n'
+RECIPE = """test ! -e "$OUT" && mkdir "$OUT" && cp checkpoints/tiny/* "$OUT"
+echo "$SEED $DEVICE $(command -v python)" > "$OUT/said"
+"""
 
 
 @pytest.fixture
@@ -21,11 +25,13 @@ def flags(tmp_path, monkeypatch):
 
 
 def test_a_race_is_a_table_and_a_record_for_each_seed(flags, tmp_path):
-    """A recipe has empty folders, its seed and its device. What is done is not run again: its seconds stay."""
+    """A recipe has empty folders, its seed and device, and this Python. What is done is not run again: its seconds
+    stay."""
     assert run(race.main, *flags, "--seeds", 3, 4) == 0
     records = [json.loads((tmp_path / "runs" / f"seed-{seed}" / "record.json").read_text()) for seed in (3, 4)]
     assert [record["reached"] for record in records] == [True, True] and records[0]["recipe"] == RECIPE
-    assert (tmp_path / "runs" / "seed-4" / "run" / "said").read_text() == "4 cpu\n"
+    said = (tmp_path / "runs" / "seed-4" / "run" / "said").read_text()
+    assert said == f"4 cpu {Path(sys.executable).parent}/python\n"
     assert (tmp_path / "runs" / "race.md").read_text().count("\n") == 5         # a head, two seeds, their mean
     assert run(race.main, *flags, "--seeds", 3) == 0
     again = json.loads((tmp_path / "runs" / "seed-3" / "record.json").read_text())
