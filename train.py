@@ -1,6 +1,6 @@
 """train.py - every stage, chained: encoders -> tokenizer -> vision -> head -> backbone (+ prefix) -> reconstruct.
 
-    python train.py --rep sdf                          # everything, built-in shapes, an hour on two cores
+    python train.py --rep sdf                          # everything, built-in shapes, 40 minutes on two cores
     python train.py --rep pc                           # the stages that pc still lacks: after the line above, one head
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
