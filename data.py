@@ -15,6 +15,7 @@ import functools
 import re
 import time
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -127,6 +128,7 @@ class Prepared:
         self.records = [records[0][row] for row in rows]
         self.classes = [record["class"] for record in self.records]
         self.captions = [record["captions"] for record in self.records]
+        self.name += f"-{crc32(repr(sorted(broken)).encode()):x}" * bool(broken)       # it names files of tokens
         self.symmetry = torch.zeros_like(self.rows)           # row of SYMMETRIES for each shape
         self.unmoved = len(rows)                              # shapes as oriented in their files, which come first
         if source.skipped or self.broken:
@@ -172,7 +174,10 @@ class Prepared:
     @functools.cached_property
     def odds(self):                                           # of each shape, relative to others
         own = [self.source.items[row].odds for row in self.rows.tolist()] if self.source.files else [1.] * len(self)
-        return torch.tensor(own, dtype=torch.float64).to(self.device)
+        return torch.tensor(own, dtype=torch.float if self.device.type == "mps" else torch.double, device=self.device)
+
+    def spread(self, count):                                  # rows from all of the set: files are sorted
+        return np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
 
     def draw(self, count):
         """Rows of `count` random shapes."""
@@ -354,12 +359,10 @@ def main():
             raise UserError(f"no shape of {args.data} can be used")
         return                                                # a share of few shapes may have none
 
-    rows = np.linspace(0, len(train) - 1, min(4 * len(CLASSES), len(train))).astype(int)
-    rows = sorted(rows, key=lambda row: train.classes[row])
-    bar = tqdm(rows, "drawing", unit="shape")
-    pictures = [render_mesh(*vertex_coloured(train.shape(row)), size=160) for row in bar]
+    rows = sorted(train.spread(4 * len(CLASSES)), key=lambda row: train.classes[row])
+    sheet = [render_mesh(*vertex_coloured(train.shape(row)), size=160) for row in tqdm(rows, "drawing", unit="shape")]
     labels = [train.captions[row][:4][-1] for row in rows]
-    save_png(args.picture, contact_sheet(pictures, 8, labels))
+    save_png(args.picture, contact_sheet(sheet, 8, labels))
     print(args.picture)
 
 

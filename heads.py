@@ -13,7 +13,7 @@ which generates the tokens, is independent of the head. A head is a class with
                 0 for shapes without colours) -> loss, logs
     decode      (tokens n c, heads, rng, autocast, resolution, points) -> Mesh, Cloud or Gaussians (geometry/export.py)
 
-A new head also needs an entry in HEADS, in TRAINING and in JUDGES of judge.py.
+A new head also needs an entry in HEADS, TRAINING, JUDGES (judge.py) and NAMES (geometry/page.py).
 
     python train.py --rep pc --stage head        # trains one on frozen tokens
     python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes
@@ -167,7 +167,7 @@ class GaussianHead(BySize, QueryDecoder):
             target = batch["colours"] * baked_light(batch["normals"])                     # b k 3, light included
         error = image - batch["views"]                                                    # b s s 4
         coloured = rearrange(batch["coloured"], "b -> b 1 1")
-        picture = (coloured[..., None] * (error[..., :3] - error[..., 3:] * background)).abs().mean()
+        picture = (coloured[..., None] * error[..., :3] - error[..., 3:] * background).abs().mean()
         colour = (coloured * (attributes[-1] - target)).abs().mean()
         return picture + .2 * colour, {"picture": picture.detach(), "colour": colour.detach()}
 
@@ -329,6 +329,7 @@ def train(run, rep):
     others = [*HEADS[rep].needs, *(name for name in HEADS[rep].helpers if name in run.joint)]
     needed = load(run.folder, others, run.device)             # for decoding
     tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}       # shapes n c
+    held_out = lambda count: tokens[run.test][run.test.spread(count)]
 
     def draw(split):
         rows = split.draw(run.micro_batch_size(stage))
@@ -347,12 +348,12 @@ def train(run, rep):
         return model[rep].loss(x + tokenizer.NOISE * torch.randn_like(x), samples)
 
     def show(model, path):
-        judge.save_picture(path, judge.reconstructions(run, needed | dict(model.items()), tokens[run.test][:14], rep))
+        judge.save_picture(path, judge.reconstructions(run, needed | dict(model.items()), held_out(14), rep))
 
     model, seconds = run.fit(stage, model, draw, loss_of, show)
 
     # save
-    metrics = judge.head_metrics(run, needed | dict(model.items()), tokens[run.test][:judge.SHAPES], rep)
+    metrics = judge.head_metrics(run, needed | dict(model.items()), held_out(judge.SHAPES), rep)
     run.finish(stage, seconds, {stage: model[rep]}, metrics=metrics)
 
 

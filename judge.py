@@ -135,11 +135,11 @@ def class_accuracy(run, encoders, generate, heads, n=4, points=1024):
 
 
 def head_metrics(run, heads, tokens, rep):
-    """The metrics of one head on held-out shapes; tokens n c of the rows 0, 1 ... of the set."""
+    """The metrics of one head on held-out shapes, with the tokens n c of run.test.spread(SHAPES)."""
     results = [JUDGES[rep](heads, x.to(run.device), run.test, row, np.random.default_rng(row), run.autocast, points=0)
-               for row, x in enumerate(tqdm(tokens, desc="held-out shapes", leave=False))]
-    means = {name: np.nanmean([result[name] for result in results]) for name in results[0]}
-    return {"shapes": len(results)} | {name: round(float(value), 4) for name, value in means.items()}
+               for row, x in zip(run.test.spread(SHAPES), tqdm(tokens, desc="held-out shapes", leave=False))]
+    found = {name: [result[name] for result in results if result[name] == result[name]] for name in results[0]}
+    return {"shapes": len(results)} | {name: round(float(np.mean(x)), 4) for name, x in found.items() if x}     # no nan
 
 
 def decode(run, heads, tokens, rep=None):
@@ -178,7 +178,7 @@ def shares_of_loss(run, model, loss_of, samples_of):
 @torch.no_grad()
 def caption_retrieval(encoders, prepared, count=200):
     """On held-out shapes: accuracy of class names by clouds, recall of clouds by full captions; from 0 to 1."""
-    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
+    rows = prepared.spread(count)                             # m
     clouds = prepared.cloud(rows, text_tower.POINTS, seeded(0, prepared.device))
     points = [x.to(encoders.scale.device) for x in clouds]
     cloud = torch.cat([encoders.embed_cloud(*chunk) for chunk in zip(*(x.split(64) for x in points))])       # m e
@@ -209,7 +209,7 @@ def embed_clouds(encoders, prepared):
 def picture_retrieval(vision, encoders, prepared, count=200):
     """Recall of the clouds of held-out shapes by their pictures, from any side; from 0 to 1."""
     clouds = embed_clouds(encoders, prepared)                                     # k out
-    rows = np.linspace(0, len(prepared) - 1, min(count, len(prepared))).astype(int)            # m
+    rows = prepared.spread(count)                             # m
     pictures = prepared.pictures(rows, seeded(0, prepared.device))                # m 3 s s
     embedded = torch.cat([vision.embed(vision.tokens(chunk)[0]) for chunk in pictures.split(64)])            # m out
     order = (embedded @ clouds[rows].T).argsort(1, descending=True).cpu()         # m m

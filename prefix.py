@@ -3,8 +3,7 @@
     prefix = [condition, FFN(CrossAttention(learnable queries, condition))]     p = t + q tokens of the backbone's width
 
 It aligns the condition with the shape space while generating, so the shape tokenizer needs no text or pictures.
-The paper's prefix is the q query outputs alone (`Queries` in research/peers.py). Here the condition tokens, projected
-to the same width, are concatenated.
+The paper's prefix is the q query outputs alone (`Queries` in research/peers.py); here the condition tokens join them.
 
 A condition is a dict, {"text": (tokens b t e, mask b t), "image": ...}, with one kind of prompt or both. The mask is
 False for padding, and for all tokens of a dropped prompt: training drops prompts at random, guidance drops them by

@@ -117,13 +117,14 @@ def test_every_colour_has_the_same_weight():
 
 @pytest.mark.parametrize("rep, kind", [*product(heads.HEADS, [{"conv": 4}]), ("sdf", {})], ids=str)
 def test_files_without_colours_teach_none(rep, kind, prepared):
-    """They are grey all over, and no head's loss of colours counts them."""
+    """They are grey all over, and no head's loss of colours counts them: it learns the form."""
     split, head = prepared[0].changed(), heads.HEADS[rep](**SMALL[tokenizer] | kind)
     assert split.coloured.tolist() == [1.] * len(split)
     grey = torch.full_like(split.arrays["colours"], round(255 * GREY))
     split = split.changed(arrays=split.arrays | {"colours": grey})
     samples = split.samples(np.array([0, 1]), head.reads, data.seeded(0))
-    assert head.loss(torch.randn(2, 64, 8), samples)[1]["colour"] == 0
+    loss, logs = head.loss(torch.randn(2, 64, 8), samples)
+    assert logs["colour"] == 0 < loss
 
 
 @pytest.mark.parametrize("rep, kind", [*product(heads.HEADS, [{"conv": 4}]), ("sdf", {})], ids=str)

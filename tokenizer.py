@@ -79,18 +79,17 @@ def standardise(tokenizer, heads, tokens):                    # unit 1
 
 
 @torch.no_grad()
-def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
-    """The tokens of a prepared set, or of its first `limit` shapes: shapes n c. weights: the file of a frozen
-    tokenizer, whose tokens are computed once and saved beside the set."""
-    path = None
-    if weights and weights.is_file() and limit is None:       # a limit: the tokenizer is still in training
-        path = split.folders["surface"] / f"tokens-{digest(weights)}-{tokenizer.patch}-{split.name}.npy"
+def encode_set(tokenizer, split, device, autocast, weights=None, rows=None):
+    """The tokens of a prepared set, or of some rows: shapes n c. weights: the file of a frozen tokenizer, whose tokens
+    are computed once and saved beside the set."""
+    saved = weights and weights.is_file() and rows is None    # rows: the tokenizer is still in training
+    path = saved and split.folders["surface"] / f"tokens-{digest(weights)}-{tokenizer.patch}-{split.name}.npy"
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float().to(split.device)
-    count, chunks = min(limit or len(split), len(split)), []
-    for rows in tqdm(np.array_split(np.arange(count), -(-count // 64)), desc="tokens", unit="batch", leave=False):
-        rng = torch.Generator(split.device).manual_seed(int(rows[0]))
-        cloud = [x.to(device) for x in split.cloud(rows, tokenizer.points, rng)]
+    rows, chunks = np.arange(len(split)) if rows is None else rows, []
+    for some in tqdm(np.array_split(rows, -(-len(rows) // 64)), desc="tokens", unit="batch", leave=False):
+        rng = torch.Generator(split.device).manual_seed(int(some[0]))
+        cloud = [x.to(device) for x in split.cloud(some, tokenizer.points, rng)]
         with autocast():
             chunks.append(tokenizer(*cloud).float())
     tokens = torch.cat(chunks)                                # shapes n c
@@ -101,9 +100,9 @@ def encode_set(tokenizer, split, device, autocast, weights=None, limit=None):
     return tokens.float().to(split.device)
 
 
-def encode(run, tokenizer, split, limit=None, file="tokenizer"):
+def encode(run, tokenizer, split, rows=None, file="tokenizer"):
     """The tokens of a prepared set, on its device: shapes n c. file: the name of the weights."""
-    return encode_set(tokenizer, split, run.device, run.autocast, run.folder / f"{file}.safetensors", limit)
+    return encode_set(tokenizer, split, run.device, run.autocast, run.folder / f"{file}.safetensors", rows)
 
 
 load = partial(load_stage, stage="tokenizer", part=Tokenizer)        # of a checkpoint folder, frozen
@@ -161,15 +160,16 @@ def train(run):
         return samples_of(split, rows)
 
     def show(model, path):
-        tokens = encode(run, model["tokenizer"], run.test, limit=14)
+        tokens = encode(run, model["tokenizer"], run.test, run.test.spread(14))
         judge.save_picture(path, judge.reconstructions(run, model, tokens, run.joint[-1]))
 
     model, seconds = run.fit("tokenizer", model, draw, loss_of, show)
 
     # save
     own_heads = {rep: model[rep] for rep in run.joint}
-    standardise(model["tokenizer"], own_heads.values(), encode(run, model["tokenizer"], run.train, 2000).to(run.device))
-    tokens = encode(run, model["tokenizer"], run.test, judge.SHAPES)
+    tokens = encode(run, model["tokenizer"], run.train, run.train.spread(2000))
+    standardise(model["tokenizer"], own_heads.values(), tokens.to(run.device))
+    tokens = encode(run, model["tokenizer"], run.test, run.test.spread(judge.SHAPES))
     metrics = judge.head_metrics(run, own_heads, tokens, run.joint[-1])
     run.finish("tokenizer", seconds, {file: model[name] for name, file in files.items()}, settings=settings,
                heads=list(run.joint), metrics=metrics)

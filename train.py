@@ -53,7 +53,7 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
         recompute_blocks(model)
     opts = optimizers(model, lr)
     flags = {"steps": steps, "batch": batch, "seed": run.seed, "lr": lr, "data": crc32(run.train.version.encode()),
-             "others": run.fingerprint(stage)}
+             "micro-batches": run.micro_batches, "others": run.fingerprint(stage)}
     start, sums = load_state(state_path, flags, model, ema, opts)
     log = Log(run.folder / f"{stage}.csv", start, sums, run.device)
     print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
@@ -106,7 +106,7 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
                     raise UserError(f"{stage}: the gradients of {skipped:.0f} steps in a row are not finite; "
                                     f"give an --lr below {lr:g}, or look for NaN in the data")
             if done % SAVE == 0 or last or stopped:
-                save_state(state_path, done, flags, model, ema, opts, log.sums)
+                save_state(state_path, done, flags, model, ema, opts, log.sums | {"seconds": log.seconds()})
             if not stopped and (done % max(SHOW, -(-steps // PICTURES)) == 0 or last):
                 if show:
                     with torch.no_grad():

@@ -28,7 +28,7 @@ def atomic_write(path):
     path = Path(path)
     if not path.name:
         raise UserError(f"cannot write to '{path}', it is a folder; name a file")
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.{os.urandom(4).hex()}.part{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

@@ -31,7 +31,7 @@ def load_state(path, flags, model, ema, opts):
         return 0, {}
     state = read_weights(path, "delete it to start the stage again")
     for name, value in flags.items():
-        if (before := float(state.get(f"flags.{name}", torch.tensor(value, dtype=torch.double)))) != value:
+        if (before := float(state.get(f"flags.{name}", torch.tensor(value, dtype=torch.double)))) != float(value):
             others = {"data": "other data", "others": "another size, denoiser, variant, encoder or stage before it"}
             was = f"with {others.get(name, f'--{name} {before:g}, not {value:g}')}"
             raise UserError(f"{path} was begun {was}; give that, use another --out, or delete it to start the stage "
@@ -77,10 +77,10 @@ class Log:
     def __init__(self, path, first, sums, device):
         self.path, self.device, self.now, self.rows = path, device, {}, []
         self.sums = {name: torch.zeros((), device=device) for name in ("steps", "skipped", "in a row", "most in a row")}
+        self.start = time.time() - float(sums.pop("seconds", 0))
         self.sums |= {name: value.to(device) for name, value in sums.items()}
         if first and path.is_file():
             self.rows = [row for row in csv.DictReader(path.open()) if int(row["step"]) <= first]
-        self.start = time.time() - (float(self.rows[-1]["seconds"]) if self.rows else 0)
 
     def add(self, logs, share):
         """The numbers of a micro-batch, `share` of its step."""

@@ -23,7 +23,7 @@ import heads
 import judge
 import train
 from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, stop_in_step, train_small
-from engine import files, processes, step
+from engine import files, processes, state, step
 from engine import run as run_folder
 from engine.commands import UserError
 from engine.networks import QueryDecoder
@@ -88,16 +88,17 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
 def test_a_set_that_does_not_fit_on_the_gpu_is_streamed(tmp_path, monkeypatch):
     """Worker processes draw it; a run in two parts = a run in one."""
     monkeypatch.setattr(data, "fits", lambda *_: False)
-    flags = "--steps", 4, "--batch", 4, "--stage", "encoders"
+    flags = "--steps", 4, "--batch", 4, "--stage", "encoders", "--seed", 2 ** 60 + 1
     assert train_small(monkeypatch, tmp_path / "whole", 4, *flags) == 0
     monkeypatch.setattr(train, "learning_rate", stop_in_step(1, lambda: signal.raise_signal(signal.SIGTERM)))
     assert [train_small(monkeypatch, tmp_path / "cut", 4, *flags) for _ in range(2)] == [130, 0]
     assert same_files(tmp_path / "whole", tmp_path / "cut", "*.safetensors")
 
 
-@pytest.mark.parametrize("flag, value", [("--steps", 8), ("--seed", 1), ("--batch", 2), ("--lr", 1e-4)])
+@pytest.mark.parametrize("flag, value", 
+                         [("--steps", 8), ("--seed", 1), ("--batch", 2), ("--lr", 1e-4), ("--micro-batches", 2)])
 def test_a_stopped_stage_refuses_other_flags(tmp_path, monkeypatch, capsys, flag, value):
-    flags = {"--steps": 6, "--batch": 4, "--seed": 0, "--lr": .001, "--stage": "encoders"}
+    flags = {"--steps": 6, "--batch": 4, "--seed": 0, "--lr": .001, "--micro-batches": 1, "--stage": "encoders"}
     train_once = lambda flags: train_small(monkeypatch, tmp_path, 4, *(word for pair in flags.items() for word in pair))
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
@@ -105,6 +106,11 @@ def test_a_stopped_stage_refuses_other_flags(tmp_path, monkeypatch, capsys, flag
     capsys.readouterr()
     assert train_once(flags | {flag: value}) == 2
     assert f"was begun with {flag} {flags[flag]}, not {value}" in capsys.readouterr().err
+
+
+def test_seconds_of_a_stopped_stage_are_counted(tmp_path):
+    """Also those since the last row of the log."""
+    assert 50 <= state.Log(tmp_path / "a.csv", 3, {"seconds": torch.tensor(50.)}, "cpu").seconds() < 60
 
 
 def train_line(folder, bad, monkeypatch, steps=12):

@@ -100,7 +100,7 @@ def prepare_chunk(folder, source, chunk, kinds):
         done = records if kind == "records" else [{key: x[key] for key in x if "broken" in x} for x in records]
         with atomic_write(folder / source.folder(kind) / f"{chunk:05d}.json") as part:
             part.write_text(json.dumps(done))
-    attempts.unlink()
+    attempts.unlink(missing_ok=True)                          # another process may prepare the same
     return len(records)
 
 

@@ -24,8 +24,8 @@ class Laps(dict):
 
 def file_name(text, image):
     """The base name of a prompt's files. A picture adds from-NAME, so that pictures do not overwrite each other."""
-    name = (text or "") + (f" from {Path(image).stem}" if image else "")
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "shape"
+    name = (text or "")[:60] + (f" from {Path(image).stem}"[:60] if image else "")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "shape"
 
 
 def write_samples(model, text, args, options, laps):

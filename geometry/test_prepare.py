@@ -4,7 +4,6 @@ import functools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 import torch
 
@@ -99,9 +98,24 @@ def test_shards_are_the_whole(tmp_path, monkeypatch, four_files):
     assert len(alone) == len([*alone.folders["surface"].glob("?????.json")]) == 2
 
 
+def test_sets_without_broken_files_have_a_name_of_their_own(tmp_path, monkeypatch, four_files):
+    """A file lacks one kind of samples: tokens of the rows with this kind and without are other files."""
+    first, take_faces = iter([True]), training_samples.take_faces
+
+    def fail_once(*args):
+        if next(first, False):
+            raise UserError("no faces")
+        return take_faces(*args)
+
+    monkeypatch.setitem(training_samples.TAKE, "faces", fail_once)
+    surfaces, both = (data.prepare("all", out=tmp_path / "set", kinds=kinds, **four_files)
+                      for kinds in (("surface",), ("surface", "faces")))
+    assert len(both.rows) == len(surfaces.rows) - 1 and both.name != surfaces.name
+
+
 def test_batches_are_functions_of_their_generator(prepared):
     """The same generator gives the same batch; the distances in it are those of the shapes in its rows."""
-    split, rows = prepared[0], np.array([3, 10])
+    split, rows = prepared[0], prepared[0].spread(2)
     batch, again, other = (split.queries(rows, 640, data.seeded(seed)) for seed in (0, 0, 1))
     points, normals, colours = split.cloud(rows, 1024, data.seeded(0))
     assert all(torch.equal(batch[name], again[name]) for name in batch)

@@ -17,7 +17,7 @@ import sample
 from conftest import SMALL, assert_one_line, run
 from engine import files
 from engine.commands import UserError
-from geometry import asset_names, crop, render, shapes, training_pictures
+from geometry import asset_names, crop, render, sample_files, shapes, training_pictures
 from geometry.words import COLOURS
 from prompts import picture_files, reading, text_tower
 
@@ -256,6 +256,10 @@ def test_picture_prompt_is_command_and_api(overfitted, text, name, tmp_path):
     assert run(sample.main, *flags, *(["--text", text] if text else [])) == 0
     sample.load(overfitted).generate(text, path, resolution=32)[0].save(tmp_path / "api.glb")
     assert (tmp_path / "api.glb").read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_long_texts_leave_the_name_of_the_picture():
+    assert sample_files.file_name("a red table " * 9, "Disc 1.png") == "a-red-table-" * 5 + "from-disc-1"
 
 
 def test_pictures_are_augmented_shapes_are_not(prepared):

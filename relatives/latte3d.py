@@ -61,8 +61,7 @@ class Grower(nn.Module):
         self.prefix, self.token = Prefix(prefix, dim, heads, widths), nn.Linear(channels, dim)
         self.dummy = nn.Parameter(torch.randn(tokens, channels))                  # the dummy cloud of stage 1
         self.place = nn.Parameter(torch.randn(tokens, dim) * .02)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim)
+        self.blocks, self.norm = nn.ModuleList(Block(dim, heads) for _ in range(depth)), nn.LayerNorm(dim)
 
     def forward(self, condition, tokens=None):                # b n c, by default those of the dummy cloud
         prefix, mask = self.prefix(condition)                                     # b p d, b p
@@ -155,8 +154,7 @@ def distilled(prior, x, condition, angles, noise, depth=None, cfg=GUIDANCE):
 
 
 def distillation(prior, x, *args, **settings):                # unit 6
-    """The mean of 1/2 (x - sg(x_hat))^2. Its gradient, x - x_hat, is that of score distillation in terms of clean
-    pictures."""
+    """The mean of 1/2 (x - sg(x_hat))^2. Its gradient, x - x_hat, is that of score distillation, of clean pictures."""
     return F.mse_loss(x, distilled(prior, x, *args, **settings).detach()) / 2
 
 
@@ -180,8 +178,8 @@ def draw_noise(progress, count):
 # ---------------------------------------------------------------------------- stages: data, model, loss, save
 
 def unseen(record):
-    """Is a combination of class and colour held out? A tenth is."""
-    return crc32(f"{record['class']} {record['attributes'].get('colour')}".encode()) % 10 == 0
+    """Is a combination of class and colour held out? A tenth is; of files, none."""
+    return "colour" in (own := record["attributes"]) and crc32(f"{record['class']} {own['colour']}".encode()) % 10 == 0
 
 
 def training_data(run, stage):
@@ -189,7 +187,7 @@ def training_data(run, stage):
     prior = load_stage(run.folder, "latte3d-prior", prior_.Prior).to(run.device)
     encoder = tokenizer_.load(run.folder).to(run.device)
     tokens = {split: tokenizer_.encode(run, encoder, split) for split in (run.train, run.test)}    # shapes n c
-    seen = torch.tensor([not unseen(record) for record in run.train.records], device=run.device)
+    seen = torch.tensor([not unseen(record) for record in run.train.records], device=run.train.device)
     drawn_from = {run.train: run.train.changed(odds=run.train.odds * seen), run.test: run.test}
     encoders, draw_sides = prior_.prompted_sides(run, stage)
 
@@ -230,10 +228,8 @@ def fit_geometry(run):
     # loss
     def loss_of(model, batch):
         captions, sides, cloud = batch
-        angles, progress = sides["side_angles"], run.progress
-        condition = prior_.condition_of(encoders, captions)
-        cloud = faded(cloud, model["grower"].dummy, progress)
-        grid = model["field"].read(model["grower"](condition, cloud))
+        angles, progress, condition = sides["side_angles"], run.progress, prior_.condition_of(encoders, captions)
+        grid = model["field"].read(model["grower"](condition, faded(cloud, model["grower"].dummy, progress)))
         beta = SHARP[0] * (SHARP[1] / SHARP[0]) ** progress
         x, depth = render(grid, angles, beta, torch.rand((), device=progress.device) - .5)
         teacher = distillation(prior, x, condition, angles, draw_noise(progress, len(x)))

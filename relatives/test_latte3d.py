@@ -150,7 +150,8 @@ def test_words_alone_are_enough_at_the_end():
 
 
 def test_a_tenth_of_the_combinations_is_held_out():
-    """Of class and colour."""
+    """Of class and colour; files have no attributes, and none is."""
+    assert not any(latte3d.unseen({"class": name, "attributes": {}}) for name in shapes.CLASSES)
     pairs = [{"class": name, "attributes": {"colour": colour}} for name in shapes.CLASSES for colour in COLOURS]
     assert .05 < np.mean([latte3d.unseen(pair) for pair in pairs]) < .15
 

@@ -302,9 +302,9 @@ def begin_tokenizer(run, stage):
 
 
 def held_out(run, encoder):
-    """Outputs of `encoder` for the first held-out shapes."""
-    judge = run.judge
-    return tokenizer_.encode_set(encoder, run.test, run.device, run.autocast, limit=judge.SHAPES).to(run.device)
+    """Outputs of `encoder` for held-out shapes."""
+    rows = run.test.spread(run.judge.SHAPES)
+    return tokenizer_.encode_set(encoder, run.test, run.device, run.autocast, rows=rows).to(run.device)
 
 
 def train_latents(run):

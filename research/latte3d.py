@@ -138,6 +138,7 @@ def one_view(found_of, pictures, x, condition, angles, noise, depth=None, **sett
     return rearrange(found, "(b v) 1 ... -> b v ...", v=v)
 
 
+@torch.no_grad()
 def asd(_, pictures, x, condition, angles, noise, depth=None, cfg=latte3d.GUIDANCE):
     """Asynchronous Score Distillation (arXiv 2407.02040): the same noise, and a little more of it. The pictures should
     change as what is found with guidance differs from what is found, then, without."""
@@ -158,7 +159,7 @@ PARTS = {  # variant: what it changes in relatives/latte3d.py
 def trained(args, name, seed, changes, **flags):
     """Trains stage 1 with changes of relatives/latte3d.py; -> its folder, or None if all shapes vanished."""
     folder = f"latte3d-{name.replace(' ', '-')}-{seed}"
-    if (vanished := Path(args.runs) / folder / "vanished").exists():
+    if (vanished := Path(args.runs) / folder / f"vanished-{args.steps}-{args.batch}-{args.train_shapes}").exists():
         return None
     changes = {key: (lambda *a, now=getattr(latte3d, key), then=value, **k: then(now, *a, **k))
                if key == "distilled" else value for key, value in changes.items()}
@@ -187,7 +188,7 @@ def ablate_latte3d(args):
         return judge.scores(FirstStage(folder, args.device, args.precision), cache, own)[0]
 
     def add(name, found):                                     # of seeds
-        keys = [*rows[0]][1:] if rows else [*found[0]]
+        keys = [*rows[0]][1:] if rows else [*max(found, key=len)]
         rows.append({"variant": name} | {key: interval([one.get(key, 0) for one in found]) for key in keys})
 
     for name, changes in PARTS.items():
@@ -197,7 +198,8 @@ def ablate_latte3d(args):
     for seed in range(args.seeds):
         folders = [trained(args, f"prompt {i}", seed, {"unseen": alone(own)}, steps=max(1, args.steps // TOGETHER))
                    for i, own in enumerate(records)]
-        found.append(mean([scores(folder, [own]) for folder, own in zip(folders, records)]))
+        vanished = dict.fromkeys([*rows[0]][1:], 0.)
+        found.append(mean([scores(folder, [own]) or vanished for folder, own in zip(folders, records)]))
     add("each prompt alone", found)
     print(f"{args.seeds} trainings of {args.steps} steps for {TOGETHER} prompts: means with 95 % confidence intervals. "
           "0: all shapes vanished")

@@ -132,7 +132,7 @@ class Spaces(Backbone):
         """Samples of all spaces, rotated back; the key chooses the space."""
         if options.get("blend"):
             raise UserError("the reconstructor knows none of these latent spaces; give --rgs none")
-        self.space = bits(keys, -1, ()) & 3                   # b; streams 0, 1, 2 ...: Backbone.generate
+        self.space = bits(keys, 2 ** 32, ()) & 3              # b; lower streams: Backbone.generate
         return super().generate(condition, keys, **options) @ self.rotation[self.space].mT
 
 

@@ -64,7 +64,7 @@ def evaluate_tokenizer(args):
 
         rows = range(min(args.shapes, len(test)))
         if test.source.files:                                 # kits come one after another, and most names are rare
-            rows = np.linspace(0, len(test) - 1, len(rows)).astype(int).tolist()
+            rows = test.spread(len(rows)).tolist()
         results = exam.each_shape(args, test, exam.result_cache(args, label, folder), judge, rows)
         save_reconstructions(args, label, test, encoder, decoders, autocast, device)
         classes = ["all"] * len(rows) if test.source.files else [test.classes[row] for row in rows]
@@ -77,7 +77,7 @@ def evaluate_tokenizer(args):
 def save_reconstructions(args, label, test, encoder, decoders, autocast, device, count=20):
     """A sheet of shapes, evenly spread over the set, each beside what is decoded of its tokens."""
     pictures = []
-    for row in np.linspace(0, len(test) - 1, min(count, args.shapes, len(test))).astype(int):
+    for row in test.spread(min(count, args.shapes)):
         tokens = exam.encode(test, row, encoder, device, autocast, row)
         decoded = decoders[args.rep].decode(tokens, decoders, np.random.default_rng(0), autocast)
         pictures += [render_mesh(*training_samples.vertex_coloured(test.shape(row)), size=160), decoded.picture(160)]

@@ -47,7 +47,7 @@ def train(recipe, folder, seed, device):
     if path.is_file():
         run = json.loads(path.read_text())
     elif any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; name another --out")
+        raise UserError(f"{folder} is not empty, and has no run.json with seconds; delete it, or name another --out")
     else:
         run = {"product": product_seconds(device), "seconds": 0.} | settings
     if settings.items() - run.items():

@@ -75,7 +75,7 @@ def test_another_recipe_needs_another_folder(flags, tmp_path, capsys):
 
 
 def test_a_folder_with_other_files_is_refused(flags, tmp_path, capsys):
-    """What lies there could be weights: a recipe begins with nothing."""
+    """What lies there could be weights, or a killed race's, whose seconds are unknown."""
     (tmp_path / "runs" / "seed-0" / "run").mkdir(parents=True)
     assert run(race.main, *flags) == 2
     assert_one_line(capsys.readouterr().err, "is not empty")
