@@ -277,7 +277,7 @@ def arguments():
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
     args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
-    for name, reps in COUNTS.items():
+    for name, reps in (COUNTS | {"height": COUNTS["faces"]}).items():
         if getattr(args, name) and not {*reps} & {*args.rep}:
             parser.error(f"--{name} is an option of other representations; give --rep {' or '.join(reps)}, too")
     args.counts = {rep: {name: getattr(args, name) for name, reps in COUNTS.items() if rep in reps} for rep in args.rep}

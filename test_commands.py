@@ -110,6 +110,7 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
     (["--window", "2"], "--window: must be between 0 and 1"), (["--rep", "voxels"], "choose from"),
     (["--points", "0"], "--points: must be"), (["--faces", "3"], "--faces: must be"),
     (["--rep", "pc", "--faces", "300"], "give --rep sdf or mesh, too"), (["--points", "9"], "give --rep pc or gs, too"),
+    (["--rep", "pc", "--height", "2"], "give --rep sdf or mesh, too"),
     (["--device", "toaster"], "--device toaster"),
     (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
     (["--text", ""], "is empty"), (["--text", "with the"], "names no object"), (["--device", "meta"], "--device meta"),

@@ -14,5 +14,5 @@ def prompt_scores(model, prompt, pictures, tokens):
         raise UserError("--best takes the built-in encoders, and this checkpoint has others; leave it out")
     clouds = [model.decode(x, resolution=32).surface(POINTS, rng) for x in tokens]            # b times k 3 each
     clouds = [torch.tensor(np.stack(x), dtype=torch.float, device=model.device) for x in zip(*clouds)]
-    query = image.embed(image.tokens(pictures)[0]) if prompt is None else text.embed_text(*text.word_ids([prompt]))
+    query = image.embed(image.tokens(pictures[:1])[0]) if prompt is None else text.embed_text(*text.word_ids([prompt]))
     return (text.embed_cloud(*clouds) * query).sum(1).cpu()
