@@ -1,4 +1,5 @@
 """test_race.py - the tests of the race, with a recipe that copies the shipped weights."""
+import csv
 import json
 import subprocess
 import sys
@@ -79,6 +80,14 @@ def test_a_folder_with_other_files_is_refused(flags, tmp_path, capsys):
     (tmp_path / "runs" / "seed-0" / "run").mkdir(parents=True)
     assert run(race.main, *flags) == 2
     assert_one_line(capsys.readouterr().err, "is not empty")
+
+
+def test_the_goal_is_one_of_means(flags, tmp_path, monkeypatch):
+    found = iter([.88, .94])
+    monkeypatch.setattr(race, "judge", lambda *_: {"IoU": .96, "R-precision": next(found), "right class": 1.})
+    assert run(race.main, *flags, "--seeds", 0, 1) == 0
+    rows = [*csv.DictReader((tmp_path / "runs" / "race.csv").open())]
+    assert [float(row["goal"]) for row in rows] == [0, 1, 1]
 
 
 def test_a_goal_that_is_missed_is_said(flags, tmp_path, monkeypatch):
