@@ -95,7 +95,7 @@ def test_a_set_that_does_not_fit_on_the_gpu_is_streamed(tmp_path, monkeypatch):
     assert same_files(tmp_path / "whole", tmp_path / "cut", "*.safetensors")
 
 
-@pytest.mark.parametrize("flag, value", 
+@pytest.mark.parametrize("flag, value",
                          [("--steps", 8), ("--seed", 1), ("--batch", 2), ("--lr", 1e-4), ("--micro-batches", 2)])
 def test_a_stopped_stage_refuses_other_flags(tmp_path, monkeypatch, capsys, flag, value):
     flags = {"--steps": 6, "--batch": 4, "--seed": 0, "--lr": .001, "--micro-batches": 1, "--stage": "encoders"}
