@@ -32,8 +32,9 @@ from engine.stage import Stage
 # ---------------------------------------------------------------------------- commands
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_command_is_one_word(stop, capsys):
-    handler = signal.getsignal(signal.SIGTERM)
+def test_a_stopped_command_is_one_word(stop, capsys, request):
+    before, handler = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))        # pytest in the background ignores Ctrl-C
     assert run(lambda: signal.raise_signal(stop)) == 130
     assert capsys.readouterr().err == "stopped\n"
     assert signal.getsignal(signal.SIGTERM) == handler
