@@ -6,6 +6,7 @@ Letters: f faces, v vertices, k points or Gaussians, p pixels.
     python sample.py --text "table" --turntable
 """
 import math
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -107,20 +108,19 @@ def turntable(shape, frames=24, size=256):
 
 
 def contact_sheet(images, columns, labels=None):
-    """Pictures of one size side by side, row by row, a label under each -> uint8 (h w 3)."""
+    """Pictures of one size side by side, row by row, a label under each, in lines -> uint8 (h w 3)."""
     h, w, _ = images[0].shape
     gap, text_size = max(4, w // 32), max(11, w // 16)
-    line = text_size * 3 // 2 if labels else 0
-    size = columns * (w + gap) + gap, math.ceil(len(images) / columns) * (h + line + gap) + gap
+    labels = [textwrap.fill(label, 7 * w // (4 * text_size)) for label in labels or ()]
+    under = text_size * 3 // 2 * max((label.count("\n") + 1 for label in labels), default=0)
+    size = columns * (w + gap) + gap, math.ceil(len(images) / columns) * (h + under + gap) + gap
     sheet = Image.new("RGB", size, tuple(round(255 * c) for c in PAPER))
     for i, image in enumerate(images):
-        x, y = gap + i % columns * (w + gap), gap + i // columns * (h + line + gap)
+        x, y = gap + i % columns * (w + gap), gap + i // columns * (h + under + gap)
         sheet.paste(Image.fromarray(image), (x, y))
         if labels:
-            length = ImageFont.load_default(size=text_size).getlength(labels[i])
-            fitting = max(8, min(text_size, text_size * .95 * w / max(1, length)))       # a long label is smaller
-            ImageDraw.Draw(sheet).text((x + w // 2, y + h + line // 2), labels[i], fill=(90, 84, 78),
-                                       font=ImageFont.load_default(size=fitting), anchor="mm")
+            ImageDraw.Draw(sheet).text((x + w // 2, y + h + text_size // 4), labels[i], fill=(90, 84, 78),
+                                       font=ImageFont.load_default(size=text_size), anchor="ma", align="center")
     return np.asarray(sheet)
 
 
