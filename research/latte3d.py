@@ -37,7 +37,7 @@ from research.scores import SOUNDNESS, Scorer
 
 SHADES = .6, .7, .8, .9, 1., 1.1    # of a colour, in splat.baked_light
 SEEN, SECOND = .2, .03        # shares of a surface, or of a picture, that a shape's two colours always have
-TOGETHER = 16                 # prompts, learnt together or each alone
+TOGETHER, SHOWN = 16, 6       # prompts, learnt together or each alone; of these, in the picture
 ASD = .1                      # the most noise that is added between the two evaluations
 
 
@@ -176,16 +176,23 @@ def trained(args, name, seed, changes, **flags):
 
 
 def ablate_latte3d(args):
-    """Trains stage 1 for TOGETHER prompts without its parts, for a short time; and each prompt alone, in equal time."""
-    judge, rows = Judge(args), []
+    """Trains stage 1 for TOGETHER prompts without its parts, for a short time; and each prompt alone, in equal time.
+    Their shapes of seed 0: a picture, with the first prompts of classes, a row for each variant."""
+    judge, rows, sheet = Judge(args), [], []
     records = prepare("train", args.train_shapes, args.cache).records[:TOGETHER]
+    shown = [*{record["class"]: record["index"] for record in reversed(records)}.values()][:SHOWN]
     alone = lambda *chosen: lambda record: record["index"] not in [other["index"] for other in chosen]
 
-    def scores(folder, own):
+    def scores(folder, own, name, seed):
         if folder is None:
             return {}
         cache = exam.result_cache(args, folder.name, folder, "research.latte3d", shapes=[r["index"] for r in own])
-        return judge.scores(FirstStage(folder, args.device, args.precision), cache, own)[0]
+        model = FirstStage(folder, args.device, args.precision)
+        found, results, jobs = judge.scores(model, cache, own)
+        if seed == 0:
+            sheet.extend((exam.picture_of(model, args, x, job), name if rows else f"{name}: {job.text}")
+                         for x, job in zip(results["tokens"], jobs) if int(job.name) in shown)
+        return found
 
     def add(name, found):                                     # of seeds
         keys = [*rows[0]][1:] if rows else [*max(found, key=len)]
@@ -193,14 +200,16 @@ def ablate_latte3d(args):
 
     for name, changes in PARTS.items():
         folders = [trained(args, name, seed, {"unseen": alone(*records)} | changes) for seed in range(args.seeds)]
-        add(name, [scores(folder, records) for folder in folders])
-    found = []
+        add(name, [scores(folder, records, name, seed) for seed, folder in enumerate(folders)])
+    found, name = [], "each prompt alone"
     for seed in range(args.seeds):
         folders = [trained(args, f"prompt {i}", seed, {"unseen": alone(own)}, steps=max(1, args.steps // TOGETHER))
                    for i, own in enumerate(records)]
         vanished = dict.fromkeys([*rows[0]][1:], 0.)
-        found.append(mean([scores(folder, [own]) or vanished for folder, own in zip(folders, records)]))
-    add("each prompt alone", found)
+        found.append(mean([scores(folder, [own], name, seed) or vanished for folder, own in zip(folders, records)]))
+    add(name, found)
+    pictures, titles = zip(*sheet)
+    save_sheet(args, args.command, [*pictures], len(shown), [*titles])
     print(f"{args.seeds} trainings of {args.steps} steps for {TOGETHER} prompts: means with 95 % confidence intervals. "
           "0: all shapes vanished")
     write_table(args.out, args.command, rows)
