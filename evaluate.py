@@ -83,7 +83,7 @@ def arguments():
          default=["a blue lamp", "a red bed with a white blanket", "a black chair", "a green bottle"])
     flag(["latte3d"], "--unseen", type=between(1, 520), default=60, help="prompts of combinations that are held out")
     flag(["latte3d"], "--refine", type=between(1, 10_000), default=50, help="steps for one prompt alone")
-    flag(["prior"], "--cfg", type=between(0, 100, float), default=2., help="scale of classifier-free guidance")
+    flag(["prior"], "--cfg", type=between(0, 100, float), default=3., help="scale of classifier-free guidance")
     flag(["names"], "--data", required=True, help="the files that it was trained on")
     flag(["names"], "--words", nargs="+", help="only a sheet: four samples of each of these words")
     flag(["names"], "--faces", type=between(*LIMITS["faces"][1:]), help="of a mesh, at most, as of sample.py")

@@ -104,7 +104,7 @@ class Prior(nn.Module):
         return combine(found, strengths), found[:len(found) // r]
 
     @torch.no_grad()
-    def generate(self, condition, keys, angles=None, depth=None, cfg=2., steps=20, temperature=1.):
+    def generate(self, condition, keys, angles=None, depth=None, cfg=3., steps=20, temperature=.8):
         condition, strengths = split_condition(condition, cfg)
         angles = SHOWN.to(keys.device).repeat(len(keys), 1, 1) if angles is None else angles
         x, before = temperature * normal(keys, 0, (angles.shape[1], SIDE, SIDE, 4)), None
@@ -208,7 +208,7 @@ def main():
     flag("--depth", help="the file of a mesh, to paint it")
     flag("--n", type=between(1, 64), default=4, help="number of samples, of four pictures each")
     flag("--seed", type=between(0), default=0, help="random seed")
-    flag("--cfg", type=between(0, 100, float), default=2., help="scale of classifier-free guidance; 1: none")
+    flag("--cfg", type=between(0, 100, float), default=3., help="scale of classifier-free guidance; 1: none")
     flag("--checkpoint", default="checkpoints/latte3d", help="folder of trained weights")
     flag("--out", default="out", help="folder to write to")
     add_device_flags(parser)
