@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains checkpoints/tiny, vat, lost and latte3d from nothing, in runs/. 21 hours of one or two CPU cores with bf16.
+# Trains checkpoints/tiny, vat, lost and latte3d from nothing, in runs/. 22 hours of one or two CPU cores with bf16.
 #
 #     bash recipes/tiny.sh
 #
@@ -32,11 +32,12 @@ $lost --stage lost-student --steps 1000                                #   2
 $lost --stage lost-registers --steps 2000                              #  46  Chamfer .030 of 64 registers, of the tokens .028
 $lost --stage lost-generator --steps 2000                              #  62  prompt score .555
 
-# checkpoints/latte3d: trained as here, each stage by two processes (torchrun --nproc_per_node=2, --micro-batches 2).
-latte3d="python train.py --model latte3d --from runs/tiny --out runs/latte3d --shapes 2600"
-$latte3d --stage latte3d-prior --steps 6000                            #  51  right class .962, right colour 1.000
-$latte3d --stage latte3d-geometry --steps 4500                         #  56  silhouette .043
-$latte3d --stage latte3d-texture --steps 1000                          #   9
+# checkpoints/latte3d: by two processes (torchrun --nproc_per_node=2, --micro-batches 2); 6,000 and 4,500 of the steps
+# of prior and geometry were on 2,600 shapes.
+latte3d="python train.py --model latte3d --from runs/tiny --out runs/latte3d"
+$latte3d --stage latte3d-prior --steps 11000                           #  75  right class .98, right colour 1.000
+$latte3d --stage latte3d-geometry --steps 9500                         #  95  silhouette .044
+$latte3d --stage latte3d-texture --steps 2000                          #  10
 
 python evaluate.py generate --rep sdf --checkpoint runs/tiny           # prompt score .557, R-precision .909
 python evaluate.py generate --checkpoint runs/vat                      # prompt score .549, R-precision .885

@@ -7,8 +7,7 @@ It sees no 3D shape at its output. Its shapes are rendered from four sides, and 
     prompt, tokens -> Grower -> tokens -> finer Planes -> colour                         stage 2, geometry is frozen
     distance, colour -> render -> pictures x, noise -> Prior -> what they should be      score distillation
 
-The cloud is one of a shape of the prompt; in training ever more samples see a dummy cloud, so that words are enough in
-the end. Departures from the paper: docs/LATTE3D.md.
+The cloud is a true shape's; ever more samples see a dummy: words are enough in the end. Departures: docs/LATTE3D.md.
 
     python train.py --model latte3d                           # trains it
     python sample.py --model latte3d --text "a red chair"
@@ -44,6 +43,7 @@ SIZES = {"tiny": dict(dim=160, depth=5, heads=5, prefix=8, side=4),
 FINER = 32, 24, 16, 12        # features of stage 2, whose finest planes are twice as fine
 CELLS, RADIUS = 32, .5        # along a side of the grid that is rendered; of the sphere at the beginning
 SHARP = .1, .006              # beta of the density, at the beginning and at the end
+LEVEL = .012 / TRUNCATION     # distance of the surface: a cell of this density, in the end, is half opaque
 FADE = 0., .3                 # of training: from here to there, ever more samples see the dummy cloud
 NOISE = .02, (.98, .5)        # least noise, and most: at the beginning, and from .8 of training on
 GUIDANCE, RESCALED = 7.5, .5  # of score distillation
@@ -65,8 +65,7 @@ class Grower(nn.Module):
 
     def forward(self, condition, tokens=None):                # b n c, by default those of the dummy cloud
         prefix, mask = self.prefix(condition)                                     # b p d, b p
-        x = repeat(self.dummy, "n c -> b n c", b=len(mask)) if tokens is None else tokens
-        x = self.token(x) + self.place
+        x = self.token(repeat(self.dummy, "n c -> b n c", b=len(mask)) if tokens is None else tokens) + self.place
         mask = F.pad(mask, (0, x.shape[1]), value=True)
         x = torch.cat([prefix, x], 1)
         for block in self.blocks:
@@ -120,7 +119,8 @@ class Field(Planes):
         return rearrange(y, "b (x y z) c -> b c x y z", x=CELLS, y=CELLS)
 
     def evaluate(self, grid, x):                              # points b k 3 -> b k 4
-        return rearrange(look_up(grid, x), "b c k -> b k c")
+        distance, colour = look_up(grid, x).split([1, 3], 1)
+        return rearrange(torch.cat([distance - LEVEL, colour], 1), "b c k -> b k c")
 
 
 class Textured(nn.Module):

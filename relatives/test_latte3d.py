@@ -2,6 +2,7 @@
 
     python -m pytest -q relatives/test_latte3d.py
 """
+import math
 import signal
 
 import numpy as np
@@ -87,13 +88,21 @@ def test_a_grid_is_the_planes_at_its_cells():
     planes, points, grid = latte3d.Planes.read(field, tokens), field.points.expand(2, -1, -1), field.read(tokens)
     found = latte3d.Planes.evaluate(field, planes, points)    # b k 4
     assert torch.allclose(rearrange(grid, "b c x y z -> b (x y z) c"), found, atol=1e-4)
-    assert torch.allclose(field.evaluate(grid, points), found, atol=1e-4)
+    assert torch.allclose(field.evaluate(grid, points), found - torch.tensor([latte3d.LEVEL, 0, 0, 0]), atol=1e-4)
 
 
 def test_it_begins_as_a_sphere():
     field = latte3d.Field(side=4, dim=32)
     mesh = field.decode(torch.randn(64, 32), {}, None, resolution=32)
-    assert np.linalg.norm(mesh.vertices, axis=1) == pytest.approx(latte3d.RADIUS, abs=.005)
+    radius = latte3d.RADIUS + latte3d.LEVEL * TRUNCATION
+    assert np.linalg.norm(mesh.vertices, axis=1) == pytest.approx(radius, abs=.005)
+
+
+def test_the_surface_is_where_a_cell_is_half_opaque():
+    """Thin parts that pictures show do not break."""
+    beta, cell = latte3d.SHARP[1], 2 / latte3d.CELLS
+    density = math.exp(-latte3d.LEVEL * TRUNCATION / beta) / (2 * beta)           # VolSDF, outside
+    assert 1 - math.exp(-density * cell) == pytest.approx(.5, abs=.01)
 
 
 # ---------------------------------------------------------------------------- score distillation
