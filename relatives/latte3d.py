@@ -7,7 +7,7 @@ It sees no 3D shape at its output. Its shapes are rendered from four sides, and 
     prompt, tokens -> Grower -> tokens -> finer Planes -> colour                         stage 2, geometry is frozen
     distance, colour -> render -> pictures x, noise -> Prior -> what they should be      score distillation
 
-The cloud is a true shape's; ever more samples see a dummy: words are enough in the end. Departures: docs/LATTE3D.md.
+The cloud is of a true shape, for ever more samples a dummy: words are enough in the end. Departures: docs/LATTE3D.md.
 
     python train.py --model latte3d                           # trains it
     python sample.py --model latte3d --text "a red chair"
@@ -43,7 +43,7 @@ SIZES = {"tiny": dict(dim=160, depth=5, heads=5, prefix=8, side=4),
 FINER = 32, 24, 16, 12        # features of stage 2, whose finest planes are twice as fine
 CELLS, RADIUS = 32, .5        # along a side of the grid that is rendered; of the sphere at the beginning
 SHARP = .1, .006              # beta of the density, at the beginning and at the end
-LEVEL = .012 / TRUNCATION     # distance of the surface: a cell of this density, in the end, is half opaque
+LEVEL = .012 / TRUNCATION     # distance of the surface, where a cell is half opaque at the final beta
 FADE = 0., .3                 # of training: from here to there, ever more samples see the dummy cloud
 NOISE = .02, (.98, .5)        # least noise, and most: at the beginning, and from .8 of training on
 GUIDANCE, RESCALED = 7.5, .5  # of score distillation

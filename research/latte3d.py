@@ -38,6 +38,7 @@ from research.scores import SOUNDNESS, Scorer
 SHADES = .6, .7, .8, .9, 1., 1.1    # of a colour, in splat.baked_light
 SEEN, SECOND = .2, .03        # shares of a surface, or of a picture, that a shape's two colours always have
 TOGETHER, SHOWN = 16, 6       # prompts, learnt together or each alone; of these, in the picture
+BLANK = np.full((192, 192, 3), 255, np.uint8)        # the picture of what has vanished
 ASD = .1                      # the most noise that is added between the two evaluations
 
 
@@ -177,21 +178,22 @@ def trained(args, name, seed, changes, **flags):
 
 def ablate_latte3d(args):
     """Trains stage 1 for TOGETHER prompts without its parts, for a short time; and each prompt alone, in equal time.
-    Their shapes of seed 0: a picture, with the first prompts of classes, a row for each variant."""
+    Draws the shapes of seed 0: a row for each variant, a column for each of the first SHOWN classes."""
     judge, rows, sheet = Judge(args), [], []
     records = prepare("train", args.train_shapes, args.cache).records[:TOGETHER]
     shown = [*{record["class"]: record["index"] for record in reversed(records)}.values()][:SHOWN]
     alone = lambda *chosen: lambda record: record["index"] not in [other["index"] for other in chosen]
 
     def scores(folder, own, name, seed):
-        if folder is None:
-            return {}
-        cache = exam.result_cache(args, folder.name, folder, "research.latte3d", shapes=[r["index"] for r in own])
-        model = FirstStage(folder, args.device, args.precision)
-        found, results, jobs = judge.scores(model, cache, own)
+        found, pictures = {}, repeat(BLANK, "... -> n ...", n=len(own))
+        if folder:
+            cache = exam.result_cache(args, folder.name, folder, "research.latte3d", shapes=[r["index"] for r in own])
+            model = FirstStage(folder, args.device, args.precision)
+            found, results, jobs = judge.scores(model, cache, own)
+            pictures = (exam.picture_of(model, args, x, job) for x, job in zip(results["tokens"], jobs))
         if seed == 0:
-            sheet.extend((exam.picture_of(model, args, x, job), name if rows else f"{name}: {job.text}")
-                         for x, job in zip(results["tokens"], jobs) if int(job.name) in shown)
+            sheet.extend((picture, f"{name}: {max(record['captions'], key=len)}" if len(sheet) < len(shown) else name)
+                         for picture, record in zip(pictures, own) if record["index"] in shown)
         return found
 
     def add(name, found):                                     # of seeds
