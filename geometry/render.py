@@ -108,7 +108,7 @@ def turntable(shape, frames=24, size=256):
 
 
 def contact_sheet(images, columns, labels=None):
-    """Pictures of one size side by side, row by row, a label under each, in lines -> uint8 (h w 3)."""
+    """Pictures of one size side by side, row by row, a label under each, wrapped -> uint8 (h w 3)."""
     h, w, _ = images[0].shape
     gap, text_size = max(4, w // 32), max(11, w // 16)
     labels = [textwrap.fill(label, 7 * w // (4 * text_size)) for label in labels or ()]

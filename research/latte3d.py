@@ -37,7 +37,7 @@ from research.scores import SOUNDNESS, Scorer
 
 SHADES = .6, .7, .8, .9, 1., 1.1    # of a colour, in splat.baked_light
 SEEN, SECOND = .2, .03        # shares of a surface, or of a picture, that a shape's two colours always have
-TOGETHER, SHOWN = 16, 6       # prompts, learnt together or each alone; of these, in the picture
+TOGETHER, COLUMNS = 16, 6     # prompts, learnt together or each alone; of these, in the picture
 BLANK = np.full((192, 192, 3), 255, np.uint8)        # the picture of what has vanished
 ASD = .1                      # the most noise that is added between the two evaluations
 
@@ -178,22 +178,23 @@ def trained(args, name, seed, changes, **flags):
 
 def ablate_latte3d(args):
     """Trains stage 1 for TOGETHER prompts without its parts, for a short time; and each prompt alone, in equal time.
-    Draws the shapes of seed 0: a row for each variant, a column for each of the first SHOWN classes."""
+    Draws the shapes of seed 0: a row for each variant, a column for each of the first COLUMNS classes."""
     judge, rows, sheet = Judge(args), [], []
     records = prepare("train", args.train_shapes, args.cache).records[:TOGETHER]
-    shown = [*{record["class"]: record["index"] for record in reversed(records)}.values()][:SHOWN]
+    shown = [*{record["class"]: record["index"] for record in reversed(records)}.values()][:COLUMNS]
     alone = lambda *chosen: lambda record: record["index"] not in [other["index"] for other in chosen]
 
     def scores(folder, own, name, seed):
-        found, pictures = {}, repeat(BLANK, "... -> n ...", n=len(own))
+        found, samples = {}, [(None, None)] * len(own)        # if all have vanished
         if folder:
             cache = exam.result_cache(args, folder.name, folder, "research.latte3d", shapes=[r["index"] for r in own])
             model = FirstStage(folder, args.device, args.precision)
             found, results, jobs = judge.scores(model, cache, own)
-            pictures = (exam.picture_of(model, args, x, job) for x, job in zip(results["tokens"], jobs))
-        if seed == 0:
-            sheet.extend((picture, f"{name}: {max(record['captions'], key=len)}" if len(sheet) < len(shown) else name)
-                         for picture, record in zip(pictures, own) if record["index"] in shown)
+            samples = zip(results["tokens"], jobs)
+        for record, (tokens, job) in zip(own, samples):
+            if seed == 0 and record["index"] in shown:
+                title = f"{name}: {max(record['captions'], key=len)}" if len(sheet) < len(shown) else name
+                sheet.append((exam.picture_of(model, args, tokens, job) if job else BLANK, title))
         return found
 
     def add(name, found):                                     # of seeds
