@@ -281,11 +281,11 @@ class SimplifiedMesh:
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
         mesh = heads["sdf"].decode(tokens, heads, rng, autocast, 64 if self.flat else resolution)
-        if not len(mesh.faces):
-            return mesh
-        from geometry.simplify import simplify_surface
-        arrays = simplify_surface(mesh.vertices, mesh.faces, mesh.colours, self.count, self.flat)
-        return Mesh(*arrays, smooth=not self.flat)
+        surface = mesh.vertices, mesh.faces, mesh.colours
+        if len(mesh.faces):
+            from geometry.simplify import simplify_surface
+            surface = simplify_surface(*surface, self.count, self.flat)
+        return Mesh(*surface, smooth=not self.flat)
 
 
 HEADS = {"sdf": SdfHead, "pc": PointHead, "mesh": MeshHead, "gs": GaussianHead}
