@@ -166,7 +166,7 @@ def write_config(folder, stage, **entries):
     config = read_config(folder)
     config[stage] = {**config.get(stage, {}), **entries}
     with atomic_write(Path(folder) / "config.json") as part:
-        part.write_text(json.dumps(config, indent=0) + "\n")
+        part.write_text(json.dumps(config, indent=0) + "\n")      # most lines are words: no indentation
 
 
 def digest(*paths):

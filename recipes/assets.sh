@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Trains checkpoints/assets from nothing, in runs/assets and runs/all, on the kits of kits.txt. A GPU, and eight hours of
-# one CPU core.
+# Trains checkpoints/assets from nothing, in runs/assets and runs/all, on the kits of kits.txt. A GPU, and eight hours
+# of one CPU core.
 #
 #     DATA=path/to/assets bash recipes/assets.sh
 #
 # Resumable: train.py skips stages that are done. After each command: its minutes, and what the shipped weights reach.
 # Their tokenizer and sdf head were trained on an H200 by a script that is not here: 41,000 steps of 64 in five minutes.
-# The others were trained as here, on two cores with bf16, except for the backbone: that of runs/assets, with the figures of
-# pictures, was of an earlier design (2 + 3 blocks, a DenoiseNet of 256 x 3) and first learnt from text alone (2,400 of its
-# steps). The shipped one learnt from all shapes from nothing, 210 minutes: 4,600 steps, 8,000 steps (the last 3,100 with
-# words alone as .6 of encoders.SHOWN), 4,500 steps (the same; --lr 1.5e-3, and Flow.loss with the sigmoid of randn - 1).
+# The others were trained as here, on two cores with bf16, with two exceptions:
+# - the backbone of runs/assets had an earlier design, 2 + 3 blocks and a DenoiseNet of 256 x 3. In its first 2,400 steps
+#   it learnt from text alone. docs/DATA.md has its figures of pictures.
+# - the shipped backbone started from nothing, on all shapes. In 210 minutes it took 4,600 steps; 8,000 steps, the last
+#   3,100 with text alone in .6 of encoders.SHOWN; and 4,500 steps with that, --lr 1.5e-3 and t = sigmoid(randn - 1).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,4 +37,4 @@ from engine.files import write_config
 write_config("runs/all", "backbone", sampling={"steps": 18, "temperature": 0.7, "cfg": 2.0, "denoise_steps": 12})
 END
 
-python evaluate.py names --data "$DATA" --checkpoint runs/all          # R-precision .860, n15 .565
+python evaluate.py names --data "$DATA" --checkpoint runs/all --resolution 64    # R-precision .860, n15 .565
