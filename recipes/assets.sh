@@ -7,8 +7,8 @@
 # Resumable: train.py skips stages that are done. After each command: its minutes, and what the shipped weights reach.
 # Their tokenizer and sdf head were trained on an H200 by a script that is not here: 41,000 steps of 64 in five minutes.
 # The others were trained as here, on two cores with bf16, with two exceptions:
-# - the backbone of runs/assets had an earlier design, 2 + 3 blocks and a DenoiseNet of 256 x 3. In its first 2,400 steps
-#   it learnt from text alone. docs/DATA.md has its figures of pictures.
+# - the backbone of runs/assets had an earlier design, 2 + 3 blocks and a DenoiseNet of 256 x 3. In its first 2,400
+#   steps it learnt from text alone. docs/DATA.md has its figures of pictures.
 # - the shipped backbone started from nothing, on all shapes. In 210 minutes it took 4,600 steps; 8,000 steps, the last
 #   3,100 with text alone in .6 of encoders.SHOWN; and 4,500 steps with that, --lr 1.5e-3 and t = sigmoid(randn - 1).
 set -euo pipefail
