@@ -285,9 +285,9 @@ class Prepared:
         azimuth = torch.where(self.symmetry[rows] % 2 == 1, -azimuth, azimuth)
         return turns_to_front(azimuth) * bool(self.source.files)
 
-    def rows_as_shown(self, rows, which, seen=True):
-        """The rows of `repeated(8)` of these shapes, turned as in their pictures `which`, where `seen` is true."""
-        return rows + 2 * self.unmoved * self.turns(rows, which) * seen
+    def rows_as_shown(self, rows, which):
+        """The rows of `repeated(8)` of these shapes, turned as in their pictures `which`."""
+        return rows + 2 * self.unmoved * self.turns(rows, which)
 
     @functools.cached_property
     def table(self):

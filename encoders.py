@@ -42,7 +42,7 @@ class Encoders:
 
     def draw(self, split, rows):
         """One caption and one picture of each training shape, and which of them are not dropped, for `encode_drawn`;
-        and the rows of `repeated(8)`: the shapes turned as in their pictures.
+        and the rows of `repeated(8)`: shapes turned as in their pictures; without a picture, as in their files.
 
         Half of the pictures beside a caption are recoloured: the colours that the caption names are replaced in the
         picture (not for pretrained towers, whose tokens are computed once). So the backbone learns colours from words
@@ -57,8 +57,8 @@ class Encoders:
         colours = torch.where(recoloured[:, None], split.table.colours[captions], -1)         # b m
         image = self.cache("image", split).draw(rows * split.source.pictures + which) if "image" in self.pretrained \
             else split.pictures(rows, which=which, recoloured=colours)
-        return {"text": self.cache("text", split).draw(captions), "image": image, "shown": shown,
-                "rows": split.rows_as_shown(rows, which, shown["image"])}
+        as_shown = torch.where(shown["image"], split.rows_as_shown(rows, which), rows % split.unmoved)
+        return {"text": self.cache("text", split).draw(captions), "image": image, "shown": shown, "rows": as_shown}
 
     def encode_drawn(self, drawn):
         """`encode` of the output of `draw`; dropped prompts are masked."""

@@ -1,5 +1,6 @@
 """test_assets.py - the tests of kits of assets, their families, and shapes that are mirrored and turned."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import trimesh
 from scipy.spatial import cKDTree
 
 import data
+import encoders
 from engine.commands import UserError
 from geometry import asset_names, mesh_files, real, soup
 from geometry.meshes import bin_centres
@@ -153,7 +155,15 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
     moves = data.SYMMETRIES[train.repeated(8).symmetry[train.rows_as_shown(rows, which)].numpy()]
     fronts = [move @ list(colours)[i] for move, i in zip(moves, alike.argmax(1))]
     assert np.mean([tuple(front.round().astype(int)) == (0, 0, 1) for front in fronts]) > .9
-    assert (train.rows_as_shown(rows, which, False) == rows).all()
+
+
+def test_without_a_picture_a_shape_is_as_in_its_file(lopsided):
+    split, tower = lopsided[0].repeated(2), SimpleNamespace(width=1, cache=lambda split: split.table)
+    split.table.draw, drawn = lambda rows: rows, torch.arange(len(split)).repeat(40)          # captions are not read
+    torch.manual_seed(0)
+    batch = encoders.Encoders(tower, tower).draw(split, drawn)
+    shown, own = batch["shown"]["image"], batch["rows"] == drawn % len(lopsided[0])
+    assert own[~shown].all() and .05 < own[shown].float().mean() < .5             # of eight turns and mirror images
 
 
 def test_draco_without_its_package_is_named(tmp_path, monkeypatch):
