@@ -237,10 +237,10 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def generate(self, condition, keys, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.47,
-                 rounds=0, watch=lambda *_: None):
+                 rounds=0, cool=1., watch=lambda *_: None):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c.
         blend: RGS, a function of x; in the first `window` of the steps, in the paper 30 of 64, the MAE encodes its
-        output (reconstruct.py). watch: a function of what is known after each step."""
+        output (reconstruct.py). cool: a factor of the temperature in rounds. watch: a function of what is known."""
         b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
         condition, strengths = split_condition(condition, cfg)
         prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
@@ -261,7 +261,8 @@ class Backbone(nn.Module):
 
             # DenoiseNet: x_i ~ p(x_i | z_i), guided by the r branches
             draw = lambda count: normal(keys, 1 + step, (after - known, count, c)).flatten(0, 1)      # (b m) count c
-            sample = self.denoiser.sample(self.net, z, draw, denoise_steps, ramped, temperature)
+            cooled = temperature * (cool if step >= steps else 1)
+            sample = self.denoiser.sample(self.net, z, draw, denoise_steps, ramped, cooled)
             index = repeat(new, "b m -> b m c", c=c)
             x = x.scatter(1, index, rearrange(sample, "(b m) c -> b m c", b=b))   # b n c
             watch(x, order, known, after)
@@ -349,8 +350,7 @@ def fit_generator(run, stage, model, draw, loss_of, towers, decoders,
 
     def show(model, path):
         with run.autocast():
-            keys = keys_of([(0, i) for i in range(len(run.prompts))], run.device)
-            x = generate(model, towers.encode(run.prompts), keys)
+            x = generate(model, towers.encode(run.prompts), keys_of(range(len(run.prompts)), run.device))
         judge.save_picture(path, judge.samples(run, decoders, x))
 
     model, seconds = run.fit(stage, model, draw, loss_of, show, choices)

@@ -36,13 +36,13 @@ RESOLUTIONS = (32, 64, 128, 256, 512)
 MAX_INT = 2 ** 63 - 1
 LIMITS = {  # option: type, minimum, maximum
     "n": (int, 1, 10_000), "best": (int, 1, 1000), "seed": (int, 0, MAX_INT),
-    "points": (int, 1, 1_000_000), "faces": (int, 12, 10 ** 7),
-    "height": (float, .001, 1000), "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "rounds": (int, 0, 1000),
+    "points": (int, 1, 1_000_000), "faces": (int, 12, 10 ** 7), "height": (float, .001, 1000),
+    "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "rounds": (int, 0, 1000), "cool": (float, 0, 10),
     "cfg": (float, 0, 100), "cfg_image": (float, 0, 100), "temperature": (float, 0, 10), "window": (float, 0, 1),
     "registers": (int, 1, MAX_INT), "refine": (int, 0, 10_000), "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
 COUNTS = {"points": ("pc", "gs"), "faces": ("sdf", "mesh")}   # options of these representations
-OPTIONS = ("steps", "denoise_steps", "rounds", "cfg", "cfg_image", "temperature", "rgs", "window", "registers", "top_k",
-           "top_p", "refine")
+OPTIONS = ("steps", "denoise_steps", "rounds", "cfg", "cfg_image", "temperature", "cool", "rgs", "window", "registers",
+           "top_k", "top_p", "refine")
 
 
 def check_numbers(**values):
@@ -157,8 +157,8 @@ class Sampler:
 
 class LTM3D(Sampler):
     LAST = "backbone"
-    OPTIONS = {"steps": 10, "denoise_steps": None, "cfg": 2., "cfg_image": 2., "temperature": 1., "rgs": "auto",
-               "window": .47, "rounds": 1}           # defaults; "sampling" of the backbone in config.json overrides
+    OPTIONS = {"steps": 10, "denoise_steps": None, "cfg": 2., "cfg_image": 2., "temperature": 1., "cool": 1.,
+               "rounds": 1, "rgs": "auto", "window": .47}    # defaults; the "sampling" in config.json overrides them
     reconstructor = None                             # loaded at first use
 
     def open(self):
@@ -257,6 +257,7 @@ def arguments():
     number("cfg", "scale of classifier-free guidance by the text; 1: no guidance (default of lost: 1.5)")
     number("cfg_image", "scale of guidance by the picture")
     number("temperature", "temperature of the noise; lower: less diversity")
+    number("cool", "factor of the temperature in rounds; lower: parts are more precise")
     number("registers", "lost: number of registers to generate (default: all)")
     number("top_k", "vat: sample among the k most likely codes")
     number("top_p", "vat: sample among the most likely codes whose probabilities add up to p")
@@ -267,8 +268,7 @@ def arguments():
          "within=S: tokens within S standard deviations of it; none; auto: sampled=.1 for a picture alone, else none")
     number("window", "RGS: its share of the steps, from the first")
     args = parser.parse_args()
-    texts = [x for x in (args.text, args.prompts) if x is not None]
-    if len(texts) > 1 or not texts and args.image is None:
+    if None not in (args.text, args.prompts) or {args.text, args.prompts, args.image} == {None}:
         parser.error("give --text or --prompts, or --image, alone or with one of them")
     args.texts = [args.text]
     if args.prompts is not None:

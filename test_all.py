@@ -274,6 +274,15 @@ def test_guidance_has_a_strength_for_each_prompt(monkeypatch):
     assert strengths[7:] == [[2., 4.]] * 20
 
 
+def test_rounds_are_cooler(monkeypatch):
+    model, condition = small_backbone()
+    temperatures = []
+    monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, draw, steps, strength, temperature:
+                        temperatures.append(temperature) or draw(1)[:, 0])
+    model.generate(condition, keys_of(range(3)), steps=5, temperature=.8, rounds=1, cool=.5)
+    assert temperatures == [.8] * 5 + [.4] * backbone.PARTS
+
+
 def test_branches_in_one_batch_are_three_passes():
     """The contexts of text and picture, of the text alone, and of nothing, are stacked along the batch."""
     model, condition = small_backbone()
