@@ -240,7 +240,7 @@ class Backbone(nn.Module):
                  rounds=0, cool=1., watch=lambda *_: None):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c.
         blend: RGS, a function of x; in the first `window` of the steps, in the paper 30 of 64, the MAE encodes its
-        output (reconstruct.py). cool: factor of the temperature in rounds. watch: sees what is known after each step."""
+        output (reconstruct.py). cool: factor of temperature in rounds. watch: sees what is known after each step."""
         b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
         condition, strengths = split_condition(condition, cfg)
         prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
