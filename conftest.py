@@ -167,7 +167,7 @@ def train_small(patch, folder, count, *args, watched=False):
 def overfitted(tmp_path_factory):
     """A checkpoint of train.py for two shapes, a table and a chair; every stage takes some seconds."""
     def fill(folder):
-        settings = {"encoders": (20, 2, 1e-3), "tokenizer": (200, 2, 6e-3), "vision": (12, 4, 1e-3),
+        settings = {"encoders": (20, 2, 1e-3), "tokenizer": (300, 2, 6e-3), "vision": (12, 4, 1e-3),
                     "backbone": (150, 8, 6e-3), "reconstruct": (20, 8, 4e-3)}
         with pytest.MonkeyPatch.context() as patch:
             for stage, (steps, batch, lr) in settings.items():
