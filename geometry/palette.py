@@ -2,12 +2,15 @@
 everywhere and blurred at borders.
 """
 import numpy as np
-from scipy.sparse import coo_matrix, diags, eye
-from scipy.spatial import cKDTree
+from scipy.sparse import coo_matrix, diags
+from scipy.sparse.linalg import splu
 
 MOST, LEAST = 4, .03                          # colours of a palette; share of the vertices that each must explain
 EXPLAINED = .9                                # share of the vertices that a palette must explain
 TOLERANCES = .08, .1, .125, .15, .2           # a colour explains a vertex if no channel differs by more
+FIT = .1                                      # error of a colour, within which it fits
+REACH = .15                                   # a vertex that no colour fits takes the colour of others as near
+BEND = .011                                   # 1 - cosine of two normals that make a crease
 
 
 def palette(colours, near):
@@ -24,25 +27,34 @@ def palette(colours, near):
     return np.array(found).reshape(-1, 3), 1 - left.mean()
 
 
-def neighbours(faces, count):
-    """The matrix v v that averages each vertex and its neighbours."""
+def laplacian(vertices, faces):
+    """The graph Laplacian v v of a mesh; the weight of an edge falls with the angle between its vertices' normals."""
+    a, b, c = vertices[faces].transpose(1, 0, 2)              # f 3 each
+    corners = coo_matrix((np.ones(faces.size), (faces.ravel(), np.arange(len(faces)).repeat(3))),
+                         (len(vertices), len(faces))).tocsr()                     # v f
+    normals = corners @ np.cross(b - a, c - a)                # v 3
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
+
     rows, columns = faces.ravel(), np.roll(faces, -1, 1).ravel()
-    joined = coo_matrix((np.ones(len(rows)), (rows, columns)), (count, count))
-    joined = ((joined + joined.T + eye(count)) > 0).astype(float)
-    return diags(1 / np.asarray(joined.sum(1)).ravel()) @ joined
+    cosine = (normals[rows] * normals[columns]).sum(1)
+    weights = coo_matrix((np.exp((cosine - 1) / BEND) + 1e-3, (rows, columns)), (len(vertices),) * 2).tocsr()
+    weights = weights.maximum(weights.T)                      # v v
+    return diags(np.asarray(weights.sum(1)).ravel()) - weights
 
 
-def few_colours(faces, colours):
-    """f 3, v 3 -> v 3, colours of the most precise palette that explains the vertices; if there is none, unchanged."""
+def few_colours(vertices, faces, colours):
+    """v 3, f 3, v 3 -> v 3, colours of the most precise palette that explains the vertices; unchanged, if none does.
+
+    Random walks with priors (Grady, 2005): (F + s L) x = f, where F sums f over colours. A vertex that a colour fits
+    takes it; others take that of their neighbours, so borders of colours lie at creases."""
     chosen = colours[np.linspace(0, len(colours) - 1, min(2000, len(colours))).astype(int)]       # k 3
     tried = (palette(chosen, near) for near in TOLERANCES)
     found = next((found for found, explained in tried if explained > EXPLAINED), None)            # p 3
     if found is None:
         return colours
 
-    blur = neighbours(faces, len(colours))
-    own = cKDTree(found).query(blur @ (blur @ colours))[1]                        # v
-    for _ in range(2):                                        # a majority vote among neighbours removes speckles
-        votes = np.eye(len(found))[own]                       # v p
-        own = (blur @ (blur @ (blur @ votes))).argmax(1)
-    return np.float32(found[own])
+    fit = np.float32(np.exp(-((colours[:, None] - found) ** 2).sum(-1) / (2 * FIT ** 2)) + 1e-4)      # v p
+    edge = ((vertices[faces] - np.roll(vertices[faces], 1, 1)) ** 2).sum(-1).mean()               # squared length
+    system = diags(fit.sum(1)) + REACH ** 2 / edge * laplacian(vertices, faces)
+    solver = splu(system.tocsc().astype(np.float32), "MMD_AT_PLUS_A", 0., options={"SymmetricMode": True})
+    return np.float32(found[solver.solve(fit).argmax(1)])

@@ -98,7 +98,7 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
     colours = evaluate(torch.from_numpy(vertices).to(tokens.device))[:, 1:].clamp(0, 1).cpu().numpy()
     faces = np.ascontiguousarray(faces, dtype=np.int64)
     give_back_memory()
-    return vertices, faces, few_colours(faces, colours)
+    return vertices, faces, few_colours(vertices, faces, colours)
 
 
 def give_back_memory():

@@ -309,14 +309,15 @@ def test_a_surface_gets_few_flat_colours():
     """Two colours, noisy and blurred at their border, become two; the colours of a rainbow stay."""
     rng, side = np.random.default_rng(0), 60
     i, j = (x.ravel() for x in np.meshgrid(range(side - 1), range(side - 1), indexing="ij"))
-    corner = i * side + j
+    corner, flat = i * side + j, np.zeros((side * side, 3), np.float32)
+    flat[:, :2] = np.stack(np.divmod(np.arange(side * side), side), 1) / 30
     faces = np.concatenate([np.stack([corner, corner + 1, corner + side], 1),
                             np.stack([corner + 1, corner + side + 1, corner + side], 1)])
     share = np.clip(np.arange(side) / 6 - side / 12, 0, 1)    # of the second colour, in each column
     true = np.array([[.8, .3, .1], [.2, .3, .6]], np.float32)
     noisy = np.outer(1 - share, true[0]) + np.outer(share, true[1]) + .02 * rng.standard_normal((side, side, 3))
-    found = few_colours(faces, np.float32(noisy.reshape(-1, 3)))
+    found = few_colours(flat, faces, np.float32(noisy.reshape(-1, 3)))
     assert len(np.unique(found, axis=0)) == 2
     assert abs(found - true[np.tile(share > .5, side).astype(int)]).max(1).mean() < .05
     rainbow = rng.random((side * side, 3)).astype(np.float32)
-    assert few_colours(faces, rainbow) is rainbow
+    assert few_colours(flat, faces, rainbow) is rainbow
