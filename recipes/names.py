@@ -1,5 +1,5 @@
-"""names.py - train.py for names of files: the backbone learns more often from text alone, from short captions as often
-as from long ones, and at stronger noise, where it is decided what a token becomes.
+"""names.py - train.py for names of files: the backbone learns more often from text alone, and at stronger noise, where
+it is decided what a token becomes.
 
     python recipes/names.py --data path/to/assets --size mini --stage backbone     # flags of train.py; see assets.sh
 """
@@ -13,20 +13,11 @@ from einops import rearrange
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import backbone  # noqa: E402 - this file is a folder below
-import data  # noqa: E402
 import encoders  # noqa: E402
 import train  # noqa: E402
 from engine.networks import flow_pair  # noqa: E402
 
 encoders.SHOWN = {(): .1, ("text",): .6, ("image",): .15, ("text", "image"): .15}
-
-
-class Captions(data.Captions):
-    def draw(self, rows, rng=None):
-        """One caption of each row, all as likely."""
-        first, end = (torch.searchsorted(self.ends, word[rows], right=True) for word in (self.low, self.high))     # b
-        share = torch.rand(len(rows), generator=rng, device=rows.device)
-        return self.flat[first + (share * (end - first)).long()]
 
 
 class Flow(backbone.Flow):
@@ -37,7 +28,6 @@ class Flow(backbone.Flow):
         return F.mse_loss(net(noisy, t, z), velocity)
 
 
-data.Captions = Captions
 backbone.DENOISERS["flow"] = Flow
 
 if __name__ == "__main__":
