@@ -53,7 +53,7 @@ def few_colours(vertices, faces, colours):
     if found is None:
         return colours
 
-    fit = np.float32(np.exp(-((colours[:, None] - found) ** 2).sum(-1) / (2 * FIT ** 2)) + 1e-4)      # v p
+    fit = np.float32(np.exp(-((colours[:, None] - found) ** 2).sum(-1) / (2 * FIT ** 2)) + 1e-4)      # v p, never 0
     edge = ((vertices[faces] - np.roll(vertices[faces], 1, 1)) ** 2).sum(-1).mean()               # squared length
     system = diags(fit.sum(1)) + REACH ** 2 / edge * laplacian(vertices, faces)
     solver = splu(system.tocsc().astype(np.float32), "MMD_AT_PLUS_A", 0., options={"SymmetricMode": True})
