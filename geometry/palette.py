@@ -1,15 +1,12 @@
-"""palette.py - a few flat colours for a mesh, as artists paint low-poly shapes. A network's colours are slightly wrong
-everywhere and blurred at borders.
-"""
+"""palette.py - a few flat colours for a mesh, as artists paint. A network's are noisy, and blurred at borders."""
 import numpy as np
 from scipy.sparse import coo_matrix, diags
+from scipy.sparse.csgraph import laplacian
 from scipy.sparse.linalg import splu
 
-MOST, LEAST = 4, .03                          # colours of a palette; share of the vertices that each must explain
-EXPLAINED = .9                                # share of the vertices that a palette must explain
+MOST, LEAST, ALL = 4, .03, .9                 # colours of a palette; share of vertices that each, that all must explain
 TOLERANCES = .08, .1, .125, .15, .2           # a colour explains a vertex if no channel differs by more
-FIT = .1                                      # error of a colour, within which it fits
-REACH = .15                                   # a vertex that no colour fits takes the colour of others as near
+FIT, REACH = .1, .15                          # error of a colour that fits; how far a vertex that none fits asks others
 BEND = .011                                   # 1 - cosine of two normals that make a crease
 
 
@@ -17,29 +14,23 @@ def palette(colours, near):
     """Greedy: each colour is the one that explains most remaining vertices. k 3 -> p 3, the explained share."""
     candidates = colours[::5]
     explains = abs(candidates[:, None] - colours).max(-1) < near                  # m k
-    left, found = np.ones(len(colours), bool), []
-    while len(found) < MOST:
-        best = explains[(explains & left).sum(1).argmax()] & left                 # k
-        if best.mean() < LEAST:
-            break
+    left, found = np.ones(len(colours), bool), []             # k
+    while len(found) < MOST and (best := explains[(explains & left).sum(1).argmax()] & left).mean() >= LEAST:
         found.append(colours[best].mean(0))
         left &= ~best
     return np.array(found).reshape(-1, 3), 1 - left.mean()
 
 
-def laplacian(vertices, faces):
+def crease_laplacian(vertices, faces):
     """The graph Laplacian v v of a mesh; the weight of an edge falls with the angle between its vertices' normals."""
     a, b, c = vertices[faces].transpose(1, 0, 2)              # f 3 each
-    corners = coo_matrix((np.ones(faces.size), (faces.ravel(), np.arange(len(faces)).repeat(3))),
-                         (len(vertices), len(faces))).tocsr()                     # v f
-    normals = corners @ np.cross(b - a, c - a)                # v 3
+    normals = np.zeros_like(vertices)                         # v 3
+    np.add.at(normals, faces, np.cross(b - a, c - a)[:, None])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
-
     rows, columns = faces.ravel(), np.roll(faces, -1, 1).ravel()
     cosine = (normals[rows] * normals[columns]).sum(1)
     weights = coo_matrix((np.exp((cosine - 1) / BEND) + 1e-3, (rows, columns)), (len(vertices),) * 2).tocsr()
-    weights = weights.maximum(weights.T)                      # v v
-    return diags(np.asarray(weights.sum(1)).ravel()) - weights
+    return laplacian(weights.maximum(weights.T))
 
 
 def few_colours(vertices, faces, colours):
@@ -49,12 +40,11 @@ def few_colours(vertices, faces, colours):
     takes it; others take that of their neighbours, so borders of colours lie at creases."""
     chosen = colours[np.linspace(0, len(colours) - 1, min(2000, len(colours))).astype(int)]       # k 3
     tried = (palette(chosen, near) for near in TOLERANCES)
-    found = next((found for found, explained in tried if explained > EXPLAINED), None)            # p 3
+    found = next((found for found, explained in tried if explained > ALL), None)                  # p 3
     if found is None:
         return colours
-
     fit = np.float32(np.exp(-((colours[:, None] - found) ** 2).sum(-1) / (2 * FIT ** 2)) + 1e-4)      # v p, never 0
     edge = ((vertices[faces] - np.roll(vertices[faces], 1, 1)) ** 2).sum(-1).mean()               # squared length
-    system = diags(fit.sum(1)) + REACH ** 2 / edge * laplacian(vertices, faces)
+    system = diags(fit.sum(1)) + REACH ** 2 / edge * crease_laplacian(vertices, faces)
     solver = splu(system.tocsc().astype(np.float32), "MMD_AT_PLUS_A", 0., options={"SymmetricMode": True})
     return np.float32(found[solver.solve(fit).argmax(1)])
