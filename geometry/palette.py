@@ -1,4 +1,4 @@
-"""palette.py - a few flat colours for a mesh, as artists paint. A network's are noisy, and blurred at borders."""
+"""palette.py - a few flat colours for a mesh, as artists paint; a network's are noisy, and blurred at borders."""
 import numpy as np
 from scipy.sparse import coo_matrix, diags
 from scipy.sparse.csgraph import laplacian

@@ -306,7 +306,7 @@ def test_chunks_keep_points_in_order_and_have_few_sizes():
 
 
 def test_a_surface_gets_few_flat_colours():
-    """Two colours, noisy and blurred at their border, become two; the colours of a rainbow stay."""
+    """Two colours, noisy and blurred at their border, become two and meet at a crease; those of a rainbow stay."""
     rng, side = np.random.default_rng(0), 60
     i, j = (x.ravel() for x in np.meshgrid(range(side - 1), range(side - 1), indexing="ij"))
     corner, flat = i * side + j, np.zeros((side * side, 3), np.float32)
@@ -319,5 +319,8 @@ def test_a_surface_gets_few_flat_colours():
     found = few_colours(flat, faces, np.float32(noisy.reshape(-1, 3)))
     assert len(np.unique(found, axis=0)) == 2
     assert abs(found - true[np.tile(share > .5, side).astype(int)]).max(1).mean() < .05
+    folded = flat + np.maximum(flat[:, 1:2] - 31 / 30, 0) * [0, 0, 2]             # along column 31, two from the border
+    found = few_colours(np.float32(folded), faces, np.float32(noisy.reshape(-1, 3))).reshape(side, side, 3)
+    assert (abs(found[:, 32:] - true[1]).max() < .05) and (abs(found[:, :31] - true[0]).max() < .05)
     rainbow = rng.random((side * side, 3)).astype(np.float32)
     assert few_colours(flat, faces, rainbow) is rainbow
