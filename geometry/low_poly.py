@@ -20,9 +20,21 @@ import numpy as np
 import torch
 
 from engine.commands import UserError
-from geometry.meshes import BINS, bin_centres, check_mesh, face_components, quantise
+from geometry.meshes import BINS, bin_centres, face_components, quantise
 
 MARGIN, MATCHED = .5, 16           # of match_like_components; built-in shapes have up to 12 components
+
+
+def check_mesh(vertices, faces):
+    """A mesh that the next steps cannot use is a one-line error."""
+    if len(faces) == 0:
+        raise UserError("the mesh has no faces; export it as a surface")
+    if not np.isfinite(vertices).all():
+        raise UserError("the mesh has vertices that are not finite numbers (NaN); repair the file")
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise UserError(f"the mesh has {len(vertices)} vertices, but a face has vertex {faces.max()}; repair the file")
+    if abs(vertices).max() > 1:
+        raise UserError(f"the mesh reaches to {abs(vertices).max():g}, shapes lie within [-1, 1]; move and scale it")
 
 
 def canonical(vertices, faces, colours):

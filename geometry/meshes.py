@@ -5,8 +5,6 @@ geometry/low_poly.py puts faces in order. scipy and trimesh are imported where t
 """
 import numpy as np
 
-from engine.commands import UserError
-
 BINS = 128          # cells along a side of [-1, 1]^3: .016 each
 FACES = 256         # most faces of a low-poly mesh
 
@@ -16,18 +14,6 @@ def quantise(x):
 
 def bin_centres(bins):
     return (bins + .5) / BINS * 2 - 1
-
-
-def check_mesh(vertices, faces):
-    """A mesh that the next steps cannot use is a one-line error."""
-    if len(faces) == 0:
-        raise UserError("the mesh has no faces; export it as a surface")
-    if not np.isfinite(vertices).all():
-        raise UserError("the mesh has vertices that are not finite numbers (NaN); repair the file")
-    if faces.min() < 0 or faces.max() >= len(vertices):
-        raise UserError(f"the mesh has {len(vertices)} vertices, but a face has vertex {faces.max()}; repair the file")
-    if abs(vertices).max() > 1:
-        raise UserError(f"the mesh reaches to {abs(vertices).max():g}, shapes lie within [-1, 1]; move and scale it")
 
 
 def join(a, b, count):

@@ -4,6 +4,8 @@ from scipy.sparse import coo_matrix, diags
 from scipy.sparse.csgraph import laplacian
 from scipy.sparse.linalg import splu
 
+from geometry.export import vertex_normals
+
 MOST, LEAST, ALL = 4, .03, .9                 # colours of a palette; share of vertices that each, that all must explain
 TOLERANCES = .08, .1, .125, .15, .2           # a colour explains a vertex if no channel differs by more
 FIT, REACH = .1, .15                          # error of a colour that fits; how far a vertex that none fits asks others
@@ -23,11 +25,7 @@ def palette(colours, near):
 
 def crease_laplacian(vertices, faces):
     """The graph Laplacian v v of a mesh; the weight of an edge falls with the angle between its vertices' normals."""
-    a, b, c = vertices[faces].transpose(1, 0, 2)              # f 3 each
-    normals = np.zeros_like(vertices)                         # v 3
-    np.add.at(normals, faces, np.cross(b - a, c - a)[:, None])
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
-    rows, columns = faces.ravel(), np.roll(faces, -1, 1).ravel()
+    normals, rows, columns = vertex_normals(vertices, faces), faces.ravel(), np.roll(faces, -1, 1).ravel()
     cosine = (normals[rows] * normals[columns]).sum(1)
     weights = coo_matrix((np.exp((cosine - 1) / BEND) + 1e-3, (rows, columns)), (len(vertices),) * 2).tocsr()
     return laplacian(weights.maximum(weights.T))

@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from trimesh import Trimesh
 from trimesh.smoothing import filter_taubin
 
-from geometry.meshes import check_mesh, directed_edges, face_areas, face_components, join
+from geometry.meshes import directed_edges, face_areas, face_components, join
 
 STEP = .1           # difference of a colour channel along an edge that crosses a border
 
@@ -85,7 +85,6 @@ def collapse(vertices, faces, limit, colours=None):
 
 def simplify_to(vertices, faces, colours, limit, flat=True):
     """A closed surface -> at most `limit` faces. colours: of the faces, or if not `flat`, of the vertices."""
-    check_mesh(vertices, faces)
     if len(faces) <= limit:
         return vertices, faces, colours
     points, few = collapse(vertices, faces, limit, None if flat else colours)

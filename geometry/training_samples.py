@@ -10,7 +10,7 @@ from einops import reduce
 from geometry.camera import as_tensor, view_rotation
 from geometry.crop import SIZE, crop_to_object
 from geometry.kinds import KINDS, POINTS, QUERIES, REACH, RIM, SIDE, VIEW
-from geometry.low_poly import canonical
+from geometry.low_poly import canonical, check_mesh
 from geometry.meshes import FACES
 from geometry.rasterise import rasterise_mesh
 from geometry.simplify import simplify_to
@@ -31,7 +31,9 @@ def take_surface(shape, rng):
 def take_faces(shape, rng):
     """A low-poly mesh in canonical order; -1 where there is no face. A file with few faces keeps those that its author
     set."""
-    corners, colours, components = canonical(*simplify_to(*shape.mesh(fine=shape.low_poly), FACES))
+    vertices, faces, colours = shape.mesh(fine=shape.low_poly)
+    check_mesh(vertices, faces)
+    corners, colours, components = canonical(*simplify_to(vertices, faces, colours, FACES))
     empty = FACES - len(corners)
     return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
             "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255),
