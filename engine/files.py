@@ -40,9 +40,12 @@ def atomic_write(path):
             part.unlink(missing_ok=True)
 
 
-def save_weights(path, state, half=False):
-    """A state dict to safetensors; half: floating-point weights as fp16, as in shipped checkpoints."""
-    state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
+def save_weights(path, state, half=False, int8=()):
+    """A state dict to safetensors; half: floating-point weights as fp16, as in shipped checkpoints; int8: names of
+    matrices that are saved as whole numbers up to 127, in a unit for each row."""
+    units = {f"{k}.unit": (state[k].abs().amax(1, keepdim=True) / 127).clamp(min=1e-30) for k in int8}   # r 1
+    whole = {k: (state[k] / units[f"{k}.unit"]).round().char() for k in int8}                            # r c
+    state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()} | whole | units
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     if not all(v.isfinite().all() for v in state.values()):
         raise UserError(f"the weights for {path} are not finite numbers, nothing is written; give a lower --lr")
@@ -59,8 +62,10 @@ def read_weights(path, remedy="copy or train it again"):
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}; train {Path(path).stem} first, or name another folder")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        saved = load_file(path)
+        return {k: v * saved.get(f"{k}.unit", 1.) if v.dtype == torch.int8 else v for k, v in saved.items()
+                if not k.endswith(".unit")}
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{path} is truncated or no safetensors file ({error}); {remedy}") from None
 
 

@@ -25,6 +25,22 @@ def test_checkpoint_round_trip(half, tolerance, tmp_path):
         assert (saved - loaded).abs().max() <= tolerance
 
 
+def test_a_matrix_in_int8_takes_a_byte_a_number(tmp_path):
+    """Each number is off by at most half a unit, 1/254 of the largest in its row. A row of zeros stays zero."""
+    state = {"w": torch.randn(64, 256) * torch.logspace(-3, 3, 64)[:, None] * (torch.arange(64) != 7)[:, None]}
+    files.save_weights(tmp_path / "a.safetensors", state, half=True, int8=["w"])
+    assert (tmp_path / "a.safetensors").stat().st_size < 64 * 256 + 1000
+    read = files.read_weights(tmp_path / "a.safetensors")
+    assert ((read["w"] - state["w"]).abs().amax(1) <= state["w"].abs().amax(1) / 253.9).all()
+
+
+def test_int8_of_a_wrong_unit_is_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(4, 4, dtype=torch.int8), "w.unit": torch.ones(3, 1)}, path)
+    with pytest.raises(UserError, match="truncated or no safetensors"):
+        files.read_weights(path)
+
+
 @pytest.mark.parametrize("damage", [lambda x: x[:-5], lambda x: x[:20], lambda x: b"", lambda x: pickle.dumps([1])])
 def test_damaged_weights_are_named(damage, tmp_path):
     path = tmp_path / "a.safetensors"
