@@ -1,7 +1,7 @@
 """convolutions.py - tokenizer and heads of all sizes but tiny: convolutions on grids, normals in the loss.
 
 A decoder that looks up features of each token's own cells shows their borders as dimples. Here features are refined by
-convolutions on the way to a grid of 4 times the tokens' side, and interpolated: neighbouring tokens share a wall. Form
+convolutions on the way to a grid of 4 times the tokens' side, and interpolated: no seam lies between tokens. Form
 and colour have grids of their own. Tokenizer, SdfHead, PointHead and GaussianHead become these classes where a size has
 `conv`.
 
@@ -62,8 +62,8 @@ class Refine(nn.Module):
 
 
 class PointMLP(nn.Sequential):
-    """The features of points, interpolated in grids, and their positions -> outputs, in fp32: for normals, the loss
-    differentiates them by position."""
+    """The features of points, interpolated in grids, and their positions -> outputs, in fp32: finite differences
+    would lose their digits in bf16."""
 
     def __init__(self, widths, outputs, dim=128, depth=3):
         sizes = sum(widths) + 3, *[dim] * depth
@@ -78,8 +78,7 @@ class PointMLP(nn.Sequential):
 
 
 def interpolate(grid, x):
-    """Features b s s s f, of the centres of cells, at points b k 3 in [-1, 1]^3: b k f. (3D grid_sample has no second
-    derivative.)"""
+    """Features b s s s f, of the centres of cells, at points b k 3 in [-1, 1]^3: b k f."""
     b, s, k = len(grid), grid.shape[1], x.shape[1]
     place = ((x + 1) * s / 2 - .5).clamp(0, s - 1)
     low = place.floor().clamp(max=s - 2)
@@ -146,7 +145,7 @@ class Unfold(nn.Module):
 
 
 class ConvSdfHead(Unfold, SdfHead):
-    """Tokens -> grids of features, refined by convolutions: two for the form, two for the colour -> points."""
+    """Tokens -> two grids of features for the form, two for the colour -> points."""
     reads, STENCILS = {"cloud": 256, "queries": 640}, 96
 
     def __init__(self, dim, **size):
@@ -168,6 +167,7 @@ class ConvSdfHead(Unfold, SdfHead):
         tetrahedron; a robust error of colours, which learns sharp borders.
 
             g = 3 T / (4 h) sum_v f(x + h v) v      L = mean |f - d| + NORMALS mean |g - n| + colours
+        T: TRUNCATION, h: STEP
         """
         memory, x, n = self.read(tokens), batch["points"], batch["normals"][:, :self.STENCILS]         # b k 3
         near = rearrange(x[:, :self.STENCILS, None] + STEP * self.corners, "b k v i -> b (k v) i")

@@ -42,10 +42,10 @@ def atomic_write(path):
 
 def save_weights(path, state, half=False, int8=()):
     """A state dict to safetensors; half: floating-point weights as fp16, as in shipped checkpoints; int8: names of
-    matrices that are saved as whole numbers up to 127, in a unit for each row."""
-    units = {f"{k}.unit": (state[k].abs().amax(1, keepdim=True) / 127).clamp(min=1e-30) for k in int8}   # r 1
-    whole = {k: (state[k] / units[f"{k}.unit"]).round().char() for k in int8}                            # r c
-    state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()} | whole | units
+    matrices that are saved as int8, with one scale a row."""
+    scales = {f"{k}:scale": (state[k].abs().amax(1, keepdim=True) / 127).clamp(min=1e-30) for k in int8}  # r 1
+    rounded = {k: (state[k] / scales[f"{k}:scale"]).round().char() for k in int8}                         # r c
+    state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()} | rounded | scales
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     if not all(v.isfinite().all() for v in state.values()):
         raise UserError(f"the weights for {path} are not finite numbers, nothing is written; give a lower --lr")
@@ -58,13 +58,13 @@ def save_weights(path, state, half=False, int8=()):
 
 
 def read_weights(path, remedy="copy or train it again"):
-    """A safetensors file -> dict of tensors."""
+    """A safetensors file -> dict of tensors; int8 matrices as floats."""
     if not Path(path).is_file():
         raise UserError(f"there is no file {path}; train {Path(path).stem} first, or name another folder")
     try:
         saved = load_file(path)
-        return {k: v * saved.get(f"{k}.unit", 1.) if v.dtype == torch.int8 else v for k, v in saved.items()
-                if not k.endswith(".unit")}
+        return {k: v * saved.get(f"{k}:scale", 1.) if v.dtype == torch.int8 else v for k, v in saved.items()
+                if not k.endswith(":scale")}
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{path} is truncated or no safetensors file ({error}); {remedy}") from None
 

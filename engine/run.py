@@ -165,11 +165,10 @@ class Run:
     def finish(self, stage, seconds, files, **entries):
         """Saves weights in half precision, then the entry of config.json that marks the stage as done. Matrices of the
         backbone's transformer become int8: a DenoiseNet or a tokenizer would lose accuracy."""
-        for name, module in files.items():
-            matrices = [f"{name}.{key}" for name, part in module.named_modules() if isinstance(part, Block)
-                        for key, w in part.named_parameters() if w.ndim == 2]
-            save_weights(self.folder / f"{name}.safetensors", module.state_dict(), half=True,
-                         int8=matrices if stage == "backbone" else ())
+        for file, module in files.items():
+            matrices = [f"{block}.{name}" for block, part in module.named_modules() if isinstance(part, Block)
+                        for name, w in part.named_parameters() if w.ndim == 2] if stage == "backbone" else ()
+            save_weights(self.folder / f"{file}.safetensors", module.state_dict(), half=True, int8=matrices)
         own = self.stages[stage]
         weights = {name: self.folder / f"{name}.safetensors" for name in own.after}
         made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}

@@ -26,7 +26,7 @@ def test_checkpoint_round_trip(half, tolerance, tmp_path):
 
 
 def test_a_matrix_in_int8_takes_a_byte_a_number(tmp_path):
-    """Each number is off by at most half a unit, 1/254 of the largest in its row. A row of zeros stays zero."""
+    """Each number is off by at most 1/254 of the largest in its row. A row of zeros stays zero."""
     state = {"w": torch.randn(64, 256) * torch.logspace(-3, 3, 64)[:, None] * (torch.arange(64) != 7)[:, None]}
     files.save_weights(tmp_path / "a.safetensors", state, half=True, int8=["w"])
     assert (tmp_path / "a.safetensors").stat().st_size < 64 * 256 + 1000
@@ -34,9 +34,9 @@ def test_a_matrix_in_int8_takes_a_byte_a_number(tmp_path):
     assert ((read["w"] - state["w"]).abs().amax(1) <= state["w"].abs().amax(1) / 253.9).all()
 
 
-def test_int8_of_a_wrong_unit_is_named(tmp_path):
+def test_int8_of_a_wrong_scale_is_named(tmp_path):
     path = tmp_path / "a.safetensors"
-    save_file({"w": torch.ones(4, 4, dtype=torch.int8), "w.unit": torch.ones(3, 1)}, path)
+    save_file({"w": torch.ones(4, 4, dtype=torch.int8), "w:scale": torch.ones(3, 1)}, path)
     with pytest.raises(UserError, match="truncated or no safetensors"):
         files.read_weights(path)
 

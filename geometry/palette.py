@@ -12,10 +12,9 @@ FIT, REACH = .1, .15                          # error of a colour that fits; how
 BEND = .011                                   # 1 - cosine of two normals that make a crease
 
 
-def palette(colours, near):
-    """Greedy: each colour is the one that explains most remaining vertices. k 3 -> p 3, the explained share."""
-    candidates = colours[::5]
-    explains = abs(candidates[:, None] - colours).max(-1) < near                  # m k
+def palette(colours, tolerance):
+    """Greedy: each colour is the one that explains most remaining vertices. k 3 -> p 3 colours, the explained share."""
+    explains = abs(colours[::5, None] - colours).max(-1) < tolerance              # a fifth of them, k
     left, found = np.ones(len(colours), bool), []             # k
     while len(found) < MOST and (best := explains[(explains & left).sum(1).argmax()] & left).mean() >= LEAST:
         found.append(colours[best].mean(0))
@@ -32,7 +31,7 @@ def crease_laplacian(vertices, faces):
 
 
 def largest(system, fit, faces, steps):
-    """The row-wise argmax v of the solution. More than `steps` edges from a border of colours it is that of fit v p."""
+    """Where in its row x is largest, v; system x = fit, v p. More than `steps` edges from a border: where fit is."""
     best, near = fit.argmax(1), np.zeros(len(fit), bool)
     near[faces[best[faces].min(1) < best[faces].max(1)]] = True
     for _ in range(steps):
@@ -48,13 +47,13 @@ def few_colours(vertices, faces, colours):
     """v 3, f 3, v 3 -> v 3, colours of the most precise palette that explains the vertices; unchanged, if none does.
 
     Random walks with priors (Grady, 2005): (F + s L) x = f, where F sums f over colours. A vertex that a colour fits
-    takes it; others take that of their neighbours, so borders of colours lie at creases."""
+    prefers it, others that of their neighbours across flat edges: borders of colours lie at creases."""
     chosen = colours[np.linspace(0, len(colours) - 1, min(2000, len(colours))).astype(int)]       # k 3
-    tried = (palette(chosen, near) for near in TOLERANCES)
+    tried = (palette(chosen, tolerance) for tolerance in TOLERANCES)
     found = next((found for found, explained in tried if explained > ALL), None)                  # p 3
     if found is None:
         return colours
     fit = np.float32(np.exp(-((colours[:, None] - found) ** 2).sum(-1) / (2 * FIT ** 2)) + 1e-4)      # v p, never 0
-    edge = ((vertices[faces] - np.roll(vertices[faces], 1, 1)) ** 2).sum(-1).mean()               # squared length
-    system = (diags(fit.sum(1)) + REACH ** 2 / edge * crease_laplacian(vertices, faces)).tocsr().astype(np.float32)
-    return np.float32(found[largest(system, fit, faces, int(REACH / edge ** .5))])
+    reach = REACH / ((vertices[faces] - np.roll(vertices[faces], 1, 1)) ** 2).sum(-1).mean() ** .5    # in edges
+    system = (diags(fit.sum(1)) + reach ** 2 * crease_laplacian(vertices, faces)).tocsr().astype(np.float32)
+    return np.float32(found[largest(system, fit, faces, int(reach))])

@@ -23,7 +23,7 @@ LIKENESS = "Chamfer", "its floor", "n15", "colours right", "F@.01", "F@.05"
 
 
 class TrueHead:
-    """Stands in for a trained sdf head: its answer is the exact field of a shape, any tokens aside."""
+    """Stands in for a trained sdf head: its answer is the exact field of a shape, whatever the tokens."""
 
     def __init__(self, shape):
         self.shape = shape
@@ -45,7 +45,7 @@ def agreement(normals, colours, true_normals, true_colours):  # k 3 each
 
 
 def of_field(field, x, normals, colours):
-    """`agreement` at true surface points: of the gradient, by differences at the corners of a tetrahedron."""
+    """`agreement` of a field at true surface points; its normals by finite differences at a tetrahedron's corners."""
     corners = rearrange(torch.from_numpy(np.float32(x[:, None] + STEP * TETRAHEDRON)), "k v i -> (k v) i")
     distance = rearrange(field(corners)[:, 0].double().numpy(), "(k v) -> k v", v=4)
     gradient = distance @ TETRAHEDRON                         # k 3, up to a factor
@@ -65,7 +65,7 @@ def likeness(shape, split, rows, rng):
     share of the true surface where the nearest normal of the sample is within 15 degrees; colours right: where no
     channel is .1 off. F: F-scores."""
     if isinstance(shape, Mesh):
-        shape = replace(shape, smooth=True)                   # to leave out hidden points of low-poly meshes takes 18 s
+        shape = replace(shape, smooth=True)                   # keeps hidden points: to leave them out takes 18 s
     x, normals, colours = shape.surface(POINTS, rng)
     near = chamfer_matrix(x[None, :1024], split.cloud(rows, 1024, seeded(rng))[0]).argmin()
     row, k = int(rows[near]), 8192                            # the nearest of these shapes, some mirrored or turned

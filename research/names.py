@@ -65,6 +65,6 @@ def evaluate_names(args):
         true = [render_mesh(*vertex_coloured(train.shape(row)), size=200) for row in nearest]
         titles = zip([job.text for job in shown], [train.captions[row][-1] for row in nearest])
         save_sheet(args, f"{sheet}-nearest", sum(zip(samples, true), ()), 10, sum(titles, ()))
-    print(f"{len(names)} names. R-precision: share whose nearest name is its own. memorisation: as of generate.\n"
+    print(f"{len(names)} names. R-precision: share whose nearest name is its own. memorisation: 0, copies; 1, new.\n"
           f"{' '.join(likeness.__doc__.split())} The true shape: the nearest of the training shapes with the name")
     write_table(args.out, f"{args.command}-{args.rep}", rows)

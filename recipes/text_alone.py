@@ -1,7 +1,7 @@
-"""names.py - train.py for names of files: the backbone learns more often from text alone, and at stronger noise, where
-it is decided what a token becomes.
+"""text_alone.py - train.py for names of files: the backbone learns more often from text alone, and at stronger noise,
+where it is decided what a token becomes.
 
-    python recipes/names.py --data path/to/assets --size mini --stage backbone     # flags of train.py; see assets.sh
+    python recipes/text_alone.py --data path/to/assets --size mini --stage backbone  # flags of train.py; see assets.sh
 """
 import sys
 from pathlib import Path
