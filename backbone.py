@@ -30,7 +30,7 @@ from prefix import Prefix
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
     "tiny": dict(dim=256, encoder=4, decoder=4, heads=8, prefix=8, head_dim=256, head_depth=3),
-    "mini": dict(dim=256, encoder=1, decoder=2, heads=8, prefix=8, head_dim=512, head_depth=4),
+    "mini": dict(dim=256, encoder=1, decoder=5, heads=8, prefix=8, head_dim=512, head_depth=4),
     "small": dict(dim=384, encoder=6, decoder=6, heads=6, prefix=16, head_dim=512, head_depth=3),
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),

@@ -128,9 +128,15 @@ def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def with_nans(content):
+    """A file of weights, its first numbers NaN: they come after the header, floats before int8."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return content[:start] + b"\xff" * 1000 + content[start + 1000:]
+
+
 @pytest.mark.parametrize("name, damage, complaint", [
     ("backbone.safetensors", lambda content: content[:len(content) // 2], "truncated"),
-    ("backbone.safetensors", lambda content: content[:-1000] + b"\xff" * 1000, "not finite"),
+    ("backbone.safetensors", with_nans, "not finite"),
     ("head-sdf.safetensors", lambda content: pickle.dumps([1]), "no safetensors"),
     ("tokenizer.safetensors", lambda content: content + b"0", "trained with another tokenizer"),
     ("reconstruct.safetensors", None, "no file"),
