@@ -167,7 +167,8 @@ class ConvSdfHead(Unfold, SdfHead):
         tetrahedron; a robust error of colours, which learns sharp borders.
 
             g = 3 T / (4 h) sum_v f(x + h v) v      L = mean |f - d| + NORMALS mean |g - n| + colours
-        T: TRUNCATION, h: STEP
+
+        T is TRUNCATION, h is STEP.
         """
         memory, x, n = self.read(tokens), batch["points"], batch["normals"][:, :self.STENCILS]         # b k 3
         near = rearrange(x[:, :self.STENCILS, None] + STEP * self.corners, "b k v i -> b (k v) i")

@@ -31,7 +31,7 @@ def crease_laplacian(vertices, faces):
 
 
 def largest(system, fit, faces, steps):
-    """Where in its row x is largest, v; system x = fit, v p. More than `steps` edges from a border: where fit is."""
+    """system x = fit, v p -> the column of the largest x in each row, v; far from borders of colours, that of fit."""
     best, near = fit.argmax(1), np.zeros(len(fit), bool)
     near[faces[best[faces].min(1) < best[faces].max(1)]] = True
     for _ in range(steps):

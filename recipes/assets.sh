@@ -11,8 +11,8 @@
 #   steps it learnt from text alone. docs/DATA.md has its figures of pictures.
 # - the shipped backbone started from nothing, on all shapes. In 590 minutes it took 9,500 steps of train.py and 36,600
 #   of text_alone.py, the first 3,100 of these with the usual noise, the first 7,600 with mirror images for text alone,
-#   too; 8,000 later ones with short captions as often as long ones; the last 5,000 with five blocks of the decoder
-#   instead of two: three, the identity at first, were added before the last one.
+#   too; 8,000 later ones with short captions as often as long ones (revision 4ab3b96); the last 5,000 with five blocks
+#   of the decoder instead of two: a script that is not here added three, at first the identity, before the last one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
