@@ -20,6 +20,7 @@ import tokenizer
 import train
 from conftest import CHAIN, SMALL, NoWait, assert_one_line, run, train_small
 from engine import files
+from engine.graphs import compiled
 from engine.step import optimizers, update
 from judge import grid_iou
 from relatives import lost, vat
@@ -244,7 +245,7 @@ def test_a_step_never_waits_and_is_one_graph(flags, count, tmp_path, monkeypatch
             graphs.append(graph)
             return graph.forward
         torch._dynamo.reset()
-        step_loss, opts = torch.compile(loss_of, fullgraph=True, backend=backend), optimizers(model.train(), 1e-3)
+        step_loss, opts = compiled(loss_of, backend=backend), optimizers(model.train(), 1e-3)
         draw(run.train)                                       # fills what is cached
         for choice in [*dict.fromkeys([choices[0], choices[-1], choices[len(choices) // 2]]), choices[0]]:
             with NoWait():

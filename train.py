@@ -27,7 +27,7 @@ from data import kinds_of, training_sets
 from engine import processes
 from engine.commands import Parser, UserError, add_device_flags, between, command
 from engine.files import make_folder, read_config, trained_stages
-from engine.graphs import Replayed, compiled
+from engine.graphs import COMPILED, Replayed, compiled
 from engine.run import Run, copy_stages, locked
 from engine.stage import RELATIVES
 from engine.state import Log, load_state, save_state, stop_after_step
@@ -56,14 +56,15 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
              "micro-batches": run.micro_batches, "others": run.fingerprint(stage)}
     start, sums = load_state(state_path, flags, model, ema, opts)
     log = Log(run.folder / f"{stage}.csv", start, sums, run.device)
-    print(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {steps} steps of {batch}"
-          + f", resuming from step {start}" * bool(start))
+    size = sum(p.numel() for p in model.parameters())
+    resumed = f", resuming from step {start}" * bool(start)
+    print(f"{stage}: {size / 1e6:.2f} M parameters, {steps} steps of {batch}{resumed}")
 
     streamed = None
     if run.train.streamed:
         from engine.streamed import Streamed  # for sets that do not fit into a GPU's memory
         streamed = Streamed(run, stage, draw, start, steps)
-    step_loss = compiled(loss_of, model, run.graphs)
+    step_loss = compiled(loss_of) if run.graphs and size > COMPILED else loss_of
 
     def micro_batch(*choice):                                 # forward and backward pass
         samples = streamed.batch if streamed else draw(run.train)

@@ -5,16 +5,17 @@ shapes, and reads and writes the same memory at every replay.
 """
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
 
 WARM = 2    # eager calls before the capture: they create gradients, optimizer states, workspaces
 MODE = "thread_local"    # other threads may use CUDA during a capture: those that pin memory
 COMPILED = 20e6    # parameters from which compiling pays for a minute of it
 
 
-def compiled(loss_of, model, active):
-    """The loss as fused kernels, for large models: compiling takes a minute."""
-    large = sum(p.numel() for p in model.parameters()) > COMPILED
-    return torch.compile(loss_of, fullgraph=True) if active and large else loss_of
+def compiled(loss_of, **options):
+    """The loss as fused kernels. Functions of einops become nodes of the graph: to trace them takes twice as long."""
+    torch._dynamo.allow_in_graph([rearrange, reduce, repeat])
+    return torch.compile(loss_of, fullgraph=True, **options)
 
 
 class Replayed:

@@ -24,7 +24,7 @@ from data import prepare
 from encoders import Encoders
 from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
 from engine.files import atomic_write, make_folder, read_config
-from engine.graphs import Replayed, ReplayedSampling
+from engine.graphs import Replayed, ReplayedSampling, compiled
 from engine.noise import keys_of
 from engine.step import EMA, optimizers, set_rate, update
 from geometry.surface import extract
@@ -79,7 +79,7 @@ class Training:
         self.batch, self.known = args.batch or BATCHES[size], backbone.known_counts(self.model.tokens)[8]
         self.tokens = torch.randn(len(split), self.model.tokens, self.model.channels, device=args.place)
         self.ema, self.opts = EMA(self.model), optimizers(self.model, 1e-3)
-        self.loss = torch.compile(self.loss_of, fullgraph=True) if fused else self.loss_of
+        self.loss = compiled(self.loss_of) if fused else self.loss_of
 
     def draw(self):
         drawn = self.towers.draw(self.split, self.split.draw(self.batch))
