@@ -176,6 +176,10 @@ def overfitted(tmp_path_factory):
     return once(tmp_path_factory, "overfitted", fill)
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda test: "overfitted" in test.fixturenames)                # last: when it is there
+
+
 @pytest.fixture(scope="session", autouse=True)
 def early(request):
     """One of several processes begins with the slowest fixture, so that the others need not wait for it."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import evaluate
+import judge
 import sample
 import train
 from conftest import WIDTHS, NoWait, assert_one_line, prompted, run, train_small
@@ -192,9 +193,10 @@ def test_a_wrong_file_is_one_line(words, complaint, tmp_path, monkeypatch, capsy
 
 def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     """The chain, on towers of another folder; fine-tuning; a prompt becomes a mesh, codes, and a mesh again; a table of
-    scales; mistakes are one line. Surfaces are coarse."""
+    scales; mistakes are one line. Grids are coarse."""
     decode = vat.Decoder.decode
     monkeypatch.setattr(vat.Decoder, "decode", lambda self, x, *rest, **more: decode(self, x, {}, None, resolution=32))
+    monkeypatch.setattr(judge.grid_iou, "__defaults__", (32,))
     monkeypatch.setitem(vat.SIZES, "tiny", SIZE | {"dim": 64, "scales": "1 4"})
     monkeypatch.setitem(vat.GENERATORS, "tiny", dict(dim=64, depth=1, heads=4, prefix=2))
     folder, other, out = tmp_path / "run", tmp_path / "other", tmp_path / "out"
