@@ -13,7 +13,7 @@ COMPILED = 20e6    # parameters from which compiling pays for a minute of it
 
 
 def compiled(loss_of, **options):
-    """The loss as fused kernels. Functions of einops become nodes of the graph: to trace them takes twice as long."""
+    """The loss as fused kernels. einops becomes nodes of the graph: dynamo would spend two thirds of its time in it."""
     torch._dynamo.allow_in_graph([rearrange, reduce, repeat])
     return torch.compile(loss_of, fullgraph=True, **options)
 
