@@ -177,7 +177,8 @@ def overfitted(tmp_path_factory):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda test: "overfitted" in test.fixturenames)                # last: when it is there
+    """Tests of the slowest fixture run last: by then it is made, and no process waits for it."""
+    items.sort(key=lambda test: "overfitted" in test.fixturenames)
 
 
 @pytest.fixture(scope="session", autouse=True)
