@@ -22,6 +22,7 @@ import tokenizer
 import train
 from engine import run as run_folder
 from engine.commands import command
+from geometry import surface
 from geometry.kinds import KINDS
 from prompts import image_tower, text_tower
 from research.crisp import TrueHead  # noqa: F401 - for the tests
@@ -33,10 +34,10 @@ if PARALLEL:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
-SMALL = {  # one size below tiny, for every stage
+SMALL = {  # one size below tiny, for every stage; convolutions, which learn the two shapes in a third of the steps
     text_tower: dict(dim=64, depth=1, heads=4),
     image_tower: dict(dim=64, depth=1, heads=4),
-    tokenizer: dict(side=4, channels=8, dim=64, heads=4),
+    tokenizer: dict(side=4, channels=8, dim=64, heads=4, conv=4),
     backbone: dict(dim=64, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2),
     reconstruct: dict(dim=64, depth=1, heads=4),
 }
@@ -167,8 +168,8 @@ def train_small(patch, folder, count, *args, watched=False):
 def overfitted(tmp_path_factory):
     """A checkpoint of train.py for two shapes, a table and a chair; every stage takes some seconds."""
     def fill(folder):
-        settings = {"encoders": (20, 2, 1e-3), "tokenizer": (300, 2, 6e-3), "vision": (12, 4, 1e-3),
-                    "backbone": (150, 8, 6e-3), "reconstruct": (20, 8, 4e-3)}
+        settings = {"encoders": (20, 2, 1e-3), "tokenizer": (110, 2, 6e-3), "vision": (12, 4, 1e-3),
+                    "backbone": (120, 8, 6e-3), "reconstruct": (20, 8, 4e-3)}
         with pytest.MonkeyPatch.context() as patch:
             for stage, (steps, batch, lr) in settings.items():
                 flags = "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr
@@ -203,7 +204,9 @@ def four(overfitted, tmp_path_factory):
 
 @pytest.fixture
 def examined(tmp_path_factory, monkeypatch):
-    """The held-out shapes are four tables and four chairs, and so are the training shapes; few points of each."""
+    """The held-out shapes are four tables and four chairs, and so are the training shapes; few points of each, and
+    surfaces begin with a coarser grid."""
+    monkeypatch.setattr(surface, "COARSE", 8)
     def prepare(split="test", count=None, *_, kinds=("surface",), **flags):
         other, folder = "test" if split == "train" else "train", tmp_path_factory.getbasetemp() / "examined"
         return PREPARE(other, 8, folder, kinds=kinds, classes=["table", "chair"], workers=1)

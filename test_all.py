@@ -29,6 +29,11 @@ from engine.noise import keys_of
 from geometry.kinds import GREY
 from prefix import Prefix
 
+CONVOLUTIONS = SMALL[tokenizer]
+ATTENTION = {key: value for key, value in CONVOLUTIONS.items() if key != "conv"}        # as in size tiny
+HEADS = [*product(heads.HEADS, [CONVOLUTIONS]), ("sdf", ATTENTION)]
+DESIGN = lambda x: x if isinstance(x, str) else "convolutions" if "conv" in x else "attention"
+
 # ---------------------------------------------------------------------------- the code
 
 def test_ruff_finds_nothing():
@@ -49,11 +54,10 @@ def test_heads_pull_equally_hard():
     assert tokens.grad.norm().item() == pytest.approx(.25, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", [{}, {"conv": 4}], ids=str)
-def test_standardise_changes_tokens_not_shapes(kind, prepared):
+@pytest.mark.parametrize("settings", [CONVOLUTIONS, ATTENTION], ids=DESIGN)
+def test_standardise_changes_tokens_not_shapes(settings, prepared):
     """Afterwards tokens have mean 0 and deviation 1 per channel, and decode to the same field; it may be done twice."""
     torch.manual_seed(0)
-    settings = SMALL[tokenizer] | kind
     encoder, head = tokenizer.Tokenizer(**settings).eval(), heads.SdfHead(**settings).eval()
     cloud, x = prepared[0].cloud(np.arange(12), 500, data.seeded(0)), torch.rand(12, 100, 3) * 2 - 1
     with torch.no_grad():
@@ -72,12 +76,12 @@ def test_patches_change_tokens_not_shapes(prepared):
     fields = []
     for patch in (1, 2):
         torch.manual_seed(0)
-        settings = SMALL[tokenizer] | {"conv": 4, "patch": patch}
+        settings = CONVOLUTIONS | {"patch": patch}
         encoder, head = (kind(**settings).eval() for kind in (tokenizer.Tokenizer, heads.SdfHead))
         tokenizer.standardise(encoder, [head], encoder(*cloud))
         tokens = encoder(*cloud)                                                  # b n c
         fields.append(head.evaluate(head.read(tokens), x))
-    assert tokens.shape == (3, 4 ** 3 // 8, 8 * SMALL[tokenizer]["channels"])
+    assert tokens.shape == (3, 4 ** 3 // 8, 8 * CONVOLUTIONS["channels"])
     assert torch.allclose(*fields, atol=1e-4)
 
 
@@ -85,7 +89,7 @@ def test_patches_change_tokens_not_shapes(prepared):
 
 def test_points_arrive_where_the_flow_goes():
     """With the velocity field that ends in four given points, every one of 3000 samples ends in one of the four."""
-    head, ends = heads.PointHead(**SMALL[tokenizer]), torch.tensor([[.5, 0, 0], [-.5, 0, 0], [0, .5, 0], [0, 0, -.5]])
+    head, ends = heads.PointHead(**CONVOLUTIONS), torch.tensor([[.5, 0, 0], [-.5, 0, 0], [0, .5, 0], [0, 0, -.5]])
 
     def velocity(memory, x, t):                               # E[x - noise | x_t] for x one of the four, noise normal
         t = t[..., None].clamp(max=.999)
@@ -115,10 +119,10 @@ def test_every_colour_has_the_same_weight():
     assert torch.allclose(weights, torch.tensor([[2 / 3, 2 / 3, 2 / 3, 2]]))
 
 
-@pytest.mark.parametrize("rep, kind", [*product(heads.HEADS, [{"conv": 4}]), ("sdf", {})], ids=str)
-def test_files_without_colours_teach_none(rep, kind, prepared):
+@pytest.mark.parametrize("rep, settings", HEADS, ids=DESIGN)
+def test_files_without_colours_teach_none(rep, settings, prepared):
     """They are grey all over, and no head's loss of colours counts them: it learns the form."""
-    split, head = prepared[0].changed(), heads.HEADS[rep](**SMALL[tokenizer] | kind)
+    split, head = prepared[0].changed(), heads.HEADS[rep](**settings)
     assert split.coloured.tolist() == [1.] * len(split)
     grey = torch.full_like(split.arrays["colours"], round(255 * GREY))
     split = split.changed(arrays=split.arrays | {"colours": grey})
@@ -127,12 +131,12 @@ def test_files_without_colours_teach_none(rep, kind, prepared):
     assert logs["colour"] == 0 < loss
 
 
-@pytest.mark.parametrize("rep, kind", [*product(heads.HEADS, [{"conv": 4}]), ("sdf", {})], ids=str)
-def test_heads_learn_and_decode(rep, kind, prepared):
+@pytest.mark.parametrize("rep, settings", HEADS, ids=DESIGN)
+def test_heads_learn_and_decode(rep, settings, prepared):
     """Each head's loss falls in a few steps on two shapes. It decodes on the device of its tokens, whatever the default
     device is, and its shape can be sampled and drawn."""
     torch.manual_seed(0)
-    settings, reads = SMALL[tokenizer] | kind, {name: 500 for name in heads.HEADS[rep].reads}
+    reads = {name: 500 for name in heads.HEADS[rep].reads}
     models = nn.ModuleDict({name: heads.HEADS[name](**settings) for name in heads.with_needs([rep])})
     tokens, optimizer, losses = torch.randn(2, 64, 8), torch.optim.Adam(models.parameters(), 1e-3), []
     for _ in range(4):

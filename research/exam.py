@@ -138,14 +138,14 @@ class Encoding:
                             for seed in seeds])
 
 
-def shape_result(model, rep, resolution, points=POINTS, faces=None, split=None, true=None):
-    """What `sample_all` stores of a shape: its tokens, a cloud of its surface, whether the surface is sound; and its
-    `likeness` to the true shape, the nearest of the rows true(job) of a prepared set."""
+def shape_result(model, rep, resolution, points=None, faces=None, split=None, true=None):
+    """What `sample_all` stores of a shape: its tokens, a cloud of its surface (of POINTS, if not told), whether the
+    surface is sound; and its `likeness` to the true shape, the nearest of the rows true(job) of a prepared set."""
     model.load_heads(rep)                                     # a missing head is an error now
 
     def result_of(tokens, job):
         shape = model.decode(tokens, rep, job.seed, resolution, faces=faces)
-        cloud = [np.float32(x) for x in shape.surface(points, np.random.default_rng(job.seed))]     # k 3 each
+        cloud = [np.float32(x) for x in shape.surface(points or POINTS, np.random.default_rng(job.seed))]     # k 3 each
         found = {"tokens": tokens.cpu().numpy()} | dict(zip(CLOUD, cloud)) | soundness(shape)
         return found | (likeness(shape, split, true(job), np.random.default_rng(job.seed)) if split else {})
     return result_of
