@@ -125,7 +125,7 @@ class Gaussians(Shape):
         write_ply(path, [*zip(["x", "y", "z", "nx", "ny", "nz", *GAUSSIANS[3:]], columns)])
 
     def picture(self, size=320, **view):
-        from geometry.render import render_gaussians
+        from geometry.splat import render_gaussians
         return render_gaussians(self.means, self.scales, self.rotations, self.opacities, self.colours,
                                 size=size, **view)
 

@@ -3,11 +3,10 @@
 A z-buffer (geometry/rasterise.py) finds the surface point in each pixel; `draw` lights it (geometry/light.py).
 Letters: f faces, v vertices, k points or Gaussians, p pixels.
 
-    python sample.py --text "table" --turntable
+    python sample.py --text "table"
 """
 import math
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -90,23 +89,6 @@ def render_points(points, colours, radius, azimuth=35, elevation=25, size=256):
     return draw(rasterise, cloud, azimuth, elevation, size)
 
 
-def render_gaussians(means, scales, rotations, opacities, colours, azimuth=35, elevation=25, size=256):
-    """3D Gaussians as `splat` takes them, above the same floor, with their shadow."""
-    means, scales, rotations, opacities, colours = map(as_tensor, (means, scales, rotations, opacities, colours))
-    no_pixels = torch.zeros(0, dtype=torch.int64), *[torch.zeros(0, 3)] * 3
-    ground = draw(lambda view, width: no_pixels, means[opacities > .5], azimuth, elevation, size)
-    from geometry.splat import splat  # only for Gaussians
-    image = splat(means, scales, rotations, opacities, colours, azimuth, elevation, size, as_tensor(ground) / 255)
-    return (image.clamp(0, 1) * 255).round().byte().numpy()
-
-
-def turntable(shape, frames=24, size=256):
-    """Pictures of one full turn of a Mesh, Cloud or Gaussians (geometry/export.py), each by one thread: its tensors are
-    too small for several."""
-    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=[1]) as pool:
-        return list(pool.map(lambda i: shape.picture(size, azimuth=35 + 360 * i / frames), range(frames)))
-
-
 def contact_sheet(images, columns, labels=None):
     """Pictures of one size side by side, row by row, a label under each, wrapped -> uint8 (h w 3)."""
     h, w, _ = images[0].shape
@@ -127,11 +109,3 @@ def contact_sheet(images, columns, labels=None):
 def save_png(path, array):
     with atomic_write(path) as temporary:
         Image.fromarray(array).save(temporary, "PNG", optimize=True)
-
-
-def save_gif(path, frames):
-    """All frames share one palette: so colours do not flicker."""
-    palette = Image.fromarray(np.concatenate(frames[::6])).quantize(256)
-    first, *rest = [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
-    with atomic_write(path) as temporary:
-        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=83, loop=0)      # 12 a second

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from engine.files import make_folder
 from geometry.export import Mesh
-from geometry.render import contact_sheet, save_gif, save_png, turntable
+from geometry.render import contact_sheet, save_png
 
 
 class Laps(dict):
@@ -48,6 +48,7 @@ def write_samples(model, text, args, options, laps):
             shapes.append((rep, path, shape))
             laps.end("pictures")
             if args.turntable:
+                from geometry.turntable import save_gif, turntable
                 save_gif(path.with_suffix(".gif"), turntable(shape))
                 print(path.with_suffix(".gif"))
                 laps.end("turntable")

@@ -4,6 +4,7 @@
     2. the surface is smoothed (Taubin 1995): along the grid it has needle-thin faces, which cannot collapse
     3. edges collapse where the quadric error is smallest (Garland and Heckbert 1997)
     4. pinches, edges that more than two faces share after that, are split: a closed mesh stays closed
+    5. walls become flat and their edges sharp (Zheng et al. 2011), but not those of a low-poly mesh
 
 Colours are at vertices: a border between two colours is sharp if the faces along it are small, but a flat surface has
 no quadric error there. So fins stand on it, as the paper's constraint planes stand on an open border. The imports take
@@ -11,6 +12,7 @@ long; this file is imported where it is used. Letters: v vertices, f faces, e ed
 """
 import numpy as np
 from fast_simplification import simplify
+from scipy.sparse import csr_matrix
 from scipy.spatial import cKDTree
 from trimesh import Trimesh
 from trimesh.smoothing import filter_taubin
@@ -18,6 +20,7 @@ from trimesh.smoothing import filter_taubin
 from geometry.meshes import directed_edges, face_areas, face_components, join
 
 STEP = .1           # difference of a colour channel along an edge that crosses a border
+BEND = .15          # difference of the normals of two faces that hardly lie in one wall
 
 
 def without_debris(vertices, faces, colours, share=.01):
@@ -93,11 +96,32 @@ def simplify_to(vertices, faces, colours, limit, flat=True):
     return points, few, colours[cKDTree(old, balanced_tree=False).query(new)[1]]       # of the nearest old one
 
 
+def flattened(vertices, faces, rounds=20, moves=15):
+    """v 3, f 3 -> v 3. A bilateral filter: the normal of a face becomes the mean of its neighbours', of which those
+    beyond a bend hardly count. Then vertices move towards the planes that these normals give their faces."""
+    x, mesh = np.array(vertices, np.float32), Trimesh(vertices, faces, process=False)
+    ones, start = np.ones(faces.size, np.float32), np.arange(0, faces.size + 1, 3)
+    corners = csr_matrix((ones, faces.ravel(), start), (len(faces), len(x)))           # f v
+    near = corners @ corners.T                                # f f: pairs p of faces that share a vertex
+    one, other = np.arange(len(faces)).repeat(np.diff(near.indptr)), near.indices      # p each
+    area, normals = np.float32(mesh.area_faces)[other], np.float32(mesh.face_normals)  # p, f 3
+    for _ in range(rounds):
+        near.data = area * np.exp(((normals[one] * normals[other]).sum(1) - 1) / BEND ** 2)
+        normals = near @ normals
+        normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
+    count = np.bincount(faces.ravel(), minlength=len(x)).clip(1)[:, None]              # v 1, faces at a vertex
+    for _ in range(moves):
+        inward = x[faces].mean(1, keepdims=True) - x[faces]                            # f 3 3: corners to the middle
+        corners.data = (inward * normals[:, None]).sum(-1).ravel()
+        x += corners.T @ normals / count
+    return x
+
+
 def simplify_surface(vertices, faces, colours, limit, flat):
     """A closed surface, colours of its vertices -> no debris, at most `limit` faces; flat: they share no vertices."""
     vertices, faces, colours = without_debris(vertices, faces, colours)
     vertices, faces, colours = simplify_to(vertices, faces, colours[faces[:, 0]] if flat else colours, limit, flat)
     if flat:
         vertices, faces = vertices[faces].reshape(-1, 3), np.arange(faces.size).reshape(-1, 3)          # e 3, f 3
-        colours = np.repeat(colours, 3, 0)                                             # e 3
-    return vertices.astype(np.float32), faces, colours
+        return vertices.astype(np.float32), faces, np.repeat(colours, 3, 0)            # e 3
+    return flattened(vertices, faces), faces, colours

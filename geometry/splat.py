@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from geometry.camera import EYE, HALF
+from geometry.camera import EYE, HALF, as_tensor
 
 TILE = 8                           # pixels along a side of a tile, which blends only the Gaussians that meet it
 BLOCK = 32                         # Gaussians: a tile has as many blocks as it needs, of which the last is padded
@@ -144,3 +144,13 @@ def splat(means, scales, rotations, opacities, colours, azimuth, elevation, size
     gaussians = (x[None] for x in (means, scales, rotations, opacities, colours))
     image = splats(*gaussians, torch.tensor([[azimuth, elevation]]).to(means), size)[0]
     return image[..., :3] + (1 - image[..., 3:]) * torch.as_tensor(background).to(image)
+
+
+def render_gaussians(means, scales, rotations, opacities, colours, azimuth=35, elevation=25, size=256):
+    """3D Gaussians as `splat` takes them, above the same floor, with their shadow."""
+    from geometry.render import draw  # training needs no floor
+    means, scales, rotations, opacities, colours = map(as_tensor, (means, scales, rotations, opacities, colours))
+    no_pixels = torch.zeros(0, dtype=torch.int64), *[torch.zeros(0, 3)] * 3
+    ground = draw(lambda view, width: no_pixels, means[opacities > .5], azimuth, elevation, size)
+    image = splat(means, scales, rotations, opacities, colours, azimuth, elevation, size, as_tensor(ground) / 255)
+    return (image.clamp(0, 1) * 255).round().byte().numpy()

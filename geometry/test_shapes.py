@@ -257,6 +257,19 @@ def test_simplified_surfaces_are_closed_and_keep_colours():
     assert (abs(colour - np.where(inside[:, None], [1, 0, 0], colours[0]))[sure].max(1) < .1).mean() > .995
 
 
+def test_wavy_walls_become_flat():
+    """Of a box with waves on its walls most of the area then lies within 5 degrees of a wall; its edges do not move."""
+    box = shapes.Shape("box", [solids.box((0, 0, 0), (1, .8, .6), "white")], {}, [])
+    vertices, faces, _ = surface.extract(TrueHead(box), torch.zeros(1, 1), 64)
+    wavy = vertices * (1 + .01 * np.sin(30 * vertices.sum(1, keepdims=True)))
+    flat, shares = simplify.flattened(wavy, faces), []
+    for x in (wavy, flat):
+        mesh = trimesh.Trimesh(x, faces, process=False)
+        shares.append(mesh.area_faces[abs(mesh.face_normals).max(1) > np.cos(np.radians(5))].sum() / mesh.area)
+    assert shares[0] < .3 and shares[1] > .9
+    assert abs(flat.max(0) - wavy.max(0)).max() < .01 and wavy.dtype == flat.dtype
+
+
 def test_pinched_edges_are_split():
     """Two boxes that share an edge become two closed meshes; a face with its back, which encloses nothing, goes."""
     a, b = trimesh.creation.box((1, 1, 1)), trimesh.creation.box((1, 1, 1))
