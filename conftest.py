@@ -206,11 +206,11 @@ def four(overfitted, tmp_path_factory):
 def examined(tmp_path_factory, monkeypatch):
     """The held-out shapes are four tables and four chairs, and so are the training shapes; few points of each, and
     surfaces begin with a coarser grid."""
-    monkeypatch.setattr(surface, "COARSE", 8)
     def prepare(split="test", count=None, *_, kinds=("surface",), **flags):
         other, folder = "test" if split == "train" else "train", tmp_path_factory.getbasetemp() / "examined"
         return PREPARE(other, 8, folder, kinds=kinds, classes=["table", "chair"], workers=1)
 
+    monkeypatch.setattr(surface, "COARSE", 8)
     names = [path.stem for path in (HERE / "research").glob("*.py") if not path.stem.startswith("test_")]
     for module in [import_module(f"research.{name}") for name in names]:
         for name, value in {"POINTS": 64, "prepare": prepare, "CLASSES": ("table", "chair")}.items():

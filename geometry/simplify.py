@@ -20,7 +20,7 @@ from trimesh.smoothing import filter_taubin
 from geometry.meshes import directed_edges, face_areas, face_components, join
 
 STEP = .1           # difference of a colour channel along an edge that crosses a border
-BEND = .15          # difference of the normals of two faces that hardly lie in one wall
+BEND = .0225        # 1 - cosine of the normals of two faces that hardly lie in one wall
 
 
 def without_debris(vertices, faces, colours, share=.01):
@@ -106,7 +106,7 @@ def flattened(vertices, faces, rounds=20, moves=15):
     one, other = np.arange(len(faces)).repeat(np.diff(near.indptr)), near.indices      # p each
     area, normals = np.float32(mesh.area_faces)[other], np.float32(mesh.face_normals)  # p, f 3
     for _ in range(rounds):
-        near.data = area * np.exp(((normals[one] * normals[other]).sum(1) - 1) / BEND ** 2)
+        near.data = area * np.exp(((normals[one] * normals[other]).sum(1) - 1) / BEND)
         normals = near @ normals
         normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
     count = np.bincount(faces.ravel(), minlength=len(x)).clip(1)[:, None]              # v 1, faces at a vertex

@@ -139,8 +139,8 @@ class Encoding:
 
 
 def shape_result(model, rep, resolution, points=None, faces=None, split=None, true=None):
-    """What `sample_all` stores of a shape: its tokens, a cloud of its surface (of POINTS, if not told), whether the
-    surface is sound; and its `likeness` to the true shape, the nearest of the rows true(job) of a prepared set."""
+    """What `sample_all` stores of a shape: its tokens, a cloud of its surface (by default POINTS), whether the surface
+    is sound; and its `likeness` to the true shape, the nearest of the rows true(job) of a prepared set."""
     model.load_heads(rep)                                     # a missing head is an error now
 
     def result_of(tokens, job):
