@@ -171,6 +171,8 @@ def overfitted(tmp_path_factory):
         settings = {"encoders": (20, 2, 1e-3), "tokenizer": (110, 2, 6e-3), "vision": (12, 4, 1e-3),
                     "backbone": (120, 8, 6e-3), "reconstruct": (20, 8, 4e-3)}
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(surface, "COARSE", 8)
+            patch.setattr(judge.grid_iou, "__defaults__", (32,))
             for stage, (steps, batch, lr) in settings.items():
                 flags = "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr
                 assert train_small(patch, folder, 2, *flags, watched=True) == 0

@@ -40,10 +40,11 @@ def test_the_text_decides_the_colour_beside_a_picture():
 def test_a_mesh_has_as_many_faces_as_asked():
     """With `faces`, the surface is simplified: closed, and never more faces. A surface has 19,000 by default."""
     model = sample.load()
-    mesh = model.generate("a chair", rep="mesh", faces=300, resolution=64)[0]
+    tokens = model.sample("a chair")[0]
+    mesh = model.decode(tokens, "mesh", 0, 64, faces=300)
     assert 200 < len(mesh.faces) <= 300 and metrics.soundness(mesh)["closed edges"] > .98
-    few = model.generate("a chair", faces=1000, resolution=64)[0]
-    most, every = (model.generate("a chair", faces=faces)[0] for faces in (None, 10 ** 7))
+    few = model.decode(tokens, "sdf", 0, 64, faces=1000)
+    most, every = (model.decode(tokens, "sdf", 0, 128, faces=faces) for faces in (None, 10 ** 7))
     assert 900 < len(few.faces) <= 1000 and 18_000 < len(most.faces) <= 19_000 < len(every.faces) / 2
     assert all(metrics.watertight(mesh.faces) for mesh in (few, most, every))
 
@@ -173,14 +174,14 @@ def test_a_checkpoint_stores_its_sampling_options(overfitted, tmp_path):
     assert not torch.equal(explicit, tokens)
 
 
-@pytest.mark.parametrize("prompt, image, gain", [("a red chair", None, .01), (None, "assets/chair.png", 0)])
-def test_the_best_candidates_score_higher(prompt, image, gain):
+@pytest.mark.parametrize("prompt, image, best, gain", [("a red chair", None, 3, .01), (None, "assets/chair.png", 4, 0)])
+def test_the_best_candidates_score_higher(prompt, image, best, gain):
     """Candidate 0 of sample i is sample i, the others come after all samples."""
     model = sample.load()
     pictures = model.prompted(prompt, image, [(0, 0)])[0][2]
-    plain, best = (model.best_samples(prompt, image, 2, 0, count) for count in (1, 4))
-    assert plain[1] == [(0, 0), (0, 1)] and {seed % 10_000 for _, seed in best[1]} == {0, 1}
-    scores = [prompt_scores(model, prompt, pictures, tokens) for tokens, _ in (plain, best)]
+    plain, chosen = (model.best_samples(prompt, image, 2, 0, count) for count in (1, best))
+    assert plain[1] == [(0, 0), (0, 1)] and [seed % 10_000 for _, seed in chosen[1]] == [0, 1]
+    scores = [prompt_scores(model, prompt, pictures, tokens) for tokens, _ in (plain, chosen)]
     assert (scores[1] > scores[0] - .01).all() and scores[1].mean() > scores[0].mean() + gain
 
 

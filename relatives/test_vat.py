@@ -201,7 +201,7 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(vat.GENERATORS, "tiny", dict(dim=64, depth=1, heads=4, prefix=2))
     folder, other, out = tmp_path / "run", tmp_path / "other", tmp_path / "out"
     flags = "--model", "vat", "--size", "tiny", "--batch", 2
-    assert train_small(monkeypatch, folder, 2, *flags, "--from", "checkpoints/tiny", "--steps", 20, "--lr", 6e-3) == 0
+    assert train_small(monkeypatch, folder, 2, *flags, "--from", "checkpoints/tiny", "--steps", 12, "--lr", 6e-3) == 0
     phases = [next(csv.DictReader((folder / f"vat-{phase}.csv").open())) for phase in ("latents", "codes", "decoder")]
     assert float(phases[2]["loss"]) < .8 * float(phases[0]["loss"])               # each goes on with the one before
     flags += "--from", folder, "--finetune", "--stage", "vat-decoder", "--steps", 1

@@ -58,7 +58,7 @@ def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, m
 def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch):
     """A rule that reaches everywhere is sampling only; a = 0 is not."""
     monkeypatch.setattr("research.rgs.WITHIN", (100,))
-    flags = "--shapes 2 --n 2 --seeds 1 --resolution 32 --alphas 0 --windows".split()
+    flags = "--shapes 1 --n 2 --seeds 1 --resolution 32 --alphas 0 --windows".split()
     folders = "--checkpoint", overfitted, "--out", tmp_path
     assert run(evaluate.main, "ablate-rgs", *flags, *folders, "--scorer", overfitted) == 0
     real, plain, blended, wide = rows_of(tmp_path / "ablate-rgs")[:4]
