@@ -89,7 +89,7 @@ class SdfHead(BySize, QueryDecoder):
 class PointHead(BySize, QueryDecoder):
     """A flow from noise to the surface, independent for each point: any number of points from one set of tokens.
     x_t = (1 - t) noise + t x; outputs are the velocity x - noise, and at t = 1 normal and colour. Where there is an
-    sdf head, two steps along the normals project the points onto its surface."""
+    sdf head, two steps along the normals project the points onto its surface. A third is left out: those in clumps."""
     reads, needs, helpers, COUNT = {"cloud": 768}, (), ("sdf",), 4096
     STEPS = 32       # of the flow; later steps are smaller: they determine the final position
 
@@ -118,7 +118,7 @@ class PointHead(BySize, QueryDecoder):
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=None, points=COUNT):
-        x = torch.from_numpy(rng.standard_normal((points, 3), np.float32)).to(tokens.device)           # k 3
+        x = torch.from_numpy(rng.standard_normal((points * 3 // 2, 3), np.float32)).to(tokens.device)  # k 3
         with autocast():
             memory = self.read(tokens[None])                                              # 1 n d
 
@@ -135,7 +135,9 @@ class PointHead(BySize, QueryDecoder):
             field = field_of(heads["sdf"], tokens, autocast)
             for _ in range(2):
                 x = x - TRUNCATION * field(x)[:, :1] * normals
-        return Cloud(x.cpu().numpy(), normals.cpu().numpy(), colours.cpu().numpy())
+        from geometry.spacing import evenly  # only here
+        kept = evenly(x.cpu().numpy(), points)
+        return Cloud(*(y[kept].cpu().numpy() for y in (x, normals, colours)))
 
 
 # ---------------------------------------------------------------------------- gs
