@@ -150,8 +150,7 @@ def train_vision(run):
     judge = run.judge
     # data: of each shape a cloud and VIEWS pictures
     aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
-    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8))
-              for split in (run.train, run.test)}             # shapes n c
+    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8)) for split in (run.train, run.test)}    # r n c
     words_of = {split: aligner.cache(split) for split in (run.train, run.test)}
 
     def draw(split):

@@ -6,12 +6,12 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 
-def evenly(x, count):
-    """Rows of `count` of the points k 3: of two that are too close one goes, the closest pairs first."""
+def evenly(count, x, *others):
+    """`count` of the points x, and what belongs to them, k 3 each: of two that are close one goes, closest first."""
     kept = np.arange(len(x))
     while len(kept) > count:
         distance, near = cKDTree(x[kept]).query(x[kept], 2)   # itself, its nearest neighbour
         later = near[:, 1] < np.arange(len(kept))             # in its pair
         closest = np.where(later, distance[:, 1], np.inf).argsort()
         kept = np.delete(kept, closest[:max(1, (len(kept) - count) // 2)])
-    return kept
+    return [y[kept] for y in (x, *others)]
