@@ -102,8 +102,7 @@ def prompted_tokens(run, stage, encoder, file="tokenizer"):
     """The training data of a generator: frozen towers, the sizes of tokens, and a function that draws a batch of
     tokens with captions and pictures. encoder: clouds -> tokens; file: the name of its weights."""
     towers, encoder = make(run.folder, **run.encoder_names, device=run.device), encoder.to(run.device)
-    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8), file=file)
-              for split in (run.train, run.test)}             # shapes n c
+    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8), file=file) for split in (run.train, run.test)}
     _, n, channels = tokens[run.test].shape
 
     def draw(split):

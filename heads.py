@@ -153,7 +153,7 @@ class GaussianHead(BySize, QueryDecoder):
 
     def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities, colours
         offset, scale, rotation, opacity, colour = self.evaluate(memory, x).split([3, 3, 4, 1, 3], -1)
-        larger = (self.POINTS / x.shape[1]) ** (1 / 3)        # with 1 / 2, gaps open; with less, edges are blurred
+        larger = (self.POINTS / x.shape[1]) ** (1 / 3)
         identity = torch.eye(1, 4, device=x.device)                                       # 1 0 0 0, as a quaternion
         return (x + .05 * offset.tanh(), self.SIZE * larger * scale.clamp(-3, 2).exp(), rotation + identity,
                 (opacity[..., 0] + 3).sigmoid(), colour.sigmoid())
@@ -174,13 +174,14 @@ class GaussianHead(BySize, QueryDecoder):
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=COUNT):
-        from geometry.spacing import evenly  # not for all heads
+        from geometry.spacing import evenly, gaps  # not for all heads
         from geometry.splat import baked_light
         surface = SimplifiedMesh(flat=False).decode(tokens, heads, rng, autocast, resolution)
         x, normals, colours = map(torch.from_numpy, evenly(points, *surface.surface(points * 3 // 2, rng)))       # k 3
         with autocast():
             attributes = self.attributes(self.read(tokens[None]), x[None].to(tokens.device))
         means, scales, rotations, opacities, _ = (y[0].float().cpu() for y in attributes)
+        scales = scales.maximum(torch.tensor(gaps(x.numpy())[0][:, None]).clamp(max=.1).float() / 2)    # no holes
         rotations, colours = F.normalize(rotations, dim=-1), colours.float() * baked_light(normals)
         return Gaussians(*(y.numpy() for y in (means, scales, rotations, opacities, colours)))
 

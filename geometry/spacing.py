@@ -6,12 +6,17 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 
+def gaps(x):
+    """Of points k 3: the distance to the nearest other, and its row, k each."""
+    distance, near = cKDTree(x).query(x, 2)                   # itself, its nearest neighbour
+    return distance[:, 1], near[:, 1]
+
+
 def evenly(count, x, *others):
     """`count` of the points x, and what belongs to them, k 3 each: of two that are close one goes, closest first."""
     kept = np.arange(len(x))
     while len(kept) > count:
-        distance, near = cKDTree(x[kept]).query(x[kept], 2)   # itself, its nearest neighbour
-        later = near[:, 1] < np.arange(len(kept))             # in its pair
-        closest = np.where(later, distance[:, 1], np.inf).argsort()
+        distance, near = gaps(x[kept])
+        closest = np.where(near < np.arange(len(kept)), distance, np.inf).argsort()       # the later one of a pair
         kept = np.delete(kept, closest[:max(1, (len(kept) - count) // 2)])
     return [y[kept] for y in (x, *others)]

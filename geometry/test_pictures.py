@@ -13,7 +13,7 @@ from engine.commands import UserError
 from geometry import export, real, render, shapes, splat, surface
 from geometry.camera import EYE, HALF, to_srgb, view_rotation
 from geometry.metrics import chamfer
-from geometry.spacing import evenly
+from geometry.spacing import evenly, gaps
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,7 @@ def test_points_that_are_left_are_even():
     assert len(np.unique(even, axis=0)) == 600
     assert chamfer(even, other) < .96 * chamfer(random[:600], other)
     assert evenly(2, np.zeros((9, 3)), np.arange(9))[1].shape == (2,)
+    assert gaps(even)[0].min() > 2 * gaps(random[:600])[0].min()
 
 
 def test_contact_sheet_holds_every_picture(tmp_path):
