@@ -181,7 +181,7 @@ class GaussianHead(BySize, QueryDecoder):
         with autocast():
             attributes = self.attributes(self.read(tokens[None]), x[None].to(tokens.device))
         means, scales, rotations, opacities, _ = (y[0].float().cpu() for y in attributes)
-        scales = scales.maximum(torch.tensor(gaps(x.numpy())[0][:, None]).clamp(max=.1).float() / 2)    # no holes
+        scales = scales.maximum(torch.from_numpy(gaps(x.numpy())[0])[:, None].clamp(max=.1).float() / 2)   # no holes
         rotations, colours = F.normalize(rotations, dim=-1), colours.float() * baked_light(normals)
         return Gaussians(*(y.numpy() for y in (means, scales, rotations, opacities, colours)))
 

@@ -8,7 +8,8 @@ from scipy.spatial import cKDTree
 
 def gaps(x):
     """Of points k 3: the distance to the nearest other, and its row, k each."""
-    distance, near = cKDTree(x).query(x, 2)                   # itself, its nearest neighbour
+    tree = cKDTree(x, balanced_tree=False)                    # a balanced one crashes where hundreds coincide
+    distance, near = tree.query(x, 2)                         # itself, its nearest neighbour
     return distance[:, 1], near[:, 1]
 
 
