@@ -142,7 +142,7 @@ class PointHead(BySize, QueryDecoder):
 # ---------------------------------------------------------------------------- gs
 
 class GaussianHead(BySize, QueryDecoder):
-    """Tokens and points of the surface -> a Gaussian each. It learns from pictures; then colours are the surface's."""
+    """Tokens and surface points -> a Gaussian each, trained on pictures. Decoded, it has the colour of the surface."""
     POINTS = 4096    # Gaussians of a training picture; more Gaussians are smaller
     SIZE = .016      # standard deviation at output 0
     PAIRS = 6        # at most so many pairs (Gaussian, tile) of a training picture, over its Gaussians

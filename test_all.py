@@ -8,11 +8,13 @@ import functools
 import subprocess
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import trimesh
 from einops import repeat
 from torch import nn
 
@@ -26,7 +28,10 @@ from convolutions import interpolate
 from engine.commands import UserError
 from engine.networks import grid_points
 from engine.noise import keys_of
+from geometry.export import Mesh
 from geometry.kinds import GREY
+from geometry.spacing import gaps
+from geometry.splat import baked_light
 from prefix import Prefix
 
 CONVOLUTIONS = SMALL[tokenizer]
@@ -152,6 +157,19 @@ def test_heads_learn_and_decode(rep, settings, prepared):
         assert all(map(np.array_equal, vars(decoded()).values(), vars(shape).values()))
     assert [x.shape for x in shape.surface(50, np.random.default_rng(0))] == 3 * [(50, 3)]
     assert shape.picture(32).shape == (32, 32, 3)
+
+
+def test_gaussians_have_the_colour_of_the_surface_and_no_holes():
+    """Of a red ball, whatever the head learnt: lit red; each at least half as large as the gap to its neighbour."""
+    ball = trimesh.creation.icosphere(3, .5)
+    red = Mesh(np.float32(ball.vertices), ball.faces, np.tile(np.float32([.8, 0, 0]), (len(ball.vertices), 1)))
+    surface, head = SimpleNamespace(decode=lambda *_: red), heads.GaussianHead(**CONVOLUTIONS)
+    head.SIZE = .001
+    found = head.decode(torch.zeros(64, 8), {"sdf": surface}, np.random.default_rng(0), points=500)
+    assert len(found.means) == 500 and (found.colours[:, 1:] == 0).all()
+    light = baked_light(torch.from_numpy(found.means))[:, 0].numpy()
+    assert np.corrcoef(found.colours[:, 0], light)[0, 1] > .9
+    assert (found.scales >= .4 * gaps(found.means)[0].min()).all()
 
 
 # ---------------------------------------------------------------------------- prefix
