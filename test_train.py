@@ -129,6 +129,14 @@ def test_a_copied_stage_can_be_finetuned_later(overfitted, tmp_path, monkeypatch
     assert capsys.readouterr().out.count("vision: already done") == 1
 
 
+def test_a_head_is_finetuned_without_those_that_it_needs(overfitted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(heads.PointHead, "needs", ("sdf",))
+    flags = "--from", overfitted, "--finetune", "--steps", 2, "--batch", 2, "--stage", "head", "--rep", "pc"
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
+    assert files.read_config(tmp_path / "run")["head-pc"]["steps"] == 2
+    assert "head-sdf: already done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("source, flags, complaint", [
     (["--from", "{overfitted}", "--finetune"], ["--denoiser", "ddpm"], "its size, denoiser, encoder or variant is an"),
     (["--finetune"], [], "name their folder"), (["--from", "{empty}"], [], "there is no trained stage in")])

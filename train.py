@@ -168,7 +168,7 @@ def chain(args, reps, joint, folder):
         for name in names:
             again = args.stage and name.removeprefix("head-") in args.rep       # trained with the tokenizer
             done = read_config(run.folder) if again else trained_stages(run.folder)
-            if name in done and not (args.stage and args.finetune and run.is_copied(name)):
+            if name in done and not (args.finetune and (again or name == args.stage) and run.is_copied(name)):
                 print(f"{name}: already done in {run.folder}")
                 continue
             torch.manual_seed(run.seed)                       # initial weights, whichever stages came before

@@ -6,9 +6,9 @@ from scipy.sparse.linalg import splu
 
 from geometry.export import vertex_normals
 
-MOST, LEAST, ALL = 4, .03, .9                 # colours of a palette; share of vertices that each, that all must explain
+MOST, LEAST, ALL = 4, .03, .9                 # colours of a palette; least share of vertices that each, all explain
 TOLERANCES = .08, .1, .125, .15, .2           # a colour explains a vertex if no channel differs by more
-FIT, REACH = .1, .15                          # error of a colour that fits; how far a vertex that none fits asks others
+FIT, REACH = .1, .15                          # deviation of a colour that fits; how far colours spread where none fits
 BEND = .011                                   # 1 - cosine of two normals that make a crease
 
 
@@ -31,7 +31,7 @@ def crease_laplacian(vertices, faces):
 
 
 def largest(system, fit, faces, steps):
-    """system x = fit, v p -> the column of the largest x in each row, v; far from borders of colours, that of fit."""
+    """The argmax of each row of x, where system x = fit, v p -> v; far from borders of colours, that of fit."""
     best, near = fit.argmax(1), np.zeros(len(fit), bool)
     near[faces[best[faces].min(1) < best[faces].max(1)]] = True
     for _ in range(steps):

@@ -3,12 +3,12 @@
     1. debris, components below 1 % of the surface, is removed
     2. the surface is smoothed (Taubin 1995): along the grid it has needle-thin faces, which cannot collapse
     3. edges collapse where the quadric error is smallest (Garland and Heckbert 1997)
-    4. pinches, edges that more than two faces share after that, are split: a closed mesh stays closed
+    4. edges that more than two faces share after that are split: a closed mesh stays closed
     5. walls become flat and their edges sharp (Zheng et al. 2011), but not those of a low-poly mesh
 
-Colours are at vertices: a border between two colours is sharp if the faces along it are small, but a flat surface has
-no quadric error there. So fins stand on it, as the paper's constraint planes stand on an open border. The imports take
-long; this file is imported where it is used. Letters: v vertices, f faces, e edges, one after each corner of a face.
+Colours are at vertices: a border between two colours is sharp if the faces along it are small, but on a flat wall they
+collapse at no cost. Fins prevent this, as the constraint planes of Garland and Heckbert do at open borders. The imports
+take long. Letters: v vertices, f faces, e edges, one after each corner of a face.
 """
 import numpy as np
 from fast_simplification import simplify
@@ -91,12 +91,12 @@ def simplify_to(vertices, faces, colours, limit, flat=True):
     if len(faces) <= limit:
         return vertices, faces, colours
     points, few = collapse(vertices, faces, limit, None if flat else colours)
-    few = few[:limit]                                                                  # many small components: some go
+    few = few[:limit]                                                                  # still too many: some go
     old, new = (vertices[faces].mean(1), points[few].mean(1)) if flat else (vertices, points)
     return points, few, colours[cKDTree(old, balanced_tree=False).query(new)[1]]       # of the nearest old one
 
 
-def flattened(vertices, faces, rounds=20, moves=15):
+def denoised(vertices, faces, rounds=20, moves=15):
     """v 3, f 3 -> v 3. A bilateral filter: the normal of a face becomes the mean of its neighbours', of which those
     beyond a bend hardly count. Then vertices move towards the planes that these normals give their faces."""
     x, mesh = np.array(vertices, np.float32), Trimesh(vertices, faces, process=False)
@@ -124,4 +124,4 @@ def simplify_surface(vertices, faces, colours, limit, flat):
     if flat:
         vertices, faces = vertices[faces].reshape(-1, 3), np.arange(faces.size).reshape(-1, 3)          # e 3, f 3
         return vertices.astype(np.float32), faces, np.repeat(colours, 3, 0)            # e 3
-    return flattened(vertices, faces), faces, colours
+    return denoised(vertices, faces), faces, colours

@@ -7,14 +7,14 @@ from scipy.spatial import cKDTree
 
 
 def gaps(x):
-    """Of points k 3: the distance to the nearest other, and its row, k each."""
+    """Points k 3 -> the distance to the nearest neighbour, and its row, k each."""
     tree = cKDTree(x, balanced_tree=False)                    # a balanced one crashes where hundreds coincide
     distance, near = tree.query(x, 2)                         # itself, its nearest neighbour
     return distance[:, 1], near[:, 1]
 
 
 def evenly(count, x, *others):
-    """`count` of the points x, and what belongs to them, k 3 each: of two that are close one goes, closest first."""
+    """Sample elimination: `count` of the points x and their attributes, k 3 each. The closest pairs lose one first."""
     kept = np.arange(len(x))
     while len(kept) > count:
         distance, near = gaps(x[kept])

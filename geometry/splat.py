@@ -54,8 +54,8 @@ def project_gaussians(means, scales, rotations, views, size):
 
 
 def numbered(counts, total):
-    """Owner i of b k has counts_i of `total` items, one owner after another -> the owner of every item, b total (k:
-    none), and its number among those of its owner."""
+    """Items of each owner, b k -> the owner of each of `total` consecutive items, b total (k: none), and its number
+    among those of its owner."""
     ends = counts.cumsum(1)                                                                # b k
     item = torch.arange(total, device=counts.device).repeat(len(counts), 1)                # b total
     owner = torch.searchsorted(ends, item, right=True)
@@ -68,7 +68,7 @@ def blocks_of(xy, covariance, distance, size, pairs):
     of that tile, b q each; the last block of every tile, b n.
 
     As in Kerbl et al., pairs of a Gaussian and a tile that it meets are sorted by tile. A picture has at most `pairs`:
-    the farthest Gaussians lose theirs. (None: as many as there are, but a GPU has to be waited for.)"""
+    the farthest Gaussians lose theirs. (None: all; this waits for a GPU.)"""
     k, side, reach = xy.shape[1], -(-size // TILE), 3 * covariance.diagonal(dim1=2, dim2=3).sqrt()     # three sigma
     low, high = ((xy + sign * reach).div(TILE).floor().clamp(-1, side).long() for sign in (-1, 1))     # b k 2, tiles
     low, high = low.clamp(min=0), high.clamp(max=side - 1)

@@ -262,7 +262,7 @@ def test_wavy_walls_become_flat():
     box = shapes.Shape("box", [solids.box((0, 0, 0), (1, .8, .6), "white")], {}, [])
     vertices, faces, _ = surface.extract(TrueHead(box), torch.zeros(1, 1), 64)
     wavy = vertices * (1 + .01 * np.sin(30 * vertices.sum(1, keepdims=True)))
-    flat, shares = simplify.flattened(wavy, faces), []
+    flat, shares = simplify.denoised(wavy, faces), []
     for x in (wavy, flat):
         mesh = trimesh.Trimesh(x, faces, process=False)
         shares.append(mesh.area_faces[abs(mesh.face_normals).max(1) > np.cos(np.radians(5))].sum() / mesh.area)

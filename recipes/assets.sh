@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains checkpoints/assets from nothing, in runs/assets and runs/all, on the kits of kits.txt. A GPU, and eight hours
-# of two CPU cores.
+# Trains checkpoints/assets from nothing, in runs/assets and runs/all, on the kits of kits.txt. A GPU, and ten hours of
+# two CPU cores.
 #
 #     DATA=path/to/assets bash recipes/assets.sh
 #
-# Resumable: train.py skips stages that are done. After each command: its minutes, and what the shipped weights reach.
+# Resumable: train.py skips stages that are done. After each command: its minutes, and what these weights reached.
 # Their tokenizer and sdf head were trained on an H200 by a script that is not here: 41,000 steps of 64 in five minutes.
 # The others were trained as here, on two cores with bf16, with two exceptions:
 # - the backbone of runs/assets had an earlier design, 2 + 3 blocks and a DenoiseNet of 256 x 3. In its first 2,400
@@ -23,7 +23,7 @@ train --stage tokenizer --steps 41000 --batch 64                       #      on
 train --stage vision --steps 2800 --batch 256                          #  51  picture -> cloud R@1 .765
 train --stage backbone --steps 11400 --batch 128                       # 198  held_out .692
 train --stage reconstruct --steps 4500 --batch 128                     #  28
-train --stage head --rep pc --steps 3600 --batch 16                    #  31  Chamfer .066, floor .059
+train --stage head --rep pc --steps 3600 --batch 16                    #  31  Chamfer 1.06 x its floor
 train --stage head --rep gs --steps 3000                               #  63  PSNR 26.2 dB
 
 # The shipped weights then learn from held-out shapes, too

@@ -15,7 +15,7 @@ $tiny --stage head --rep sdf --steps 4200                              #  26  Io
 $tiny --stage vision --steps 4600                                      #  58  picture -> cloud R@1 .855
 $tiny --stage backbone --steps 9300                                    # 396  held_out .111
 $tiny --stage reconstruct --steps 1400                                 #  54  nll -.51, error .253
-$tiny --stage head --rep pc --steps 3000                               #  26  Chamfer .056, floor .055
+$tiny --stage head --rep pc --steps 3000                               #  26  Chamfer .053, floor .055
 $tiny --stage head --rep mesh --steps 13500 --shapes 83200             #  90  .986 of the faces within 2 bins; 8 GB of data
 $tiny --stage head --rep gs --steps 2000                               #  49  PSNR 30.7 dB
 

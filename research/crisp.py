@@ -37,8 +37,8 @@ class TrueHead:
 
 
 def agreement(normals, colours, true_normals, true_colours):  # k 3 each
-    """-> mean cosine of normals, n15: the share within 15 degrees, the share of colours with no channel .1 off, nan for
-    a shape without colours."""
+    """-> mean cosine of normals; n15: share within 15 degrees; colours right: share with no channel .1 off, nan for a
+    shape without colours."""
     cosine = (normals * true_normals).sum(1)
     right = (abs(colours - true_colours).max(1) < .1).mean() if abs(true_colours - GREY).max() > .01 else np.nan
     return {"cosine": cosine.mean(), "n15": (cosine > np.cos(np.pi / 12)).mean(), "colours right": right}

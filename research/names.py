@@ -29,8 +29,8 @@ def show_words(args):
 
 @torch.no_grad()
 def evaluate_names(args):
-    """Samples 200 names of training shapes: is its own name the nearest of all, is it a copy, and how near is it to the
-    nearest of the training shapes with its name?"""
+    """Samples 200 names of training shapes. Is a sample's name the nearest of all? Is it a copy? How near is it to the
+    nearest training shape of that name?"""
     if args.words:
         return show_words(args)
     train, test = (prepare(split, None, args.cache, data=args.data) for split in ("train", "test"))
@@ -65,6 +65,6 @@ def evaluate_names(args):
         true = [render_mesh(*vertex_coloured(train.shape(row)), size=200) for row in nearest]
         titles = zip([job.text for job in shown], [train.captions[row][-1] for row in nearest])
         save_sheet(args, f"{sheet}-nearest", sum(zip(samples, true), ()), 10, sum(titles, ()))
-    print(f"{len(names)} names. R-precision: share whose nearest name is its own. memorisation: 0, copies; 1, new.\n"
+    print(f"{len(names)} names. R-precision: share whose nearest name is its own. memorisation: 1 for new shapes.\n"
           f"{' '.join(likeness.__doc__.split())} The true shape: the nearest of the training shapes with the name")
     write_table(args.out, f"{args.command}-{args.rep}", rows)

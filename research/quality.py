@@ -123,8 +123,8 @@ def turned_back(points, turns):
 
 
 def evaluate_images(args):
-    """Samples from the name, any caption, the longest one, a picture, the last two of a held-out shape; and what the
-    tokenizer makes of the shape itself."""
+    """Samples from a held-out shape's name, any of its captions, the longest one, a picture, the last two together; and
+    its reconstruction."""
     test, tables = exam.held_out(args, ("surface", "pictures")), {}
     references, classes = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))[0], np.array(test.classes)
     rows, rng = torch.arange(min(args.shapes, len(test))), seeded(args.seed)
