@@ -66,9 +66,8 @@ class SdfHead(BySize, QueryDecoder):
         super().__init__(**size, outputs=4)
 
     def loss(self, tokens, batch):
-        """L1 of the clipped distance, at queries and at surface points, where it is 0; squared error of colours
-        there. (L1 learns the median colour: where the height of a stripe is uncertain, the stripe is lost.) Every
-        colour of a shape has the same weight, or tokens would not keep a stripe that covers a twentieth of it."""
+        """L1 of the clipped distance, at queries and at surface points, where it is 0; there, squared error of colours
+        (L1 loses stripes of uncertain height). Every colour of a shape weighs the same, so that small ones are kept."""
         x = torch.cat([batch["queries"], batch["points"]], 1)                             # b k 3
         return self.errors(self.evaluate(self.read(tokens), x), batch)                    # of b k 4
 
@@ -89,7 +88,7 @@ class SdfHead(BySize, QueryDecoder):
 class PointHead(BySize, QueryDecoder):
     """A flow from noise to the surface, independent for each point: any number of points from one set of tokens.
     x_t = (1 - t) noise + t x; outputs are the velocity x - noise, and at t = 1 normal and colour. Where there is an
-    sdf head, two steps along the normals project the points onto its surface. A third is left out: those in clumps."""
+    sdf head, two steps along the normals project the points onto its surface. Clumped points, a third, are dropped."""
     reads, needs, helpers, COUNT = {"cloud": 768}, (), ("sdf",), 4096
     STEPS = 32       # of the flow; later steps are smaller: they determine the final position
 
@@ -143,9 +142,9 @@ class PointHead(BySize, QueryDecoder):
 
 class GaussianHead(BySize, QueryDecoder):
     """Tokens and surface points -> a Gaussian each, trained on pictures. Decoded, it has the colour of the surface."""
-    POINTS = 4096    # Gaussians of a training picture; more Gaussians are smaller
+    POINTS = 4096    # Gaussians of a training picture; more are smaller, less opaque
     SIZE = .016      # standard deviation at output 0
-    PAIRS = 6        # at most so many pairs (Gaussian, tile) of a training picture, over its Gaussians
+    PAIRS = 6        # most pairs (Gaussian, tile) a Gaussian, in a training picture
     reads, needs, helpers, COUNT = {"cloud": POINTS, "views": None}, ("sdf",), (), 16384
 
     def __init__(self, **size):
@@ -153,22 +152,23 @@ class GaussianHead(BySize, QueryDecoder):
 
     def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities, colours
         offset, scale, rotation, opacity, colour = self.evaluate(memory, x).split([3, 3, 4, 1, 3], -1)
-        larger = (self.POINTS / x.shape[1]) ** (1 / 3)
+        size = (self.POINTS / x.shape[1]) ** (1 / 3)                                      # 1 / size as many overlap
         identity = torch.eye(1, 4, device=x.device)                                       # 1 0 0 0, as a quaternion
-        return (x + .05 * offset.tanh(), self.SIZE * larger * scale.clamp(-3, 2).exp(), rotation + identity,
-                (opacity[..., 0] + 3).sigmoid(), colour.sigmoid())
+        return (x + .05 * offset.tanh(), self.SIZE * size * scale.clamp(-3, 2).exp(), rotation + identity,
+                1 - (-opacity[..., 0] - 3).sigmoid() ** size, colour.sigmoid())
 
     def loss(self, tokens, batch):
-        """L1 of pictures of the Gaussians, before a random plain background, and of their colours."""
-        from geometry.splat import baked_light, splats  # only for training
+        """.8 L1 + .2 (1 - SSIM) of pictures (Kerbl et al. 2023), before a random plain background; L1 of colours."""
+        from geometry.metrics import ssim  # only for training
+        from geometry.splat import baked_light, splats
         x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # b k 3, error of the sdf head
         attributes, background = self.attributes(self.read(tokens), x), torch.rand(len(x), 1, 1, 3, device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             image = splats(*attributes, batch["angles"], batch["views"].shape[1], self.PAIRS * x.shape[1])
             target = batch["colours"] * baked_light(batch["normals"])                     # b k 3, light included
-        error = image - batch["views"]                                                    # b s s 4
         coloured = rearrange(batch["coloured"], "b -> b 1 1")
-        picture = (coloured[..., None] * error[..., :3] - error[..., 3:] * background).abs().mean()
+        shown = [coloured[..., None] * x[..., :3] + (1 - x[..., 3:]) * background for x in (image, batch["views"])]
+        picture = .8 * F.l1_loss(*shown) + .2 * (1 - ssim(*shown))                        # of b s s 3
         colour = (coloured * (attributes[-1] - target)).abs().mean()
         return picture + .2 * colour, {"picture": picture.detach(), "colour": colour.detach()}
 
@@ -181,9 +181,9 @@ class GaussianHead(BySize, QueryDecoder):
         with autocast():
             attributes = self.attributes(self.read(tokens[None]), x[None].to(tokens.device))
         means, scales, rotations, opacities, _ = (y[0].float().cpu() for y in attributes)
-        scales = scales.maximum(torch.from_numpy(gaps(x.numpy())[0])[:, None].clamp(max=.1).float() / 2)   # no holes
+        scales = scales.maximum(.3 * torch.from_numpy(gaps(x.numpy())[0])[:, None].clamp(max=.1).float())  # no holes
         rotations, colours = F.normalize(rotations, dim=-1), colours.float() * baked_light(normals)
-        return Gaussians(*(y.numpy() for y in (means, scales, rotations, opacities, colours)))
+        return Gaussians(*(y.numpy() for y in (means, scales, rotations, opacities.clamp(min=.5), colours)))
 
 
 # ---------------------------------------------------------------------------- mesh
@@ -277,7 +277,7 @@ class MeshHead(nn.Module):
 
 
 class SimplifiedMesh:
-    """The surface of the sdf head with at most `count` faces. Flat: low-poly, replaces a missing mesh head."""
+    """The surface of the sdf head with at most `count` faces. flat: low-poly, in place of a missing mesh head."""
     needs, COUNT = ("sdf",), None
 
     def __init__(self, count=None, flat=True):

@@ -5,9 +5,12 @@ averaged over the points of a cloud, and the two directions are added. Shapes fi
 scipy and skimage are imported where they are used: they take long.
 """
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 
 from engine.commands import UserError
 from geometry.export import Mesh
@@ -84,9 +87,14 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity of two pictures h w 3, values in [0, 1]: windows of 7 x 7 pixels, mean of the channels."""
-    from skimage.metrics import structural_similarity
-    return structural_similarity(a, b, data_range=1, channel_axis=-1)
+    """Structural similarity of pictures ... h w 3 with values in [0, 1] (Wang et al. 2004), in windows of 7 x 7 pixels.
+    It is differentiable."""
+    a, b = (rearrange(torch.as_tensor(x), "... h w c -> (...) c h w") for x in (a, b))
+    mean = partial(F.avg_pool2d, kernel_size=7, stride=1)
+    covariance = lambda x, y: 49 / 48 * (mean(x * y) - mean(x) * mean(y))
+    light = (2 * mean(a) * mean(b) + .01 ** 2) / (mean(a) ** 2 + mean(b) ** 2 + .01 ** 2)
+    form = (2 * covariance(a, b) + .03 ** 2) / (covariance(a, a) + covariance(b, b) + .03 ** 2)
+    return (light * form).mean()
 
 
 # ---------------------------------------------------------------------------- sets of clouds

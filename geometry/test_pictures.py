@@ -7,12 +7,13 @@ import torch
 import trimesh
 from PIL import Image
 from scipy.spatial.transform import Rotation
+from skimage.metrics import structural_similarity
 
 from conftest import TrueHead
 from engine.commands import UserError
 from geometry import export, real, render, shapes, splat, surface
 from geometry.camera import EYE, HALF, to_srgb, view_rotation
-from geometry.metrics import chamfer
+from geometry.metrics import chamfer, ssim
 from geometry.spacing import evenly, gaps
 
 
@@ -150,6 +151,15 @@ def test_pictures_at_once_are_those_of_each():
     g[0], g[1] = torch.tensor([[[0, 0, -.5], [0, 0, .5]]]), torch.ones(1, 2, 3)      # far and near, over the only tile
     near, few, both = (splat.splats(*(x[:1, i:2] for x in g), angles[:1], 8, n) for i, n in ((1, 1), (0, 1), (0, 2)))
     assert torch.equal(near, few) and not torch.allclose(near, both, atol=.01)
+
+
+def test_structural_similarity_is_that_of_skimage():
+    """Of one picture, and the mean of two."""
+    pictures, noise = np.random.default_rng(0).random((2, 2, 40, 30, 3), np.float32)
+    other = .9 * pictures + .1 * noise
+    true = [structural_similarity(*pair, data_range=1, channel_axis=-1) for pair in zip(pictures, other)]
+    assert ssim(pictures[0], other[0]).item() == pytest.approx(true[0], abs=1e-5)
+    assert ssim(pictures, other).item() == pytest.approx(np.mean(true), abs=1e-5)
 
 
 def test_gaussians_round_trip(tmp_path):
