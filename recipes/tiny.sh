@@ -17,7 +17,7 @@ $tiny --stage backbone --steps 9300                                    # 396  he
 $tiny --stage reconstruct --steps 1400                                 #  54  nll -.51, error .253
 $tiny --stage head --rep pc --steps 3000                               #  26  Chamfer .053, floor .055
 $tiny --stage head --rep mesh --steps 13500 --shapes 83200             #  90  .986 of the faces within 2 bins; 8 GB of data
-$tiny --stage head --rep gs --steps 2000                               #  49  PSNR 30.7 dB
+$tiny --stage head --rep gs --steps 2000                               #  49  PSNR 32.1 dB
 
 # checkpoints/vat: its generator trained on fixed codes for 5,000 steps; now latents are sampled at every step.
 vat="python train.py --model vat --from runs/tiny --out runs/vat"
