@@ -131,9 +131,11 @@ def test_a_copied_stage_can_be_finetuned_later(overfitted, tmp_path, monkeypatch
 
 def test_a_head_is_finetuned_without_those_that_it_needs(overfitted, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(heads.PointHead, "needs", ("sdf",))
-    flags = "--from", overfitted, "--finetune", "--steps", 2, "--batch", 2, "--stage", "head", "--rep", "pc"
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
-    assert files.read_config(tmp_path / "run")["head-pc"]["steps"] == 2
+    flags, first = ("--steps", 2, "--batch", 2, "--stage", "head", "--rep", "pc"), tmp_path / "first"
+    assert train_small(monkeypatch, first, 2, "--from", overfitted, *flags) == 0
+    assert capsys.readouterr().out.count("already done") == 1
+    assert train_small(monkeypatch, tmp_path / "run", 2, "--from", first, "--finetune", *flags) == 0
+    assert files.read_config(tmp_path / "run")["head-pc"]["finetuned"]["steps"] == 2
     assert "head-sdf: already done" in capsys.readouterr().out
 
 
