@@ -152,10 +152,10 @@ class GaussianHead(BySize, QueryDecoder):
 
     def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities, colours
         offset, scale, rotation, opacity, colour = self.evaluate(memory, x).split([3, 3, 4, 1, 3], -1)
-        size = (self.POINTS / x.shape[1]) ** (1 / 3)                                      # 1 / size as many overlap
+        factor = (self.POINTS / x.shape[1]) ** (1 / 3)                                    # 1 / factor as many overlap
         identity = torch.eye(1, 4, device=x.device)                                       # 1 0 0 0, as a quaternion
-        return (x + .05 * offset.tanh(), self.SIZE * size * scale.clamp(-3, 2).exp(), rotation + identity,
-                1 - (-opacity[..., 0] - 3).sigmoid() ** size, colour.sigmoid())
+        return (x + .05 * offset.tanh(), self.SIZE * factor * scale.clamp(-3, 2).exp(), rotation + identity,
+                1 - (1 - (opacity[..., 0] + 3).sigmoid()) ** factor, colour.sigmoid())
 
     def loss(self, tokens, batch):
         """.8 L1 + .2 (1 - SSIM) of pictures (Kerbl et al. 2023), before a random plain background; L1 of colours."""

@@ -91,7 +91,7 @@ def ssim(a, b):
     It is differentiable."""
     a, b = (rearrange(torch.as_tensor(x), "... h w c -> (...) c h w") for x in (a, b))
     mean = partial(F.avg_pool2d, kernel_size=7, stride=1)
-    covariance = lambda x, y: 49 / 48 * (mean(x * y) - mean(x) * mean(y))
+    covariance = lambda x, y: 49 / 48 * (mean(x * y) - mean(x) * mean(y))         # unbiased, of 49 pixels
     light = (2 * mean(a) * mean(b) + .01 ** 2) / (mean(a) ** 2 + mean(b) ** 2 + .01 ** 2)
     form = (2 * covariance(a, b) + .03 ** 2) / (covariance(a, a) + covariance(b, b) + .03 ** 2)
     return (light * form).mean()

@@ -7,7 +7,7 @@
 # Resumable: train.py skips stages that are done. After each command: its minutes, and what these weights reached.
 # Their tokenizer and sdf head were trained on an H200 by a script that is not here: 41,000 steps of 64 in five minutes.
 # The others were trained as here, on two cores with bf16, with three exceptions:
-# - gs: the last 1,900 steps alone, at half the rate, learnt from SSIM, too.
+# - gs: only the last 1,900 steps, at half the rate and without bf16, learnt from SSIM.
 # - the backbone of runs/assets had an earlier design, 2 + 3 blocks and a DenoiseNet of 256 x 3. In its first 2,400
 #   steps it learnt from text alone. docs/DATA.md has its figures of pictures.
 # - the shipped backbone started from nothing, on all shapes. In 590 minutes it took 9,500 steps of train.py and 36,600

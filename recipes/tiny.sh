@@ -4,7 +4,8 @@
 #     bash recipes/tiny.sh
 #
 # Resumable: train.py skips stages that are done. After each command: its minutes, and what the shipped weights reach.
-# These were trained in several runs, later ones as fine-tuning, whose steps are added up here (docs/RESULTS.md).
+# These were trained in several runs, later ones as fine-tuning, whose steps are added up here (docs/RESULTS.md); gs,
+# without SSIM.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
