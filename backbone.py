@@ -112,8 +112,7 @@ def combine(branches, strengths):                             # unit 4
 
 
 def denoise(net, x, t, z, strengths):
-    """The guided output of a DenoiseNet. x: k c, t: 1 are shared by all branches; z: (r k) d holds their context
-    vectors."""
+    """The guided output of a DenoiseNet. All branches share x: k c, t: 1; z: (r k) d holds their context vectors."""
     return combine(net(x.repeat(len(strengths) + 1, 1), t, z), strengths)         # k c
 
 

@@ -14,16 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import nn
 
-from engine.networks import (
-    BANDS,
-    FeedForward,
-    FromCells,
-    QueryDecoder,
-    cell_means,
-    fourier,
-    from_patches,
-    to_patches,
-)
+from engine.networks import BANDS, FeedForward, FromCells, QueryDecoder, cell_means, fourier, from_patches, to_patches
 from geometry.surface import TRUNCATION
 from heads import GaussianHead, PointHead, SdfHead, rarity
 from tokenizer import NOISE, Tokenizer

@@ -34,20 +34,7 @@ from engine.networks import Block, BySize, QueryDecoder, flow_pair, from_patches
 from engine.stage import Stage
 from geometry.export import Cloud, Gaussians, Mesh
 from geometry.meshes import BINS, bin_centres, close_holes, face_components, weld
-from geometry.surface import TRUNCATION, extract, in_chunks
-
-
-def field_of(head, tokens, autocast):
-    """Tokens n c -> a function: points k 3, on any device -> outputs of the head, k o."""
-    with torch.no_grad(), autocast():
-        memory = head.read(tokens[None])
-
-    @torch.no_grad()
-    def field(x):
-        with autocast():
-            return in_chunks(lambda part: head.evaluate(memory, part[None])[0], x.to(tokens.device)).to(x.device)
-    return field
-
+from geometry.surface import TRUNCATION, extract, field_of, in_chunks
 
 # ---------------------------------------------------------------------------- sdf
 
@@ -81,6 +68,14 @@ class SdfHead(BySize, QueryDecoder):
 
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=None):
         return Mesh(*extract(self, tokens, resolution, autocast))
+
+
+def onto_surface(field, x, normals):
+    """Points near the surface of a field, and their normals, ... 3 each -> points on it, and its colours there."""
+    for _ in range(2):
+        y = field(x)                                          # ... 4
+        x = x - TRUNCATION * y[..., :1] * normals
+    return x, y[..., 1:].clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------- pc
@@ -131,9 +126,7 @@ class PointHead(BySize, QueryDecoder):
         y = outputs(x, times[-1])                                                         # k 9
         normals, colours = F.normalize(y[:, 3:6], dim=-1), y[:, 6:].clamp(0, 1)
         if "sdf" in heads:
-            field = field_of(heads["sdf"], tokens, autocast)
-            for _ in range(2):
-                x = x - TRUNCATION * field(x)[:, :1] * normals
+            x, _ = onto_surface(field_of(heads["sdf"], tokens, autocast), x, normals)
         from geometry.spacing import evenly  # not for all heads
         return Cloud(*evenly(points, *(y.cpu().numpy() for y in (x, normals, colours))))
 
@@ -141,36 +134,36 @@ class PointHead(BySize, QueryDecoder):
 # ---------------------------------------------------------------------------- gs
 
 class GaussianHead(BySize, QueryDecoder):
-    """Tokens and surface points -> a Gaussian each, trained on pictures. Decoded, it has the colour of the surface."""
-    POINTS = 4096    # Gaussians of a training picture; more are smaller, less opaque
+    """Tokens and surface points -> a Gaussian each, of the colour of the surface. Trained on pictures."""
+    POINTS = 4096    # of a training shape; more Gaussians than these are smaller, less opaque
     SIZE = .016      # standard deviation at output 0
-    PAIRS = 6        # most pairs (Gaussian, tile) a Gaussian, in a training picture
+    PAIRS = 3        # most pairs (Gaussian, tile) a Gaussian, in a training picture
     reads, needs, helpers, COUNT = {"cloud": POINTS, "views": None}, ("sdf",), (), 16384
 
     def __init__(self, **size):
-        super().__init__(**size, outputs=14)
+        super().__init__(**size, outputs=11)
 
-    def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities, colours
-        offset, scale, rotation, opacity, colour = self.evaluate(memory, x).split([3, 3, 4, 1, 3], -1)
+    def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities
+        offset, scale, rotation, opacity = self.evaluate(memory, x).split([3, 3, 4, 1], -1)
         factor = (self.POINTS / x.shape[1]) ** (1 / 3)                                    # 1 / factor as many overlap
         identity = torch.eye(1, 4, device=x.device)                                       # 1 0 0 0, as a quaternion
         return (x + .05 * offset.tanh(), self.SIZE * factor * scale.clamp(-3, 2).exp(), rotation + identity,
-                1 - (1 - (opacity[..., 0] + 3).sigmoid()) ** factor, colour.sigmoid())
+                1 - (1 - (opacity[..., 0] + 3).sigmoid()) ** factor)
 
     def loss(self, tokens, batch):
-        """.8 L1 + .2 (1 - SSIM) of pictures (Kerbl et al. 2023), before a random plain background; L1 of colours."""
+        """.8 L1 + .2 (1 - SSIM) of pictures (Kerbl et al. 2023) of COUNT Gaussians, on a random plain background."""
         from geometry.metrics import ssim  # only for training
         from geometry.splat import baked_light, splats
-        x = batch["points"] + .004 * torch.randn_like(batch["points"])                    # b k 3, error of the sdf head
-        attributes, background = self.attributes(self.read(tokens), x), torch.rand(len(x), 1, 1, 3, device=x.device)
+        copies = partial(repeat, pattern="b k i -> b (k r) i", r=self.COUNT // self.POINTS)
+        points, normals, colours = map(copies, (batch["points"], batch["normals"], batch["colours"]))
+        noise = torch.randn_like(points)                      # .01 along the surface, .002 off it
+        x = points + .01 * (noise - .8 * (noise * normals).sum(-1, keepdim=True) * normals)         # b k 3
+        gaussians = *self.attributes(self.read(tokens), x), colours * baked_light(normals)
         with torch.autocast(x.device.type, enabled=False):
-            image = splats(*attributes, batch["angles"], batch["views"].shape[1], self.PAIRS * x.shape[1])
-            target = batch["colours"] * baked_light(batch["normals"])                     # b k 3, light included
-        coloured = rearrange(batch["coloured"], "b -> b 1 1")
-        shown = [coloured[..., None] * x[..., :3] + (1 - x[..., 3:]) * background for x in (image, batch["views"])]
-        picture = .8 * F.l1_loss(*shown) + .2 * (1 - ssim(*shown))                        # of b s s 3
-        colour = (coloured * (attributes[-1] - target)).abs().mean()
-        return picture + .2 * colour, {"picture": picture.detach(), "colour": colour.detach()}
+            image = splats(*gaussians, batch["angles"], batch["views"].shape[1], self.PAIRS * x.shape[1])
+        coloured, background = rearrange(batch["coloured"], "b -> b 1 1 1"), torch.rand_like(x[:, :1, None])
+        shown = [coloured * x[..., :3] + (1 - x[..., 3:]) * background for x in (image, batch["views"])]
+        return .8 * F.l1_loss(*shown) + .2 * (1 - ssim(*shown)), {}                       # of b s s 3
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=COUNT):
@@ -180,7 +173,7 @@ class GaussianHead(BySize, QueryDecoder):
         x, normals, colours = map(torch.from_numpy, evenly(points, *surface.surface(points * 3 // 2, rng)))       # k 3
         with autocast():
             attributes = self.attributes(self.read(tokens[None]), x[None].to(tokens.device))
-        means, scales, rotations, opacities, _ = (y[0].float().cpu() for y in attributes)
+        means, scales, rotations, opacities = (y[0].float().cpu() for y in attributes)
         scales = scales.maximum(.3 * torch.from_numpy(gaps(x.numpy())[0])[:, None].clamp(max=.1).float())  # no holes
         rotations, colours = F.normalize(rotations, dim=-1), colours.float() * baked_light(normals)
         return Gaussians(*(y.numpy() for y in (means, scales, rotations, opacities.clamp(min=.5), colours)))
@@ -349,7 +342,12 @@ def train(run, rep):
     # loss
     def loss_of(model, batch):
         x, samples = batch
-        return model[rep].loss(x + tokenizer.NOISE * torch.randn_like(x), samples)
+        x = x + tokenizer.NOISE * torch.randn_like(x)
+        if "sdf" in HEADS[rep].needs:                         # it is decoded on the surface of the sdf head
+            field = partial(needed["sdf"].evaluate, needed["sdf"].read(x))
+            surface = onto_surface(field, samples["points"], samples["normals"])
+            samples = samples | dict(zip(("points", "colours"), surface))
+        return model[rep].loss(x, samples)
 
     def show(model, path):
         judge.save_picture(path, judge.reconstructions(run, needed | dict(model.items()), held_out(14), rep))

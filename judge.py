@@ -25,10 +25,9 @@ from geometry.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore,
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
 from geometry.splat import splat
-from geometry.surface import TRUNCATION
+from geometry.surface import TRUNCATION, field_of
 from geometry.training_samples import draw_view
 from geometry.words import article
-from heads import field_of
 from prompts import text_tower
 
 SHAPES = 52         # held-out shapes on which a stage measures a head

@@ -29,8 +29,7 @@ class Conditions(nn.Module):
         self.nothing = nn.Parameter(torch.randn(dim) * .02)   # null token: no prompt
 
     def forward(self, condition):
-        """-> tokens b t d and their mask b t. The last token, `nothing`, is unmasked only where all others are
-        masked."""
+        """-> tokens b t d, their mask b t. The last token, `nothing`, is unmasked only where all others are masked."""
         tokens = [self.into[kind](self.norm[kind](x)) for kind, (x, _) in condition.items()]     # b t d each
         mask = torch.cat([mask for _, mask in condition.values()], 1)             # b t
         nothing = repeat(self.nothing, "d -> b 1 d", b=len(mask)).to(tokens[0].dtype)

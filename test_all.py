@@ -32,6 +32,7 @@ from geometry.export import Mesh
 from geometry.kinds import GREY
 from geometry.spacing import gaps
 from geometry.splat import baked_light
+from geometry.surface import TRUNCATION
 from prefix import Prefix
 
 CONVOLUTIONS = SMALL[tokenizer]
@@ -126,14 +127,19 @@ def test_every_colour_has_the_same_weight():
 
 @pytest.mark.parametrize("rep, settings", HEADS, ids=DESIGN)
 def test_files_without_colours_teach_none(rep, settings, prepared):
-    """They are grey all over, and no head's loss of colours counts them: it learns the form."""
+    """They are grey all over. The loss of no head depends on their colours: it learns the form."""
     split, head = prepared[0].changed(), heads.HEADS[rep](**settings)
     assert split.coloured.tolist() == [1.] * len(split)
     grey = torch.full_like(split.arrays["colours"], round(255 * GREY))
     split = split.changed(arrays=split.arrays | {"colours": grey})
     samples = split.samples(np.array([0, 1]), head.reads, data.seeded(0))
-    loss, logs = head.loss(torch.randn(2, 64, 8), samples)
-    assert logs["colour"] == 0 < loss
+    tokens, losses = torch.randn(2, 64, 8), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        losses.append(head.loss(tokens, samples)[0].item())
+        for name in samples.keys() & {"colours", "face_colours", "views"}:
+            samples[name] = torch.cat([torch.rand_like(samples[name][..., :3]), samples[name][..., 3:]], -1)
+    assert losses[0] == losses[1] > 0
 
 
 @pytest.mark.parametrize("rep, settings", HEADS, ids=DESIGN)
@@ -159,12 +165,20 @@ def test_heads_learn_and_decode(rep, settings, prepared):
     assert shape.picture(32).shape == (32, 32, 3)
 
 
+def test_points_move_onto_the_surface():
+    """Of a ball, along their normals; with the colours that it has there."""
+    normals = F.normalize(torch.randn(2, 50, 3), dim=-1)
+    field = lambda x: torch.cat([(x.norm(dim=-1, keepdim=True) - .5) / TRUNCATION, x], -1)
+    x, colours = heads.onto_surface(field, normals * (.45 + .1 * torch.rand(2, 50, 1)), normals)
+    assert torch.allclose(x, .5 * normals, atol=1e-5) and torch.allclose(colours, x.clamp(0, 1), atol=1e-5)
+
+
 def test_gaussians_have_the_colour_of_the_surface_and_no_holes():
     """Of a red ball, whatever the head learnt: lit red, half opaque, not much smaller than the gaps between them."""
     ball = trimesh.creation.icosphere(3, .5)
     red = Mesh(np.float32(ball.vertices), ball.faces, np.tile(np.float32([.8, 0, 0]), (len(ball.vertices), 1)))
     surface, head = SimpleNamespace(decode=lambda *_: red), heads.GaussianHead(**CONVOLUTIONS)
-    head.evaluate = lambda memory, x: torch.full((*x.shape[:2], 14), -9.)                 # tiny, transparent
+    head.evaluate = lambda memory, x: torch.full((*x.shape[:2], 11), -9.)                 # tiny, transparent
     found = head.decode(torch.zeros(64, 8), {"sdf": surface}, np.random.default_rng(0), points=500)
     assert len(found.means) == 500 and (found.colours[:, 1:] == 0).all()
     light = baked_light(torch.from_numpy(found.means))[:, 0].numpy()

@@ -10,8 +10,7 @@ from torch import nn
 # ---------------------------------------------------------------------------- mistakes of users, and flags
 
 class UserError(Exception):
-    """An error that the user can fix. The message names the fault, its object and the remedy, in one line, even if it
-    quotes a file."""
+    """An error that the user can fix. In one line, whatever it quotes: the fault, its object and the remedy."""
 
     def __str__(self):
         return " ".join(super().__str__().splitlines())

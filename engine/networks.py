@@ -166,8 +166,7 @@ def flow_pair(x, t):                                          # unit 2
 # ---------------------------------------------------------------------------- grids of tokens and of features
 
 def to_patches(x, patch):
-    """Tokens b n c on a grid -> b n / patch^3, c patch^3: neighbours become one token, as in DiT (Peebles and Xie
-    2023)."""
+    """Tokens b n c on a grid -> b n / patch^3, c patch^3: patches of neighbours, as in DiT (Peebles and Xie 2023)."""
     side = round(x.shape[1] ** (1 / 3)) // patch
     return rearrange(x, "b (x i y j z k) c -> b (x y z) (i j k c)", x=side, y=side, z=side, i=patch, j=patch, k=patch)
 

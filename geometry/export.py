@@ -126,8 +126,7 @@ class Gaussians(Shape):
 
     def picture(self, size=320, **view):
         from geometry.splat import render_gaussians
-        return render_gaussians(self.means, self.scales, self.rotations, self.opacities, self.colours,
-                                size=size, **view)
+        return render_gaussians(*vars(self).values(), size=size, **view)
 
     def surface(self, k, rng):
         """The normal is the shortest axis, on the side away from the centre of all Gaussians."""

@@ -1,7 +1,6 @@
 """surface.py - shape tokens -> a mesh: distances on a grid that is refined near the surface, then marching cubes.
 
-A dense grid of 256^3 has 17 million points, of which half a million matter. A head (heads.py) reads the tokens once and
-evaluates the points in chunks.
+A dense grid of 256^3 has 17 million points, of which half a million matter.
 
 Letters: r grid points along a side, k points.
 
@@ -73,6 +72,18 @@ def in_chunks(evaluate, x):
     return torch.cat([evaluate(chunk) for chunk in padded.split(2 ** 17 if x.is_cuda else 2 ** 13)])[:len(x)]
 
 
+def field_of(head, tokens, autocast):
+    """Tokens n c -> a function: points k 3, on any device -> outputs of the head, k o."""
+    with torch.no_grad(), autocast():
+        memory = head.read(tokens[None])
+
+    @torch.no_grad()
+    def field(x):
+        with autocast():
+            return in_chunks(lambda part: head.evaluate(memory, part[None])[0], x.to(tokens.device)).to(x.device)
+    return field
+
+
 @torch.no_grad()
 def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=True):
     """tokens n c -> vertices v 3, faces f 3 (outward), colours v 3 in [0, 1] of a palette: numpy arrays."""
@@ -80,13 +91,7 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
 
     from geometry.palette import few_colours
 
-    with autocast():
-        memory = head.read(tokens[None])
-
-    def evaluate(x):                                          # k 3 -> k 4: distance and colour
-        with autocast():
-            return in_chunks(lambda chunk: head.evaluate(memory, chunk[None])[0], x)
-
+    evaluate = field_of(head, tokens, autocast)               # k 3 -> k 4: distance and colour
     grid = sdf_grid(lambda x: evaluate(x)[:, 0], resolution, hierarchical, tokens.device)
     least = torch.stack([grid.amin(axes) for axes in ((1, 2), (0, 2), (0, 1))]).cpu().numpy()     # 3 r: of each layer
     if least.min() >= 0:
