@@ -23,7 +23,8 @@ from conftest import HERE, assert_one_line, run, same_files
 from engine import files
 from engine.commands import UserError, pick_device
 from geometry import export, metrics
-from heads import SimplifiedMesh, field_of
+from geometry.surface import field_of
+from heads import SimplifiedMesh
 from prompts.scores import prompt_scores
 from research import attributes
 

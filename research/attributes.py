@@ -11,9 +11,8 @@ from scipy.ndimage import binary_erosion, binary_fill_holes
 from scipy.signal import find_peaks
 
 from geometry.shapes import COUNTS
-from geometry.surface import sdf_grid
+from geometry.surface import field_of, sdf_grid
 from geometry.words import COLOURS
-from heads import field_of
 from research import exam
 from research.results import labels, write_tables
 

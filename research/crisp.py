@@ -13,8 +13,7 @@ from data import SYMMETRIES, seeded
 from geometry.export import Mesh
 from geometry.kinds import GREY
 from geometry.metrics import chamfer, chamfer_matrix, fscore
-from geometry.surface import TRUNCATION, extract
-from heads import field_of
+from geometry.surface import TRUNCATION, extract, field_of
 
 TETRAHEDRON = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3 ** .5
 STEP = .01       # of the finite differences of a field

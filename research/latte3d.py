@@ -23,8 +23,8 @@ from engine.noise import keys_of
 from geometry.crop import crop_to_object
 from geometry.metrics import chamfer_matrix
 from geometry.shapes import CLASSES
+from geometry.surface import field_of
 from geometry.words import COLOURS
-from heads import field_of
 from prompts import image_tower
 from relatives import latte3d, prior
 from research import exam

@@ -15,7 +15,7 @@ from engine.files import read_stage, trained_stages
 from geometry.metrics import chamfer, chamfer_matrix
 from geometry.prepare import name_begins
 from geometry.shapes import CLASSES
-from heads import field_of
+from geometry.surface import field_of
 from prompts import text_tower
 from research import exam, metrics
 from research.attributes import complete, measure_shape

@@ -14,7 +14,7 @@ from engine.commands import UserError
 from geometry import shapes
 from geometry.built_in import BuiltIn
 from geometry.export import Cloud
-from heads import field_of
+from geometry.surface import field_of
 from research import attributes, crisp, exam, metrics, results
 from research.scores import score_memorisation
 
