@@ -231,6 +231,7 @@ def test_train_bad_input_is_one_line(flags, complaint, tmp_path, monkeypatch, ca
 OWN = "--size", "tiny", "--from", "checkpoints/tiny"
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("flags, count", [
     (("--rep", "all"), 8), (("--stage", "tokenizer"), 1),
     (("--model", "vat", *OWN), 2), (("--model", "lost", *OWN), 3)], ids=["ltm3d", "attention", "vat", "lost"])

@@ -30,7 +30,8 @@ def tab(tmp_path_factory):
     if not CHROMIUM:
         pytest.skip("to test the page: apt-get install chromium")
     out = tmp_path_factory.mktemp("page")
-    assert run(sample.main, "--text", "a chair", "--rep", "all", "--html", "--resolution", 64, "--out", out) == 0
+    flags = "--rep", "all", "--resolution", 32, "--points", 2048, "--html", "--out", out
+    assert run(sample.main, "--text", "a chair", *flags) == 0
     text = (out / "a-chair.html").read_text()
     samples = re.search(r'"samples": \[(.*)\]\}</script>', text, re.S)[1]
     (out / "four.html").write_text(text.replace(samples, ", ".join([samples] * COUNT)))

@@ -199,6 +199,7 @@ def test_without_guidance_one_branch_is_enough():
 
 # ---------------------------------------------------------------------------- as a whole
 
+@pytest.mark.chain
 def test_a_shape_comes_back_from_its_pictures():
     """A field learns a bottle from its true pictures: IoU >= .9. (Of other shapes, pictures hide more.)"""
     torch.manual_seed(0)
@@ -224,6 +225,7 @@ def test_a_shape_comes_back_from_its_pictures():
     assert (found & inside).sum() / (found | inside).sum() > .9
 
 
+@pytest.mark.chain
 def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     """The chain, stopped and resumed = not stopped; a prompt becomes a textured mesh, also refined; pictures of the
     prior, also of a mesh; a table; mistakes are one line."""

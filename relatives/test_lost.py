@@ -195,6 +195,7 @@ def test_recomputed_blocks_learn_the_same(generator):
 
 # ---------------------------------------------------------------------------- as a whole
 
+@pytest.mark.chain
 def test_all_stages_end_to_end(tmp_path, monkeypatch, capsys):
     """The chain, on another folder's tokenizer; a prompt becomes a mesh; a search finds it; mistakes are one line."""
     for sizes, size in ((lost.SIZES, SIZE), (lost.STUDENTS, STUDENT), (lost.GENERATORS, GENERATOR)):
@@ -229,6 +230,7 @@ def test_all_stages_end_to_end(tmp_path, monkeypatch, capsys):
         assert_one_line(capsys.readouterr().err, complaint)
 
 
+@pytest.mark.chain
 def test_one_register_leaves_open_what_all_decide():
     """Shipped weights: of a chair's first register each seed makes another shape, in one piece; of all, nearly one."""
     model, heads = lost.open_tokenizer("checkpoints/lost", ["sdf"], "cpu")

@@ -191,6 +191,7 @@ def test_a_wrong_file_is_one_line(words, complaint, tmp_path, monkeypatch, capsy
     assert_one_line(capsys.readouterr().err, complaint)
 
 
+@pytest.mark.chain
 def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     """The chain, on towers of another folder; fine-tuning; a prompt becomes a mesh, codes, and a mesh again; a table of
     scales; mistakes are one line. Grids are coarse."""

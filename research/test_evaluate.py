@@ -16,6 +16,7 @@ from research import bench, closure, exam, gpu
 
 # ---------------------------------------------------------------------------- bench.py
 
+@pytest.mark.chain
 @pytest.mark.parametrize("command", ["sample --size small", "train --size small", "decode --shapes 1 --resolutions 64",
                                      "busy"])
 def test_benches(command, tmp_path, monkeypatch):
@@ -32,6 +33,7 @@ def test_benches(command, tmp_path, monkeypatch):
     assert all(float(row.get("same mesh", 1)) == 1 for row in rows)
 
 
+@pytest.mark.chain
 def test_the_bench_of_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
     """Its parts but training; a part that fails is named at the end, after the others."""
     for module, size in SMALL.items():
@@ -62,12 +64,13 @@ BLACK = lambda *_: np.zeros((8, 8, 3), np.uint8)              # for pictures tha
 
 @pytest.mark.parametrize("command, table", [
     ("tokenizer --rep pc --shapes 1", "tokenizer-pc"), ("retrieval", "retrieval"),
-    ("cross-view --shapes 1 --resolution 32", "cross-view-sdf")])
+    pytest.param("cross-view --shapes 1 --resolution 32", "cross-view-sdf", marks=pytest.mark.chain)])
 def test_evaluations_write_their_tables(command, table, four, tmp_path, examined):
     assert run(evaluate.main, *command.split(), "--checkpoint", four, "--out", tmp_path) == 0
     assert rows_of(tmp_path / table)
 
 
+@pytest.mark.chain
 def test_prompts_of_all_kinds_are_compared(four, tmp_path, examined, monkeypatch):
     """images: samples are not as near to the true surface as another sampling of it, nor anywhere else."""
     monkeypatch.setattr("research.crisp.POINTS", 20_000)
@@ -78,6 +81,7 @@ def test_prompts_of_all_kinds_are_compared(four, tmp_path, examined, monkeypatch
     assert (tmp_path / f"images-sdf-{four.name}.png").is_file()
 
 
+@pytest.mark.chain
 def test_samples_of_names_are_measured(overfitted, tmp_path, monkeypatch, capsys):
     """First without the check that these weights learnt from these files, then with it."""
     kit = tmp_path / "some kit"
@@ -126,6 +130,7 @@ def generate(overfitted, tmp_path, examined, monkeypatch):
     return command
 
 
+@pytest.mark.chain
 def test_a_stopped_evaluation_resumes(generate, four, tmp_path, monkeypatch, capsys):
     """Stopped at a sample, it samples only the others, and its table is that of a run that was not stopped. Another
     checkpoint is added; a damaged file is an error; with another seed or other code all are sampled anew."""

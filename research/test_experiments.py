@@ -11,6 +11,8 @@ from engine import files
 from relatives import lost
 from research import experiments
 
+pytestmark = pytest.mark.chain
+
 
 @pytest.fixture
 def experiment(overfitted, tmp_path, examined, monkeypatch):

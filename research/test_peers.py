@@ -19,6 +19,7 @@ def test_peers_are_as_large(size):
     assert all(abs(count / counts[0] - 1) < .09 for count in counts), counts
 
 
+@pytest.mark.chain
 @pytest.mark.parametrize("variant", ["diffusion", "autoregressive"])
 def test_other_generators_learn_what_belongs_to_a_prompt(variant):
     """Two prompts, two sets of tokens: after some steps each prompt gives its own."""
