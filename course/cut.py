@@ -25,7 +25,7 @@ def holes(path, unit):
     """The functions of a file that a unit cuts: (qualified name, node) each."""
     text = path.read_text()
     marked, found = {i for i, line in enumerate(text.splitlines(), 1) if re.search(rf"#.*\bunit {unit}$", line)}, []
-    for parent in ast.walk(ast.parse(text)):
+    for parent in ast.walk(ast.parse(text)) if marked else ():
         for node in getattr(parent, "body", []) if isinstance(parent, (ast.Module, ast.ClassDef)) else []:
             if isinstance(node, ast.FunctionDef) and node.lineno in marked:
                 found.append((f"{parent.name}.{node.name}" if isinstance(parent, ast.ClassDef) else node.name, node))
