@@ -136,7 +136,8 @@ def test_a_head_is_finetuned_without_those_that_it_needs(overfitted, tmp_path, m
     assert capsys.readouterr().out.count("already done") == 1
     assert train_small(monkeypatch, tmp_path / "run", 2, "--from", first, "--finetune", *flags) == 0
     assert files.read_config(tmp_path / "run")["head-pc"]["finetuned"]["steps"] == 2
-    assert "head-sdf: already done" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "head-sdf: already done" in out and f"2 steps of 2, from {first}" in out
 
 
 @pytest.mark.parametrize("source, flags, complaint", [

@@ -57,8 +57,8 @@ def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
     start, sums = load_state(state_path, flags, model, ema, opts)
     log = Log(run.folder / f"{stage}.csv", start, sums, run.device)
     size = sum(p.numel() for p in model.parameters())
-    resumed = f", resuming from step {start}" * bool(start)
-    print(f"{stage}: {size / 1e6:.2f} M parameters, {steps} steps of {batch}{resumed}")
+    origin = f", resuming from step {start}" if start else f", from {run.source}" if run.finetune else ""
+    print(f"{stage}: {size / 1e6:.2f} M parameters, {steps} steps of {batch}{origin}")
 
     streamed = None
     if run.train.streamed:
