@@ -124,7 +124,7 @@ def train_line(folder, bad, monkeypatch, steps=12):
     monkeypatch.setattr(train, "CHECK", 4)
     run = SimpleNamespace(folder=folder, stages={"line": Stage("line", None, steps, 4, .1)}, device=torch.device("cpu"),
                           recompute=False, autocast=contextlib.nullcontext, micro_batches=1, test=None, seed=0,
-                          graphs=False, fingerprint=lambda stage: 0,
+                          graphs=False, finetune=False, fingerprint=lambda stage: 0,
                           progress=torch.zeros(()), plot=lambda: None,
                           train=SimpleNamespace(version="toy", streamed=False))
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sample
-from conftest import HERE, run
+from conftest import HERE, once, run
 from geometry import page
 
 CHROMIUM = shutil.which("chromium")
@@ -29,12 +29,14 @@ def tab(tmp_path_factory):
     sync_api = pytest.importorskip("playwright.sync_api", reason="to test the page: pip install playwright")
     if not CHROMIUM:
         pytest.skip("to test the page: apt-get install chromium")
-    out = tmp_path_factory.mktemp("page")
-    flags = "--rep", "all", "--resolution", 32, "--points", 2048, "--html", "--out", out
-    assert run(sample.main, "--text", "a chair", *flags) == 0
-    text = (out / "a-chair.html").read_text()
-    samples = re.search(r'"samples": \[(.*)\]\}</script>', text, re.S)[1]
-    (out / "four.html").write_text(text.replace(samples, ", ".join([samples] * COUNT)))
+
+    def fill(out):
+        flags = "--rep", "all", "--resolution", 32, "--points", 2048, "--html", "--out", out
+        assert run(sample.main, "--text", "a chair", *flags) == 0
+        text = (out / "a-chair.html").read_text()
+        samples = re.search(r'"samples": \[(.*)\]\}</script>', text, re.S)[1]
+        (out / "four.html").write_text(text.replace(samples, ", ".join([samples] * COUNT)))
+    out = once(tmp_path_factory, "page", fill)
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         tab = browser.new_page(viewport={"width": 1200, "height": 1100})
