@@ -84,6 +84,21 @@ def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
     assert b"property float f_dc_0" in (tmp_path / "a-table-0-gs.ply").read_bytes()
 
 
+def test_gaussians_learn_on_the_surface_of_the_sdf_head(four, tmp_path, monkeypatch):
+    """Not on the true one: their loss gets the points and colours that onto_surface returns."""
+    loss, batches = heads.GaussianHead.loss, []
+    moved = lambda field, x, normals: (torch.full_like(x, .25), torch.full_like(x, .75))
+
+    def spy(self, tokens, batch):
+        batches.append(batch)
+        return loss(self, tokens, batch)
+    monkeypatch.setattr(heads, "onto_surface", moved)
+    monkeypatch.setattr(heads.GaussianHead, "loss", spy)
+    flags = "--rep", "gs", "--stage", "head", "--steps", 1, "--batch", 2
+    assert train_small(monkeypatch, tmp_path, 2, "--from", four, "--finetune", *flags) == 0
+    assert batches and all((x["points"] == .25).all() and (x["colours"] == .75).all() for x in batches)
+
+
 BACKBONE = "--stage", "backbone", "--steps", 2, "--batch", 2
 
 
