@@ -173,6 +173,7 @@ def overfitted(tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(surface, "COARSE", 8)
             patch.setattr(judge.grid_iou, "__defaults__", (32,))
+            patch.setattr(judge.class_accuracy, "__defaults__", (1, 256))
             for stage, (steps, batch, lr) in settings.items():
                 flags = "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr
                 assert train_small(patch, folder, 2, *flags, watched=True) == 0

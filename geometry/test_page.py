@@ -11,7 +11,7 @@ import torch
 
 import sample
 from conftest import HERE, once, run
-from geometry import page
+from geometry import page, surface
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--disable-background-networking", "--no-sandbox"
@@ -32,7 +32,9 @@ def tab(tmp_path_factory):
 
     def fill(out):
         flags = "--rep", "all", "--resolution", 32, "--points", 2048, "--html", "--out", out
-        assert run(sample.main, "--text", "a chair", *flags) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(surface, "COARSE", 8)
+            assert run(sample.main, "--text", "a chair", *flags) == 0
         text = (out / "a-chair.html").read_text()
         samples = re.search(r'"samples": \[(.*)\]\}</script>', text, re.S)[1]
         (out / "four.html").write_text(text.replace(samples, ", ".join([samples] * COUNT)))
