@@ -13,6 +13,8 @@ from pathlib import Path
 
 from cut import HERE, UNITS, Parser, all_holes, command
 
+from geometry import surface  # cut.py has made it importable
+
 SETUP = """import os, sys
 if not os.path.isfile("backbone.py"):              # Jupyter starts in the notebook's folder
     os.chdir("..")
@@ -74,9 +76,9 @@ def paths_of(unit):
 
 
 def run(path):
-    """Runs the cells of a notebook with smaller numbers. With holes, the experiment may fail."""
-    from geometry import surface  # not to write notebooks
-    surface.COARSE, names = 8, {}
+    """Runs the cells of a notebook with smaller numbers and coarser grids. With holes, the experiment may fail."""
+    surface.COARSE = 8
+    names = {}
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         for more, less in LESS.items():
