@@ -5,7 +5,7 @@
 A masked auto-encoder (MAE) encodes [prefix, known tokens] and gives every unknown token i a context vector z_i; a small
 MLP (DenoiseNet) runs a diffusion on that one token, conditioned on z_i. Training masks a random share of the tokens;
 generation starts with all tokens unknown and samples a few at every step. Unlike MAR: no dropout, no learnt variance, a
-learning rate that decays linearly (engine/step.py).
+learning rate that decays linearly (engine/optimizers.py).
 
     python train.py --rep sdf --stage backbone
 """
@@ -20,11 +20,13 @@ from torch import nn
 
 import encoders
 import heads
+import judge
 import tokenizer
 from engine.commands import UserError
 from engine.files import load_stage
+from engine.loop import Loop
 from engine.networks import Block, flow_pair, time_embedding
-from engine.noise import bits, keys_of, normal
+from engine.noise import bits, normal
 from engine.stage import Stage
 from prefix import Prefix
 
@@ -315,7 +317,7 @@ def known_counts(n, count=16, power=1.5):                     # unit 3
 load = partial(load_stage, stage="backbone", part=Backbone, variants=BACKBONES)           # frozen
 
 
-# ---------------------------------------------------------------------------- stage: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: data, model, training, save
 
 def train(run):
     """Prefix, masked auto-encoder and DenoiseNet, on frozen tokens and frozen encoders."""
@@ -326,36 +328,23 @@ def train(run):
     # model
     settings = SIZES[run.size] | sizes | {"denoiser": run.denoiser}
     model = run.part("backbone", Backbone)(**settings)
-    run.load_to_finetune("backbone", {"backbone": model}, settings=settings, variant=run.variant,
-                         towers=run.encoder_names)
+    run.load_to_finetune("backbone", {"backbone": model}, settings)
 
-    # loss: in training at one of 16 moments of generation, on held-out shapes the mean over eight
-    held_out = known_counts(model.tokens, 8, 1)
-
-    def loss_of(model, batch, *known):
-        x, condition = batch[0], towers.encode_drawn(batch[1])
-        losses = [model.loss(x, condition, k) for k in known or held_out]
-        return sum(losses) / len(losses), {}
+    # training: masked as at one of 16 moments of generation; the held-out loss is the mean over eight
+    counts, held_out_counts = known_counts(model.tokens), known_counts(model.tokens, 8, 1)
+    loop = Loop(run, "backbone", model, draw)
+    for net, (x, prompts) in loop:
+        with run.autocast():
+            condition = towers.encode_drawn(prompts)
+        chosen = [counts[torch.randint(len(counts), ())]] if net.training else held_out_counts
+        loop.step(sum(net(x, condition, known) for known in chosen) / len(chosen))
+        if path := loop.picture():
+            judge.save_picture(path, judge.samples(run, towers, loop.average.generate, decoders))
 
     # save
-    fit_generator(run, "backbone", model, draw, loss_of, towers, decoders, variant=run.variant,
-                  choices=[(k,) for k in known_counts(model.tokens)], settings=settings)
-
-
-def fit_generator(run, stage, model, draw, loss_of, towers, decoders,
-                  generate=lambda model, condition, keys: model.generate(condition, keys), choices=((),), **entries):
-    """Trains, evaluates and saves the generator of any model; show draws pictures of its samples."""
-    judge = run.judge
-
-    def show(model, path):
-        with run.autocast():
-            x = generate(model, towers.encode(run.prompts), keys_of(range(len(run.prompts)), run.device))
-        judge.save_picture(path, judge.samples(run, decoders, x))
-
-    model, seconds = run.fit(stage, model, draw, loss_of, show, choices)
-    metrics = judge.class_accuracy(run, towers, partial(generate, model), decoders)
-    run.finish(stage, seconds, {stage: model}, towers=run.encoder_names, metrics=metrics, **entries)
+    metrics = judge.class_accuracy(run, towers, loop.average.generate, decoders)
+    run.finish(loop, {"backbone": loop.average}, settings=settings, metrics=metrics)
 
 
 STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=("pictures",),
-              variants=BACKBONES)
+              flags=("variant", "denoiser", "text-encoder", "image-encoder"), variants=BACKBONES)

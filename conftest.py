@@ -20,6 +20,7 @@ import judge
 import reconstruct
 import tokenizer
 import train
+from engine import loop
 from engine import run as run_folder
 from engine.commands import command
 from geometry import surface
@@ -154,6 +155,7 @@ def train_small(patch, folder, count, *args, watched=False):
         for name, value in results.items():
             patch.setattr(judge, name, lambda *_, value=value, **__: value)
         patch.setattr(run_folder, "plot_losses", lambda panels, out: None)
+        patch.setattr(judge.page, "write_run", lambda folder: None)
         patch.setattr(judge, "write_page", lambda folder: None)
     for module, size in SMALL.items():
         patch.setitem(module.SIZES, "small", size)
@@ -233,7 +235,7 @@ def rows_of(path):
 
 def stop_in_step(number, stop):
     """A learning rate that calls stop() when training comes to this step."""
-    learning_rate = train.learning_rate
+    learning_rate = loop.learning_rate
 
     def rate(current, steps, peak):
         if current == number:

@@ -23,9 +23,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from tqdm import tqdm
 
-from engine.commands import Parser, UserError, between, command
+from engine.commands import Parser, UserError, between, command, fits
 from engine.files import atomic_write, make_folder
-from engine.step import fits
 from geometry.kinds import GREY, KINDS, POINTS, QUERIES
 from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
 from geometry.training_pictures import colours_named, recolour, relight

@@ -13,8 +13,10 @@ import functools
 import torch
 from torch import nn
 
+import judge
 import tokenizer
 from engine.files import read_stage
+from engine.loop import Loop
 from engine.stage import Stage
 from prompts import image_tower, text_tower
 from prompts.reading import nouns_of
@@ -93,16 +95,18 @@ def load_pretrained(text=None, image=None, device="cpu"):
 
 def load(folder, stage, device="cpu"):
     """The encoders that a stage of a checkpoint folder was trained with."""
-    return make(folder, **read_stage(folder, stage)["towers"], device=device)
+    flags = read_stage(folder, stage)["flags"]
+    return make(folder, flags.get("text-encoder"), flags.get("image-encoder"), device)
 
 
 # ---------------------------------------------------------------------------- training data of generators
 
-def prompted_tokens(run, stage, encoder, file="tokenizer"):
+def prompted_tokens(run, stage, encoder, encoder_stage="tokenizer"):
     """The training data of a generator: frozen towers, the sizes of tokens, and a function that draws a batch of
-    tokens with captions and pictures. encoder: clouds -> tokens; file: the name of its weights."""
+    tokens with captions and pictures. encoder: clouds -> tokens."""
     towers, encoder = make(run.folder, **run.encoder_names, device=run.device), encoder.to(run.device)
-    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8), file=file) for split in (run.train, run.test)}
+    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8), stage=encoder_stage)
+              for split in (run.train, run.test)}
     _, n, channels = tokens[run.test].shape
 
     def draw(split):
@@ -112,15 +116,13 @@ def prompted_tokens(run, stage, encoder, file="tokenizer"):
     with torch.random.fork_rng(devices=[]):                   # initial weights are the same wherever the set lies
         for split in (run.train, run.test):
             draw(split)                                       # fills the caches of towers
-    run.graphs &= all(getattr(cache, "resident", True) for cache in towers.caches.values())
     return towers, {"tokens": n, "channels": channels, "widths": towers.widths}, draw
 
 
-# ---------------------------------------------------------------------------- stage: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: data, model, training, save
 
 def train_text(run):
     """The text tower, contrastively with a cloud tower."""
-    judge = run.judge
     # data
     captions = [caption for own in run.train.captions for caption in own]
     known = read_stage(run.source, "encoders")["vocabulary"] if run.finetune else []
@@ -132,21 +134,38 @@ def train_text(run):
     # model
     settings = text_tower.SIZES[run.size]
     model = text_tower.TextAndCloud(words, nouns, **settings)
-    run.load_to_finetune("encoders", {"encoders": model}, ["word.weight"], settings=settings)
+    run.load_to_finetune("encoders", {"encoders": model}, settings, longer=["word.weight"])
     words_of = {split: model.cache(split) for split in (run.train, run.test)}
 
-    # loss
-    model, seconds = run.fit("encoders", model, draw, lambda model, batch: model.loss(*batch))
+    # training
+    loop = Loop(run, "encoders", model, draw)
+    for net, batch in loop:
+        loop.step(*net(*batch))
 
     # save
     with run.autocast():
-        found = dict(vocabulary=words, nouns=nouns, metrics=judge.caption_retrieval(model, run.test))
-    run.finish("encoders", seconds, {"encoders": model}, settings=settings, **found)
+        metrics = judge.caption_retrieval(loop.average, run.test)
+    run.finish(loop, {"encoders": loop.average}, settings=settings, vocabulary=words, nouns=nouns, metrics=metrics)
+
+
+class PicturesAndClouds(nn.Module):
+    """The image tower, the cloud tower, and a linear probe (Reader), which is discarded."""
+
+    def __init__(self, vision, reader, aligner):
+        super().__init__()
+        self.vision, self.reader, self.aligner = vision, reader, aligner
+
+    def loss(self, pictures, captioned, x):
+        """Pictures b 3 s s, captions and clouds of the same shapes (text_tower.captions_and_clouds), their tokens."""
+        ids, mask, cloud, true = captioned
+        text, cloud = self.aligner.embed_text(ids, mask), self.aligner.embed_cloud(*cloud)    # k e each
+        captions, _ = self.aligner.contrast(text, cloud, true)
+        loss, logs = self.vision.loss(pictures, cloud, self.reader, x)
+        return loss + captions, logs | {"captions": captions.detach()}
 
 
 def train_vision(run):
-    """The image tower, with the cloud tower and a linear probe (Reader), which is discarded."""
-    judge = run.judge
+    """The image tower, with the cloud tower."""
     # data: of each shape a cloud and VIEWS pictures
     aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
     tokens = {split: tokenizer.encode(run, encoder, split.repeated(8)) for split in (run.train, run.test)}    # r n c
@@ -166,25 +185,20 @@ def train_vision(run):
     _, n, channels = tokens[run.test].shape
     vision = image_tower.ImageTower(**settings)
     reader = image_tower.Reader(len(vision.place), vision.width, n, channels)
-    model = nn.ModuleDict({"vision": vision, "reader": reader, "aligner": aligner})
     aligner.freeze_text()
-    run.load_to_finetune("vision", {"vision": model["vision"]}, settings=settings)
+    model = PicturesAndClouds(vision, reader, aligner)
+    run.load_to_finetune("vision", {"vision": vision}, settings)
 
-    # loss
-    def loss_of(model, batch):
-        pictures, (ids, mask, cloud, true), x = batch
-        text, cloud = model["aligner"].embed_text(ids, mask), model["aligner"].embed_cloud(*cloud)      # k e each
-        captions, _ = model["aligner"].contrast(text, cloud, true)
-        loss, logs = model["vision"].loss(pictures, cloud, model["reader"], x)
-        return loss + captions, logs | {"captions": captions.detach()}
-
-    model, seconds = run.fit("vision", model, draw, loss_of)
+    # training
+    loop = Loop(run, "vision", model, draw)
+    for net, batch in loop:
+        loop.step(*net(*batch))
 
     # save
+    vision, aligner = loop.average.vision, loop.average.aligner
     with run.autocast():
-        metrics = judge.picture_retrieval(model["vision"], model["aligner"], run.test)
-    files = {"vision": model["vision"], "encoders": model["aligner"]}
-    run.finish("vision", seconds, files, settings=settings, metrics=metrics)
+        metrics = judge.picture_retrieval(vision, aligner, run.test)
+    run.finish(loop, {"encoders": aligner, "vision": vision}, settings=settings, metrics=metrics)
 
 
 TEXT = Stage("encoders", train_text, 800, 128, 1e-3)

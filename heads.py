@@ -7,7 +7,7 @@ which generates the tokens, is independent of the head. A head is a class with
     needs       other heads that it decodes with
     helpers     other heads that improve its decoding, where they are trained
     COUNT       default number of points; None: not a point representation
-    RATE        factor of its learning rate (engine/step.py); optional
+    RATE        factor of its learning rate (engine/optimizers.py); optional
     token       an nn.Linear, its first layer: tokenizer.standardise changes it
     loss        (tokens b n c, batch: what the methods of data.Prepared named in `reads` return, and `coloured`, b:
                 0 for shapes without colours) -> loss, logs
@@ -27,9 +27,11 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import nn
 
+import judge
 import tokenizer
 from engine.commands import UserError
 from engine.files import load_model, read_config, read_stage, trained_stages
+from engine.loop import Loop
 from engine.networks import Block, BySize, QueryDecoder, flow_pair, from_patches, time_embedding
 from engine.stage import Stage
 from geometry.export import Cloud, Gaussians, Mesh
@@ -319,7 +321,6 @@ def load(folder, reps, device="cpu"):
 
 def train(run, rep):
     """One head on frozen tokens, with the tokenizer's noise."""
-    judge = run.judge
     # data
     run, stage = run.turned(), f"head-{rep}"
     encoder = tokenizer.load(run.folder).to(run.device)
@@ -333,30 +334,29 @@ def train(run, rep):
         return tokens[split][rows], split.samples(rows, HEADS[rep].reads)
 
     # model: a head that was trained with the tokenizer is fine-tuned
+    settings = read_stage(run.folder, "tokenizer")["settings"]
     if stage in trained_stages(run.folder):
-        model = nn.ModuleDict({rep: load(run.folder, [rep])[rep]}).requires_grad_()
+        model = load(run.folder, [rep])[rep].requires_grad_()
     else:
-        model = nn.ModuleDict({rep: HEADS[rep](**tokenizer.SIZES[run.size])})
-        run.load_to_finetune(stage, {stage: model[rep]})
+        model = HEADS[rep](**settings)
+        run.load_to_finetune(stage, {stage: model}, settings)
 
-    # loss
-    def loss_of(model, batch):
-        x, samples = batch
+    # training
+    loop = Loop(run, stage, model, draw)
+    for net, (x, samples) in loop:
         x = x + tokenizer.NOISE * torch.randn_like(x)
         if "sdf" in HEADS[rep].needs:                         # it is decoded on the surface of the sdf head
-            field = partial(needed["sdf"].evaluate, needed["sdf"].read(x))
-            surface = onto_surface(field, samples["points"], samples["normals"])
+            with run.autocast():
+                field = partial(needed["sdf"].evaluate, needed["sdf"].read(x))
+                surface = onto_surface(field, samples["points"], samples["normals"])
             samples = samples | dict(zip(("points", "colours"), surface))
-        return model[rep].loss(x, samples)
-
-    def show(model, path):
-        judge.save_picture(path, judge.reconstructions(run, needed | dict(model.items()), held_out(14), rep))
-
-    model, seconds = run.fit(stage, model, draw, loss_of, show)
+        loop.step(*net(x, samples))
+        if path := loop.picture():
+            judge.save_picture(path, judge.reconstructions(run, needed | {rep: loop.average}, held_out(14), rep))
 
     # save
-    metrics = judge.head_metrics(run, needed | dict(model.items()), held_out(judge.SHAPES), rep)
-    run.finish(stage, seconds, {stage: model[rep]}, metrics=metrics)
+    metrics = judge.head_metrics(run, needed | {rep: loop.average}, held_out(judge.SHAPES), rep)
+    run.finish(loop, {stage: loop.average}, metrics=metrics)
 
 
 TRAINING = {"sdf": (1500, 32, 2e-3), "pc": (2500, 32, 2e-3), "gs": (1700, 4, 2e-3), "mesh": (5000, 32, 2e-3)}

@@ -3,7 +3,7 @@
     JUDGES[rep](heads, tokens n c, a prepared set, row, rng, autocast, points) -> {metric: number}
 
 compares the decoded shape with the true one; points: for the F-score of sdf; 0 skips it, which saves time. A new head
-needs an entry in JUDGES. train.py hands this module to stages, as run.judge: no weights depend on it.
+needs an entry in JUDGES.
 
     python evaluate.py tokenizer --rep sdf       # held-out shapes, encoded and decoded
 """
@@ -18,7 +18,7 @@ from data import seeded
 from engine import processes
 from engine.networks import grid_points
 from engine.noise import keys_of
-from engine.step import to_device
+from geometry import page
 from geometry.kinds import VIEW
 from geometry.meshes import bin_centres, quantise, sample_surface
 from geometry.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, soundness, ssim
@@ -31,12 +31,16 @@ from geometry.words import article
 from prompts import text_tower
 
 SHAPES = 52         # held-out shapes on which a stage measures a head
-save_picture = processes.first_process_only(save_png)
 
 
-def write_page(folder):
-    from geometry import page  # only here
-    page.write_run(folder)
+@processes.first_process_only
+def save_picture(path, picture):
+    """A picture of a stage in training; the page of the run shows it."""
+    save_png(path, picture)
+    page.write_run(path.parent)
+
+
+write_page = processes.first_process_only(page.write_run)
 
 
 # ---------------------------------------------------------------------------- one shape
@@ -147,29 +151,17 @@ def decode(run, heads, tokens, rep=None):
     return head.decode(tokens.to(run.device), heads, rng, run.autocast, resolution=64, points=2048)
 
 
-def samples(run, heads, tokens):
-    """A contact sheet of a sample for each prompt of a run."""
+@torch.no_grad()
+def samples(run, encoders, generate, heads):
+    """A contact sheet of a sample for each prompt of a run. generate: condition and keys -> tokens b n c."""
+    with run.autocast():
+        tokens = generate(encoders.encode(run.prompts), keys_of(range(len(run.prompts)), run.device))
     return contact_sheet([decode(run, heads, x).picture(160) for x in tokens], 7, run.prompts)
 
 
 def reconstructions(run, heads, tokens, rep):
     """A contact sheet of held-out shapes, encoded and decoded."""
     return contact_sheet([decode(run, heads, x, rep).picture(160) for x in tokens], 7)
-
-
-@torch.no_grad()
-def shares_of_loss(run, model, loss_of, samples_of):
-    """The loss of each training shape alone, over the sum of all: r. A file is measured in one position."""
-    losses, model = {}, model.to(run.device)
-    own = run.train.rows.tolist()
-    for row in tqdm(range(len(own)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
-        if own[row] not in losses:
-            torch.manual_seed(row)
-            batch = to_device(samples_of(run.train, torch.tensor([row], device=run.train.device)), run.device)
-            with run.autocast():
-                losses[own[row]] = loss_of(model, batch)[0].item()
-    losses = torch.tensor([losses[number] for number in own], device=run.train.device)
-    return losses / losses.sum()
 
 
 # ---------------------------------------------------------------------------- the towers

@@ -20,9 +20,11 @@ from torch import nn
 
 import encoders
 import heads
+import judge
 import tokenizer
 from engine.commands import UserError
 from engine.files import load_stage
+from engine.loop import Loop
 from engine.networks import Block
 from engine.stage import Stage
 from prefix import Conditions
@@ -116,11 +118,10 @@ def blending(model, condition, rgs):
 load = partial(load_stage, stage="reconstruct", part=Reconstructor)        # of a checkpoint folder, frozen
 
 
-# ---------------------------------------------------------------------------- stage: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: data, model, training, save
 
 def train(run):
     """The deterministic reconstruction of RGS, on frozen tokens and frozen encoders."""
-    judge = run.judge
     # data
     towers, sizes, draw = encoders.prompted_tokens(run, "reconstruct", tokenizer.load(run.folder))
     decoders = heads.load(run.folder, run.joint, run.device)
@@ -128,21 +129,21 @@ def train(run):
     # model
     settings = SIZES[run.size] | sizes
     model = Reconstructor(**settings)
-    run.load_to_finetune("reconstruct", {"reconstruct": model}, settings=settings, towers=run.encoder_names)
+    run.load_to_finetune("reconstruct", {"reconstruct": model}, settings)
 
-    # loss
-    def loss_of(model, batch):
-        return model.loss(batch[0], towers.encode_drawn(batch[1]))
-
-    def show(model, path):
+    # training
+    loop = Loop(run, "reconstruct", model, draw)
+    for net, (x, prompts) in loop:
         with run.autocast():
-            x, _ = model(towers.encode(run.prompts))
-        judge.save_picture(path, judge.samples(run, decoders, x))
-
-    model, seconds = run.fit("reconstruct", model, draw, loss_of, show)
+            condition = towers.encode_drawn(prompts)
+        loop.step(*net(x, condition))
+        if path := loop.picture():
+            reconstruct = lambda condition, keys: loop.average(condition)[0]
+            judge.save_picture(path, judge.samples(run, towers, reconstruct, decoders))
 
     # save
-    run.finish("reconstruct", seconds, {"reconstruct": model}, settings=settings, towers=run.encoder_names)
+    run.finish(loop, {"reconstruct": loop.average}, settings=settings)
 
 
-STAGE = Stage("reconstruct", train, 600, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=("pictures",))
+STAGE = Stage("reconstruct", train, 600, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=("pictures",),
+              flags=("text-encoder", "image-encoder"))

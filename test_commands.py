@@ -131,25 +131,17 @@ def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def with_nans(content):
-    """A file of weights, its first numbers NaN: they come after the header, floats before int8."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    return content[:start] + b"\xff" * 1000 + content[start + 1000:]
-
-
 @pytest.mark.parametrize("name, damage, complaint", [
-    ("backbone.safetensors", lambda content: content[:len(content) // 2], "truncated"),
-    ("backbone.safetensors", with_nans, "not finite"),
+    ("backbone.safetensors", lambda content: content[:len(content) // 2], "is damaged"),
     ("head-sdf.safetensors", lambda content: pickle.dumps([1]), "no safetensors"),
-    ("tokenizer.safetensors", lambda content: content + b"0", "trained with another tokenizer"),
+    ("tokenizer.safetensors", lambda content: content + b"0", "is damaged"),
     ("reconstruct.safetensors", None, "no file"),
     ("config.json", lambda content: content[:100], "not readable JSON"),
     ("config.json", lambda content: b"{}", "holds no trained backbone"),
-    ("config.json", lambda content: content.replace(b'"dim": 64', b'"dim": 128'), "does not fit this model"),
-    ("config.json", lambda content: content.replace(b'"heads": 4', b'"heads": 7'), "7 attention heads do not divide"),
-    ("config.json", lambda content: content.replace(b'"settings"', b'"sittings"'), "has no 'settings'"),
-    ("config.json", lambda content: content.replace(b'"towers"', b'"sampling": {"steps": "x"}, "towers"'), "sampling"),
-    ("config.json", lambda content: content.replace(b'"towers"', b'"sampling": {"haste": 1}, "towers"'), "no haste")])
+    ("config.json", lambda content: content.replace(b'"dim": 64', b'"dim": 128'), "was edited"),
+    ("config.json", lambda content: content.replace(b'"signature"', b'"sign"'), "has no 'signature'"),
+    ("config.json", lambda content: content.replace(b'"flags"', b'"sampling": {"steps": "x"}, "flags"'), "sampling"),
+    ("config.json", lambda content: content.replace(b'"flags"', b'"sampling": {"haste": 1}, "flags"'), "no haste")])
 def test_damaged_checkpoint_is_one_line(overfitted, name, damage, complaint, tmp_path, capsys):
     """Truncated, foreign, missing, exchanged and other-sized files of a checkpoint are named."""
     folder = shutil.copytree(overfitted, tmp_path / "checkpoint")

@@ -18,7 +18,10 @@ from einops import repeat
 from torch import nn
 from tqdm import tqdm
 
-from engine.files import atomic_write, digest, load_stage
+import judge
+from engine import processes
+from engine.files import atomic_write, load_stage, signatures
+from engine.loop import Loop, to_device
 from engine.networks import BANDS, Block, BySize, fourier, from_patches, grid_points
 from engine.stage import Stage
 
@@ -79,11 +82,10 @@ def standardise(tokenizer, heads, tokens):                    # unit 1
 
 
 @torch.no_grad()
-def encode_set(tokenizer, split, device, autocast, weights=None, rows=None):
-    """The tokens of a prepared set, or of some rows: shapes n c. weights: the file of a frozen tokenizer, whose tokens
-    are computed once and saved beside the set."""
-    saved = weights and weights.is_file() and rows is None    # rows: the tokenizer is still in training
-    path = saved and split.folders["surface"] / f"tokens-{digest(weights)}-{tokenizer.patch}-{split.name}.npy"
+def encode_set(tokenizer, split, device, autocast, signature=None, rows=None):
+    """The tokens of a prepared set, or of some rows: shapes n c. signature: of a frozen tokenizer, whose tokens are
+    computed once and saved beside the set."""
+    path = signature and rows is None and split.folders["surface"] / f"tokens-{signature}-{split.name}.npy"
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float().to(split.device)
     rows, chunks = np.arange(len(split)) if rows is None else rows, []
@@ -100,79 +102,104 @@ def encode_set(tokenizer, split, device, autocast, weights=None, rows=None):
     return tokens.float().to(split.device)
 
 
-def encode(run, tokenizer, split, rows=None, file="tokenizer"):
-    """The tokens of a prepared set, on its device: shapes n c. file: the name of the weights."""
-    return encode_set(tokenizer, split, run.device, run.autocast, run.folder / f"{file}.safetensors", rows)
+def encode(run, tokenizer, split, rows=None, stage="tokenizer"):
+    """The tokens of a prepared set, on its device: shapes n c. stage: that of the tokenizer, once it is trained."""
+    return encode_set(tokenizer, split, run.device, run.autocast, signatures(run.folder).get(stage), rows)
 
 
 load = partial(load_stage, stage="tokenizer", part=Tokenizer)        # of a checkpoint folder, frozen
 
 
-# ---------------------------------------------------------------------------- stage: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: model, data, training, save
 
-def head_losses(heads, tokens, samples, share=1.):
-    """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads are scaled
-    to one norm, the micro-batch's share of the batch: the tokenizer weighs all heads equally, whatever their losses."""
-    losses, logs = [], {}
-    for rep, batch in samples.items():
-        x = tokens[:len(next(iter(batch.values())))].clone()                                  # b n c
-        if x.requires_grad and len(samples) > 1:
-            x.register_hook(lambda gradient: gradient * share / gradient.norm().clamp(min=1e-12))
-        loss, head_logs = heads[rep].loss(x, batch)
-        losses.append(loss)
-        logs |= {f"{rep} {name}": value for name, value in head_logs.items()}
-    return sum(losses), logs
+class Autoencoder(nn.Module):
+    """The tokenizer and the heads that it is trained with. share: weight of a micro-batch in the loss."""
+
+    def __init__(self, tokenizer, heads, share=1.):
+        super().__init__()
+        self.tokenizer, self.heads, self.share = tokenizer, nn.ModuleDict(heads), share
+
+    def loss(self, cloud, samples, before=None):
+        """cloud: points, normals, colours; samples: {rep: those of its head}; before: with --finetune, the tokens of
+        the weights at the start. Their drift is penalised: heads and backbone need few steps to adapt."""
+        tokens = self.tokenizer(*cloud)                                           # b n c
+        loss, logs = self.head_losses(tokens, samples)
+        drift = torch.zeros_like(loss) if before is None else F.mse_loss(tokens, before)
+        return loss + STAY * drift, logs | {"drift": drift.detach()}
+
+    def head_losses(self, tokens, samples):
+        """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads are
+        scaled to one norm: the tokenizer weighs all heads equally, whatever their losses."""
+        losses, logs = [], {}
+        for rep, batch in samples.items():
+            x = tokens[:len(next(iter(batch.values())))].clone()                              # b n c
+            if x.requires_grad and len(samples) > 1:
+                x.register_hook(lambda gradient: gradient * self.share / gradient.norm().clamp(min=1e-12))
+            loss, head_logs = self.heads[rep].loss(x, batch)
+            losses.append(loss)
+            logs |= {f"{rep} {name}": value for name, value in head_logs.items()}
+        return sum(losses), logs
+
+    def files(self):                                          # name of a weights file: its module
+        return {"tokenizer": self.tokenizer} | {f"head-{rep}": head for rep, head in self.heads.items()}
+
+
+@torch.no_grad()
+def shares_of_loss(run, model, samples_of):
+    """The loss of each training shape alone, over the sum of all: r. A file is measured in one position."""
+    losses, model = {}, model.to(run.device)
+    files = run.train.rows.tolist()
+    for row in tqdm(range(len(files)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
+        if files[row] not in losses:
+            torch.manual_seed(row)
+            batch = to_device(samples_of(run.train, torch.tensor([row], device=run.train.device)), run.device)
+            with run.autocast():
+                losses[files[row]] = model.loss(*batch)[0].item()
+    losses = torch.tensor([losses[number] for number in files], device=run.train.device)
+    return losses / losses.sum()
 
 
 def train(run):
-    """The tokenizer, jointly with the heads run.joint. Data come last: the odds of a shape need the loss."""
-    judge = run.judge
+    """The tokenizer, jointly with the heads run.joint."""
     run = run.turned()
+
     # model
     settings = SIZES[run.size]
-    model = nn.ModuleDict({"tokenizer": Tokenizer(**settings)})
-    model.update({rep: run.heads[rep](**settings) for rep in run.joint})
-    files = {"tokenizer": "tokenizer"} | {rep: f"head-{rep}" for rep in run.joint}
-    run.load_to_finetune("tokenizer", {file: model[name] for name, file in files.items()})
+    model = Autoencoder(Tokenizer(**settings), {rep: run.heads[rep](**settings) for rep in run.joint}, run.share)
+    run.load_to_finetune("tokenizer", model.files(), settings)
     before = load(run.source).to(run.device) if run.finetune else None
 
-    # loss: of the heads; with --finetune, a penalty on drift: heads and backbone need few steps to adapt
-    def loss_of(model, batch):
-        cloud, samples = batch
-        tokens = model["tokenizer"](*cloud)                                                   # b n c
-        loss, logs = head_losses(model, tokens, samples, 1 / run.micro_batches)
-        drift = F.mse_loss(tokens, before(*cloud)) if run.finetune else torch.zeros(())
-        return loss + STAY * drift, logs | {"drift": drift.detach()}
-
     # data: with --finetune, training shapes are drawn in proportion to their loss at the start
-    points = model["tokenizer"].points // 2
+    points = model.tokenizer.points // 2
 
     def samples_of(split, rows):
         own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.joint}          # batch of its own stage
         return split.cloud(rows, points), {rep: split.samples(own[rep], run.heads[rep].reads) for rep in own}
 
-    odds = judge.shares_of_loss(run, model, loss_of, samples_of).cumsum(0) if run.finetune else None
+    weights = shares_of_loss(run, model, samples_of).cumsum(0) if run.finetune else None
 
     def draw(split):
         rows = split.draw(run.micro_batch_size("tokenizer"))
         if run.finetune and split is run.train:
-            rows = torch.searchsorted(odds, torch.rand(len(rows), device=odds.device)).clamp(max=len(odds) - 1)
+            share = torch.rand(len(rows), device=weights.device)
+            rows = torch.searchsorted(weights, share).clamp(max=len(weights) - 1)
         return samples_of(split, rows)
 
-    def show(model, path):
-        tokens = encode(run, model["tokenizer"], run.test, run.test.spread(14))
-        judge.save_picture(path, judge.reconstructions(run, model, tokens, run.joint[-1]))
-
-    model, seconds = run.fit("tokenizer", model, draw, loss_of, show)
+    # training
+    loop = Loop(run, "tokenizer", model, draw)
+    for net, (cloud, samples) in loop:
+        loop.step(*net(cloud, samples, before(*cloud) if run.finetune else None))
+        if path := loop.picture():
+            tokens = encode(run, loop.average.tokenizer, run.test, run.test.spread(14))
+            judge.save_picture(path, judge.reconstructions(run, loop.average.heads, tokens, run.joint[-1]))
 
     # save
-    own_heads = {rep: model[rep] for rep in run.joint}
-    tokens = encode(run, model["tokenizer"], run.train, run.train.spread(2000))
-    standardise(model["tokenizer"], own_heads.values(), tokens.to(run.device))
-    tokens = encode(run, model["tokenizer"], run.test, run.test.spread(judge.SHAPES))
-    metrics = judge.head_metrics(run, own_heads, tokens, run.joint[-1])
-    run.finish("tokenizer", seconds, {file: model[name] for name, file in files.items()}, settings=settings,
-               heads=list(run.joint), metrics=metrics)
+    encoder, heads = loop.average.tokenizer, loop.average.heads
+    tokens = encode(run, encoder, run.train, run.train.spread(2000))
+    standardise(encoder, heads.values(), tokens.to(run.device))
+    tokens = encode(run, encoder, run.test, run.test.spread(judge.SHAPES))
+    metrics = judge.head_metrics(run, heads, tokens, run.joint[-1])
+    run.finish(loop, loop.average.files(), settings=settings, heads=list(run.joint), metrics=metrics)
 
 
-STAGE = Stage("tokenizer", train, 1500, 32, 2e-3)
+STAGE = Stage("tokenizer", train, 1500, 32, 2e-3, flags=("tokens",))

@@ -12,113 +12,24 @@ config.json), logs (<stage>.csv), pictures (<stage>-<step>.png) and loss curves 
 """
 from importlib import import_module
 from pathlib import Path
-from zlib import crc32
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
 import backbone
 import encoders
 import heads
+import judge
 import reconstruct
 import tokenizer
 from data import kinds_of, training_sets
 from engine import processes
 from engine.commands import Parser, UserError, add_device_flags, between, command
-from engine.files import make_folder, read_config, trained_stages
-from engine.graphs import COMPILED, Replayed, compiled
+from engine.files import read_config, trained_stages
 from engine.run import Run, copy_stages, locked
 from engine.stage import RELATIVES
-from engine.state import Log, load_state, save_state, stop_after_step
-from engine.step import EMA, held_out_loss, learning_rate, optimizers, recompute_blocks, seed_batch, set_rate, update
-from geometry.prepare import TRAIN_SHAPES, name_begins
+from geometry.prepare import TRAIN_SHAPES
 
 LTM3D = [encoders.TEXT, tokenizer.STAGE, encoders.VISION, *heads.STAGES, backbone.STAGE, reconstruct.STAGE]
-SAVE, CHECK = 200, 100                       # steps between saves and held-out losses
-SHOW, PICTURES = 500, 3                      # steps between pictures, at least; about how many
-MOST_SKIPPED = 10                            # steps in a row
-
-
-# ---------------------------------------------------------------------------- the loop of every stage
-
-def fit(run, stage, model, draw, loss_of, show=None, choices=((),)):
-    """Trains `model` on loss_of(model, draw(split), *choice), -> loss, logs; each micro-batch takes one of `choices`,
-    tuples of numbers. Returns its moving average, frozen, and the seconds. show(model, path) draws its output."""
-    steps, batch, lr = run.stages[stage].steps, run.stages[stage].batch, run.stages[stage].lr
-    state_path = make_folder(run.folder) / f"{stage}.state.safetensors"
-    model = model.to(run.device).train()
-    ema = EMA(model)
-    if run.recompute:
-        recompute_blocks(model)
-    opts = optimizers(model, lr)
-    flags = {"steps": steps, "batch": batch, "seed": run.seed, "lr": lr, "data": crc32(run.train.version.encode()),
-             "micro-batches": run.micro_batches, "others": run.fingerprint(stage)}
-    start, sums = load_state(state_path, flags, model, ema, opts)
-    log = Log(run.folder / f"{stage}.csv", start, sums, run.device)
-    size = sum(p.numel() for p in model.parameters())
-    origin = f", resuming from step {start}" if start else f", from {run.source}" if run.finetune else ""
-    print(f"{stage}: {size / 1e6:.2f} M parameters, {steps} steps of {batch}{origin}")
-
-    streamed = None
-    if run.train.streamed:
-        from engine.streamed import Streamed  # for sets that do not fit into a GPU's memory
-        streamed = Streamed(run, stage, draw, start, steps)
-    step_loss = compiled(loss_of) if run.graphs and size > COMPILED else loss_of
-
-    def micro_batch(*choice):                                 # forward and backward pass
-        samples = streamed.batch if streamed else draw(run.train)
-        with run.autocast():
-            loss, logs = step_loss(model, samples, *choice)
-        (loss / run.micro_batches).backward()
-        log.add({"loss": loss} | logs, 1 / run.micro_batches)
-
-    def update_weights():                                     # unless a gradient is not finite
-        finite = nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite()
-        update(opts, finite)
-        log.count(finite)
-        model.zero_grad(set_to_none=not run.graphs)
-
-    micro_batch, update_weights = Replayed(micro_batch, run.graphs), Replayed(update_weights, run.graphs)
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, unit="step", smoothing=.05, mininterval=1.,
-               disable=processes.rank() > 0)
-    with stop_after_step(bar, stage) as stop:
-        for step in bar:
-            run.progress.fill_(step / steps)
-            # --- forward and backward passes: process r takes micro-batches r, r + world ...
-            for i in range(processes.rank(), run.micro_batches, processes.world()):
-                if streamed:
-                    streamed.advance()
-                micro_batch(*seed_batch(run, stage, step, i, choices))
-            processes.sum_over_processes([p.grad for p in model.parameters() if p.grad is not None], log.now.values())
-
-            # --- update
-            rate = learning_rate(step, steps, lr)
-            set_rate(opts, rate)
-            update_weights()
-            ema.update(step)
-
-            # --- log, save, draw a picture; only the first process writes
-            done, last, stopped = step + 1, step + 1 == steps, processes.any_process(stop)
-            if done % CHECK == 0 or last:
-                columns, skipped = log.write(done, rate, held_out_loss(run, ema.model, draw, loss_of))
-                bar.set_postfix(columns)
-                if skipped >= min(MOST_SKIPPED, steps):
-                    raise UserError(f"{stage}: the gradients of {skipped:.0f} steps in a row are not finite; "
-                                    f"give an --lr below {lr:g}, or look for NaN in the data")
-            if done % SAVE == 0 or last or stopped:
-                save_state(state_path, done, flags, model, ema, opts, log.sums | {"seconds": log.seconds()})
-            if not stopped and (done % max(SHOW, -(-steps // PICTURES)) == 0 or last):
-                if show:
-                    with torch.no_grad():
-                        show(ema.model, run.folder / f"{stage}-{done:06d}.png")
-                run.plot()
-            if stopped:
-                bar.close()
-                print(f"{stage} is saved at step {done} of {steps}; the same command resumes it")
-                raise KeyboardInterrupt
-
-    return ema.model, log.seconds()
 
 
 # ---------------------------------------------------------------------------- the chain of stages
@@ -129,26 +40,27 @@ def stages_of(model):
 
 
 def chosen(args, stages, reps):
-    """The names of the stages to train, all or --stage, with a head for each representation."""
+    """The names of the stages to train, all or --stage, with a head for each representation. A pretrained encoder
+    replaces a tower; the built-in text tower also aligns the image tower."""
     names = [stage.name for stage in stages if not stage.name.startswith("head-") or stage.name[5:] in reps]
-    if args.image_encoder:                                    # replaces the image tower
-        names.remove("vision")
-    return [name for name in names if args.stage in (None, name, "head" if name.startswith("head-") else name)]
+    replaced = ["vision"] * bool(args.image_encoder)
+    replaced += ["encoders"] * bool(args.image_encoder and args.text_encoder and args.model == "ltm3d")
+    return [name for name in names if name not in replaced
+            and args.stage in (None, name, "head" if name.startswith("head-") else name)]
 
 
 def chain(args, reps, joint, folder):
     """Trains all unfinished stages, or --stage. joint: the heads trained jointly with the tokenizer."""
-    import judge
     with processes.first_process_ahead():
         stages = {stage.name: stage._replace(steps=args.steps or stage.steps, batch=args.batch or stage.batch,
                                              lr=args.lr or stage.lr) for stage in stages_of(args.model)}
         last = RELATIVES.get(args.model, "backbone")
-        run, begin = Run(args, stages, heads.HEADS, reps, joint, last, folder, fit, judge), name_begins(args.data)
+        run = Run(args, stages, heads.HEADS, reps, joint, last, folder, args.data and Path(args.data).resolve().stem)
         encoders.load_pretrained(**run.encoder_names, device=run.device)          # a missing one is an error here
         names = chosen(args, stages.values(), reps)
         if args.source:
-            copy_stages(run, Path(args.source), begin, names if args.stage else ())
-        run.check_folder(begin)
+            copy_stages(run, Path(args.source), names if args.stage else ())
+        run.check_folder()
         print(f"{run.folder}, running on {run.reason}")
         if not names:
             raise UserError("--image-encoder replaces the image tower; leave out --stage vision")
@@ -171,10 +83,26 @@ def chain(args, reps, joint, folder):
             if name in done and not (args.finetune and (again or name == args.stage) and run.is_copied(name)):
                 print(f"{name}: already done in {run.folder}")
                 continue
-            torch.manual_seed(run.seed)                       # initial weights, whichever stages came before
-            stages[name].train(run)
+            train_stage(run, stages[name])
     if last in names and not args.variant:
         print(f'next: python sample.py --checkpoint {run.folder} --rep {run.reps[-1]} --text "{run.prompts[0]}"')
+
+
+def train_stage(run, stage):
+    """Trains a stage; if compiling it fails on this machine, once more without it, from the last save on."""
+    torch.manual_seed(run.seed)                               # initial weights, whichever stages came before
+    try:
+        stage.train(run)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not run.compile:
+            raise
+        print(f"{stage.name}: torch.compile fails here ({str(error).splitlines()[0]}); training goes on without it")
+        run.compile = False
+        torch.manual_seed(run.seed)
+        stage.train(run)
+    judge.write_page(run.folder)
 
 
 def check_order(args, run, names):
@@ -230,7 +158,7 @@ def arguments():
 
     flag = parser.add_argument_group("many GPUs").add_argument
     flag("--micro-batches", type=between(1), help="shares of a batch: more, less memory (default: one per process)")
-    flag("--no-compile", action="store_true", help="on a GPU: eager, without CUDA graphs and torch.compile")
+    flag("--no-compile", action="store_true", help="on a GPU: without torch.compile and CUDA graphs")
     flag("--recompute", action="store_true", help="compute activations twice: less memory, longer steps")
     args = parser.parse_args()
     for name in ("data", "source", "out", "cache"):

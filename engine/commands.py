@@ -102,6 +102,14 @@ def pick_device(name=None, precision=None):
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16), reason
 
 
+RESIDENT = .5    # share of a GPU's free memory for a prepared set, or for cached tokens
+
+
+def fits(size, device):
+    """Do `size` bytes fit into the device's memory, beside what a training step needs?"""
+    return device.type != "cuda" or size < RESIDENT * torch.cuda.mem_get_info(device)[0]
+
+
 def add_device_flags(parser):
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is available)")
     parser.add_argument("--precision", choices=["fp32", "bf16"],

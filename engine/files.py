@@ -131,15 +131,14 @@ def is_words(value):
 
 
 FORMS = {  # a field of config.json: its form, in words and as a test
-    **dict.fromkeys(("size", "data", "variant"), ("a word", lambda x: type(x) is str)),
+    **dict.fromkeys(("data", "signature"), ("a word", lambda x: type(x) is str)),
     **dict.fromkeys(("vocabulary", "heads"), ("a list of words", is_words)),
     "steps": ("a whole number", lambda x: type(x) is int),
     "seconds": ("a number", lambda x: type(x) in (int, float) and math.isfinite(x)),
     "settings": ("sizes of a network by name", is_settings),
     "sampling": ("options of sampling by name", is_sampling),
     **dict.fromkeys(("nouns", "made_with"), ("words by name", lambda x: type(x) is dict and is_words([*x.values()]))),
-    "towers": ("names of encoders", lambda x: type(x) is dict and x.keys() == {"text", "image"}
-               and is_words([name for name in x.values() if name is not None]))}
+    "flags": ("words by name", lambda x: type(x) is dict and is_words([y for y in x.values() if y is not None]))}
 
 
 class Entry(dict):
@@ -174,32 +173,63 @@ def write_config(folder, stage, **entries):
         part.write_text(json.dumps(config, indent=0) + "\n")      # most lines are words: no indentation
 
 
-def digest(*paths):
-    """The digest of the content of files, twelve hex digits."""
-    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:12]
+def digest(path):
+    """The digest of a file's content, twelve hex digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------- trained stages
+
+SIGNED = "flags", "settings", "heads", "vocabulary", "nouns", "made_with"         # fields of config.json
+
+
+def signature(folder, stage, entry):
+    """A hash of what a stage was made with (flags, settings, the signatures of the stages before it) and of its
+    weights."""
+    fields = {name: entry[name] for name in SIGNED if name in entry}
+    weights = (Path(folder) / f"{stage}.safetensors").read_bytes()
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode() + weights).hexdigest()[:12]
+
+
+def signatures(folder):
+    """{stage: signature} of the stages in a checkpoint folder."""
+    return {stage: entry["signature"] for stage, entry in read_config(folder).items()}
+
+
+def first_difference(before, now):
+    """What a stage was made with and what this command would make it with, {flag: value} -> "with --size tiny, not with
+    --size small", of the first flag that differs; None: they are the same."""
+    for flag, value in before.items():
+        if now.get(flag) != value:
+            words = [f"no --{flag}" if x is None else f"--{flag} {x}" for x in (value, now.get(flag))]
+            return f"with {words[0]}, not with {words[1]}"
 
 
 def read_stage(folder, stage):
-    """The entry of a trained stage in config.json. Stages beside it must be those that it was trained on."""
+    """The entry of a trained stage in config.json. Its weights, and the stages beside it, must be those of its
+    signature."""
     entry = read_config(folder).get(stage)
     if entry is None and (Path(folder) / f"{stage}.state.safetensors").is_file():
         raise UserError(f"the {stage} in {folder} is half trained; repeat the train.py command that began it")
     if entry is None:
         raise UserError(f"{folder} holds no trained {stage}; name another folder, or train it there: "
                         f"python train.py --stage {stage.replace('head-', 'head --rep ')} --out {folder}")
-    for name, made_with in dict(entry.get("made_with", {})).items():
-        path = Path(folder) / f"{name}.safetensors"
-        if path.is_file() and digest(path) != made_with:
-            raise UserError(f"the {stage} in {folder} was trained with another {name}, or {path} is damaged; restore "
-                            f"that file, or remove '{stage}' from config.json and run: "
-                            f"python train.py --stage {stage} --out {folder}")
+    path, again = Path(folder) / f"{stage}.safetensors", f"python train.py --stage {stage} --out {folder}"
+    if path.is_file() and entry["signature"] != signature(folder, stage, entry):
+        raise UserError(f"{path} is damaged, or its entry in {folder}/config.json was edited; restore them, or remove "
+                        f"'{stage}' from config.json and run: {again}")
+    present = signatures(folder)
+    for name, before in entry["made_with"].items():
+        if present.get(name, before) != before:
+            raise UserError(f"the {stage} in {folder} was trained with another {name}; restore that, or remove "
+                            f"'{stage}' from config.json and run: {again}")
     return entry
 
 
 def load_stage(folder, stage, part, variants={}):
     """The model of a trained stage, frozen: a `part` or, if the stage is a variant, its class in `variants`."""
     entry = read_stage(folder, stage)
-    name = entry.get("variant")
+    name = entry["flags"].get("variant")
     if name not in (None, *variants):
         raise UserError(f"the {stage} in {folder} is a variant, {name}; evaluate.py loads those, other commands do not")
     return load_model(variants.get(name, part), f"{folder}/{stage}.safetensors", **entry["settings"])

@@ -7,41 +7,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 
-WARM = 2    # eager calls before the capture: they create gradients, optimizer states, workspaces
 MODE = "thread_local"    # other threads may use CUDA during a capture: those that pin memory
-COMPILED = 20e6    # parameters from which compiling pays for a minute of it
+INDUCTOR = {"triton.cudagraphs": True, "fallback_random": True}      # the random numbers are those of eager code
 
 
-def compiled(loss_of, **options):
-    """The loss as fused kernels. A call of einops is one node of the graph: tracing is three times as fast."""
+def compiled(net, **options):
+    """A loss as fused kernels, launched as CUDA graphs. A call of einops is one node of the graph: tracing is three
+    times as fast. Only the number of known tokens differs between calls: at most three graphs are traced."""
     torch._dynamo.allow_in_graph([rearrange, reduce, repeat])
-    return torch.compile(loss_of, fullgraph=True, **options)
-
-
-class Replayed:
-    """A function of whole numbers, the key, that works in place, on static tensors. If `active`, one CUDA graph a key.
-    torch.manual_seed before a call seeds the replay, too."""
-
-    def __init__(self, function, active):
-        self.function, self.active, self.calls, self.graphs = function, active, {}, {}
-        if active:
-            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-
-    def __call__(self, *key):
-        if not self.active:
-            return self.function(*key)
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= WARM:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.function(*key)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return
-        if key not in self.graphs:
-            self.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[key], pool=self.pool, stream=self.stream, capture_error_mode=MODE):
-                self.function(*key)
-        self.graphs[key].replay()
+    return torch.compile(net, fullgraph=True, **(options or {"options": INDUCTOR}))
 
 
 class ReplayedSampling:

@@ -4,8 +4,8 @@
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 train.py ...      # on each of four machines
 
 A step's batch consists of micro-batches, each with its own randomness. Of w processes, process r takes the
-micro-batches r, r + w, ..., and all gradients are added up. So the weights depend on the number of micro-batches,
-not of processes: a stopped run resumes with more processes or with one. Only the first process prints and writes.
+micro-batches r, r + w, ...; DistributedDataParallel averages the gradients (engine/loop.py). So a stopped run resumes
+with more processes or with one, and learns the same up to rounding. Only the first process prints and writes.
 
     python -m pytest -q engine -k processes         # its tests
 """
@@ -14,7 +14,6 @@ import os
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -53,27 +52,29 @@ def own_device(device):
     return device
 
 
-@torch.no_grad()
-def sum_over_processes(*lists):
-    """Replaces each tensor by its sum over all processes, in one message. All tensors lie on one device."""
-    if world() == 1:
-        return
-    tensors = [*chain(*lists)]
-    flat = torch.cat([x.flatten() for x in tensors])
+@contextmanager
+def partners():
+    """In its body, processes wait for each other; if another one has ended, that is an error in one line."""
     try:
-        dist.all_reduce(flat)
+        yield
     except RuntimeError as error:
+        if world() == 1:
+            raise
         raise UserError(f"process {rank()} of {world()} waits for one that has ended, see above; the same command "
                         f"resumes from the last save ({str(error).splitlines()[0]})") from None
-    for x, summed in zip(tensors, flat.split([x.numel() for x in tensors])):
-        x.copy_(summed.view_as(x))
+
+
+def mean(x):
+    """The mean of a tensor over all processes."""
+    if world() > 1:
+        with partners():
+            dist.all_reduce(x)
+    return x / world()
 
 
 def any_process(condition):
     """Is `condition` true in any process?"""
-    flag = torch.tensor([float(bool(condition))])
-    sum_over_processes([flag])
-    return flag.item() > 0
+    return mean(torch.tensor([float(bool(condition))])).item() > 0
 
 
 @contextmanager

@@ -1,11 +1,16 @@
-"""run.py - a run folder: its stages, their compatibility with new stages, and how a finished stage is saved."""
+"""run.py - a run folder: which of its stages fit a command, and how a finished stage is saved.
+
+config.json has an entry for each stage: the flags of train.py that it was made with, and the signatures of the stages
+before it (engine/files.py). A stage fits a command that would make it with the same: one rule for reuse, for --from and
+for resuming.
+"""
 import contextlib
 import copy
+import fcntl
 import os
 import shutil
 import subprocess
 from pathlib import Path
-from zlib import crc32
 
 import torch
 
@@ -14,23 +19,21 @@ from engine.commands import UserError, pick_device
 from engine.files import (
     atomic_write,
     check_shapes,
-    digest,
+    first_difference,
     joint_heads,
     make_folder,
     read_config,
     read_stage,
     read_weights,
     save_weights,
+    signature,
+    signatures,
     trained_stages,
     write_config,
 )
 from engine.networks import Block
 from engine.state import plot_losses
 
-try:
-    import fcntl
-except ImportError:                                           # Windows has none
-    fcntl = None
 
 @contextlib.contextmanager
 def locked(folder):
@@ -41,8 +44,7 @@ def locked(folder):
     path = make_folder(folder) / ".lock"
     with path.open("a+") as file:
         try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"process {path.read_text()} trains in {folder} already; "
                             "wait until it has ended, or give another --out") from None
@@ -52,7 +54,7 @@ def locked(folder):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):                # Windows keeps the file, and the folder may not be empty
+            with contextlib.suppress(OSError):                # the folder may not be empty
                 path.unlink()
                 path.parent.rmdir()
 
@@ -61,17 +63,19 @@ class Run:
     """The argument of the training function of a stage.
 
     stages: {name: Stage}, with the steps, batch and learning rate of this run; heads: {rep: class}; reps: heads to
-    train; joint: heads trained jointly with the tokenizer; last: the generator's stage; fit: the training loop; judge:
-    the module judge.py. train.py adds prepared data: `train` and `test` (data.Prepared), `classes` and `prompts`.
+    train; joint: heads trained jointly with the tokenizer; last: the generator's stage; data: the name of --data.
+    train.py adds prepared sets: `train` and `test` (data.Prepared), `classes` and `prompts`.
     """
 
-    def __init__(self, args, stages, heads, reps, joint, last, folder, fit, judge):
+    def __init__(self, args, stages, heads, reps, joint, last, folder, data):
         self.folder, self.size, self.seed = Path(folder), args.size, args.seed
         self.stages, self.heads = stages, heads
-        self.reps, self.joint, self.last, self.loop, self.judge = reps, joint, last, fit, judge
+        self.reps, self.joint, self.last, self.data = reps, joint, last, data
         self.variant, self.denoiser = args.variant, args.denoiser
+        self.tokens = f"joint --rep {' '.join(reps)}" if args.tokens == "joint" else args.tokens
         self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}
         self.micro_batches = args.micro_batches or processes.world()
+        self.share = processes.world() / self.micro_batches   # weight of a micro-batch in the loss of its process
         self.recompute = args.recompute
         self.source, self.finetune = args.source, args.finetune
         if self.finetune and not self.source:
@@ -80,16 +84,7 @@ class Run:
             raise UserError(f"{self.micro_batches} micro-batches cannot be shared by {processes.world()} processes; "
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
-        self.progress = torch.zeros((), device=self.device)   # of training, from 0 to 1
-        self.graphs = self.device.type == "cuda" and not args.no_compile
-
-    def fit(self, *args, **settings):
-        """Trains a model (train.py) -> its moving average, and the seconds."""
-        return self.loop(self, *args, **settings)
-
-    def part(self, stage, default):
-        """The class that a stage trains: the default, or that of --variant."""
-        return self.stages[stage].variants.get(self.variant, default)
+        self.compile = self.device.type == "cuda" and not args.no_compile
 
     def turned(self):
         """The same run, on files in eight positions (data.py): for stages without prompts. A prompt does not
@@ -98,11 +93,9 @@ class Run:
         other.train = self.train.repeated(8)
         return other
 
-    def fingerprint(self, stage):
-        """A number for how a stage is trained: size, encoders, variant, denoiser, the weights of stages before it."""
-        weights = [self.folder / f"{name}.safetensors" for name in self.stages[stage].after]
-        return crc32(repr([self.size, self.encoder_names, self.variant, self.denoiser if stage == self.last else None,
-                           [digest(path) for path in weights if path.is_file()]]).encode())
+    def part(self, stage, default):
+        """The class that a stage trains: the default, or that of --variant."""
+        return self.stages[stage].variants.get(self.variant, default)
 
     def micro_batch_size(self, stage):
         """Shapes in a micro-batch."""
@@ -115,44 +108,54 @@ class Run:
             raise UserError(f"{stage} compares shapes; give --batch {smallest * self.micro_batches} or more")
         return batch // self.micro_batches
 
-    def check_folder(self, begin):
-        for stage, entry in read_config(self.folder).items():
-            self.check_stage(self.folder, stage, entry, begin)
+    # ------------------------------------------------------------------------ which stages fit
 
-    def check_stage(self, folder, stage, entry, begin):
-        """A stage must have the same size, variant, heads and encoders, and a prepared set whose name starts with
-        `begin`."""
-        if self.size != entry["size"]:
-            raise UserError(f"{stage} in {folder}: --size {entry['size']}; give that, or another folder")
-        variant = entry.get("variant", None if stage in self.stages and self.variant in self.stages[stage].variants
-                            else self.variant)
-        if self.variant != variant:
-            found = f"--variant {variant}; give that" if variant else "no --variant; leave it out"
-            raise UserError(f"{stage} in {folder}: {found}, or give another folder")
-        if entry.get("heads", self.joint) != self.joint:
-            raise UserError(f"the {stage} in {folder} was trained for {', '.join(entry['heads'])}; "
-                            "give the same --tokens, or another folder")
-        if entry.get("towers", self.encoder_names) != self.encoder_names:
-            names = " ".join(f"--{kind}-encoder {name}" for kind, name in entry["towers"].items() if name)
-            raise UserError(f"{stage} in {folder}: {names or 'the built-in encoders'}; give these, or another folder")
-        if not entry["data"].startswith(begin):
-            raise UserError(f"the {stage} in {folder} learnt from {entry['data']}; "
-                            "give the same --data, or another folder")
+    def made_by(self, stage):
+        """{flag: value} of what decides which weights a stage gets, but for the stages before it."""
+        plan = self.stages[stage]
+        every = {"variant": self.variant if plan.variants else None, "denoiser": self.denoiser, "tokens": self.tokens,
+                 "text-encoder": self.encoder_names["text"], "image-encoder": self.encoder_names["image"]}
+        return {"size": self.size, "data": self.data} | {flag: every[flag] for flag in plan.flags}
+
+    def made_with(self, stage):
+        """{stage before it: its signature}"""
+        present = signatures(self.folder)
+        return {name: present[name] for name in self.stages[stage].after if name in present}
+
+    def flags(self, stage):
+        """What has to stay the same while a stage is trained."""
+        plan = self.stages[stage]
+        return {"steps": plan.steps, "batch": plan.batch, "lr": plan.lr, "seed": self.seed,
+                "micro-batches": self.micro_batches, "data": self.train.version} | self.made_by(stage) | {
+                f"stage {name}": signed for name, signed in self.made_with(stage).items()}
+
+    def misfit(self, stage, entry):
+        """Why a trained stage is none that this command would make; None if it is."""
+        return first_difference(entry["flags"], self.made_by(stage))
+
+    def check_folder(self):
+        """All stages of the run folder have to fit."""
+        for stage, entry in read_config(self.folder).items():
+            if stage in self.stages and (difference := self.misfit(stage, entry)):
+                raise UserError(f"stage {stage} of {self.folder} was trained {difference}; give that, or another --out")
 
     def is_copied(self, stage):
-        """Are the weights of a stage equal to those of --from?"""
-        own, other = (Path(folder) / f"{stage}.safetensors" for folder in (self.folder, self.source))
-        return other.is_file() and digest(own) == digest(other)
+        """Are the weights of a stage those of --from?"""
+        own = signatures(self.folder)
+        return stage in own and own[stage] == signatures(self.source).get(stage)
 
-    def load_to_finetune(self, stage, files, longer=(), **settings):
+    # ------------------------------------------------------------------------ how a stage begins and ends
+
+    def load_to_finetune(self, stage, files, settings, longer=()):
         """With --finetune, loads the weights of a stage from --from, if it was trained with the same settings.
         files: {name of a weights file: its module}; longer: names of weights to which rows may have been added."""
         if not self.finetune:
             return
         entry = read_stage(self.source, stage)
-        if any(entry.get(name, value) != value for name, value in settings.items()):
-            raise UserError(f"the {stage} of {self.source} cannot be fine-tuned: its size, denoiser, encoder or "
-                            "variant is another; give the flags that it was trained with")
+        difference = first_difference(entry["flags"] | {"data": None}, self.made_by(stage) | {"data": None})
+        if difference or entry.get("settings", settings) != settings:
+            raise UserError(f"stage {stage} of {self.source} cannot be fine-tuned: it was trained "
+                            f"{difference or 'with other sizes'}; give the flags that it was trained with")
         for name, module in files.items():
             path = f"{self.source}/{name}.safetensors"
             saved, own = read_weights(path), module.state_dict()
@@ -162,37 +165,36 @@ class Run:
             module.load_state_dict(saved)
 
     @processes.first_process_only
-    def finish(self, stage, seconds, files, **entries):
-        """Saves weights in half precision, then the entry of config.json that marks the stage as done. Matrices of the
-        backbone's transformer become int8: a DenoiseNet or a tokenizer would lose accuracy."""
+    def finish(self, loop, files, **entries):
+        """Saves weights in half precision, then the entry of config.json that marks the stage as done. files: {name:
+        module}. Matrices of the backbone's transformer become int8: a DenoiseNet or a tokenizer would lose accuracy."""
+        stage, plan, config = loop.stage, self.stages[loop.stage], read_config(self.folder)
         for file, module in files.items():
             matrices = [f"{block}.{name}" for block, part in module.named_modules() if isinstance(part, Block)
                         for name, w in part.named_parameters() if w.ndim == 2] if stage == "backbone" else ()
             save_weights(self.folder / f"{file}.safetensors", module.state_dict(), half=True, int8=matrices)
-        own = self.stages[stage]
-        weights = {name: self.folder / f"{name}.safetensors" for name in own.after}
-        made_with = {name: digest(path) for name, path in weights.items() if path.is_file()}
-        entries = {key: value for key, value in entries.items() if value is not None}         # no variant: no entry
+            if file != stage and file in config:              # another stage's weights have learnt, too
+                write_config(self.folder, file, signature=signature(self.folder, file, config[file]))
         if self.finetune:
             before = read_config(self.source).get(stage, {})
             entries["finetuned"] = {key: before.get(key) for key in ("steps", "revision")}
         git = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=Path(__file__).parent, capture_output=True,
                              text=True)
-        write_config(self.folder, stage, size=self.size, steps=own.steps, batch=own.batch, lr=own.lr, seed=self.seed,
-                     seconds=round(seconds), data=self.train.version, made_with=made_with,
-                     revision=git.stdout.strip(), **entries)
-        (self.folder / f"{stage}.state.safetensors").unlink(missing_ok=True)
-        print(f"{stage}: done in {seconds / 60:.1f} minutes  {entries.get('metrics', '')}")
+        entry = {"flags": self.made_by(stage), "made_with": self.made_with(stage), "steps": plan.steps,
+                 "batch": plan.batch, "lr": plan.lr, "seed": self.seed, "seconds": round(loop.log.seconds()),
+                 "data": self.train.version, "revision": git.stdout.strip()} | entries
+        write_config(self.folder, stage, **entry, signature=signature(self.folder, stage, entry))
+        loop.state_path.unlink(missing_ok=True)
+        print(f"{stage}: done in {loop.log.seconds() / 60:.1f} minutes  {entries.get('metrics', '')}")
 
     @processes.first_process_only
     def plot(self):
         columns = {"training": "loss", "held-out shapes": "held_out"}
         plot_losses({stage: [(label, self.folder / f"{stage}.csv", column) for label, column in columns.items()]
                      for stage in self.stages}, self.folder / "losses.png")
-        self.judge.write_page(self.folder)
 
 
-def copy_stages(run, source, begin, training):
+def copy_stages(run, source, training):
     """Copies the stages of a trained folder that fit. Not copied: the generator, unless --stage names another stage;
     stages in `training`, those of --stage; those of other models; those trained on other pretrained encoders, or on
     other weights than those in the folder."""
@@ -202,22 +204,26 @@ def copy_stages(run, source, begin, training):
         raise UserError(f"there is no trained stage in {source} that could be copied; "
                         "--from takes checkpoints/tiny or a folder that train.py made")
     config, folder = read_config(source), make_folder(run.folder)
-    generator, joint = () if training else (run.last,), joint_heads(config)
+    joint, generator = joint_heads(config), () if training else (run.last,)
     training = {*training} - joint.keys()                     # training of these heads is resumed
-    wanted = [stage for stage in trained_stages(source)
-              if stage in run.stages and stage not in (*generator, *training, *trained_stages(folder))
-              and config.get(stage, {}).get("towers", run.encoder_names) == run.encoder_names]
-    for stage in config.keys() & wanted:
-        run.check_stage(source, stage, config[stage], begin)
-    made_with = {stage: config[stage].get("made_with", {}) if stage in config else
-                 {joint[stage]: digest(source / f"{joint[stage]}.safetensors")} for stage in wanted}
+    left_out = {*generator, *training, *trained_stages(folder)}
+    wanted = [stage for stage in trained_stages(source) if stage in run.stages and stage not in left_out]
+    encoders = "text-encoder", "image-encoder"
+    made_with = {stage: {joint[stage]: config[joint[stage]]["signature"]} for stage in joint}
+    made_with |= {stage: entry["made_with"] for stage, entry in config.items()}
     for stage in sorted(wanted, key=lambda stage: len(made_with[stage])):         # what others were trained on first
-        others = [name for name, weights in made_with[stage].items() if name in training
-                  or (path := folder / f"{name}.safetensors").is_file() and digest(path) != weights]
+        flags, own = config[stage]["flags"] if stage in config else {}, run.made_by(stage)
+        if any(flags.get(name) != own[name] for name in encoders if name in flags):
+            continue
+        if difference := first_difference(flags, own):
+            raise UserError(f"stage {stage} of {source} was trained {difference}; give that, or another --from")
+        present = signatures(folder)
+        others = [name for name, before in made_with[stage].items()
+                  if name in training or present.get(name, before) != before]
         if others:
             print(f"{stage} is not copied from {source}: it was trained on other weights of {others[0]}")
             continue
         with atomic_write(folder / f"{stage}.safetensors") as part:
-            shutil.copyfile(source / f"{stage}.safetensors", part)
+            shutil.copyfile(Path(source) / f"{stage}.safetensors", part)
         if stage in config:
             write_config(folder, stage, **config[stage])

@@ -6,11 +6,12 @@ from typing import NamedTuple
 class Stage(NamedTuple):
     """Each stage file has one, STAGE. train.py chains LTM3D's; a relative lists its own (relatives/)."""
     name: str
-    train: Callable             # of a Run (engine/run.py), in four paragraphs: data, model, loss, save
+    train: Callable             # of a Run (engine/run.py), in four paragraphs: data, model, training, save
     steps: int                  # defaults, tuned at size tiny
     batch: int
     lr: float                   # peak learning rate
     after: tuple = ()           # stages whose weights it is trained on
+    flags: tuple = ()           # flags of train.py that decide what it learns, beside --size and --data
     kinds: tuple = ()           # of training samples beside surfaces and those of heads (geometry/kinds.py)
     smallest: int = 1           # minimum of shapes in a micro-batch
     variants: dict = {}         # other classes for what it trains: {name: class}

@@ -1,5 +1,6 @@
 """state.py - around the training loop: the state to resume from, the log, the loss curves."""
 import csv
+import json
 import signal
 import time
 from contextlib import contextmanager
@@ -8,21 +9,21 @@ import torch
 
 from engine import processes
 from engine.commands import UserError
-from engine.files import atomic_write, read_weights, save_weights
+from engine.files import atomic_write, first_difference, read_weights, save_weights
 
 # ---------------------------------------------------------------------------- stop and resume
 
 @processes.first_process_only
 def save_state(path, step, flags, model, ema, opts, sums):
-    """The state to resume from, as plain tensors. flags: {name: number} of flags that must stay the same."""
-    state = {"step": torch.tensor(step)} | {f"flags.{k}": torch.tensor(v, dtype=torch.double) for k, v in flags.items()}
+    """The state to resume from, as plain tensors. flags: {flag: value} of what must stay the same."""
+    state = {"step": torch.tensor(step), "flags": torch.tensor([*json.dumps(flags).encode()], dtype=torch.uint8)}
     state |= {f"model.{k}": v for k, v in model.state_dict().items()}
     state |= {f"ema.{k}": v for k, v in ema.model.state_dict().items()}
     state |= {f"sums.{k}": torch.as_tensor(v) for k, v in sums.items()}
     for i, opt in enumerate(opts):
         for j, slots in opt.state_dict()["state"].items():
             state |= {f"opt.{i}.{j}.{k}": v for k, v in slots.items()}
-    save_weights(path, {k: v.clone() for k, v in state.items()})
+    save_weights(path, {k: v.to("cpu", copy=True) for k, v in state.items()})
 
 
 def load_state(path, flags, model, ema, opts):
@@ -30,18 +31,15 @@ def load_state(path, flags, model, ema, opts):
     if not path.is_file():
         return 0, {}
     state = read_weights(path, "delete it to start the stage again")
-    for name, value in flags.items():
-        if (before := float(state.get(f"flags.{name}", torch.tensor(value, dtype=torch.double)))) != float(value):
-            others = {"data": "other data", "others": "another size, denoiser, variant, encoder or stage before it"}
-            was = f"with {others.get(name, f'--{name} {before:g}, not {value:g}')}"
-            raise UserError(f"{path} was begun {was}; give that, use another --out, or delete it to start the stage "
-                            "again")
     try:
+        if difference := first_difference(json.loads(bytes(state["flags"].tolist())), flags):
+            raise UserError(f"{path} was begun {difference}; give that, use another --out, or delete it to start the "
+                            "stage again")
         for name, module in (("model.", model), ("ema.", ema.model)):
             module.load_state_dict({k: state[name + k] for k in module.state_dict()})
-    except (KeyError, RuntimeError):
-        raise UserError(f"{path} is of a model of another size; "
-                        "use another --out, or delete it to start again") from None
+    except (KeyError, RuntimeError, ValueError):
+        raise UserError(f"{path} is of another model or of an earlier version; use another --out, or delete it to "
+                        "start the stage again") from None
     for i, opt in enumerate(opts):
         slots = {}
         for key in (k for k in state if k.startswith(f"opt.{i}.")):
@@ -102,7 +100,7 @@ class Log:
 
     def write(self, done, rate, held_out):
         """Ends a row after step `done`; -> its columns for the progress bar, and the most steps skipped in a row."""
-        values = dict(zip(self.sums, torch.stack([*self.sums.values()]).tolist()))
+        values = dict(zip(self.sums, processes.mean(torch.stack([*self.sums.values()])).tolist()))
         count, skipped, _, most = (values.pop(name) for name in ("steps", "skipped", "in a row", "most in a row"))
         if not count:
             return {}, most

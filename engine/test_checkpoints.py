@@ -68,7 +68,7 @@ def test_weights_of_another_model_are_named(tmp_path):
 @pytest.mark.parametrize("field, value", [
     *(("settings", value) for value in (3, [], "dim", None, {"dim": None}, {"dim": 1e30}, {"dim": 10 ** 30},
                                         {"dim": float("nan")}, {"depth": 10_000}, {"widths": {"text": "wide"}})),
-    ("towers", ["clip"]), ("towers", {"text": 1, "image": None}), ("towers", {"text": None}),
+    ("flags", ["tiny"]), ("flags", {"size": 1}), ("signature", None),
     ("heads", "sdf"), ("vocabulary", 3), ("vocabulary", [1]), ("nouns", None), ("steps", "many"),
     ("seconds", float("nan")), ("made_with", []), ("made_with", {"tokenizer": 1}), ("data", {})])
 def test_a_field_of_another_form_is_named(field, value, tmp_path):

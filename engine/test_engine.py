@@ -20,10 +20,9 @@ from torch import nn
 
 import data
 import heads
-import judge
-import train
+import tokenizer
 from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, stop_in_step, train_small
-from engine import files, processes, state, step
+from engine import files, loop, networks, optimizers, processes, state
 from engine import run as run_folder
 from engine.commands import UserError
 from engine.networks import QueryDecoder
@@ -46,15 +45,16 @@ def test_shares_of_loss_add_up_to_one():
     """Shapes with losses of 0, 1 and 3, each in two positions: the second has an eighth of all in each."""
     train = SimpleNamespace(rows=torch.tensor([5, 6, 7, 5, 6, 7]), losses=[0., 1, 3, None, None, None], device="cpu")
     alone = SimpleNamespace(train=train, device=torch.device("cpu"), autocast=contextlib.nullcontext)
-    loss_of = lambda model, batch: (torch.tensor(batch), {})
-    shares = judge.shares_of_loss(alone, nn.Identity(), loss_of, lambda split, rows: split.losses[rows[0]])
+    model = nn.Identity()
+    model.loss = lambda loss: (loss, {})
+    shares = tokenizer.shares_of_loss(alone, model, lambda split, rows: [torch.tensor(split.losses[rows[0]])])
     assert shares.tolist() == [0, .125, .375] * 2
 
 
 def test_a_module_may_learn_faster():
     """RATE multiplies the learning rate of a module's parameters, in both optimizers, and of no others."""
     plain, quick = QueryDecoder(2, 4, 64, 2, outputs=4), heads.MeshHead(2, 4, 64, 2)
-    groups = [group for opt in step.optimizers(nn.ModuleList([plain, quick]), 1e-3) for group in opt.param_groups]
+    groups = [group for opt in optimizers.optimizers(nn.ModuleList([plain, quick]), 1e-3) for group in opt.param_groups]
     rates = {p: group["rate"] for group in groups for p in group["params"]}
     assert heads.MeshHead.RATE != 1
     assert rates == {p: 1 for p in plain.parameters()} | {p: heads.MeshHead.RATE for p in quick.parameters()}
@@ -70,9 +70,9 @@ def test_resumed_training_is_uninterrupted_training(tmp_path, monkeypatch):
     """Every stage, killed once (SIGTERM) between two log lines and started again = never killed: losses and weights."""
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--steps", 6, "--batch", 4)
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(train, "CHECK", 4)
+    monkeypatch.setattr(loop, "CHECK", 4)
     assert train_small(monkeypatch, whole, 4, *flags) == 0
-    monkeypatch.setattr(train, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(loop, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
     for stage in CHAIN:
         assert train_small(monkeypatch, cut, 4, *flags, "--stage", stage) == 130
         assert (cut / f"{stage}.state.safetensors").is_file()
@@ -91,7 +91,7 @@ def test_a_set_that_does_not_fit_on_the_gpu_is_streamed(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "fits", lambda *_: False)
     flags = "--steps", 4, "--batch", 4, "--stage", "encoders", "--seed", 2 ** 60 + 1
     assert train_small(monkeypatch, tmp_path / "whole", 4, *flags) == 0
-    monkeypatch.setattr(train, "learning_rate", stop_in_step(1, lambda: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(loop, "learning_rate", stop_in_step(1, lambda: signal.raise_signal(signal.SIGTERM)))
     assert [train_small(monkeypatch, tmp_path / "cut", 4, *flags) for _ in range(2)] == [130, 0]
     assert same_files(tmp_path / "whole", tmp_path / "cut", "*.safetensors")
 
@@ -102,11 +102,11 @@ def test_a_stopped_stage_refuses_other_flags(tmp_path, monkeypatch, capsys, flag
     flags = {"--steps": 6, "--batch": 4, "--seed": 0, "--lr": .001, "--micro-batches": 1, "--stage": "encoders"}
     train_once = lambda flags: train_small(monkeypatch, tmp_path, 4, *(word for pair in flags.items() for word in pair))
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
+        patch.setattr(loop, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
         assert train_once(flags) == 130
     capsys.readouterr()
     assert train_once(flags | {flag: value}) == 2
-    assert f"was begun with {flag} {flags[flag]}, not {value}" in capsys.readouterr().err
+    assert f"was begun with {flag} {flags[flag]}, not with {flag} {value}" in capsys.readouterr().err
 
 
 def test_seconds_of_a_stopped_stage_are_counted(tmp_path):
@@ -114,21 +114,32 @@ def test_seconds_of_a_stopped_stage_are_counted(tmp_path):
     assert 50 <= state.Log(tmp_path / "a.csv", 3, {"seconds": torch.tensor(50.)}, "cpu").seconds() < 60
 
 
+class Line(nn.Linear):
+    def loss(self, x):
+        return ((self(x) - x) ** 2).mean()
+
+
+def toy_run(folder, steps, monkeypatch):
+    monkeypatch.setattr(loop, "CHECK", 4)
+    return SimpleNamespace(folder=folder, stages={"line": Stage("line", None, steps, 4, .1)}, seed=0, test=None,
+                           device=torch.device("cpu"), recompute=False, autocast=contextlib.nullcontext,
+                           micro_batches=1, share=1., compile=False, finetune=False, flags=lambda stage: {},
+                           plot=lambda: None, train=SimpleNamespace(streamed=False))
+
+
 def train_line(folder, bad, monkeypatch, steps=12):
-    """Trains y = W x for `steps` steps; the data of the steps `bad` are not numbers. -> the model that `fit` gives."""
+    """Trains y = W x for `steps` steps; the data of the steps `bad` are not numbers. -> the moving average."""
     step = iter(range(steps))
 
     def draw(split):
         return torch.randn(()).expand(4, 64) * (float("nan") if split and next(step) in bad else 1)
 
-    monkeypatch.setattr(train, "CHECK", 4)
-    run = SimpleNamespace(folder=folder, stages={"line": Stage("line", None, steps, 4, .1)}, device=torch.device("cpu"),
-                          recompute=False, autocast=contextlib.nullcontext, micro_batches=1, test=None, seed=0,
-                          graphs=False, finetune=False, fingerprint=lambda stage: 0,
-                          progress=torch.zeros(()), plot=lambda: None,
-                          train=SimpleNamespace(version="toy", streamed=False))
+    run = toy_run(folder, steps, monkeypatch)
     torch.manual_seed(0)
-    return train.fit(run, "line", nn.Linear(64, 64), draw, lambda model, x: (((model(x) - x) ** 2).mean(), {}))[0]
+    training = loop.Loop(run, "line", Line(64, 64), draw)
+    for net, x in training:
+        training.step(net(x))
+    return training.average
 
 
 def test_steps_whose_gradients_are_not_finite_are_skipped(tmp_path, monkeypatch):
@@ -137,6 +148,70 @@ def test_steps_whose_gradients_are_not_finite_are_skipped(tmp_path, monkeypatch)
     assert [row["skipped"] for row in rows] == ["1", "2", "0"]
     assert all(np.isfinite(float(row["loss"])) for row in rows)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_training_goes_on_where_compiling_fails(tmp_path, monkeypatch, capsys):
+    """One line says so; the weights are those of a run without it. Here the second step fails."""
+    def failing(net):
+        calls = iter(range(9))
+
+        def compiled(*batch):
+            if next(calls):
+                raise RuntimeError("no compiler was found\nin a long message")
+            return net(*batch)
+        return compiled
+
+    flags = "--stage", "encoders", "--steps", 4, "--batch", 4
+    assert train_small(monkeypatch, tmp_path / "eager", 4, *flags) == 0
+    begin = run_folder.Run.__init__
+
+    def begin_compiled(self, *args):
+        begin(self, *args)
+        self.compile = True
+    monkeypatch.setattr(run_folder.Run, "__init__", begin_compiled)
+    monkeypatch.setattr(loop, "compiled", failing)
+    assert train_small(monkeypatch, tmp_path / "failed", 4, *flags) == 0
+    assert same_files(tmp_path / "eager", tmp_path / "failed", "*.safetensors")
+    assert capsys.readouterr().out.count("fails here (no compiler was found); training goes on without it") == 1
+
+
+def test_micro_batches_add_up(tmp_path, monkeypatch):
+    """The gradient of a step is the mean over its micro-batches."""
+    batches, gradients = [torch.randn(4, 64) for _ in range(4)], []
+    for own in ([torch.cat(batches)], batches):
+        run, draw = toy_run(tmp_path / f"{len(own)}", 1, monkeypatch), iter([*own, own[0]])
+        run.micro_batches, run.share = len(own), 1 / len(own)
+        torch.manual_seed(0)
+        training = loop.Loop(run, "line", Line(64, 64), lambda split: next(draw))
+        monkeypatch.setattr(loop, "update", lambda model, opts: (gradients.append(model.weight.grad.clone()),
+                                                                 torch.tensor(True))[1])
+        for net, x in training:
+            training.step(net(x))
+    assert torch.allclose(*gradients, atol=1e-7)
+
+
+def test_the_learning_rate_warms_up_holds_and_falls():
+    rates = [optimizers.learning_rate(step, 1000, 2.) for step in range(1000)]
+    assert rates[0] == .02 and rates[99] == rates[499] == 2 and rates[750] == 1 and 0 < rates[999] < .01
+    assert sorted(rates[:100]) == rates[:100] and sorted(rates[500:], reverse=True) == rates[500:]
+
+
+def test_saved_weights_are_the_moving_average(tmp_path, monkeypatch):
+    averages, finish = [], run_folder.Run.finish
+    monkeypatch.setattr(run_folder.Run, "finish", lambda self, loop, *args, **entries: (
+        averages.append((loop.average.state_dict(), loop.model.state_dict())), finish(self, loop, *args, **entries)))
+    assert train_small(monkeypatch, tmp_path, 2, "--stage", "encoders", "--steps", 8, "--batch", 2, "--lr", .01) == 0
+    saved, (average, last) = files.read_weights(tmp_path / "encoders.safetensors"), averages[0]
+    assert all(torch.equal(saved[key], average[key].half()) for key in saved)
+    assert any(not torch.equal(saved[key], last[key].half()) for key in saved)
+
+
+def test_norms_biases_and_embeddings_do_not_decay():
+    model = nn.ModuleDict({"block": networks.Block(64, 4), "small": nn.Linear(3, 5), "word": nn.Embedding(9, 64)})
+    groups = [group for opt in optimizers.optimizers(model, 1e-3) for group in opt.param_groups]
+    decayed = {p for group in groups for p in group["params"] if group.get("weight_decay", group.get("decay"))}
+    assert decayed == {p for name, p in model.named_parameters() if name.endswith("weight") and "norm" not in name
+                       and "word" not in name}
 
 
 def test_an_error_is_one_line_whatever_it_quotes():
@@ -181,7 +256,7 @@ def test_stages_that_do_not_fit_are_not_copied(overfitted, tmp_path, monkeypatch
 def test_stages_that_learnt_from_other_data_are_not_copied(overfitted, tmp_path, monkeypatch, capsys):
     trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
     assert train_small(monkeypatch, tmp_path / "run", 2, "--from", overfitted, "--data", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "give the same --data, or another folder")
+    assert_one_line(capsys.readouterr().err, f"with no --data, not with --data {tmp_path.name}")
     assert not files.trained_stages(tmp_path / "run")
 
 
@@ -208,8 +283,8 @@ def one_of_two(rank, ports, folder, source):
         stop = {("terminated", 1): lambda: signal.raise_signal(signal.SIGTERM), ("died", 1): lambda: os._exit(9)}
         flags = ["--from", source, *BACKBONE]
         with pytest.MonkeyPatch.context() as patch, (folder / f"{end}-{rank}.txt").open("w") as errors:
-            patch.setattr(train, "SAVE", 3)
-            patch.setattr(train, "learning_rate", stop_in_step(5, stop.get((end, rank), lambda: None)))
+            patch.setattr(loop, "SAVE", 3)
+            patch.setattr(loop, "learning_rate", stop_in_step(5, stop.get((end, rank), lambda: None)))
             patch.setattr(sys, "stderr", errors)
             status = train_small(patch, folder / end, 2, *flags)
         (folder / f"{end}-{rank}.status").write_text(f"{status}")
@@ -261,5 +336,6 @@ def test_a_dead_process_is_one_line(two_processes):
 
 
 def test_two_processes_learn_what_one_does(two_processes):
-    """Two processes, then one for the rest = one process, byte by byte."""
-    assert same_files(two_processes / "one", two_processes / "died", "*.safetensors")
+    """Two processes, then one for the rest = one process, up to rounding."""
+    one, two = (files.read_weights(two_processes / name / "backbone.safetensors") for name in ("one", "died"))
+    assert all(torch.allclose(one[key], two[key], rtol=.02, atol=2e-3) for key in one)

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import nn
 
 from conftest import small_backbone
-from engine import commands, graphs, networks, step
+from engine import commands, graphs, loop, networks, optimizers
 
 
 @pytest.mark.parametrize("near", [False, True])
@@ -81,21 +81,21 @@ def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
     """Three steps of stacked matrices end where those of torch.optim.Muon do, one by one. That one always rounds to
     bf16; in fp32 ours does not. A step whose gradients are not finite changes nothing."""
     torch.manual_seed(0)
-    monkeypatch.setattr(step, "has_bf16", lambda device: bf16)
+    monkeypatch.setattr(optimizers, "has_bf16", lambda device: bf16)
     ours, theirs = ([nn.Parameter(torch.ones(s)) for s in (shape, (64, 128), shape)] for _ in range(2))
-    optimizers = (step.Muon(ours, 1e-2, decay=.01),
-                  torch.optim.Muon(theirs, 1e-2, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
+    both = (optimizers.Muon(ours, 1e-2, decay=.01),
+            torch.optim.Muon(theirs, 1e-2, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
     for _ in range(3):
         for one, other in zip(ours, theirs):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
-        for optimizer in optimizers:
+        for optimizer in both:
             optimizer.step()
     for one, other in zip(ours, theirs):
         assert (one - other).abs().mean() < tolerance * (other - 1).abs().mean()
-    before, optimizers[0].found_inf = [one.clone() for one in ours], torch.ones(())
+    before, both[0].found_inf = [one.clone() for one in ours], torch.ones(())
     ours[0].grad[0] = torch.nan
-    optimizers[0].step()
+    both[0].step()
     assert all(map(torch.equal, before, ours))
 
 
@@ -103,7 +103,7 @@ def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
 def test_ema_is_its_closed_form(first, decay):
     """After k updates with the weights w_i: prod_j d_j w_0 + sum_i (1 - d_i) (prod_{j > i} d_j) w_i."""
     model = nn.Linear(3, 2)
-    ema, weights = step.EMA(model, decay), [model.weight.detach().clone()]
+    ema, weights = optimizers.EMA(model, decay), [model.weight.detach().clone()]
     for i in range(first, first + 6):
         nn.init.normal_(model.weight)
         ema.update(i)
@@ -118,7 +118,7 @@ def test_recomputed_blocks_learn_the_same():
     """--recompute: the same losses and gradients, with fewer stored activations."""
     (plain, condition), (recomputed, _) = small_backbone(), small_backbone()
     recomputed.load_state_dict(plain.state_dict())
-    step.recompute_blocks(recomputed)
+    loop.recompute_blocks(recomputed)
     x, losses, stored = torch.randn(3, 27, 8), [], []
     for model in (plain, recomputed):
         sizes = []

@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from engine.commands import UserError
+from engine.commands import UserError, fits
 from engine.files import atomic_write
-from engine.step import fits
 from geometry import crop, training_pictures
 
 LENGTH = 64    # word pieces of a prompt that are read

@@ -86,10 +86,10 @@ def test_encoders_of_transformers_end_to_end(overfitted, tmp_path, monkeypatch, 
     assert train_small(monkeypatch, folder, 2, *flags) == 0
     capsys.readouterr()
     assert train_small(monkeypatch, folder, 2, *flags[:-2]) == 2
-    assert_one_line(capsys.readouterr().err, "give these, or another folder")
+    assert_one_line(capsys.readouterr().err, "not with no --image-encoder")
 
     entry = files.read_config(folder)["backbone"]
-    assert entry["towers"] == {"text": text, "image": image}
+    assert [entry["flags"][f"{kind}-encoder"] for kind in ("text", "image")] == [text, image]
     assert entry["settings"]["widths"] == {"text": 32, "image": 32}
     assert not (folder / "vision.safetensors").exists()
     assert len(list((tmp_path / "cache").glob("*/*/tower-*"))) == 4         # tokens and lengths, of texts and pictures

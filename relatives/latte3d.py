@@ -24,10 +24,12 @@ from torch import nn
 from tqdm import tqdm
 
 import heads as heads_
+import judge
 import tokenizer as tokenizer_
 from backbone import split_condition
 from engine.commands import UserError, cast_once
 from engine.files import load_stage
+from engine.loop import Loop
 from engine.networks import BANDS, Block, fourier, grid_points
 from engine.stage import Stage
 from geometry.surface import TRUNCATION
@@ -175,7 +177,47 @@ def draw_noise(progress, count):
     return least + (most - least) * torch.rand(count, device=progress.device)
 
 
-# ---------------------------------------------------------------------------- stages: data, model, loss, save
+class Geometry(nn.Module):
+    """Stage 1: prompt and cloud -> tokens -> distance and colour."""
+
+    def __init__(self, side, dim, **rest):
+        super().__init__()
+        self.grower, self.field = Grower(dim=dim, **rest), Field(side, dim)
+
+    def loss(self, prior, condition, sides, cloud, progress):
+        """L = (1 - a) L_distillation + a L_silhouette + EIKONAL (|gradient| - 1)^2, a = SILHOUETTE. sides: true
+        pictures and their cameras; cloud: tokens of the true shape; progress: of training, from 0 to 1."""
+        angles = sides["side_angles"]
+        grid = self.field.read(self.grower(condition, faded(cloud, self.grower.dummy, progress)))
+        beta = SHARP[0] * (SHARP[1] / SHARP[0]) ** progress
+        x, depth = render(grid, angles, beta, torch.rand((), device=progress.device) - .5)
+        teacher = distillation(prior, x, condition, angles, draw_noise(progress, len(x)))
+        silhouette = F.mse_loss(depth[..., 1], sides["sides"][..., 3])
+        eikonal = ((gradient(TRUNCATION * grid[:, 0]).norm(dim=1) - 1) ** 2).mean()
+        logs = {"distillation": teacher, "silhouette": silhouette, "eikonal": eikonal, "coverage": depth[..., 1].mean()}
+        return (1 - SILHOUETTE) * teacher + SILHOUETTE * silhouette + EIKONAL * eikonal, logs
+
+
+class Texture(nn.Module):
+    """Stage 2: prompt and tokens of stage 1 -> colour. One block is enough: these tokens know the form."""
+
+    def __init__(self, channels, depth, dim, side, **rest):
+        super().__init__()
+        self.grower, self.texture = Grower(channels=dim, depth=1, dim=dim, **rest), Planes(side, dim, 3, FINER)
+
+    def paint(self, tokens, grid, angles):
+        """Pictures of the surface of `grid` in the colours of `tokens`, and their depth."""
+        levels = self.texture.read(tokens)
+        return paint(grid, angles, SHARP[1], lambda points: self.texture.evaluate(levels, points).sigmoid())
+
+    def loss(self, prior, condition, sides, geometry, progress):
+        """Score distillation of colours alone, by a prior that sees the depth. geometry: stage 1, frozen."""
+        tokens = geometry.grower(condition)
+        x, depth = self.paint(self.grower(condition, tokens), geometry.field.read(tokens), sides["side_angles"])
+        return distillation(prior, x, condition, sides["side_angles"], draw_noise(progress, len(x)), depth), {}
+
+
+# ---------------------------------------------------------------------------- stages: data, model, training, save
 
 def unseen(record):
     """Is a combination of class and colour held out? A tenth is; of files, none."""
@@ -200,101 +242,77 @@ def training_data(run, stage):
     return encoders, prior, draw, settings
 
 
-def fit(run, stage, model, draw, loss_of, encoders, settings, decoded_by):
-    """Trains, evaluates and saves a stage. decoded_by: model, condition -> a head, and tokens for it."""
-    run.load_to_finetune(stage, {stage: model}, towers=run.encoder_names, settings=settings)
-
-    def show(model, path):
-        with run.autocast():
-            head, tokens = decoded_by(model, encoders.encode(run.prompts))
-        run.judge.save_picture(path, run.judge.samples(run, {run.joint[-1]: head}, tokens))
-
-    model, seconds = run.fit(stage, model, draw, loss_of, show)
-    run.finish(stage, seconds, {stage: model}, towers=run.encoder_names, settings=settings)
-
-
-def make_geometry(side, dim, **rest):
-    return nn.ModuleDict({"grower": Grower(dim=dim, **rest), "field": Field(side, dim)})
-
-
-def fit_geometry(run):
-    """Stage 1: L = (1 - a) L_distillation + a L_silhouette + EIKONAL (|gradient| - 1)^2, a = SILHOUETTE."""
+def train_geometry(run):
+    """Stage 1."""
     # data
     encoders, prior, draw, settings = training_data(run, "latte3d-geometry")
 
     # model
-    model = make_geometry(**settings)
+    model = Geometry(**settings)
+    run.load_to_finetune("latte3d-geometry", {"latte3d-geometry": model}, settings)
 
-    # loss
-    def loss_of(model, batch):
-        captions, sides, cloud = batch
-        angles, progress, condition = sides["side_angles"], run.progress, prior_.condition_of(encoders, captions)
-        grid = model["field"].read(model["grower"](condition, faded(cloud, model["grower"].dummy, progress)))
-        beta = SHARP[0] * (SHARP[1] / SHARP[0]) ** progress
-        x, depth = render(grid, angles, beta, torch.rand((), device=progress.device) - .5)
-        teacher = distillation(prior, x, condition, angles, draw_noise(progress, len(x)))
-        silhouette = F.mse_loss(depth[..., 1], sides["sides"][..., 3])
-        eikonal = ((gradient(TRUNCATION * grid[:, 0]).norm(dim=1) - 1) ** 2).mean()
-        logs = {"distillation": teacher, "silhouette": silhouette, "eikonal": eikonal, "coverage": depth[..., 1].mean()}
-        if not model.training and logs["coverage"] < EMPTY:
+    # training
+    loop = Loop(run, "latte3d-geometry", model, draw)
+    generate = lambda condition, keys: loop.average.grower(condition)
+    for net, (captions, sides, cloud) in loop:
+        with run.autocast():
+            condition = prior_.condition_of(encoders, captions)
+        loss, logs = net(prior, condition, sides, cloud, loop.progress)
+        if not net.training and logs["coverage"] < EMPTY:
             raise UserError("all shapes have vanished; give a lower --lr or a larger --batch")
-        return (1 - SILHOUETTE) * teacher + SILHOUETTE * silhouette + EIKONAL * eikonal, logs
+        loop.step(loss, logs)
+        if path := loop.picture():
+            judge.save_picture(path, judge.samples(run, encoders, generate, {run.joint[-1]: loop.average.field}))
 
     # save
-    fit(run, "latte3d-geometry", model, draw, loss_of, encoders, settings,
-        lambda model, condition: (model["field"], model["grower"](condition)))
+    run.finish(loop, {"latte3d-geometry": loop.average}, settings=settings)
 
 
-def painted(texture, tokens, grid, angles):
-    levels = texture.read(tokens)
-    return paint(grid, angles, SHARP[1], lambda points: texture.evaluate(levels, points).sigmoid())
-
-
-def make_texture(channels, depth, dim, side, **rest):         # one block: the tokens of stage 1 know the form
-    grower = Grower(channels=dim, depth=1, dim=dim, **rest)
-    return nn.ModuleDict({"grower": grower, "texture": Planes(side, dim, 3, FINER)})
-
-
-def fit_texture(run):
-    """Stage 2: score distillation of colours alone, by a prior that sees the depth."""
+def train_texture(run):
+    """Stage 2."""
     # data
     encoders, prior, draw, settings = training_data(run, "latte3d-texture")
     geometry = load_geometry(run.folder).to(run.device)
 
     # model
-    model = make_texture(**settings)
+    model = Texture(**settings)
+    run.load_to_finetune("latte3d-texture", {"latte3d-texture": model}, settings)
 
-    # loss
-    def loss_of(model, batch):
-        captions, sides, _ = batch
-        angles, condition = sides["side_angles"], prior_.condition_of(encoders, captions)
-        tokens = geometry["grower"](condition)                # frozen
-        grid = geometry["field"].read(tokens)
-        x, depth = painted(model["texture"], model["grower"](condition, tokens), grid, angles)
-        return distillation(prior, x, condition, angles, draw_noise(run.progress, len(x)), depth), {}
+    # training
+    loop = Loop(run, "latte3d-texture", model, draw)
+    generate = lambda condition, keys: tokens_of(geometry, loop.average, condition)
+    for net, (captions, sides, _) in loop:
+        with run.autocast():
+            condition = prior_.condition_of(encoders, captions)
+        loop.step(*net(prior, condition, sides, geometry, loop.progress))
+        if path := loop.picture():
+            textured = Textured(geometry.field, loop.average.texture)
+            judge.save_picture(path, judge.samples(run, encoders, generate, {run.joint[-1]: textured}))
 
     # save
-    fit(run, "latte3d-texture", model, draw, loss_of, encoders, settings,
-        lambda model, condition: (Textured(geometry["field"], model["texture"]), tokens_of(geometry, model, condition)))
+    run.finish(loop, {"latte3d-texture": loop.average}, settings=settings)
 
 
 def stages(ltm3d):
     """Of LTM3D the encoders and the tokenizer, for the tokens of clouds; then those of LATTE3D."""
     shared = [stage for stage in ltm3d if stage.name in ("encoders", "tokenizer", "vision", "head-sdf")]
     before = "encoders", "tokenizer", "latte3d-prior"
-    return [*shared, prior_.STAGE, Stage("latte3d-geometry", fit_geometry, 4500, 8, 2e-3, before, ("sides",)),
-            Stage("latte3d-texture", fit_texture, 1000, 8, 1e-3, (*before, "latte3d-geometry"), ("sides",))]
+    geometry = Stage("latte3d-geometry", train_geometry, 4500, 8, 2e-3, before, flags=("text-encoder",),
+                     kinds=("sides",))
+    texture = geometry._replace(name="latte3d-texture", train=train_texture, steps=1000, lr=1e-3,
+                                after=(*before, "latte3d-geometry"))
+    return [*shared, prior_.STAGE, geometry, texture]
 
 
 # ---------------------------------------------------------------------------- generate: a checkpoint folder, opened
 
-load_geometry = partial(load_stage, stage="latte3d-geometry", part=make_geometry)
-load_texture = partial(load_stage, stage="latte3d-texture", part=make_texture)
+load_geometry = partial(load_stage, stage="latte3d-geometry", part=Geometry)
+load_texture = partial(load_stage, stage="latte3d-texture", part=Texture)
 
 
 def tokens_of(geometry, texture, condition):                  # -> of both stages, b 2n d
-    tokens = geometry["grower"](condition)
-    return torch.cat([tokens, texture["grower"](condition, tokens)], 1)
+    tokens = geometry.grower(condition)
+    return torch.cat([tokens, texture.grower(condition, tokens)], 1)
 
 
 @torch.enable_grad()
@@ -308,9 +326,9 @@ def refined(tokens, geometry, texture, prior, condition, cfg, steps, seed):
         for _ in tqdm(range(steps), "refining", unit="step", leave=False):
             angles = (prior_.SHOWN + torch.rand(1, 1, 1) * torch.tensor([90., 0])).to(tokens)
             noise = draw_noise(torch.ones((), device=tokens.device), 1)
-            grid = geometry["field"].read(tokens.chunk(2, 1)[0])
+            grid = geometry.field.read(tokens.chunk(2, 1)[0])
             x, _ = render(grid, angles, SHARP[1], torch.rand(()) - .5)
-            y, depth = painted(texture["texture"], tokens.chunk(2, 1)[1], grid, angles)
+            y, depth = texture.paint(tokens.chunk(2, 1)[1], grid, angles)
             loss = distillation(prior, x, condition, angles, noise, cfg=cfg)
             loss = loss + distillation(prior, y, condition, angles, noise, depth, cfg)
             optimizer.zero_grad()
@@ -327,7 +345,7 @@ class LATTE3D(Sampler):
     def open(self):
         self.geometry, self.texture = (cast_once(load(self.folder).to(self.device), self.autocast)
                                        for load in (load_geometry, load_texture))
-        self.heads = {"sdf": Textured(self.geometry["field"], self.texture["texture"]),
+        self.heads = {"sdf": Textured(self.geometry.field, self.texture.texture),
                       "mesh": heads_.SimplifiedMesh()}
 
     def load_heads(self, *reps):                              # `open` loaded them

@@ -24,10 +24,12 @@ from torch import nn
 
 import encoders as encoders_
 import heads as heads_
+import judge
 import tokenizer as tokenizer_
-from backbone import DRAWS, DenoiseNet, Flow, fit_generator, split_condition
+from backbone import DRAWS, DenoiseNet, Flow, split_condition
 from engine.commands import UserError, cast_once, command
 from engine.files import load_stage
+from engine.loop import Loop
 from engine.networks import Block, flow_pair, time_embedding
 from engine.noise import keys_of, normal
 from engine.stage import Stage
@@ -119,6 +121,14 @@ class Student(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.normalize(self.out(reduce(x, "b n d -> b d", "mean")).float(), dim=-1)
+
+    def loss(self, x, target, low, high):
+        """Shape tokens b n c; the teacher's features of the same shapes, b e, and its thresholds (`contrast`)."""
+        own = self(x + self.training * tokenizer_.NOISE * torch.randn_like(x))    # b e
+        with torch.autocast(x.device.type, enabled=False):
+            s, t = own @ own.T, target @ target.T             # b b
+            alike, ranks = contrast(s, t, low, high), rank(s, t)                  # both have weight 1, as in the paper
+        return alike + ranks, {"contrast": alike.detach(), "rank": ranks.detach()}
 
 
 def contrast(s, t, low, high, temperature=.07):
@@ -214,7 +224,7 @@ class Generator(Sequence):
 CODECS = {"rida": Codec}                                      # the choices of --variant; research/peers.py adds others
 
 
-# ---------------------------------------------------------------------------- stages: data, model, loss, save
+# ---------------------------------------------------------------------------- stages: data, model, training, save
 
 def tokens_of(run):
     """{split: tokens of all its shapes, r n c}, and the sizes n and c by name."""
@@ -225,6 +235,7 @@ def tokens_of(run):
 
 def train_student(run):
     """RIDA. The teacher has class, attributes, captions and maybe pictures; the student has shape tokens alone."""
+    # data
     from relatives import relations
     targets, teacher = relations.features(run)                # of shapes oriented as in files, r e
     low, high = relations.thresholds(targets[0])
@@ -237,69 +248,87 @@ def train_student(run):
         rows = split.draw_distinct(run.micro_batch_size("lost-student"))
         return tokens[split][rows], features[split][rows % len(features[split])]
 
+    # model
     settings = STUDENTS[run.size] | sizes
     model = Student(**settings)
-    run.load_to_finetune("lost-student", {"lost-student": model}, settings=settings)
+    run.load_to_finetune("lost-student", {"lost-student": model}, settings)
 
-    def loss_of(model, batch):
-        x, target = batch
-        own = model(x + model.training * tokenizer_.NOISE * torch.randn_like(x))
-        with torch.autocast(x.device.type, enabled=False):
-            s, t = own @ own.T, target @ target.T
-            alike, ranks = contrast(s, t, low, high), rank(s, t)                  # both have weight 1, as in the paper
-        return alike + ranks, {"contrast": alike.detach(), "rank": ranks.detach()}
+    # training
+    loop = Loop(run, "lost-student", model, draw)
+    for net, (x, target) in loop:
+        loop.step(*net(x, target, low, high))
 
-    model, seconds = run.fit("lost-student", model, draw, loss_of)
-    run.finish("lost-student", seconds, {"lost-student": model}, settings=settings, teacher=teacher)
+    # save
+    run.finish(loop, {"lost-student": loop.average}, settings=settings, teacher=teacher)
 
 
 def train_registers(run):
     """Registers and decoder, on frozen tokens; RIDA: the student compares decoded tokens with the true ones."""
-    judge = run.judge
+    # data
     run = run.turned()
     tokens, sizes = tokens_of(run)
     heads = heads_.load(run.folder, run.joint, run.device)
     student = load_student(run.folder).to(run.device)
     draw = lambda split: tokens[split][split.draw(run.micro_batch_size("lost-registers"))]
+
+    # model
     settings = SIZES[run.size] | sizes
     model = run.part("lost-registers", Codec)(**settings)
-    run.load_to_finetune("lost-registers", {"lost-registers": model}, settings=settings, variant=run.variant)
+    run.load_to_finetune("lost-registers", {"lost-registers": model}, settings)
 
-    def show(model, path):                                    # at tiny a row for each shape: of 1, 2, 4 ... registers
+    def decoded(codec):                                       # at tiny a row for each shape: of 1, 2, 4 ... registers
         with run.autocast():
-            r = model.encoder(tokens[run.test][:4].to(run.device))
+            r = codec.encoder(tokens[run.test][:4].to(run.device))
             keys = keys_of(range(len(r)), run.device)
-            decoded = torch.stack([model.decode(r[:, :k], keys) for k in model.lengths], 1)          # b lengths n c
-        judge.save_picture(path, judge.reconstructions(run, heads, decoded.flatten(0, 1), run.joint[-1]))
+            return torch.cat([codec.decode(r[:, :k], keys)[:, None] for k in codec.lengths], 1).flatten(0, 1)
 
-    model, seconds = run.fit("lost-registers", model, draw, lambda model, x: model.loss(x, student), show)
-    run.finish("lost-registers", seconds, {"lost-registers": model}, settings=settings, variant=run.variant)
+    # training
+    loop = Loop(run, "lost-registers", model, draw)
+    for net, x in loop:
+        loop.step(*net(x, student))
+        if path := loop.picture():
+            judge.save_picture(path, judge.reconstructions(run, heads, decoded(loop.average), run.joint[-1]))
+
+    # save
+    run.finish(loop, {"lost-registers": loop.average}, settings=settings)
 
 
 def train_generator(run):
     """On frozen registers and frozen encoders."""
+    # data
     codec = load_codec(run.folder).to(run.device)
     encoders, _, draw = encoders_.prompted_tokens(run, "lost-generator", tokenizer_.load(run.folder))
+    heads = heads_.load(run.folder, run.joint, run.device)
+
+    # model
     settings = GENERATORS[run.size] | {"registers": codec.count, "width": codec.width, "widths": encoders.widths}
     model = Generator(**settings)
-    run.load_to_finetune("lost-generator", {"lost-generator": model}, towers=run.encoder_names, settings=settings)
+    run.load_to_finetune("lost-generator", {"lost-generator": model}, settings)
 
-    def loss_of(model, batch):
-        return model.loss(codec.encoder(batch[0]), encoders.encode_drawn(batch[1]))
+    # training
+    loop = Loop(run, "lost-generator", model, draw)
+    generate = lambda *prompted: generate_tokens(codec, loop.average, *prompted)
+    for net, (x, prompts) in loop:
+        with run.autocast():
+            registers, condition = codec.encoder(x), encoders.encode_drawn(prompts)
+        loop.step(*net(registers, condition))
+        if path := loop.picture():
+            judge.save_picture(path, judge.samples(run, encoders, generate, heads))
 
-    heads = heads_.load(run.folder, run.joint, run.device)
-    generate = partial(generate_tokens, codec)
-    fit_generator(run, "lost-generator", model, draw, loss_of, encoders, heads, generate, settings=settings)
+    # save
+    metrics = judge.class_accuracy(run, encoders, generate, heads)
+    run.finish(loop, {"lost-generator": loop.average}, settings=settings, metrics=metrics)
 
 
 def stages(ltm3d):
     """Stages of LTM3D, for its tokens and heads, then those of LoST."""
     shared = [stage for stage in ltm3d if stage.name not in ("backbone", "reconstruct")]
-    return [*shared, Stage("lost-student", train_student, 1000, 128, 1e-3, after=("encoders", "tokenizer"), smallest=3),
+    return [*shared, Stage("lost-student", train_student, 1000, 128, 1e-3, after=("encoders", "tokenizer"),
+                           flags=("image-encoder",), smallest=3),
             Stage("lost-registers", train_registers, 2000, 64, 2e-3, after=("tokenizer", "lost-student"),
-                  variants=CODECS),
+                  flags=("variant",), variants=CODECS),
             Stage("lost-generator", train_generator, 2000, 64, 2e-3, after=("encoders", "vision", "lost-registers"),
-                  kinds=("pictures",))]
+                  flags=("text-encoder", "image-encoder"), kinds=("pictures",))]
 
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened

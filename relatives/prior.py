@@ -19,9 +19,11 @@ from einops import rearrange, repeat
 from torch import nn
 
 import encoders as encoders_
+import judge
 from backbone import combine, split_condition
 from engine.commands import Parser, add_device_flags, between, command, pick_device
 from engine.files import load_stage, make_folder
+from engine.loop import Loop
 from engine.networks import time_embedding
 from engine.noise import keys_of, normal
 from engine.stage import Stage
@@ -123,7 +125,7 @@ def steps(model, prompts, seeds, *_, **options):
     return [("the prior: four sides", images(x)[0], None)]
 
 
-# ---------------------------------------------------------------------------- stage: data, model, loss, save
+# ---------------------------------------------------------------------------- stage: data, model, training, save
 
 def sides_of(split, rows):
     """Four pictures of each shape, b v s s 5; azimuth and elevation of their cameras, b v 2 in degrees."""
@@ -169,28 +171,26 @@ def train(run):
     # model
     settings = SIZES[run.size] | {"widths": {"text": encoders.widths["text"]}}
     model = Prior(**settings)
-    run.load_to_finetune("latte3d-prior", {"latte3d-prior": model}, towers=run.encoder_names, settings=settings)
+    run.load_to_finetune("latte3d-prior", {"latte3d-prior": model}, settings)
 
-    # loss
-    def loss_of(model, batch):
-        _, captions, sides = batch
+    # training
+    loop = Loop(run, "latte3d-prior", model, draw)
+    prompts, keys = run.prompts[:8], keys_of(range(len(run.prompts[:8])), run.device)
+    for net, (_, captions, sides) in loop:
         x, depth = pictures_of(sides)
-        condition = condition_of(encoders, captions, DROPPED if model.training else 0.)
-        return model.loss(x, condition, sides["side_angles"], depth)
-
-    def show(model, path):
-        prompts = run.prompts[:8]
         with run.autocast():
-            x = model.generate(encoders.encode(prompts), keys_of(range(len(prompts)), run.device))
-        run.judge.save_picture(path, contact_sheet(images(x), 2, prompts))
-
-    model, seconds = run.fit("latte3d-prior", model, draw, loss_of, show)
+            condition = condition_of(encoders, captions, DROPPED if net.training else 0.)
+        loop.step(*net(x, condition, sides["side_angles"], depth))
+        if path := loop.picture():
+            with run.autocast():
+                x = loop.average.generate(encoders.encode(prompts), keys)
+            judge.save_picture(path, contact_sheet(images(x), 2, prompts))
 
     # save
-    run.finish("latte3d-prior", seconds, {"latte3d-prior": model}, towers=run.encoder_names, settings=settings)
+    run.finish(loop, {"latte3d-prior": loop.average}, settings=settings)
 
 
-STAGE = Stage("latte3d-prior", train, 6000, 32, 1e-3, after=("encoders",), kinds=("sides",))
+STAGE = Stage("latte3d-prior", train, 6000, 32, 1e-3, after=("encoders",), flags=("text-encoder",), kinds=("sides",))
 
 
 # ---------------------------------------------------------------------------- the command

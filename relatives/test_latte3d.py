@@ -16,7 +16,7 @@ import sample
 import train
 from conftest import WIDTHS, assert_one_line, prompted, run, same_files, stop_in_step, train_small
 from engine.networks import grid_points
-from engine.step import learning_rate, optimizers, set_rate
+from engine.optimizers import learning_rate, optimizers, set_rate
 from geometry import shapes
 from geometry.camera import EYE
 from geometry.kinds import REACH, SIDE

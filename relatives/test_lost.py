@@ -13,7 +13,7 @@ from torch import nn
 import evaluate
 import sample
 from conftest import PREPARE, WIDTHS, NoWait, assert_one_line, prompted, run, train_small
-from engine import files, step
+from engine import files, loop
 from engine.commands import UserError
 from engine.noise import keys_of
 from geometry.built_in import BuiltIn
@@ -189,7 +189,7 @@ def test_recomputed_blocks_learn_the_same(generator):
     for _ in range(2):
         torch.manual_seed(0)
         gradients += torch.autograd.grad(generator.loss(x, condition)[0], generator.token.weight)
-        step.recompute_blocks(generator)
+        loop.recompute_blocks(generator)
     assert torch.allclose(*gradients, atol=1e-6) and len(runs) == 1 + 2
 
 

@@ -24,11 +24,13 @@ from torch import nn
 
 import encoders as encoders_
 import heads as heads_
+import judge
 import tokenizer as tokenizer_
-from backbone import combine, fit_generator, split_condition
+from backbone import combine, split_condition
 from engine import processes
 from engine.commands import UserError, cast_once, command
 from engine.files import load_model, load_stage, read_stage, read_weights, trained_stages
+from engine.loop import Loop
 from engine.networks import BANDS, Block, FeedForward, FromCells, cell_means, fourier, grid_points
 from engine.stage import Stage
 from geometry.surface import TRUNCATION
@@ -272,81 +274,111 @@ class Generator(Sequence):
         return as_rows(f)
 
 
-# ---------------------------------------------------------------------------- stages: data, model, loss, save
+# ---------------------------------------------------------------------------- stages: data, model, training, save
 
-def fit_tokenizer(run, stage, model, files, quantised, latents):
-    """Trains a phase. files: model -> {name of a weights file: module}; latents: model -> held-out latents."""
-    judge = run.judge
-    run.load_to_finetune(stage, files(model), settings=SIZES[run.size])
+class Autoencoder(nn.Module):
+    """Tokenizer and Decoder, which are trained together. quantised: with the quantiser."""
 
+    def __init__(self, codes, decoder, quantised=True):
+        super().__init__()
+        self.codes, self.decoder, self.quantised = codes, decoder, quantised
+
+    def loss(self, cloud, samples):
+        return self.codes.loss(self.decoder, cloud, samples, self.quantised)
+
+
+def train_tokenizer(run, stage, model, files, held_out_latents):
+    """A phase. files: model -> {name of a weights file: module}; held_out_latents: model -> those of held-out shapes.
+    """
+    # data
     def draw(split):
         rows = split.draw(run.micro_batch_size(stage))
         return split.cloud(rows, Encoder.points // 2), split.samples(rows, heads_.SdfHead.reads)
 
-    def loss_of(model, batch):
-        return model["vat-codes"].loss(model["vat-decoder"], *batch, quantised=quantised)
+    # model
+    settings = SIZES[run.size]
+    run.load_to_finetune(stage, files(model), settings)
 
-    def show(model, path):
-        judge.save_picture(path, judge.reconstructions(run, {"sdf": model["vat-decoder"]}, latents(model)[:14], "sdf"))
+    # training
+    loop = Loop(run, stage, model, draw)
+    for net, batch in loop:
+        loop.step(*net(*batch))
+        if path := loop.picture():
+            heads, latents = {"sdf": loop.average.decoder}, held_out_latents(loop.average)
+            judge.save_picture(path, judge.reconstructions(run, heads, latents[:14], "sdf"))
 
-    model, seconds = run.fit(stage, model, draw, loss_of, show)
-    metrics = judge.head_metrics(run, {"sdf": model["vat-decoder"]}, latents(model), "sdf")
-    run.finish(stage, seconds, files(model), settings=SIZES[run.size], metrics=metrics)
+    # save
+    metrics = judge.head_metrics(run, {"sdf": loop.average.decoder}, held_out_latents(loop.average), "sdf")
+    run.finish(loop, files(loop.average), settings=settings, metrics=metrics)
 
 
-def begin_tokenizer(run, stage):
+def new_autoencoder(run, stage, quantised=True):
     if processes.world() > 1:                                 # codes are revived from the batch of one process
         raise UserError(f"{stage} learns in one process; use torchrun with --stage vat-generator alone")
-    return run.turned(), nn.ModuleDict({"vat-codes": Tokenizer(**SIZES[run.size]),
-                                        "vat-decoder": Decoder(**SIZES[run.size])})
+    return Autoencoder(Tokenizer(**SIZES[run.size]), Decoder(**SIZES[run.size]), quantised)
 
 
 def held_out(run, encoder):
     """Outputs of `encoder` for held-out shapes."""
-    rows = run.test.spread(run.judge.SHAPES)
+    rows = run.test.spread(judge.SHAPES)
     return tokenizer_.encode_set(encoder, run.test, run.device, run.autocast, rows=rows).to(run.device)
+
+
+def both_files(model):
+    return {"vat-codes": model.codes, "vat-decoder": model.decoder}
 
 
 def train_latents(run):
     """Phase 1: encoder and decoder, without the quantiser."""
-    run, model = begin_tokenizer(run, "vat-latents")
-    fit_tokenizer(run, "vat-latents", model, lambda model: {"vat-latents": model}, False,
-                  lambda model: latents_of(held_out(run, model["vat-codes"].encoder)))
+    run, model = run.turned(), new_autoencoder(run, "vat-latents", quantised=False)
+    train_tokenizer(run, "vat-latents", model, lambda model: {"vat-latents": model},
+                    lambda model: latents_of(held_out(run, model.codes.encoder)))
 
 
 def train_codes(run):
     """Phase 2: encoder, quantiser and decoder."""
-    run, model = begin_tokenizer(run, "vat-codes")
+    run, model = run.turned(), new_autoencoder(run, "vat-codes")
     if not run.finetune:
         model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
-    fit_tokenizer(run, "vat-codes", model, dict, True, lambda model: held_out(run, model["vat-codes"]))
+    train_tokenizer(run, "vat-codes", model, both_files, lambda model: held_out(run, model.codes))
 
 
 def train_decoder(run):
     """Phase 3: the decoder alone, on frozen codes; z is still sampled."""
-    run, model = begin_tokenizer(run, "vat-decoder")
-    model["vat-codes"] = load_stage(run.folder, "vat-codes", Tokenizer)
+    run, model = run.turned(), new_autoencoder(run, "vat-decoder")
+    model.codes = load_stage(run.folder, "vat-codes", Tokenizer)
     if (phase2 := run.folder / "vat-decoder.safetensors").is_file():
-        model["vat-decoder"].load_state_dict(read_weights(phase2))
-    fit_tokenizer(run, "vat-decoder", model, lambda model: {"vat-decoder": model["vat-decoder"]}, True,
-                  lambda model: held_out(run, model["vat-codes"]))
+        model.decoder.load_state_dict(read_weights(phase2))
+    train_tokenizer(run, "vat-decoder", model, lambda model: {"vat-decoder": model.decoder},
+                    lambda model: held_out(run, model.codes))
 
 
 def train_generator(run):
     """On frozen codes and frozen encoders."""
+    # data
     tokenizer, decoder = (part.to(run.device) for part in load_tokenizer(run.folder))
     encoders, _, draw = encoders_.prompted_tokens(run, "vat-generator", tokenizer.encoder, "vat-codes")
+
+    # model
     settings = {key: SIZES[run.size][key] for key in ("side", "channels", "codes", "scales")}
     settings |= GENERATORS[run.size] | {"widths": encoders.widths}
     model = Generator(**settings)
     model.quantiser.load_state_dict(tokenizer.quantiser.state_dict())
-    run.load_to_finetune("vat-generator", {"vat-generator": model}, towers=run.encoder_names, settings=settings)
+    run.load_to_finetune("vat-generator", {"vat-generator": model}, settings)
 
-    def loss_of(model, batch):                                # latents are sampled at each step, against memorisation
-        codes = tokenizer.quantiser.encode(latents_of(batch[0], sampled=model.training))
-        return model.loss(codes, encoders.encode_drawn(batch[1]))
+    # training: latents are sampled at each step, against memorisation
+    loop = Loop(run, "vat-generator", model, draw)
+    for net, (posterior, prompts) in loop:
+        with run.autocast():
+            codes = tokenizer.quantiser.encode(latents_of(posterior, sampled=net.training))
+            condition = encoders.encode_drawn(prompts)
+        loop.step(*net(codes, condition))
+        if path := loop.picture():
+            judge.save_picture(path, judge.samples(run, encoders, loop.average.generate, {"sdf": decoder}))
 
-    fit_generator(run, "vat-generator", model, draw, loss_of, encoders, {"sdf": decoder}, settings=settings)
+    # save
+    metrics = judge.class_accuracy(run, encoders, loop.average.generate, {"sdf": decoder})
+    run.finish(loop, {"vat-generator": loop.average}, settings=settings, metrics=metrics)
 
 
 def stages(ltm3d):
@@ -356,7 +388,7 @@ def stages(ltm3d):
             Stage("vat-codes", train_codes, 4500, 16, 1e-3),
             Stage("vat-decoder", train_decoder, 2500, 16, 1e-3, after=("vat-codes",)),
             Stage("vat-generator", train_generator, 5000, 32, 2e-3, after=("encoders", "vision", "vat-codes"),
-                  kinds=("pictures",))]
+                  flags=("text-encoder", "image-encoder"), kinds=("pictures",))]
 
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened

@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from torch import nn
 
 import backbone
 import tokenizer
 from engine.commands import Parser, add_device_flags, between, cast_once, command, pick_device
 from engine.files import make_folder
+from engine.loop import recompute_blocks
 from engine.noise import bits, keys_of, normal
-from engine.step import optimizers, recompute_blocks, update
+from engine.optimizers import optimizers, update
 from geometry import surface
 from geometry.shapes import CLASSES
 from research.exam import open_model
@@ -174,7 +174,7 @@ def bench_train(args):
                         known = backbone.known_counts(model.tokens)[4 + 4 * seed]
                         loss = model.loss(x, random_condition(b, args.place), known) / micro_batches
                     loss.backward()
-                update(opts, nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite())
+                update(model, opts)
                 model.zero_grad()
         return steps
 

@@ -14,7 +14,7 @@ import torch
 import train
 from data import prepare, seeded
 from engine.commands import UserError
-from engine.files import read_config, read_stage, read_weights
+from engine.files import read_config, read_stage, read_weights, signatures
 from engine.stage import RELATIVES
 from geometry.metrics import chamfer, chamfer_matrix
 from research import exam, metrics
@@ -61,10 +61,10 @@ def train_stages(args, name, seed, flags, stages):
             command = flags | {"--stage": stage}
             launch([str(word) for flag in command.items() if flag[1] is not None for word in flag])
             continue
-        own = {name: digest for name, digest in exam.weights(folder).items() if name in stages}
-        sources, count = exam.weights(flags["--from"]) | own, int(entry["data"].split("-")[2])  # shapes-train-COUNT-...
+        own = {name: signed for name, signed in signatures(folder).items() if name in stages}
+        sources, count = signatures(flags["--from"]) | own, int(entry["data"].split("-")[2])  # shapes-train-COUNT-...
         if ([count, entry["steps"], entry["batch"]] != [flags["--shapes"], flags["--steps"], flags["--batch"]]
-                or any(sources.get(name) != digest for name, digest in entry["made_with"].items())):
+                or any(sources.get(name) != signed for name, signed in entry["made_with"].items())):
             raise UserError(f"{folder} was trained with other flags, or with other weights than those in "
                             f"{flags['--from']}; give another --runs")
     return folder

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from engine.step import EMA, optimizers, set_rate, update
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -26,7 +27,6 @@ from engine.commands import Parser, UserError, add_device_flags, between, cast_o
 from engine.files import atomic_write, make_folder, read_config
 from engine.graphs import Replayed, ReplayedSampling, compiled
 from engine.noise import keys_of
-from engine.step import EMA, optimizers, set_rate, update
 from geometry.surface import extract
 from prompts import image_tower, text_tower
 from prompts.reading import nouns_of

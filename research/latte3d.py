@@ -48,10 +48,10 @@ class FirstStage(latte3d.LATTE3D):
 
     def open(self):
         self.geometry = latte3d.load_geometry(self.folder).to(self.device)
-        self.heads = {"sdf": self.geometry["field"]}
+        self.heads = {"sdf": self.geometry.field}
 
     def shape_tokens(self, condition, keys, **_):
-        return self.geometry["grower"](condition)
+        return self.geometry.grower(condition)
 
 
 class Judge:

@@ -1,62 +1,16 @@
-"""step.py - components of a training step: random numbers, optimizers, the moving average of the weights.
-
-Every micro-batch draws its randomness from (seed, stage, step, micro-batch) alone. So a resumed run equals an
-uninterrupted one, and many processes (engine/processes.py) equal one with as many micro-batches. No step makes Python
-wait for a GPU: what a step computes is read when the log is written.
-"""
+"""optimizers.py - Muon and AdamW, the learning rate over time, the moving average of the weights."""
 import copy
-import functools
-from zlib import crc32
 
-import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
 
 from engine.commands import has_bf16
 
-RESIDENT = .5                                # share of a GPU's free memory for a prepared set, or for cached tokens
-
-
-# ---------------------------------------------------------------------------- micro-batches
-
-def seed_batch(run, stage, step, i, choices=((),)):
-    """Seeds torch for a micro-batch, a function of (seed, stage, step, micro-batch) alone; -> one of `choices`."""
-    rng = np.random.default_rng((run.seed, crc32(stage.encode()), step, i))
-    torch.manual_seed(int(rng.integers(2 ** 62)))
-    return choices[rng.integers(len(choices))]
-
-
-def to_device(batch, device):
-    """A batch, which may be a dict or a list, on a device."""
-    return tree_map_only(torch.Tensor, lambda x: x.to(device), batch)
-
-
-def fits(size, device):
-    """Do `size` bytes fit into the device's memory, beside what a training step needs?"""
-    return device.type != "cuda" or size < RESIDENT * torch.cuda.mem_get_info(device)[0]
-
-
-@torch.no_grad()
-def held_out_loss(run, model, draw, loss_of):
-    """The loss on one fixed batch of held-out shapes."""
-    torch.manual_seed(0)
-    batch = to_device(draw(run.test), run.device)
-    with run.autocast():
-        return loss_of(model, batch)[0].item()
-
-
-def recompute_blocks(model):
-    """Activation checkpointing: activations inside a block are recomputed in the backward pass."""
-    for block in [module for module in model.modules() if getattr(module, "is_block", False)]:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-# ---------------------------------------------------------------------------- optimizers
-
 COEFFICIENTS = 3.4445, -4.7750, 2.0315     # steep at 0: after five steps singular values are within .3 of 1
+DECAY = .01                                # of weight matrices; norms, biases and embeddings do not decay
 
+
+# ---------------------------------------------------------------------------- Muon
 
 def orthogonalise(m):
     """k matrices m = U S V^T -> about U V^T, by five Newton-Schulz steps: X = a X + b (X X^T) X + c (X X^T)^2 X."""
@@ -80,7 +34,7 @@ class Muon(torch.optim.Optimizer):
     by one and always in bf16, which takes thirty times as long on a processor that has to emulate it."""
     found_inf = None                                          # 1: leave out this step, as in AdamW
 
-    def __init__(self, params, lr, decay, momentum=.95):
+    def __init__(self, params, lr, decay=DECAY, momentum=.95):
         super().__init__(params, dict(lr=torch.as_tensor(lr), decay=decay, momentum=momentum))
 
     @torch.no_grad()
@@ -105,22 +59,31 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(own, [x.view_as(w) for w, x in zip(own, step.to(g.dtype))])
 
 
+# ---------------------------------------------------------------------------- all weights of a model
+
 def optimizers(model, lr):
-    """Muon for the weights of Linear and Conv3d, as matrices of at least 64 x 64, AdamW for the rest; a module's RATE
-    multiplies its learning rate. Rates are tensors: a CUDA graph reads them."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv3d)]
-    matrices = {module.weight for module in linear if min(module.weight.flatten(1).shape) >= 64}
+    """Muon for the weights of Linear and convolutions, as matrices of at least 64 x 64; AdamW for smaller ones, and,
+    without decay, for the rest. A module's RATE multiplies its learning rate. Rates are tensors: changing them does
+    not compile a step anew."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d)]
+    weights = {layer.weight for layer in layers}
+    large = {layer.weight for layer in layers
+             if not isinstance(layer, nn.Conv2d) and min(layer.weight.flatten(1).shape) >= 64}
+    rates = {p: module.RATE for module in model.modules() if hasattr(module, "RATE") for p in module.parameters()}
     device = next(model.parameters()).device
-    rates = {p: m.RATE for m in model.modules() if hasattr(m, "RATE") for p in m.parameters()}
 
-    def groups(inside):
-        chosen = [p for p in model.parameters() if (p in matrices) == inside]
+    def groups(chosen, **settings):                           # one for each rate
         return [{"params": [p for p in chosen if rates.get(p, 1) == rate], "rate": rate,
-                 "lr": torch.tensor(lr, device=device)} for rate in sorted({rates.get(p, 1) for p in chosen})]
+                 "lr": torch.tensor(lr, device=device)} | settings
+                for rate in sorted({rates.get(p, 1) for p in chosen})]
 
-    return [Muon(groups(True), lr, decay=.01),
-            torch.optim.AdamW(groups(False), lr, betas=(.9, .99), weight_decay=.01, fused=True,
-                              capturable=device.type == "cuda")]
+    params = [*model.parameters()]
+    small = groups([p for p in params if p in weights - large], weight_decay=DECAY)
+    others = groups([p for p in params if p not in weights], weight_decay=0.)
+    found = [torch.optim.AdamW(small + others, lr, betas=(.9, .99), fused=True, capturable=device.type == "cuda")]
+    if large:
+        found.append(Muon(groups([p for p in params if p in large]), lr))
+    return found
 
 
 def learning_rate(step, steps, peak):
@@ -135,12 +98,16 @@ def set_rate(opts, rate):
             group["lr"].fill_(group["rate"] * rate)
 
 
-def update(opts, finite):
-    """A step of all optimizers, unless a gradient is not finite. finite: a boolean on the device."""
+def update(model, opts):
+    """One step of all optimizers, unless a gradient is not finite -> is it finite? A boolean on the device."""
+    finite = nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite()
     for opt in opts:
         opt.found_inf = 1. - finite.float()
         opt.step()
+    return finite
 
+
+# ---------------------------------------------------------------------------- the moving average of the weights
 
 class EMA:
     """Exponential moving average of the weights; the decay warms up, for short runs."""
