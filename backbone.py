@@ -4,8 +4,14 @@
 
 A masked auto-encoder (MAE) encodes [prefix, known tokens] and gives every unknown token i a context vector z_i; a small
 MLP (DenoiseNet) runs a diffusion on that one token, conditioned on z_i. Training masks a random share of the tokens;
-generation starts with all tokens unknown and samples a few at every step. Unlike MAR: no dropout, no learnt variance, a
-learning rate that decays linearly (engine/optimizers.py).
+generation starts with all tokens unknown and samples a few at every step.
+
+Unlike MAR (arXiv 2406.11838), besides the prefix:
+
+    training     Muon, a learning rate that falls linearly, no dropout (engine/optimizers.py)
+                 two noise draws a token, not four; the number of known tokens is one of generation's (known_counts)
+    DenoiseNet   a flow, not DDPM with a learnt variance; no LayerNorm on context vectors, no learnt positions on them
+    generation   guidance reaches its full strength at a quarter of the tokens (ramp); rounds of resampling
 
     python train.py --rep sdf --stage backbone
 """
@@ -37,7 +43,7 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
 }
-PARTS = 9    # of the tokens; a round resamples one at a time (moments)
+PARTS = 9    # of the tokens; a round resamples one at a time (unmasking_steps)
 DRAWS = 2    # noise draws per masked token and step, which share one MAE pass
 CACHED = 2 ** 20    # tokens x width x guidance branches in one chunk on a CPU (cache_sized)
 
@@ -51,7 +57,7 @@ class DenoiseNet(nn.Module):
         super().__init__()
         self.x = nn.Linear(channels, dim)
         self.t = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.c = nn.Linear(context_dim, dim)
+        self.c = nn.Linear(context_dim, dim)                  # of context vectors
         self.modulate = nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in range(depth))
         self.mlp = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim)) for _ in range(depth))
@@ -61,8 +67,8 @@ class DenoiseNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, t, z):                               # k c, k or 1, k d: context vectors after self.c -> k c
-        y = F.silu(self.t(time_embedding(t, self.x.out_features)) + z)
+    def forward(self, x, t, z):                               # noisy tokens k c, times k or 1, z: k d -> k c
+        y = F.silu(self.t(time_embedding(t, self.x.out_features)) + self.c(z))
         x = self.x(x)
         for modulate, mlp in zip(self.modulate, self.mlp):
             shift, scale, gate = modulate(y).chunk(3, -1)
@@ -118,7 +124,7 @@ def denoise(net, x, t, z, strengths):
     return combine(net(x.repeat(len(strengths) + 1, 1), t, z), strengths)         # k c
 
 
-# ---------------------------------------------------------------------------- denoisers
+# ---------------------------------------------------------------------------- denoisers: t = 0 is noise, t = 1 a token
 
 class Flow:
     """The default, a rectified flow: x_t = (1 - t) noise + t x, the network predicts the velocity x - noise."""
@@ -132,10 +138,10 @@ class Flow:
         return F.mse_loss(net(noisy, t, z), velocity)
 
     @staticmethod
-    def sample(net, z, draw, steps, strengths=(), temperature=1.):  # unit 2
-        """Context vectors z (r k) d, draw: count -> noise k count c; -> tokens k c. Adams-Bashforth steps of `denoise`
-        from t = 0 to 1: second order with one evaluation a step. temperature scales the noise."""
-        x, before = temperature * draw(1)[:, 0], None
+    def sample(net, z, noise, steps, strengths=(), temperature=1.):  # unit 2
+        """Context vectors z (r k) d, noise: count -> k count c; -> tokens k c. Adams-Bashforth steps of `denoise` from
+        t = 0 to 1: second order with one evaluation a step. temperature scales the noise."""
+        x, before = temperature * noise(1)[:, 0], None
         for i in range(steps):
             t = torch.full((1,), i / steps, device=x.device)                      # 1
             v = denoise(net, x, t, z, strengths)                                  # k c
@@ -158,22 +164,23 @@ class DDPM:
     def loss(cls, net, x, z):
         i = torch.randint(1, cls.T + 1, (len(x),), device=x.device)
         noise, a = torch.randn_like(x), rearrange(cls.alpha(i), "k -> k 1")
-        return F.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, i / cls.T, z), noise)
+        return F.mse_loss(net(a.sqrt() * x + (1 - a).sqrt() * noise, 1 - i / cls.T, z), noise)
 
     @classmethod
-    def sample(cls, net, z, draw, steps, strengths=(), temperature=1.):
-        """Context vectors z (r k) d, draw: count -> noise k count c; -> tokens k c. Ancestral sampling over `steps` of
-        the 1000 levels; temperature scales the injected noise, not the initial noise."""
-        levels, noise = [round(cls.T * (steps - step) / steps) for step in range(steps + 1)], draw(steps)
-        x = noise[:, 0]
+    def sample(cls, net, z, noise, steps, strengths=(), temperature=1.):
+        """Context vectors z (r k) d, noise: count -> k count c; -> tokens k c. Ancestral sampling over `steps` of the
+        1000 levels; temperature scales the injected noise, not the initial noise."""
+        levels = [round(cls.T * (steps - step) / steps) for step in range(steps + 1)]
+        drawn = noise(steps)                                                      # k steps c
+        x = drawn[:, 0]
         for step, (i, j) in enumerate(zip(levels, levels[1:])):
             a, b = cls.table[i], cls.table[j]
-            t = torch.full((1,), i / cls.T, device=x.device)                      # 1
+            t = torch.full((1,), 1 - i / cls.T, device=x.device)                  # 1
             eps = denoise(net, x, t, z, strengths)                                # k c
             clean = ((x - (1 - a) ** .5 * eps) / a ** .5).clamp(-5, 5)            # k c; not in MAR: no token is larger
             ratio = a / b                                     # posterior q(x_j | x_i, clean)
             mean = (b ** .5 * (1 - ratio) * clean + ratio ** .5 * (1 - b) * x) / (1 - a)
-            fresh = noise[:, (step + 1) % steps]              # the last step adds none: there 1 - b is 0
+            fresh = drawn[:, (step + 1) % steps]              # the last step adds none: there 1 - b is 0
             x = mean + temperature * ((1 - ratio) * (1 - b) / (1 - a)) ** .5 * fresh
         return x
 
@@ -199,10 +206,9 @@ class Backbone(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.net = DenoiseNet(channels, dim, head_dim, head_depth)
 
-    def contexts(self, prefix, x, order, known, rows):
-        """The MAE: prefix tokens and their mask, shape tokens x b n c, order b n (its first `known` entries are known
-        tokens) -> context vectors z_i of the tokens `rows` (b m): b m d."""
-        prefix, mask = prefix                                                     # b p d, b p
+    def contexts(self, prefix, mask, x, order, known, rows):
+        """The MAE: prefix tokens b p d, their mask b p, shape tokens x b n c, order b n (its first `known` entries are
+        known tokens) -> context vectors z_i of the tokens `rows` (b m): b m d."""
         (b, p, d), n = prefix.shape, self.tokens
 
         index = repeat(order[:, :known], "b k -> b k d", d=d)                     # b k d
@@ -229,10 +235,10 @@ class Backbone(nn.Module):
         order = torch.rand(len(x), self.tokens, device=x.device).argsort(1)       # b n
         masked = order[:, known:]                                                 # b m
 
-        prefix = self.prefix(condition)                                           # b p d and b p
-        z = self.contexts(prefix, x, order, known, masked)                        # b m d
+        prefix, mask = self.prefix(condition)                                     # b p d, b p
+        z = self.contexts(prefix, mask, x, order, known, masked)                  # b m d
         x = x.gather(1, repeat(masked, "b m -> b m c", c=self.channels))          # b m c
-        z = repeat(self.net.c(z), "b m d -> (draws b m) d", draws=DRAWS)
+        z = repeat(z, "b m d -> (draws b m) d", draws=DRAWS)
         x = repeat(x, "b m c -> (draws b m) c", draws=DRAWS)
         return self.denoiser.loss(self.net, x, z)
 
@@ -244,26 +250,25 @@ class Backbone(nn.Module):
         output (reconstruct.py). cool: factor of temperature in rounds. watch: sees what is known after each step."""
         b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
         condition, strengths = split_condition(condition, cfg)
-        prefix = self.prefix(condition)                                           # (r b) p d and (r b) p
+        prefix, mask = self.prefix(condition)                                     # (r b) p d, (r b) p
         rgs_steps = math.ceil(window * steps) if blend else 0
 
         x = torch.zeros(b, n, c, device=keys.device)                              # b n c, unknown tokens are 0
-        for step, (order, known, after) in enumerate(moments(n, keys, steps, rounds)):
+        for step, (order, known, after) in enumerate(unmasking_steps(n, keys, steps, rounds)):
             new = order[:, known:after]                                           # b m, the tokens of this step
-            blended = blend(x) if step < rgs_steps else x                         # b n c, RGS; only known count
+            blended = blend(x) if step < rgs_steps else x                         # b n c, RGS
             ramped = ramp(strengths, known, n) if known else []                   # first step: branch 0 alone
             r = len(ramped) + 1
 
-            # MAE: z_i = f(prefix, known tokens), in all r branches; branch 0 encodes the blended tokens
-            inputs = torch.cat([blended] + [x] * len(ramped))                     # (r b) n c
-            orders, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (order, new))
-            z = self.contexts([y[:r * b] for y in prefix], inputs, orders, known, rows)           # (r b) m d
-            z = rearrange(self.net.c(z), "rb m d -> (rb m) d")
+            # MAE: z_i = f(prefix, known tokens), in all r branches
+            inputs, orders, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (blended, order, new))
+            z = self.contexts(prefix[:r * b], mask[:r * b], inputs, orders, known, rows)          # (r b) m d
+            z = rearrange(z, "rb m d -> (rb m) d")
 
             # DenoiseNet: x_i ~ p(x_i | z_i), guided by the r branches
-            draw = lambda count: normal(keys, 1 + step, (after - known, count, c)).flatten(0, 1)      # (b m) count c
+            noise = lambda count: normal(keys, 1 + step, (after - known, count, c)).flatten(0, 1)     # (b m) count c
             cooled = temperature * (cool if step >= steps else 1)
-            sample = self.denoiser.sample(self.net, z, draw, denoise_steps, ramped, cooled)
+            sample = self.denoiser.sample(self.net, z, noise, denoise_steps, ramped, cooled)
             index = repeat(new, "b m -> b m c", c=c)
             x = x.scatter(1, index, rearrange(sample, "(b m) c -> b m c", b=b))   # b n c
             watch(x, order, known, after)
@@ -293,7 +298,7 @@ def schedule(n, steps):                                       # unit 3
     return pairs
 
 
-def moments(n, keys, steps, rounds):
+def unmasking_steps(n, keys, steps, rounds):
     """(order b n, known, after): the tokens order[:, known:after] are sampled, given the first `known` ones. After the
     schedule, each round resamples all tokens, one of PARTS parts at a time, given the others (Gibbs sampling; not in
     the paper): tokens that were sampled early, or in one step, do not agree."""
@@ -309,8 +314,8 @@ def moments(n, keys, steps, rounds):
 
 
 def known_counts(n, count=16, power=1.5):                     # unit 3
-    """How many of n tokens are known at the moments (i + .5) / count of generation; a power above 1: early ones, when
-    the prompt decides most, come more often. (MAR's mask ratio is at least .7: it never trains on the last steps.)"""
+    """How many of n tokens are known when a share (i + .5) / count of generation is over; a power above 1: early steps,
+    when the prompt decides most, come more often. (MAR's mask ratio is at least .7: it never trains on late steps.)"""
     return [n - math.ceil(n * math.cos(math.pi / 2 * ((i + .5) / count) ** power)) for i in range(count)]
 
 
@@ -330,7 +335,7 @@ def train(run):
     model = run.part("backbone", Backbone)(**settings)
     run.load_to_finetune("backbone", {"backbone": model}, settings)
 
-    # training: masked as at one of 16 moments of generation; the held-out loss is the mean over eight
+    # training: as many known tokens as at one of 16 steps of generation; the held-out loss is the mean over eight
     counts, held_out_counts = known_counts(model.tokens), known_counts(model.tokens, 8, 1)
     loop = Loop(run, "backbone", model, draw)
     for net, (x, prompts) in loop:

@@ -253,7 +253,7 @@ def test_schedules_place_every_token_once(n):
 @pytest.mark.parametrize("n", [1, 27, 64])
 def test_a_round_resamples_every_token_once_given_the_others(n):
     """After the schedule. The order differs from sample to sample and from round to round."""
-    found = list(backbone.moments(n, keys_of([0, 1]), min(n, 8), rounds=2))
+    found = list(backbone.unmasking_steps(n, keys_of([0, 1]), min(n, 8), rounds=2))
     first, *rounds = np.split(np.arange(len(found)), [min(n, 8), (len(found) + min(n, 8)) // 2])
     for part in (first, *rounds):
         drawn = torch.cat([found[i][0][:, found[i][1]:found[i][2]] for i in part], 1)
@@ -274,14 +274,14 @@ def test_contexts_ignore_unknown_tokens():
     prefix, x = model.prefix(condition), torch.randn(3, 27, 8)
     order, known, rows = torch.rand(3, 27).argsort(1), 10, torch.arange(27).expand(3, -1)
     changed = lambda places: x.scatter(1, places[..., None].expand(-1, -1, 8), torch.randn(3, 27, 8))
-    z = model.contexts(prefix, x, order, known, rows)
-    assert torch.equal(z, model.contexts(prefix, changed(order[:, known:]), order, known, rows))
-    assert not torch.allclose(z, model.contexts(prefix, changed(order[:, :1]), order, known, rows))
+    z = model.contexts(*prefix, x, order, known, rows)
+    assert torch.equal(z, model.contexts(*prefix, changed(order[:, known:]), order, known, rows))
+    assert not torch.allclose(z, model.contexts(*prefix, changed(order[:, :1]), order, known, rows))
     flipped = torch.cat([order[:, :known].flip(1), order[:, known:]], 1)
-    assert torch.allclose(z, model.contexts(prefix, x, flipped, known, rows), atol=1e-5)
+    assert torch.allclose(z, model.contexts(*prefix, x, flipped, known, rows), atol=1e-5)
     few = order[:, known:known + 4]
     own = z.gather(1, few[..., None].expand(-1, -1, z.shape[-1]))
-    assert torch.allclose(own, model.contexts(prefix, x, order, known, few), atol=1e-6)
+    assert torch.allclose(own, model.contexts(*prefix, x, order, known, few), atol=1e-6)
 
 
 # ---------------------------------------------------------------------------- guidance
@@ -302,8 +302,8 @@ def test_guidance_has_a_strength_for_each_prompt(monkeypatch):
     """The strength of the image comes first. Both grow from none to all of it at a quarter of the tokens."""
     model, condition = small_backbone()
     strengths = []
-    monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, draw, steps, strength, temperature:
-                        strengths.append(strength) or draw(1)[:, 0])
+    monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, noise, steps, strength, temperature:
+                        strengths.append(strength) or noise(1)[:, 0])
     model.generate(condition, keys_of(range(3)), steps=27, cfg={"text": 4., "image": 2.})
     assert strengths[0] == []                                 # the conditional branch alone
     assert strengths[3] == pytest.approx([1 + 4 * 3 / 27, 1 + 3 * 4 * 3 / 27])
@@ -313,8 +313,8 @@ def test_guidance_has_a_strength_for_each_prompt(monkeypatch):
 def test_rounds_are_cooler(monkeypatch):
     model, condition = small_backbone()
     temperatures = []
-    monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, draw, steps, strength, temperature:
-                        temperatures.append(temperature) or draw(1)[:, 0])
+    monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, noise, steps, strength, temperature:
+                        temperatures.append(temperature) or noise(1)[:, 0])
     model.generate(condition, keys_of(range(3)), steps=5, temperature=.8, rounds=1, cool=.5)
     assert temperatures == [.8] * 5 + [.4] * backbone.PARTS
 
@@ -327,7 +327,7 @@ def test_branches_in_one_batch_are_three_passes():
     def contexts(condition):
         b = len(condition["text"][0])
         places = order.repeat(b // 3, 1)
-        return model.contexts(model.prefix(condition), x.repeat(b // 3, 1, 1), places, 9, places)     # b n d
+        return model.contexts(*model.prefix(condition), x.repeat(b // 3, 1, 1), places, 9, places)     # b n d
 
     stacked, _ = backbone.split_condition(condition, 2.)
     both, text, nothing = contexts(stacked).chunk(3)
@@ -395,7 +395,7 @@ def exact_net(denoiser, mean, std):
         return mean + t * std ** 2 * share - (1 - t) * share  # E[x | x_t] - E[noise | x_t]
 
     def ddpm(x, t, c):                                        # x_t = sqrt(a) x + sqrt(1 - a) noise
-        a = backbone.DDPM.alpha((t * backbone.DDPM.T).round())[:, None]
+        a = backbone.DDPM.alpha(((1 - t) * backbone.DDPM.T).round())[:, None]
         return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std ** 2 + 1 - a)
 
     return {"flow": flow, "ddpm": ddpm}[denoiser]
@@ -500,15 +500,14 @@ def test_the_reconstructor_predicts_its_variance():
     assert sigma[:, 0].max() < .45 * sigma[:, 1].min()
 
 
-def test_only_the_conditional_branch_gets_the_blend(monkeypatch):
-    """The other branches, which guidance compares it with, get the sampled tokens."""
+def test_all_branches_get_the_blend_in_the_first_steps(monkeypatch):
     model, condition = small_backbone()
     contexts, inputs = model.contexts, []
 
-    def record(prefix, x, *rest):
+    def record(prefix, mask, x, *rest):
         inputs.append(x.chunk(3))
-        return contexts(prefix, x, *rest)
+        return contexts(prefix, mask, x, *rest)
     monkeypatch.setattr(model, "contexts", record)
-    model.generate(condition, keys_of(range(3)), steps=4, blend=lambda x: x + 1, window=.5)
-    for step, (both, text, nothing) in enumerate(inputs[1:], 1):                  # the first step has one branch
-        assert torch.equal(both, nothing + (step < 2)) and torch.equal(text, nothing)
+    model.generate(condition, keys_of(range(3)), steps=4, blend=lambda x: torch.full_like(x, 7.), window=.5)
+    for step, branches in enumerate(inputs[1:], 1):           # the first step has one branch
+        assert all((x == 7).all() == (step < 2) for x in branches)

@@ -112,6 +112,20 @@ load = partial(load_stage, stage="tokenizer", part=Tokenizer)        # of a chec
 
 # ---------------------------------------------------------------------------- stage: model, data, training, save
 
+def head_losses(heads, tokens, samples, share=1.):
+    """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads are scaled
+    to one norm, the micro-batch's share of the batch: the tokenizer weighs all heads equally, whatever their losses."""
+    losses, logs = [], {}
+    for rep, batch in samples.items():
+        x = tokens[:len(next(iter(batch.values())))].clone()                                  # b n c
+        if x.requires_grad and len(samples) > 1:
+            x.register_hook(lambda gradient: gradient * share / gradient.norm().clamp(min=1e-12))
+        loss, head_logs = heads[rep].loss(x, batch)
+        losses.append(loss)
+        logs |= {f"{rep} {name}": value for name, value in head_logs.items()}
+    return sum(losses), logs
+
+
 class Autoencoder(nn.Module):
     """The tokenizer and the heads that it is trained with. share: weight of a micro-batch in the loss."""
 
@@ -123,22 +137,9 @@ class Autoencoder(nn.Module):
         """cloud: points, normals, colours; samples: {rep: those of its head}; before: with --finetune, the tokens of
         the weights at the start. Their drift is penalised: heads and backbone need few steps to adapt."""
         tokens = self.tokenizer(*cloud)                                           # b n c
-        loss, logs = self.head_losses(tokens, samples)
+        loss, logs = head_losses(self.heads, tokens, samples, self.share)
         drift = torch.zeros_like(loss) if before is None else F.mse_loss(tokens, before)
         return loss + STAY * drift, logs | {"drift": drift.detach()}
-
-    def head_losses(self, tokens, samples):
-        """The sum of the heads' losses on the same tokens, each on its own samples. Gradients of several heads are
-        scaled to one norm: the tokenizer weighs all heads equally, whatever their losses."""
-        losses, logs = [], {}
-        for rep, batch in samples.items():
-            x = tokens[:len(next(iter(batch.values())))].clone()                              # b n c
-            if x.requires_grad and len(samples) > 1:
-                x.register_hook(lambda gradient: gradient * self.share / gradient.norm().clamp(min=1e-12))
-            loss, head_logs = self.heads[rep].loss(x, batch)
-            losses.append(loss)
-            logs |= {f"{rep} {name}": value for name, value in head_logs.items()}
-        return sum(losses), logs
 
     def files(self):                                          # name of a weights file: its module
         return {"tokenizer": self.tokenizer} | {f"head-{rep}": head for rep, head in self.heads.items()}

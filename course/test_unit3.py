@@ -20,33 +20,28 @@ def test_the_schedule_is_a_cosine():
     assert [after for _, after in backbone.schedule(64, 10)] == [1, 4, 7, 13, 19, 27, 35, 45, 54, 64]
 
 
-def test_training_sees_the_moments_of_generation():
-    """n - ceil(n cos(pi/2 ((i + .5) / count)^power)) known tokens; a power above 1: early moments are frequent."""
+def test_training_sees_the_steps_of_generation():
+    """n - ceil(n cos(pi/2 ((i + .5) / count)^power)) known tokens; a power above 1: early steps are frequent."""
     assert backbone.known_counts(64, 4, 1) == [1, 10, 28, 51]
     counts = backbone.known_counts(64)
     assert len(counts) == 16 and counts == sorted(counts) and sum(count < 8 for count in counts) >= 5
 
 
-class Twice(torch.nn.Module):
-    def forward(self, z):
-        return 2 * z
-
-
 def test_the_loss_is_that_of_masked_tokens():
-    """A random order for each sample; its first `known` tokens are encoded, the loss is of the others, with their z_i
-    through `net.c`; DRAWS draws of noise share one pass. x and z are in one order."""
+    """A random order for each sample; its first `known` tokens are encoded, the loss is of the others, with their z_i;
+    DRAWS draws of noise share one pass. x and z are in one order."""
     model, condition = small_backbone()
     x, seen, asked = torch.randn(3, 27, 8), [], []
 
-    def contexts(prefix, x, order, known, rows):              # stands for the autoencoder: it answers with the tokens
+    def contexts(prefix, mask, x, order, known, rows):        # stands for the autoencoder: it answers with the tokens
         asked.append((order, known, rows))
         return x.gather(1, rows[..., None].expand(-1, -1, 8))
-    model.contexts, model.net.c = contexts, Twice()
+    model.contexts = contexts
     model.denoiser = type("Spy", (), {"loss": staticmethod(lambda net, x, z: seen.append((x, z)) or x.mean())})
     model.loss(x, condition, 20)
     ((targets, z),), ((order, known, rows),) = seen, asked
     assert known == 20 and torch.equal(rows.sort(1).values, order[:, 20:].sort(1).values)
-    assert len(order.unique(dim=0)) == 3 and torch.equal(z, 2 * targets)
+    assert len(order.unique(dim=0)) == 3 and torch.equal(z, targets)
     assert len(targets) == backbone.DRAWS * 3 * 7 and len(targets.unique(dim=0)) == 3 * 7
 
 
@@ -55,8 +50,8 @@ def test_a_known_token_matters_and_a_masked_one_does_not():
     torch.manual_seed(1)
     model, condition = small_backbone()
     contexts, orders, seen = model.contexts, [], []
-    model.contexts = lambda prefix, x, order, known, rows: orders.append(order) or contexts(prefix, x, order,
-                                                                                             known, rows)
+    model.contexts = lambda prefix, mask, x, order, known, rows: orders.append(order) or contexts(
+        prefix, mask, x, order, known, rows)
     model.denoiser = type("Spy", (), {"loss": staticmethod(lambda net, x, z: seen.append(z) or x.mean())})
 
     def z_of(x):

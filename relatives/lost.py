@@ -34,7 +34,7 @@ from engine.networks import Block, flow_pair, time_embedding
 from engine.noise import keys_of, normal
 from engine.stage import Stage
 from prompts.text_tower import info_nce
-from relatives.sequence import AdaBlock, Growing, Sequence
+from relatives.sequence import AdaBlock, KVCache, Sequence
 from sample import Sampler
 
 REPS = tuple(heads_.HEADS)
@@ -178,10 +178,10 @@ class Codec(nn.Module):
     def decode(self, registers, keys, steps=10):
         """The first k registers of b shapes, b k w, and one key per shape (engine/noise.py) -> shape tokens b n c."""
         kept = torch.ones(registers.shape[:2], dtype=torch.bool, device=registers.device)
-        draw = lambda count: normal(keys, 1, (count, self.tokens * self.decoder.channels))     # stream 0: registers
+        noise = lambda count: normal(keys, 1, (count, self.tokens * self.decoder.channels))    # stream 0: registers
         memory = self.decoder.read(registers)
         net = lambda x, t, _: self.decoder.velocity(x, t, kept, memory)           # its condition is the memory
-        return rearrange(Flow.sample(net, None, draw, steps), "b (n c) -> b n c", n=self.tokens)
+        return rearrange(Flow.sample(net, None, noise, steps), "b (n c) -> b n c", n=self.tokens)
 
 
 # ---------------------------------------------------------------------------- loss, generate: LoST-GPT
@@ -204,19 +204,19 @@ class Generator(Sequence):
         mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(valid, (0, self.count), value=True), "b k -> b 1 k")
         z = self.read(x, modulation, mask)[:, p:]                                 # b m d
         z, x = (repeat(y, "b m d -> (draws b m) d", draws=DRAWS) for y in (z, registers))
-        return Flow.loss(self.net, x, self.net.c(z)), {}
+        return Flow.loss(self.net, x, z), {}
 
     @torch.no_grad()
     def generate(self, condition, keys, registers=None, denoise_steps=4, cfg=1.5, temperature=1.):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> the first registers, b k w."""
         noise = normal(keys, 0, (self.count, 1, self.width))                      # b m 1 w: one draw of each register
         condition, strengths = split_condition(condition, cfg)                    # r branches of b samples
-        rows, chosen = Growing(self, condition, self.count), []
-        x = rows.first                                                            # (r b) 1 d
+        cache, chosen = KVCache(self, condition, self.count), []
+        x = cache.first                                                           # (r b) 1 d
         for i in range(registers or self.count):
-            z = self.net.c(rows.append(x + self.place[i])[:, 0])                  # (r b) d
-            draw = lambda count: noise[:, i]                  # b 1 w
-            chosen.append(Flow.sample(self.net, z, draw, denoise_steps, strengths, temperature))      # b w
+            z = cache.append(x + self.place[i])[:, 0]         # (r b) d
+            chosen.append(Flow.sample(self.net, z, lambda count: noise[:, i], denoise_steps, strengths,
+                                      temperature))           # b w
             x = rearrange(self.token(chosen[-1]), "b d -> b 1 d").repeat(len(strengths) + 1, 1, 1)
         return torch.stack(chosen, 1)
 

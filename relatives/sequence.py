@@ -73,8 +73,8 @@ class Sequence(nn.Module):
         return self.norm(x)
 
 
-class Cache:
-    """KV cache: keys and values of up to `length` rows, b h k w each, written in place."""
+class BlockCache:
+    """The KV cache of one block: keys and values of up to `length` rows, b h k w each, written in place."""
 
     def __init__(self, length):
         self.length, self.used = length, 0
@@ -88,13 +88,14 @@ class Cache:
         return [rows[:, :, :self.used] for rows in self.rows]
 
 
-class Growing:
-    """A Sequence in sampling: it begins with the prefix, and `append` adds up to `length` rows."""
+class KVCache:
+    """A Sequence in sampling: it begins with the prefix, and `append` adds up to `length` rows. Keys and values of all
+    rows so far are kept."""
 
     def __init__(self, sequence, condition, length):
         prefix, self.mask, self.first, self.modulation = sequence.begin(condition)
         p = prefix.shape[1]
-        self.sequence, self.caches = sequence, [Cache(p + length) for _ in sequence.blocks]
+        self.sequence, self.caches = sequence, [BlockCache(p + length) for _ in sequence.blocks]
         sequence.read(prefix, self.modulation, repeat(self.mask, "b k -> b q k", q=p), self.caches)
 
     def append(self, x):                                      # b q d, which attend to all rows so far -> b q d

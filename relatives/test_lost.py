@@ -160,7 +160,7 @@ def test_the_student_teaches_the_decoder(codec, monkeypatch):
 def test_cached_is_uncached(generator, monkeypatch):
     """The context vectors of sampling, with the cache, are those of one pass over all registers."""
     contexts, condition = [], prompted()
-    monkeypatch.setattr(lost.Flow, "sample", lambda net, z, draw, *_: contexts.append(z) or draw(1)[:, 0])
+    monkeypatch.setattr(lost.Flow, "sample", lambda net, z, noise, *_: contexts.append(z) or noise(1)[:, 0])
     r = generator.generate(condition, keys_of(range(3)), cfg=1.)
     monkeypatch.setattr(lost.Flow, "loss", lambda net, x, z: z)
     z, _ = generator.loss(r, condition)

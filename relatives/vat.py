@@ -35,7 +35,7 @@ from engine.networks import BANDS, Block, FeedForward, FromCells, cell_means, fo
 from engine.stage import Stage
 from geometry.surface import TRUNCATION
 from relatives.codes import Codebook, code_use, draw_codes
-from relatives.sequence import Growing, Sequence
+from relatives.sequence import KVCache, Sequence
 from sample import Sampler
 
 REPS = "sdf", "mesh"
@@ -264,10 +264,11 @@ class Generator(Sequence):
     def generate(self, condition, keys, cfg=2., top_k=None, top_p=1., temperature=1., watch=lambda *_: None):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> latents b n c. watch: of each scale."""
         condition, strengths = split_condition(condition, cfg)                    # r branches of b samples
-        r, rows, f = len(strengths) + 1, Growing(self, condition, sum(self.counts)), self.quantiser.nothing(len(keys))
+        r, f = len(strengths) + 1, self.quantiser.nothing(len(keys))
+        cache = KVCache(self, condition, sum(self.counts))
         for k in range(len(self.scales)):
-            x = self.tokens(k, f.repeat(r, 1, 1, 1, 1), rows.first)               # (r b) s^3 d
-            logits = combine(self.out(rows.append(x)).float(), strengths)         # b s^3 v
+            x = self.tokens(k, f.repeat(r, 1, 1, 1, 1), cache.first)               # (r b) s^3 d
+            logits = combine(self.out(cache.append(x)).float(), strengths)         # b s^3 v
             codes = draw_codes(logits, keys, k, top_k, top_p, temperature * (LATER if k else 1))              # b s^3
             f = f + self.quantiser.up(codes, k)
             watch(as_rows(f), self.scales[k])

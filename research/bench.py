@@ -101,16 +101,16 @@ def published(model, condition, keys, cfg=2.):
     x = torch.zeros(len(keys), n, model.channels, device=keys.device)                                 # b n c
     for step, (known, then) in enumerate(backbone.schedule(n, steps)):
         def contexts(prefix):                                 # of all tokens, as MAR, not of the new ones alone
-            z = model.contexts(prefix, x, order, known, order)                                        # b n d
-            return rearrange(model.net.c(z[:, known:then]), "b m d -> (b m) d")
+            z = model.contexts(*prefix, x, order, known, order)                                       # b n d
+            return rearrange(z[:, known:then], "b m d -> (b m) d")
 
         def net(x, t, z):
             out = model.net(x, t, z_unconditional)
             return out + (1 + (cfg - 1) * then / n) * (model.net(x, t, z) - out)
 
         z, z_unconditional = contexts(prefix), contexts(unconditional)                                # (b m) d
-        draw = lambda count: normal(keys, 1 + step, (then - known, count, model.channels)).flatten(0, 1)
-        sample = model.denoiser.sample(net, z, draw, denoise_steps)                                   # (b m) c
+        noise = lambda count: normal(keys, 1 + step, (then - known, count, model.channels)).flatten(0, 1)
+        sample = model.denoiser.sample(net, z, noise, denoise_steps)                                   # (b m) c
         index = repeat(order[:, known:then], "b m -> b m c", c=model.channels)
         x = x.scatter(1, index, rearrange(sample, "(b m) c -> b m c", b=len(x)))
     return x
@@ -166,7 +166,7 @@ def bench_train(args):
             recompute_blocks(model)
 
         def steps():
-            for seed in range(3):                             # three moments of generation
+            for seed in range(3):                             # three numbers of known tokens
                 for _ in range(micro_batches):
                     torch.manual_seed(seed)
                     x = torch.randn(b, model.tokens, model.channels, device=args.place)

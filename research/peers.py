@@ -56,7 +56,7 @@ class Diffusion(nn.Module):
             y = block(y, t, mask)
         return rearrange(self.out(y[:, -self.tokens:]).float(), "b n c -> b (n c)")
 
-    def loss(self, x, condition, known=None):                 # b n c; it has no moments of generation
+    def loss(self, x, condition, known=None):                 # b n c; no token is known
         prefix, mask, mean = self.prefix(condition)                               # b p d, b p, b 1 d
         return self.denoiser.loss(partial(self.net, mask=mask, mean=mean), rearrange(x, "b n c -> b (n c)"), prefix)
 
@@ -83,7 +83,7 @@ class Autoregressive(lost.Generator):
         if denoiser != "flow":
             raise UserError("--variant autoregressive takes no other --denoiser than flow")
 
-    def loss(self, x, condition, known=None):                 # b n c; it has no moments of generation
+    def loss(self, x, condition, known=None):                 # b n c; no token is known
         return super().loss(x, condition)[0]
 
     def generate(self, condition, keys, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
@@ -119,10 +119,9 @@ class Spaces(Backbone):
         random = torch.randn(4, channels, channels, generator=torch.Generator().manual_seed(0), device="cpu")
         self.register_buffer("rotation", torch.linalg.qr(random).Q)               # s c c
 
-    def contexts(self, prefix, *rest):
-        tokens, mask = prefix                                                     # (r b) p d, (r b) p
-        label = repeat(self.label(self.space), "b d -> (r b) 1 d", r=len(tokens) // len(self.space))
-        return super().contexts((tokens + label, mask), *rest)
+    def contexts(self, prefix, *rest):                        # (r b) p d
+        label = repeat(self.label(self.space), "b d -> (r b) 1 d", r=len(prefix) // len(self.space))
+        return super().contexts(prefix + label, *rest)
 
     def loss(self, x, condition, known):
         self.space = torch.randint(4, (len(x),), device=x.device)                 # b, of each sample

@@ -70,7 +70,7 @@ def test_contexts_depend_on_the_condition_not_on_its_order():
 
     def contexts(change):
         changed = {kind: change(tokens, mask) for kind, (tokens, mask) in condition.items()}
-        return model.contexts(model.prefix(changed), x, order, 9, order)          # b n d
+        return model.contexts(*model.prefix(changed), x, order, 9, order)          # b n d
 
     plain = contexts(lambda tokens, mask: (tokens, mask))
     assert torch.allclose(plain, contexts(lambda tokens, mask: (tokens.flip(1), mask.flip(1))), atol=1e-5)
