@@ -1,4 +1,5 @@
 """exam.py - many prompts, one checkpoint: sampled in batches, decoded, and stored one by one."""
+import functools
 import time
 from importlib import import_module
 from pathlib import Path
@@ -16,8 +17,7 @@ from engine.files import digest, read_config, read_stage
 from engine.stage import RELATIVES
 from geometry.metrics import soundness
 from geometry.real import Files
-from research import peers  # adds its classes to those that a folder may hold
-from research.closure import closure, code_digest
+from research import peers  # noqa: F401 - adds its classes to those that a folder may hold
 from research.crisp import likeness
 from research.results import ResultCache
 from sample import load, model_in
@@ -77,15 +77,21 @@ def longest_captions(split, rows):
 
 # ---------------------------------------------------------------------------- results
 
-def result_cache(args, label, folder, *modules, what=None, **settings):
+@functools.cache
+def code_digest():
+    """The digest of the repository's Python files, tests aside."""
+    root = Path(__file__).parent.parent
+    files = [path for pattern in ("*.py", "*/*.py") for path in sorted(root.glob(pattern))]
+    return digest(*(path for path in files if not path.name.startswith(("test_", "conftest"))))
+
+
+def result_cache(args, label, folder, what=None, **settings):
     """The cache of a checkpoint and a command, or of `what` several commands share. Its key: the weights, these
-    settings, and the code of sample.py, of the models, and of the modules that measure."""
-    models = closure("sample", *(f"relatives.{name}" for name in RELATIVES))
+    settings, and the code."""
     settings |= {key: getattr(args, key, None) for key in ("rep", "seed", "resolution", "split", "faces")}
     settings |= dict(weights=weights(folder), sampling=read_config(folder).get("backbone", {}).get("sampling"),
                      data=Files("test", args.data).name if args.data else None,
-                     code=code_digest(*models, "judge", "research.exam", "research.crisp", "research.attributes",
-                                      peers.__name__, *modules))
+                     code=code_digest())
     return ResultCache(f"{args.out}/{what or args.command}/{label}", **settings)
 
 

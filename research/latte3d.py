@@ -102,7 +102,7 @@ def evaluate_latte3d(args):
                 ("seen together", seen, model, {}), ("not seen together", unseen, model, {}),
                 ("the same, stage 1 alone", unseen, first, {}),
                 (f"the same, refined for {args.refine} steps", unseen, model, {"refine": args.refine})):
-            cache = exam.result_cache(args, label, folder, "research.latte3d", shapes=name, options=options)
+            cache = exam.result_cache(args, label, folder, shapes=name, options=options)
             scores, results, jobs = judge.scores(model_, cache, records, **options)
             tables[label].append({"class and colour": name, "prompts": str(len(records)), **scores})
             shown = {record["class"]: i for i, record in reversed([*enumerate(records)])}.values()      # one a class
@@ -187,7 +187,7 @@ def ablate_latte3d(args):
     def scores(folder, own, name, seed):
         found, samples = {}, [(None, None)] * len(own)        # if all have vanished
         if folder:
-            cache = exam.result_cache(args, folder.name, folder, "research.latte3d", shapes=[r["index"] for r in own])
+            cache = exam.result_cache(args, folder.name, folder, shapes=[r["index"] for r in own])
             model = FirstStage(folder, args.device, args.precision)
             found, results, jobs = judge.scores(model, cache, own)
             samples = zip(results["tokens"], jobs)

@@ -42,7 +42,7 @@ def evaluate_names(args):
     meant = lambda job: np.flatnonzero(classes == job.text)
     for folder, label in labels(args.checkpoint).items():
         training_set_of(folder, args)                         # an error, if it learnt from other files
-        cache, model = exam.result_cache(args, label, folder, "research.names"), exam.open_model(args, folder)
+        cache, model = exam.result_cache(args, label, folder), exam.open_model(args, folder)
         scorer, memory = Scorer(folder, args.device), Memory(folder, model.device, model.autocast, train)
         result_of = exam.shape_result(model, args.rep, args.resolution, faces=args.faces, split=learnt, true=meant)
         sampled = exam.sample_all(model, jobs, cache, result_of)

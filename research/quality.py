@@ -137,7 +137,7 @@ def evaluate_images(args):
                "longest caption": (longest, nothing), "picture": (nothing, pictures),
                "picture and longest caption": (longest, pictures)}
     for folder, label in labels(args.checkpoint).items():
-        cache, model = exam.result_cache(args, label, folder, "research.quality"), exam.open_model(args, folder)
+        cache, model = exam.result_cache(args, label, folder), exam.open_model(args, folder)
         tables[label] = []
         for prompt, (texts, images) in prompts.items():
             own = rows if images is nothing else as_shown
@@ -165,7 +165,7 @@ def evaluate_views(args):
     """Samples from eight views of a held-out shape: how far apart are they, without RGS and with its default?"""
     test, tables, turns = exam.held_out(args), {}, turns_to_front(45 * torch.arange(8.))
     for folder, label in labels(args.checkpoint).items():
-        cache, model = exam.result_cache(args, label, folder, "research.quality"), exam.open_model(args, folder)
+        cache, model = exam.result_cache(args, label, folder), exam.open_model(args, folder)
         tables[label], result_of = [], exam.shape_result(model, args.rep, args.resolution)
         for row in range(min(args.shapes, len(test))):
             name, shape = f"{test.classes[row]} {row}", test.shape(row)

@@ -69,7 +69,7 @@ def judge_registers(args, label, folder, only=()):
         return {name: np.float32([x[:exam.POINTS] for x in xs]) for name, xs in zip(exam.CLOUD, zip(*clouds))} | {
             "Chamfer": [chamfer(x, true) for x, *_ in clouds], "floor": chamfer(second, true)}
 
-    cache = exam.result_cache(args, label, folder, "research.registers", what="registers", lengths=lengths)
+    cache = exam.result_cache(args, label, folder, what="registers", lengths=lengths)
     results = exam.each_shape(args, model.test, cache, judge)
     held_out = model.test.cloud(range(len(model.test)), exam.POINTS, seeded(args.seed))    # r k 3 each
     count, classes, scores = len(results), np.array(model.test.classes), {}

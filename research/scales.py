@@ -37,7 +37,7 @@ def evaluate_scales(args):
             scores = [fscore(mesh.surface(points, rng)[0], true, .02) for mesh in meshes]
             return {"codes": indices[0].cpu().numpy(), "IoU": overlaps, "F-score": scores}
 
-        results = exam.each_shape(args, test, exam.result_cache(args, label, folder, "research.scales"), judge)
+        results = exam.each_shape(args, test, exam.result_cache(args, label, folder), judge)
         found = {key: np.stack([result[key] for result in results]) for key in results[0]}      # r N, r K
         counts = np.cumsum(quantiser.counts)                  # codes in the first 1, 2 ... K scales together
         sizes = file_size(counts, quantiser.book.bits)        # bytes of a file of them

@@ -1,51 +1,52 @@
-"""test_rooms.py - the limits of what a reader has to read, and the direction of imports.
+"""test_rooms.py - the direction of imports, those inside functions too.
 
-    engine <- geometry <- prompts <- stage files <- {sample, train} <- relatives <- research
+    engine <- geometry <- prompts <- stage files <- {sample, train} <- relatives <- research <- evaluate
 """
+import ast
+from graphlib import TopologicalSorter
+
 import pytest
 
-from research import closure
+from conftest import HERE
 
 STAGE_FILES = ("data", "encoders", "tokenizer", "heads", "convolutions", "prefix", "backbone", "reconstruct", "judge")
 ROOMS = {"engine": 0, "geometry": 1, "prompts": 2, **dict.fromkeys(STAGE_FILES, 3), "sample": 4, "train": 4,
          "relatives": 5, "research": 6, "evaluate": 7, "course": 8, "recipes": 8}
-MOST = {"sample": (24, 3300), "train": (30, 4600)}            # files, lines
+FILES = {".".join(path.relative_to(HERE).with_suffix("").parts): path       # {module: its file}, without tests
+         for pattern in ("*.py", "*/*.py") for path in HERE.glob(pattern)
+         if not path.name.startswith(("test_", "conftest"))}
 
 
-def wrong_imports():
-    graph = {module: closure.imports(module) for module in closure.FILES}
-    return [f"{a} imports {b}" for a, imported in graph.items() for b in imported
-            if ROOMS[b.split(".")[0]] > ROOMS[a.split(".")[0]]]
+def imports(path):
+    """The modules of the repository that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names & FILES.keys()
+
+
+def wrong_imports(files):
+    room = lambda module: ROOMS[module.split(".")[0]]
+    return [f"{a} imports {b}" for a, path in files.items() for b in imports(path) if room(b) > room(a)]
 
 
 def test_imports_go_one_way():
-    assert {"engine.files", "prefix"} <= closure.imports("backbone")
-    assert wrong_imports() == []
+    assert {"engine.files", "prefix"} <= imports(FILES["backbone"])
+    assert wrong_imports(FILES) == []
+
+
+def test_no_file_imports_itself_through_others():
+    TopologicalSorter({module: imports(path) for module, path in FILES.items()}).prepare()
 
 
 @pytest.mark.parametrize("module, text, imported", [
     ("engine.files", "import backbone", {"backbone"}),
     ("prefix", "class A:\n    from research import exam", {"research.exam"}),
-    ("prefix", "def f():\n    import sample\n", set())])
-def test_a_wrong_import_is_found(module, text, imported, tmp_path, monkeypatch):
-    """Imports inside functions are lazy and do not count."""
+    ("prefix", "def f():\n    import sample\n", {"sample"})])
+def test_a_wrong_import_is_found(module, text, imported, tmp_path):
     (tmp_path / "a.py").write_text(text)
-    monkeypatch.setitem(closure.FILES, module, tmp_path / "a.py")
-    closure.imports.cache_clear()
-    assert closure.imports(module) == imported
-    assert len(wrong_imports()) == len(imported)
-    closure.imports.cache_clear()
-
-
-@pytest.mark.parametrize("start", MOST)
-def test_the_core_imports_only_the_core(start):
-    files = closure.closure(start)
-    lines = sum(len(closure.FILES[name].read_text().splitlines()) for name in files)
-    assert len(files) <= MOST[start][0] and lines <= MOST[start][1], (len(files), lines)
-
-
-def test_a_sample_has_few_modules_in_memory(tmp_path):
-    """With those that are imported when they are needed."""
-    found = closure.loaded("sample.py", "--text", "table", "--resolution", "64", "--out", str(tmp_path))
-    lines = sum(closure.FILES[name].read_text().count("\n") for name in found)
-    assert {"sample", "geometry.render"} <= {*found} and lines <= 3825, (found, lines)
+    assert imports(tmp_path / "a.py") == imported
+    assert len(wrong_imports({module: tmp_path / "a.py"})) == 1
