@@ -34,14 +34,13 @@ COMMANDS = {  # module of research/ and function, help
     "latent-spaces": ("experiments.compare_variants", "trains one backbone for one latent space, and for four"),
     "models": ("quality.draw_models", "the same prompts by several models, in one picture"),
     "latte3d": ("latte3d.evaluate_latte3d", "LATTE3D: are class and colour right, seen together in training or not?"),
-    "ablate-latte3d": ("latte3d.ablate_latte3d", "LATTE3D: trains stage 1 without some of its parts"),
     "prior": ("latte3d.evaluate_prior", "LATTE3D: are class and colour right in the prior's pictures?"),
     "scales": ("scales.evaluate_scales", "VAT: bytes, and what they keep of a shape"),
     "registers": ("registers.evaluate_registers", "LoST: what the first registers keep of a shape"),
     "search": ("registers.evaluate_search", "LoST: do its features find similar shapes?"),
     "ablate-rida": ("registers.compare_rida", "trains LoST's registers with RIDA and without")}
 COMPARED = [name for name, (function, _) in COMMANDS.items() if function == "experiments.compare_variants"]
-TRAINED = ["overfit", *COMPARED, "ablate-rida", "ablate-latte3d"]
+TRAINED = ["overfit", *COMPARED, "ablate-rida"]
 
 
 def arguments():
@@ -61,7 +60,7 @@ def arguments():
             parsers[name].add_argument(flag_name, **settings)
 
     shipped = {"scales": "checkpoints/vat", "registers": "checkpoints/lost", "search": "checkpoints/lost",
-               **dict.fromkeys(("latte3d", "ablate-latte3d", "prior"), "checkpoints/latte3d")}
+               **dict.fromkeys(("latte3d", "prior"), "checkpoints/latte3d")}
     every = [f"checkpoints/{name}" for name in ("tiny", *RELATIVES)]
     for name in COMMANDS:                                     # not in `common`: parsers share its flags and defaults
         flag([name], "--checkpoint", nargs="+",
@@ -70,8 +69,7 @@ def arguments():
     sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", "overfit", *COMPARED]
     flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=list(heads.HEADS), default="sdf",
          help="what to judge")
-    flag([*sampled, "latte3d", "ablate-latte3d"], "--resolution", type=int, choices=RESOLUTIONS, default=64,
-         help="of surfaces")
+    flag([*sampled, "latte3d"], "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     for names, count in ((["tokenizer"], 260), (["generate", "images", "scales", "registers", "latte3d", "prior"], 208),
                          (["cross-view", "ablate-rgs"], 26), ([*COMPARED, "ablate-rida"], 104)):
         flag(names, "--shapes", type=between(1, 520), default=count, help="held-out shapes, of all classes alike")
@@ -96,14 +94,13 @@ def arguments():
          help="weights of the sampled tokens")
     flag(["ablate-rgs"], "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .75],
          help="shares of the steps in which RGS acts, besides .47, the paper's, at a = .1")
-    flag(["ablate-rgs", *COMPARED, "ablate-rida", "ablate-latte3d"], "--seeds", type=between(1, 100), default=3,
+    flag(["ablate-rgs", *COMPARED, "ablate-rida"], "--seeds", type=between(1, 100), default=3,
          help="samplings, or trainings of each variant")
     flag(TRAINED, "--train-shapes", type=between(2), default=TRAIN_SHAPES, help="built-in training shapes")
     flag(TRAINED, "--steps", type=between(1), default=400, help="training steps of every variant")
     flag(TRAINED, "--batch", type=between(1), default=32, help="shapes a training step")
     flag(TRAINED, "--runs", default="runs/experiments", help="folder of the trained variants")
     parsers["overfit"].set_defaults(train_shapes=10)
-    parsers["ablate-latte3d"].set_defaults(train_shapes=104, batch=8)
     for name in ("images", "names"):
         parsers[name].set_defaults(resolution=128)            # at 64, n15 of the true surface is lower
     return parser.parse_args()

@@ -1,23 +1,16 @@
-"""latte3d.py - LATTE3D: are class and colour right, for combinations that training has seen, and for others? What does
-each of its parts bring?
+"""latte3d.py - LATTE3D: are class and colour right, for combinations that training has seen, and for others?
 
     python evaluate.py latte3d                      # its shapes
     python evaluate.py prior                        # the pictures that it learns from
-    python evaluate.py ablate-latte3d               # trains stage 1 without some of its parts
 """
-from contextlib import ExitStack
-from pathlib import Path
-from unittest.mock import patch
-
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from tqdm import tqdm
 
 import encoders as encoders_
-from backbone import split_condition
-from data import prepare, seeded
-from engine.commands import UserError, pick_device
+from data import seeded
+from engine.commands import pick_device
 from engine.files import load_stage
 from engine.noise import keys_of
 from geometry.crop import crop_to_object
@@ -30,16 +23,12 @@ from relatives import latte3d, prior
 from research import exam
 from research.attributes import SPECK, measure_shape
 from research.crisp import TrueHead
-from research.experiments import train_stages
 from research.quality import save_sheet
-from research.results import interval, labels, mean, write_table, write_tables
+from research.results import labels, mean, write_table, write_tables
 from research.scores import SOUNDNESS, Scorer
 
 SHADES = .6, .7, .8, .9, 1., 1.1    # of a colour, in splat.baked_light
 SEEN, SECOND = .2, .03        # shares of a surface, or of a picture, that a shape's two colours always have
-TOGETHER, COLUMNS = 16, 6     # prompts, learnt together or each alone; of these, in the picture
-BLANK = np.full((192, 192, 3), 255, np.uint8)        # the picture of what has vanished
-ASD = .1                      # the most noise that is added between the two evaluations
 
 
 class FirstStage(latte3d.LATTE3D):
@@ -126,96 +115,6 @@ def prior_pictures(args, folder, prompts):
     with autocast():
         condition = encoders_.load(folder, "latte3d-prior", device).encode(prompts)
         return prior.images(model.generate(condition, keys_of(range(len(prompts)), device)), rows=2, scale=3)
-
-
-# ---------------------------------------------------------------------------- ablations
-
-def one_view(found_of, pictures, x, condition, angles, noise, depth=None, **settings):
-    """A prior that sees each picture alone."""
-    v, alone = x.shape[1], lambda y: rearrange(y, "b v ... -> (b v) 1 ...")
-    condition = {kind: [repeat(y, "b ... -> (b v) ...", v=v) for y in part] for kind, part in condition.items()}
-    found = found_of(pictures, alone(x), condition, alone(angles), repeat(noise, "b -> (b v)", v=v),
-                     depth if depth is None else alone(depth), **settings)
-    return rearrange(found, "(b v) 1 ... -> b v ...", v=v)
-
-
-@torch.no_grad()
-def asd(_, pictures, x, condition, angles, noise, depth=None, cfg=latte3d.GUIDANCE):
-    """Asynchronous Score Distillation (arXiv 2407.02040): the same noise, and a little more of it. The pictures should
-    change as what is found with guidance differs from what is found, then, without."""
-    more = noise + ASD * torch.rand_like(noise) * noise
-    kept, drawn = (rearrange(y, "b -> b 1 1 1 1") for y in (noise, more.clamp(max=.98)))
-    eps, (branches, strengths) = torch.randn_like(x), split_condition(condition, cfg)
-    found, _ = pictures.guided(kept * eps + (1 - kept) * x, 1 - noise, branches, strengths, angles, depth)
-    plain, _ = pictures.guided(drawn * eps + (1 - drawn) * x, 1 - drawn.flatten(), condition, [], angles, depth)
-    return x + found - plain
-
-
-PARTS = {  # variant: what it changes in relatives/latte3d.py
-    "LATTE3D": {}, "guidance is not rescaled": {"RESCALED": 0.}, "ASD": {"distilled": asd},
-    "one view instead of four": {"distilled": one_view}, "no silhouettes": {"SILHOUETTE": 0.},
-    "the cloud does not fade": {"FADE": (2., 3.)}}
-
-
-def trained(args, name, seed, changes, **flags):
-    """Trains stage 1 with changes of relatives/latte3d.py; -> its folder, or None if all shapes vanished."""
-    folder = f"latte3d-{name.replace(' ', '-')}-{seed}"
-    if (vanished := Path(args.runs) / folder / f"vanished-{args.steps}-{args.batch}-{args.train_shapes}").exists():
-        return None
-    changes = {key: (lambda *a, now=getattr(latte3d, key), then=value, **k: then(now, *a, **k))
-               if key == "distilled" else value for key, value in changes.items()}
-    with ExitStack() as stack:
-        for key, value in changes.items():
-            stack.enter_context(patch.object(latte3d, key, value))
-        flags = {"--model": "latte3d"} | {f"--{key}": value for key, value in flags.items()}
-        try:
-            return train_stages(args, folder, seed, flags, ["latte3d-geometry"])
-        except UserError as error:
-            if "vanished" not in str(error):
-                raise
-            vanished.touch()
-
-
-def ablate_latte3d(args):
-    """Trains stage 1 for TOGETHER prompts without its parts, for a short time; and each prompt alone, in equal time.
-    Draws the shapes of seed 0: a row for each variant, a column for each of the first COLUMNS classes."""
-    judge, rows, sheet = Judge(args), [], []
-    records = prepare("train", args.train_shapes, args.cache).records[:TOGETHER]
-    shown = [*{record["class"]: record["index"] for record in reversed(records)}.values()][:COLUMNS]
-    alone = lambda *chosen: lambda record: record["index"] not in [other["index"] for other in chosen]
-
-    def scores(folder, own, name, seed):
-        found, samples = {}, [(None, None)] * len(own)        # if all have vanished
-        if folder:
-            cache = exam.result_cache(args, folder.name, folder, shapes=[r["index"] for r in own])
-            model = FirstStage(folder, args.device, args.precision)
-            found, results, jobs = judge.scores(model, cache, own)
-            samples = zip(results["tokens"], jobs)
-        for record, (tokens, job) in zip(own, samples):
-            if seed == 0 and record["index"] in shown:
-                title = f"{name}: {max(record['captions'], key=len)}" if len(sheet) < len(shown) else name
-                sheet.append((exam.picture_of(model, args, tokens, job) if job else BLANK, title))
-        return found
-
-    def add(name, found):                                     # of seeds
-        keys = [*rows[0]][1:] if rows else [*max(found, key=len)]
-        rows.append({"variant": name} | {key: interval([one.get(key, 0) for one in found]) for key in keys})
-
-    for name, changes in PARTS.items():
-        folders = [trained(args, name, seed, {"unseen": alone(*records)} | changes) for seed in range(args.seeds)]
-        add(name, [scores(folder, records, name, seed) for seed, folder in enumerate(folders)])
-    found, name = [], "each prompt alone"
-    for seed in range(args.seeds):
-        folders = [trained(args, f"prompt {i}", seed, {"unseen": alone(own)}, steps=max(1, args.steps // TOGETHER))
-                   for i, own in enumerate(records)]
-        vanished = dict.fromkeys([*rows[0]][1:], 0.)
-        found.append(mean([scores(folder, [own], name, seed) or vanished for folder, own in zip(folders, records)]))
-    add(name, found)
-    pictures, titles = zip(*sheet)
-    save_sheet(args, args.command, [*pictures], len(shown), [*titles])
-    print(f"{args.seeds} trainings of {args.steps} steps for {TOGETHER} prompts: means with 95 % confidence intervals. "
-          "0: all shapes vanished")
-    write_table(args.out, args.command, rows)
 
 
 # ---------------------------------------------------------------------------- the prior
