@@ -32,7 +32,7 @@ def project(points, view, width):
 
 def rays(view, width):
     """The direction through every pixel centre, row by row (p 3), of length 1 along the view axis."""
-    s = (torch.arange(width) + .5) * 2 / width - 1
+    s = (torch.arange(width, device=view.device) + .5) * 2 / width - 1
     y, x = torch.meshgrid(-s, s, indexing="ij")
     return torch.stack([x * HALF / EYE, y * HALF / EYE, -torch.ones_like(x)], -1).flatten(0, 1) @ view
 

@@ -23,8 +23,9 @@ def pixel_rays(angles):
     """Cameras, b v 2 in degrees -> eyes b v 1 3; directions b v p 3, of length 1 along the view axis; the view axis,
     towards the eye, b v 1 3."""
     view, width = view_rotations(angles.flatten(0, 1)), SIDE + 2 * RIM                             # (b v) 3 3
-    ray = rearrange(rays(torch.eye(3), width), "(h w) i -> h w i", h=width)[RIM:-RIM, RIM:-RIM].flatten(0, 1)
-    ray, towards = torch.einsum("p i, b i j -> b p j", ray.to(view), view), view[:, 2:]
+    ray = rays(torch.eye(3, device=view.device), width)                                            # (h w) 3
+    ray = rearrange(ray, "(h w) i -> h w i", h=width)[RIM:-RIM, RIM:-RIM].flatten(0, 1)            # p 3
+    ray, towards = torch.einsum("p i, b i j -> b p j", ray, view), view[:, 2:]
     return [x.unflatten(0, angles.shape[:2]) for x in (EYE * towards, ray, towards)]
 
 
@@ -41,8 +42,10 @@ def gradient(distance):                                       # b s s s -> b 3 s
 def along_rays(grid, angles, beta, jitter=0.):
     """Volume rendering with the density of VolSDF (arXiv 2106.12052):
 
-        density(d) = exp(-d / beta) / 2 beta             d > 0            alpha_i = 1 - exp(-density delta)
+        density(d) = exp(-d / beta) / 2 beta             d > 0            alpha_i = 1 - exp(-density_i delta)
                      (1 - exp(d / beta) / 2) / beta      d <= 0           weight_i = alpha_i prod_(j < i) (1 - alpha_j)
+
+    The product is exp(-sum_(j < i) density_j delta): the gradient of a cumulative product waits for a GPU.
 
     A grid b f s s s, distance first -> the rest at points on the rays, b f-1 v p k; these points, b v p k 3, their
     weights b v p k, and depths b v p k, from 0 (far) to 1."""
@@ -53,10 +56,10 @@ def along_rays(grid, angles, beta, jitter=0.):
     found = look_up(grid, points)
     d, found = found[:, 0], found[:, 1:]
     tail = .5 * torch.exp(-d.abs() / beta)
-    clear = torch.exp(-torch.where(d > 0, tail, 1 - tail) * delta / beta)         # 1 - alpha
-    before = F.pad(clear[..., :-1].cumprod(-1), (1, 0), value=1.)
+    thick = torch.where(d > 0, tail, 1 - tail) * delta / beta                     # b v p k, density times delta
+    before = F.pad(thick[..., :-1].cumsum(-1), (1, 0))                            # of the points in front
     depth = .5 + (points * towards[..., None, :]).sum(-1) / (2 * REACH)
-    return found, points, (1 - clear) * before, depth
+    return found, points, (1 - torch.exp(-thick)) * torch.exp(-before), depth
 
 
 def picture(colour, coverage, depth):                         # b v p c each -> pictures b v s s 4, depths b v s s 2

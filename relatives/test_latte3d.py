@@ -23,7 +23,7 @@ from geometry.kinds import REACH, SIDE
 from geometry.splat import baked_light
 from geometry.surface import TRUNCATION
 from geometry.training_samples import take_sides
-from geometry.volume import gradient, paint, pixel_rays, render
+from geometry.volume import POINTS, along_rays, gradient, paint, pixel_rays, render
 from geometry.words import COLOURS
 from relatives import latte3d, prior
 
@@ -69,6 +69,26 @@ def test_cameras_agree_with_the_pictures_of_shapes(index):
     assert (x[..., 3] - true[..., 3]).abs().mean() / 2 < .035
     assert (depth - true_depth).abs().mean() < .03
     assert (x[..., 3] - turned[..., 3]).abs().mean() > 1.5 * (x[..., 3] - true[..., 3]).abs().mean()
+
+
+@pytest.mark.parametrize("beta", [latte3d.SHARP[0], latte3d.SHARP[1], 1e-4])
+def test_what_is_behind_fades_as_a_product(beta):
+    """The weights of along_rays = alpha_i prod_(j < i) (1 - alpha_j), written as a product, and so are the gradients;
+    also where nothing of the light is left."""
+    torch.manual_seed(0)
+    distance = grid_of(grid_points(CELLS).norm(dim=-1) - .6)[:, :1] * TRUNCATION
+    distance = (distance + .02 * torch.randn_like(distance)).requires_grad_()
+    points = along_rays(distance, ANGLES, beta)[1]
+    found = torch.nn.functional.grid_sample(
+        distance, rearrange(points, "1 v p k i -> 1 v p k i").flip(-1), align_corners=False, padding_mode="border")[:, 0]
+    density = torch.where(found > 0, torch.exp(-found.abs() / beta) / 2, 1 - torch.exp(-found.abs() / beta) / 2) / beta
+    clear = torch.exp(-density * 2 * REACH / POINTS)                              # 1 v p k
+    product = torch.nn.functional.pad(clear[..., :-1].cumprod(-1), (1, 0), value=1.)
+    factor, weights = torch.randn_like(clear), (along_rays(distance, ANGLES, beta)[2], (1 - clear) * product)
+    gradients = [torch.autograd.grad((weight * factor).sum(), distance, retain_graph=True)[0] for weight in weights]
+    assert weights[0].sum(-1).max() > .99 and gradients[0].abs().max() > 0
+    assert torch.allclose(*weights, atol=1e-6)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5 * gradients[0].abs().max())
 
 
 def test_paint_is_render_for_one_colour():
