@@ -74,12 +74,12 @@ class Sampler:
     their defaults; `open`, which loads its generator; `shape_tokens`; and `steps`, for a page."""
     REPLAYED = True                                  # on a GPU, shape_tokens is captured as CUDA graphs
 
-    def __init__(self, folder, device=None, precision=None):
+    def __init__(self, folder, device=None, precision=None, compile=True):
         self.folder, self.heads = folder, {}
         self.device, self.autocast, self.reason = pick_device(device, precision)
         self.encoders = encoders.load(folder, self.LAST, self.device)
         self.open()
-        if self.device.type == "cuda" and self.REPLAYED:
+        if self.device.type == "cuda" and self.REPLAYED and compile:
             from engine.graphs import ReplayedSampling
             self.shape_tokens = ReplayedSampling(self.shape_tokens)
 
@@ -208,14 +208,15 @@ def model_in(folder, wanted=None):
     return wanted or found[0]
 
 
-def load(folder="checkpoints/tiny", device=None, precision=None, model=None):
-    """Loads the model in a checkpoint folder, or in one of the Hugging Face hub: user/name."""
+def load(folder="checkpoints/tiny", device=None, precision=None, model=None, compile=True):
+    """Loads the model in a checkpoint folder, or in one of the Hugging Face hub: user/name. compile=False: on a GPU,
+    sample without CUDA graphs."""
     if (found := find(folder) if folder else None) is None:
         from prompts.pretrained import download  # takes a second
         found = download(str(folder))                         # an error if there is no such name
     name = model_in(found, model)
     model_class = LTM3D if name == "ltm3d" else import_module(f"relatives.{name}").Model
-    return model_class(found, device, precision)
+    return model_class(found, device, precision, compile)
 
 
 # ---------------------------------------------------------------------------- the command
@@ -247,6 +248,7 @@ def arguments():
     flag("--checkpoint", help="folder of trained weights, or user/name of the Hugging Face hub (default: the shipped "
          "ones trained on the noun of --text; for a picture alone, checkpoints/assets)")
     add_device_flags(parser)
+    flag("--no-compile", action="store_true", help="on a GPU: eager, without CUDA graphs")
     flag("--out", default="out", help="folder to write to")
 
     usual = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in LTM3D.OPTIONS.items() if value)
@@ -299,7 +301,8 @@ def main():
     own = args.checkpoint or (f"checkpoints/{args.model}" if args.model in RELATIVES else None)
     folders, models = [own or choose(text) for text in args.texts], {}
     for folder in dict.fromkeys(folders):
-        models[folder] = load(folder, args.device, args.precision, args.model).load_heads(*args.rep)
+        model = load(folder, args.device, args.precision, args.model, not args.no_compile)
+        models[folder] = model.load_heads(*args.rep)
         print(f"{folder}, running on {models[folder].reason}")
     for text, folder in zip(args.texts, folders):             # an unknown noun is an error before anything is written
         if text is not None:

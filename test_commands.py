@@ -65,7 +65,7 @@ def test_the_sdf_head_brings_points_to_its_surface():
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_overrides_the_default(precision, dtype, monkeypatch):
-    """--precision overrides what the processor has, and sample.py computes in it. torch 2.9 cannot tell: fp32."""
+    """--precision overrides what the processor has, and sample.py computes in it. torch 2.10 cannot tell: fp32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": precision == "fp32"})
     for name, expected in ((precision, precision == "bf16"), (None, precision == "fp32")):
         device, autocast, _ = pick_device("cpu", precision=name)

@@ -200,4 +200,4 @@ def main():
 
 
 if __name__ == "__main__":
-    command(main)
+    command(main, less_memory="more --micro-batches, --recompute")

@@ -45,9 +45,9 @@ def between(low, high=2 ** 63 - 1, kind=int):
     return parse
 
 
-def command(main):
-    """Runs a script. Exit status: 2 after one line for a UserError or an unusable file; 130 after one word for Ctrl-C
-    or kill; 0, silently, for a closed output pipe (`head`)."""
+def command(main, less_memory="a smaller --n or --resolution"):
+    """Runs a script. Exit status: 2 after one line for a UserError, an unusable file or a GPU whose memory is full;
+    130 after one word for Ctrl-C or kill; 0, silently, for a closed output pipe (`head`). less_memory: its flags."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
@@ -57,6 +57,10 @@ def command(main):
         raise SystemExit(0) from None
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except torch.OutOfMemoryError as error:
+        print(f"error: the memory of the GPU is full; give {less_memory}, or --device cpu "
+              f"({str(error).splitlines()[0][:100]})", file=sys.stderr)
         raise SystemExit(2) from None
     except OSError as error:
         if not error.filename:                                # no file: a bug of ours
@@ -77,7 +81,7 @@ def has_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        found = getattr(torch.cpu, "get_capabilities", dict)()               # missing in torch 2.9
+        found = getattr(torch.cpu, "get_capabilities", dict)()               # new in torch 2.11
         return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))      # x86 (two) and ARM
     return False
 
@@ -94,12 +98,27 @@ def pick_device(name=None, precision=None):
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0][:80]
         raise UserError(f"--device {name} cannot be used here ({why}); try --device cpu") from None
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)                         # streams and CUDA graphs are made on the current device
+    if device.type == "cuda":
+        set_kernels()
+        if device.index is not None:
+            torch.cuda.set_device(device)                     # streams and CUDA graphs are made on the current device
     bf16 = has_bf16(device) if precision is None else precision == "bf16"
     why = "as asked" if precision else f"the processor has {'' if bf16 else 'no '}bf16 matrix products"
     reason = f"{name}, {'bf16 autocast' if bf16 else 'fp32'} ({why})"
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16), reason
+
+
+def set_kernels():
+    """Chooses kernels of a GPU where those of PyTorch do not suit. For the whole process: a backward pass that
+    recomputes a block has to find the kernels of its forward pass."""
+    # Attention: flash before the others. On an H100 or B200, PyTorch prefers cuDNN's, which builds a plan for each new
+    # shape (tens of milliseconds of the host); our shapes are many and short, from tens of rows to a thousand, where
+    # a kernel takes microseconds. Not measured on a GPU yet: `python -m research.gpu --parts attention` does it.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # fp32 is fp32, as for matrix products: TF32, cuDNN's default for convolutions, keeps 10 bits. VAT's codes are the
+    # nearest vectors to a residual that Quantiser.up computes, once to encode and once to decode. (The older name of
+    # this setting: once cudnn.conv.fp32_precision is set, torch.compile, which reads the older one, fails.)
+    torch.backends.cudnn.allow_tf32 = False
 
 
 RESIDENT = .5    # share of a GPU's free memory for a prepared set, or for cached tokens

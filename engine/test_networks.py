@@ -2,8 +2,6 @@
 
     python -m pytest -q engine/test_networks.py
 """
-from contextlib import contextmanager
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from einops import rearrange
 from torch import nn
 
 from conftest import small_backbone
-from engine import commands, graphs, loop, networks, optimizers
+from engine import commands, loop, networks, optimizers
 
 
 @pytest.mark.parametrize("near", [False, True])
@@ -138,30 +136,3 @@ def test_a_patch_is_a_cube_of_neighbours():
     assert torch.allclose(patches.amax(1) - patches.amin(1), torch.full((8, 3), .5))
     x = torch.randn(2, 216, 5)
     assert torch.equal(networks.from_patches(networks.to_patches(x, 3), 3), x)
-
-
-def test_sampling_is_replayed_on_new_inputs(monkeypatch):
-    """Without a GPU, a graph is a second run on what it captured. Padded prompts of one length share a graph."""
-    calls = []
-
-    def sample(condition, keys, scale):
-        tokens, mask = condition["text"]
-        calls.append((condition, keys, scale, (tokens * mask[..., None]).sum((1, 2)) * scale + keys))
-        return calls[-1][-1]
-
-    class Graph:
-        def replay(self):
-            self.captured[-1].copy_(sample(*self.captured[:-1]))
-
-    @contextmanager
-    def capture(graph, **_):
-        yield
-        graph.captured = calls[-1]
-    for name, fake in {"CUDAGraph": Graph, "graph": capture, "graph_pool_handle": lambda: None}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    replayed = graphs.ReplayedSampling(sample)
-    for scale, length in [(2, 5), (2, 5), (2, 7), (2, 9), (3, 6), (2, 8)]:
-        condition = {"text": (torch.randn(3, length, 4), torch.rand(3, length) < .5)}
-        keys = torch.randn(3)
-        assert torch.allclose(replayed(condition, keys, scale=scale), sample(condition, keys, scale), atol=1e-5)
-    assert len(replayed.graphs) == 3 and sum(graph is not None for graph in replayed.graphs.values()) == 1

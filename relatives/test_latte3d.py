@@ -23,7 +23,7 @@ from geometry.kinds import REACH, SIDE
 from geometry.splat import baked_light
 from geometry.surface import TRUNCATION
 from geometry.training_samples import take_sides
-from geometry.volume import POINTS, along_rays, gradient, paint, pixel_rays, render
+from geometry.volume import POINTS, along_rays, gradient, look_up, paint, pixel_rays, render
 from geometry.words import COLOURS
 from relatives import latte3d, prior
 
@@ -78,14 +78,13 @@ def test_what_is_behind_fades_as_a_product(beta):
     torch.manual_seed(0)
     distance = grid_of(grid_points(CELLS).norm(dim=-1) - .6)[:, :1] * TRUNCATION
     distance = (distance + .02 * torch.randn_like(distance)).requires_grad_()
-    points = along_rays(distance, ANGLES, beta)[1]
-    found = torch.nn.functional.grid_sample(
-        distance, rearrange(points, "1 v p k i -> 1 v p k i").flip(-1), align_corners=False, padding_mode="border")[:, 0]
+    _, points, weight, _ = along_rays(distance, ANGLES, beta)
+    found = look_up(distance, points)[:, 0]                                       # 1 v p k
     density = torch.where(found > 0, torch.exp(-found.abs() / beta) / 2, 1 - torch.exp(-found.abs() / beta) / 2) / beta
     clear = torch.exp(-density * 2 * REACH / POINTS)                              # 1 v p k
-    product = torch.nn.functional.pad(clear[..., :-1].cumprod(-1), (1, 0), value=1.)
-    factor, weights = torch.randn_like(clear), (along_rays(distance, ANGLES, beta)[2], (1 - clear) * product)
-    gradients = [torch.autograd.grad((weight * factor).sum(), distance, retain_graph=True)[0] for weight in weights]
+    product = torch.cat([torch.ones_like(clear[..., :1]), clear[..., :-1].cumprod(-1)], -1)
+    factor, weights = torch.randn_like(clear), (weight, (1 - clear) * product)
+    gradients = [torch.autograd.grad((x * factor).sum(), distance, retain_graph=True)[0] for x in weights]
     assert weights[0].sum(-1).max() > .99 and gradients[0].abs().max() > 0
     assert torch.allclose(*weights, atol=1e-6)
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5 * gradients[0].abs().max())

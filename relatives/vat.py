@@ -108,7 +108,7 @@ class Quantiser(nn.Module):
     def up(self, indices, k):                                 # codes b s^3 -> what scale k adds, b c S S S
         x = rearrange(self.book(indices), "b (x y z) c -> b c x y z", x=self.scales[k], y=self.scales[k])
         x = F.interpolate(x, size=(self.side,) * 3, mode="trilinear", align_corners=False)
-        with torch.autocast(x.device.type, enabled=False):    # fp32: encode and decode get the same f
+        with torch.autocast(x.device.type, enabled=False):    # encode and decode get the same f: commands.set_kernels
             return (x + self.phi[k](x)) / 2
 
     def decode(self, indices):                                # codes b N -> [f_0, f_1 ... f_K], b c S S S each
