@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -24,9 +25,6 @@ from tqdm import tqdm
 from engine.commands import UserError
 from engine.files import atomic_write
 from geometry.kinds import KINDS
-
-with contextlib.suppress(ImportError):                        # Windows has none
-    import resource
 
 CHUNK = 130                   # shapes in a chunk
 MEMORY = 12 << 30             # bytes that a worker may allocate
@@ -151,7 +149,7 @@ def start_worker(parent):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    with contextlib.suppress(NameError, ValueError, OSError):          # Windows and macOS have no such limit
+    with contextlib.suppress(ValueError, OSError):            # macOS has no such limit
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()     # CUDA maps much
         resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
@@ -160,7 +158,7 @@ def create_array(path, dtype, shape):
     """Creates an array file, unless another process is first."""
     with atomic_write(path.with_suffix(".new")) as part:
         array = np.lib.format.open_memmap(part, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):                    # a full disk is an error now, not a crash later
+        if hasattr(os, "posix_fallocate"):                    # macOS has none; a full disk is an error now
             with open(part, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         with contextlib.suppress(FileExistsError):

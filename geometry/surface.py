@@ -108,5 +108,5 @@ def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=Tru
 
 def give_back_memory():
     """Freed memory goes back to the system. malloc would keep it in fragments, more with each shape."""
-    with suppress(AttributeError, TypeError):                 # only glibc has it
+    with suppress(AttributeError):                            # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
