@@ -34,6 +34,7 @@ from engine.loop import Loop
 from engine.networks import Block, flow_pair, time_embedding
 from engine.noise import bits, normal
 from engine.stage import Stage
+from geometry.training_samples import PICTURES
 from prefix import Prefix
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
@@ -351,5 +352,5 @@ def train(run):
     run.finish(loop, {"backbone": loop.average}, settings=settings, metrics=metrics)
 
 
-STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=("pictures",),
+STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=(PICTURES,),
               flags=("variant", "denoiser", "text-encoder", "image-encoder"), variants=BACKBONES)

@@ -24,8 +24,11 @@ from engine import loop
 from engine import run as run_folder
 from engine.commands import command
 from geometry import surface
-from geometry.kinds import KINDS
+from geometry.training_samples import PICTURES, SURFACE
 from prompts import image_tower, text_tower
+from relatives.prior import SIDES
+from representations import REPRESENTATIONS
+from representations.sdf import grid_iou
 from research.crisp import TrueHead  # noqa: F401 - for the tests
 
 HERE = Path(__file__).parent
@@ -142,7 +145,9 @@ def cache(tmp_path_factory):
 def prepared(tmp_path_factory):
     """A shape of every class to train on, and one to test on."""
     def prepare(folder):
-        return [data.prepare(split, 13, folder, kinds=KINDS) for split in ("train", "test")]
+        own = [kind for head in REPRESENTATIONS.values() for kind in head.kinds]
+        kinds = dict.fromkeys([SURFACE, PICTURES, *own, SIDES])
+        return [data.prepare(split, 13, folder, kinds=kinds) for split in ("train", "test")]
     return prepare(once(tmp_path_factory, "prepared", prepare))
 
 
@@ -174,7 +179,7 @@ def overfitted(tmp_path_factory):
                     "backbone": (120, 8, 6e-3), "reconstruct": (20, 8, 4e-3)}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(surface, "COARSE", 8)
-            patch.setattr(judge.grid_iou, "__defaults__", (32,))
+            patch.setattr(grid_iou, "__defaults__", (32,))
             patch.setattr(judge.class_accuracy, "__defaults__", (1, 256))
             for stage, (steps, batch, lr) in settings.items():
                 flags = "--stage", stage, "--steps", steps, "--batch", batch, "--lr", lr
@@ -211,7 +216,7 @@ def four(overfitted, tmp_path_factory):
 def examined(tmp_path_factory, monkeypatch):
     """The held-out shapes are four tables and four chairs, and so are the training shapes; few points of each, and
     surfaces begin with a coarser grid."""
-    def prepare(split="test", count=None, *_, kinds=("surface",), **flags):
+    def prepare(split="test", count=None, *_, kinds=(SURFACE,), **flags):
         other, folder = "test" if split == "train" else "train", tmp_path_factory.getbasetemp() / "examined"
         return PREPARE(other, 8, folder, kinds=kinds, classes=["table", "chair"], workers=1)
 

@@ -25,15 +25,11 @@ from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command, fits
 from engine.files import atomic_write, make_folder
-from geometry.kinds import GREY, KINDS, POINTS, QUERIES
+from geometry.kinds import GREY, RECORDS
 from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
+from geometry.symmetry import SYMMETRIES
 from geometry.training_pictures import colours_named, recolour, relight
-
-# entry of a head's `reads`, a method of Prepared -> its kind of samples
-READ_FROM = {"cloud": "surface", "queries": "surface", "faces": "faces", "views": "views"}
-MIRROR, TURN = np.diag([-1, 1, 1]), np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])      # x to -x; x to -z, z to x
-SYMMETRIES = np.stack([np.linalg.matrix_power(TURN, i // 2) @ np.linalg.matrix_power(MIRROR, i % 2)      # 8 3 3
-                       for i in range(8)])                    # a shape, its mirror image, the same turned, ...
+from geometry.training_samples import PICTURES, POINTS, QUERIES, SURFACE, vertex_coloured
 
 
 def turns_to_front(azimuth):
@@ -46,7 +42,7 @@ def seeded(seed, device="cpu"):
     return torch.Generator(device).manual_seed(int(np.random.default_rng(seed).integers(2 ** 62)))
 
 
-def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",), data=None, shard=(0, 1),
+def prepare(split="train", count=None, out="cache", workers=2, kinds=(SURFACE,), data=None, shard=(0, 1),
             classes=None):
     """Prepares the missing samples of built-in shapes, or of the files of `data`. shard (i, n): only share i of n.
     -> Prepared"""
@@ -56,7 +52,7 @@ def prepare(split="train", count=None, out="cache", workers=2, kinds=("surface",
     else:
         from geometry.built_in import BuiltIn
         source = BuiltIn(split, count, classes)
-    kinds = ["records", *(kind for kind in kinds if kind != "records")]
+    kinds = [RECORDS, *kinds]
     fill(Path(out) / source.name, source, kinds, workers, shard)
     return Prepared(Path(out) / source.name, source, kinds)
 
@@ -71,11 +67,6 @@ def training_sets(args, kinds):
         raise UserError(f"{args.data} has {len(train)} shapes to train on and {len(test)} held out, two of each are "
                         f"needed; {len(train.broken)} were left out{where}")
     return train.repeated(2), test
-
-
-def kinds_of(heads):
-    """The kinds of training samples of some heads."""
-    return list(dict.fromkeys(READ_FROM[name] for head in heads for name in head.reads))
 
 
 class Captions:
@@ -112,12 +103,12 @@ class Prepared:
     def __init__(self, folder, source, kinds):
         self.folder, self.source, self.version = Path(folder), source, version(source)
         self.device = torch.device("cpu")
-        self.folders = {kind: self.folder / source.folder(kind) for kind in kinds}
+        self.folders = {kind.name: self.folder / source.folder(kind) for kind in kinds}
         self.name = f"{source.name}-{source.split}" if source.files else source.name
         try:                                                  # "c": torch wants them writable; files do not change
-            self.arrays = {name: torch.from_numpy(np.load(self.folders[kind] / f"{name}.npy", mmap_mode="c"))
-                           for kind in kinds for name in KINDS[kind]}
-            records = [read_records(self.folders[kind]) for kind in kinds]
+            self.arrays = {name: torch.from_numpy(np.load(self.folders[kind.name] / f"{name}.npy", mmap_mode="c"))
+                           for kind in kinds for name in kind.arrays}
+            records = [read_records(folder) for folder in self.folders.values()]
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is damaged ({error}); delete it, and run the same command again") from None
         broken = {row: record for of_kind in records for row, record in of_kind.items() if "broken" in record}
@@ -128,6 +119,7 @@ class Prepared:
         self.classes = [record["class"] for record in self.records]
         self.captions = [record["captions"] for record in self.records]
         self.name += f"-{crc32(repr(sorted(broken)).encode()):x}" * bool(broken)       # it names files of tokens
+        self.computed = {}                                    # {function: its result} of `once`
         self.symmetry = torch.zeros_like(self.rows)           # row of SYMMETRIES for each shape
         self.unmoved = len(rows)                              # shapes as oriented in their files, which come first
         if source.skipped or self.broken:
@@ -141,8 +133,9 @@ class Prepared:
     def changed(self, **changes):
         """A copy with other attributes; its tables are made anew."""
         other = copy.copy(self)
-        for name in ("table", "class_of", "odds", "coloured", "moves", "moved_faces"):
+        for name in ("table", "class_of", "odds", "coloured", "moves"):
             other.__dict__.pop(name, None)
+        other.computed = {}
         vars(other).update(changes)
         return other
 
@@ -205,13 +198,11 @@ class Prepared:
         array = self.arrays[name]
         return (array[rows] if columns is None else array[rows[:, None], columns]).float()
 
-    def samples(self, rows, reads, rng=None):
-        """Training samples of a head (heads.py). reads: {method below: point count} -> {name: tensor of b rows}."""
-        batch = {"coloured": self.coloured[rows]}
-        for name, count in reads.items():
-            values = getattr(self, name)(rows, count, rng)
-            batch |= dict(zip(("points", "normals", "colours"), values)) if name == "cloud" else values
-        return batch
+    def once(self, function):
+        """function(self), computed once."""
+        if function not in self.computed:
+            self.computed[function] = function(self)
+        return self.computed[function]
 
     def cloud(self, rows, k, rng=None):
         """k oriented coloured surface points of each row: points, normals, colours, b k 3 each."""
@@ -241,40 +232,6 @@ class Prepared:
         columns = torch.rand(QUERIES, generator=rng, device=self.device).argsort()[:k]
         return {"queries": self.moved(self.take("queries", rows, columns), rows),
                 "distance": self.take("distance", rows, columns)}
-
-    @functools.cached_property
-    def moved_faces(self):
-        """The low-poly meshes of files in all eight positions, each in its own canonical order: 8 r f ... each."""
-        from geometry.low_poly import in_order_again  # built-in shapes are never moved
-        arrays = [self.arrays[name].cpu().numpy() for name in ("corners", "components", "face_colours")]
-        every = [np.stack([array] * len(SYMMETRIES)) for array in arrays]
-        for row in tqdm(self.rows[:self.unmoved].tolist(), "turning meshes", unit="shape"):
-            corners, components, colours = (array[row] for array in arrays)
-            own = components >= 0
-            for i, move in enumerate(SYMMETRIES[1:], 1):
-                moved = in_order_again(corners[own], colours[own], move)          # corners, colours, components
-                every[1][i, row] = -1
-                for array, values in zip(every, (moved[0], moved[2], moved[1])):
-                    array[i, row, :len(values)] = values
-        return [torch.from_numpy(array).to(self.device) for array in every]
-
-    def faces(self, rows, *_):
-        """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
-        if len(self) > self.unmoved:                          # some are mirrored or turned
-            at = self.symmetry[rows], self.rows[rows]
-            corners, components, colours = (array[at].float() for array in self.moved_faces)
-        else:
-            corners, components, colours = (self.take(name, rows) for name in ("corners", "components", "face_colours"))
-        return {"corners": corners.long(), "components": components.long(), "face_colours": colours / 255}
-
-    def views(self, rows, *_):
-        """One picture of each shape, b size size 4, and the camera's azimuth and elevation, b 2 in degrees."""
-        views, angles = self.take("views", rows), self.take("angles", rows)
-        azimuth, elevation = angles.unbind(1)
-        mirrored, turns = self.symmetry[rows] % 2 == 1, self.symmetry[rows] // 2
-        azimuth = torch.where(mirrored, -azimuth, azimuth) + 90 * turns
-        views = torch.where(rearrange(mirrored, "b -> b 1 1 1"), views.flip(2), views)
-        return {"views": views / 255, "angles": torch.stack([azimuth, elevation], 1)}
 
     def turns(self, rows, which):
         """How many right angles a shape is turned, until its picture `which` is from the front, to 45 degrees: b. Files
@@ -325,12 +282,15 @@ def parse_share(text):
 def main():
     from geometry.render import contact_sheet, render_mesh, save_png
     from geometry.shapes import CLASSES
-    from geometry.training_samples import vertex_coloured
+    from relatives.prior import SIDES  # of LATTE3D; representations import this file
+    from representations import REPRESENTATIONS
     parser = Parser(__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
                         "(geometry/real.py); default: the built-in shapes")
-    flag("--kinds", nargs="+", choices=[kind for kind in KINDS if KINDS[kind]], default=["surface", "pictures"],
+    own = [kind for head in REPRESENTATIONS.values() for kind in head.kinds]
+    kinds = {kind.name: kind for kind in (SURFACE, PICTURES, *own, SIDES)}
+    flag("--kinds", nargs="+", choices=list(kinds), default=["surface", "pictures"],
          help="surface: for all heads; pictures: for image prompts; faces: mesh; views: gs; sides: LATTE3D")
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
          help="only share i of n, from 0: n machines can fill one folder")
@@ -345,7 +305,7 @@ def main():
         raise UserError("--classes and --shapes choose built-in shapes; leave them or --data out")
     make_folder(Path(args.picture).parent)
     start = time.time()
-    settings = args.out, args.workers, args.kinds, args.data, args.shard, args.classes
+    settings = args.out, args.workers, [kinds[name] for name in args.kinds], args.data, args.shard, args.classes
     train = prepare("train", args.shapes, *settings)
     test = prepare("test", None, *settings)
     print(f"{train.folder}: {len(train)} shapes to train on, {len(test)} held out, {time.time() - start:.1f} s")

@@ -18,6 +18,7 @@ import tokenizer
 from engine.files import read_stage
 from engine.loop import Loop
 from engine.stage import Stage
+from geometry.training_samples import PICTURES
 from prompts import image_tower, text_tower
 from prompts.reading import nouns_of
 
@@ -202,4 +203,4 @@ def train_vision(run):
 
 
 TEXT = Stage("encoders", train_text, 800, 128, 1e-3)
-VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",), kinds=("pictures",))
+VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",), kinds=(PICTURES,))

@@ -11,11 +11,11 @@ checkpoints are compared with --checkpoint checkpoints/tiny runs/mine.
 import time
 from importlib import import_module
 
-import heads
 from engine.commands import Parser, UserError, add_device_flags, between, command, pick_device
 from engine.files import make_folder, read_config
 from engine.stage import RELATIVES
 from geometry.prepare import TRAIN_SHAPES
+from representations import REPRESENTATIONS, spelling
 from sample import LIMITS, RESOLUTIONS, model_in
 
 COMMANDS = {  # module of research/ and function, help
@@ -67,7 +67,7 @@ def arguments():
              default=every if name == "models" else [shipped.get(name, "checkpoints/tiny")],
              help="folders of trained weights")
     sampled = ["generate", "images", "names", "cross-view", "ablate-rgs", "overfit", *COMPARED]
-    flag(["tokenizer", *sampled], "--rep", type=heads.spelling, choices=list(heads.HEADS), default="sdf",
+    flag(["tokenizer", *sampled], "--rep", type=spelling, choices=list(REPRESENTATIONS), default="sdf",
          help="what to judge")
     flag([*sampled, "latte3d"], "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     for names, count in ((["tokenizer"], 260), (["generate", "images", "scales", "registers", "latte3d", "prior"], 208),

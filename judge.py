@@ -1,9 +1,6 @@
 """judge.py - evaluates stages: metrics and pictures of held-out shapes, in a run and in evaluate.py.
 
-    JUDGES[rep](heads, tokens n c, a prepared set, row, rng, autocast, points) -> {metric: number}
-
-compares the decoded shape with the true one; points: for the F-score of sdf; 0 skips it, which saves time. A new head
-needs an entry in JUDGES.
+How one decoded shape is compared with the true one is the representation's own (representations/, `judge`).
 
     python evaluate.py tokenizer --rep sdf       # held-out shapes, encoded and decoded
 """
@@ -11,24 +8,18 @@ from collections import Counter
 
 import numpy as np
 import torch
-from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from data import seeded
 from engine import processes
-from engine.networks import grid_points
 from engine.noise import keys_of
 from geometry import page
-from geometry.kinds import VIEW
-from geometry.meshes import bin_centres, quantise, sample_surface
-from geometry.metrics import chamfer, chamfer_matrix, emd, faces_within, fscore, iou, psnr, soundness, ssim
+from geometry.metrics import chamfer_matrix
 from geometry.render import contact_sheet, save_png
 from geometry.shapes import CLASSES
-from geometry.splat import splat
-from geometry.surface import TRUNCATION, field_of
-from geometry.training_samples import draw_view
 from geometry.words import article
 from prompts import text_tower
+from representations import REPRESENTATIONS
 
 SHAPES = 52         # held-out shapes on which a stage measures a head
 
@@ -41,72 +32,6 @@ def save_picture(path, picture):
 
 
 write_page = processes.first_process_only(page.write_run)
-
-
-# ---------------------------------------------------------------------------- one shape
-
-def grid_iou(head, tokens, shape, autocast, resolution=64):
-    """IoU of a decoded sdf (tokens n c) and the true shape, at all resolution^3 cell centres of [-1, 1]^3. A flat face
-    near a layer of points flips all of them: the IoU of one shape depends on the grid. Compare means over one grid."""
-    points = grid_points(resolution)                                              # k 3
-    return iou((field_of(head, tokens, autocast)(points)[:, 0] < 0).numpy(), shape.distance(points.numpy()) < 0)
-
-
-def judge_sdf(heads, tokens, split, row, rng, autocast, points):
-    """IoU on a 64^3 grid; L1 of the distance, in truncations, at queries drawn as in training; F-score at .02 of the
-    surfaces, by `points` points of each."""
-    shape, results = split.shape(row), {}
-    if points:
-        surface = heads["sdf"].decode(tokens, heads, rng, autocast).surface(points, rng)[0]
-        results = {"F-score": fscore(surface, shape.surface(points, rng)[0], .02)}
-    queries, distance = (split.take(name, [row])[0].cpu() for name in ("queries", "distance"))           # k 3, k
-    error = field_of(heads["sdf"], tokens, autocast)(queries)[:, 0] - (distance / TRUNCATION).clamp(-1, 1)
-    return {"IoU": grid_iou(heads["sdf"], tokens, shape, autocast), "L1": error.abs().mean().item()} | results
-
-
-def judge_pc(heads, tokens, split, row, rng, autocast, points):
-    """Chamfer distance of 2048 points to as many true ones, EMD of 1024; floors: those of a second true cloud. Normals
-    and colours against those of the nearest true point."""
-    cloud = heads["pc"].decode(tokens, heads, rng, autocast, points=2048)
-    true, normals, colours = split.shape(row).surface(2048, rng)                  # k 3 each
-    second = split.shape(row).surface(2048, rng)[0]                               # k 3
-    nearest = cKDTree(true).query(cloud.points)[1]                                # k, rows of `true`
-    return {"Chamfer": chamfer(cloud.points, true), "its floor": chamfer(second, true),
-            "EMD": emd(cloud.points[:1024], true[:1024]), "EMD floor": emd(second[:1024], true[:1024]),
-            "normal cosine": (cloud.normals * normals[nearest]).sum(1).mean(),
-            "colour error": abs(cloud.colours - colours[nearest]).mean() if split.coloured[row] else np.nan}
-
-
-def judge_mesh(heads, tokens, split, row, rng, autocast, points):
-    """Faces within 1 or 2 bins of the true ones in all nine coordinates; edges of the mesh that two faces share;
-    Chamfer distance to the true surface of 2048 visible points, of the true low-poly mesh, of a second true cloud."""
-    mesh, true = heads["mesh"].decode(tokens, heads, rng, autocast), split.take("corners", [row])[0].cpu().numpy()
-    found, true = quantise(mesh.vertices)[mesh.faces], true[true[:, 0, 0] >= 0]   # f 3 3, g 3 3, in bins
-    true_mesh = bin_centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3)
-    surface, second = (split.shape(row).surface(2048, rng)[0] for _ in range(2))  # k 3 each
-    return {"within 1 bin": faces_within(found, true, 1), "within 2 bins": faces_within(found, true, 2),
-            **soundness(mesh), "Chamfer": chamfer(mesh.surface(2048, rng)[0], surface),
-            "of the true mesh": chamfer(sample_surface(*true_mesh, 2048, rng, hidden=False)[0], surface),
-            "its floor": chamfer(second, surface)}
-
-
-def judge_gs(heads, tokens, split, row, rng, autocast, points):
-    """PSNR, SSIM and the mean error of a colour channel in pixels that the shape fills: 4 random views of 128 x 128
-    pixels, on white. Shapes without colours do not count."""
-    if not split.coloured[row]:
-        return dict.fromkeys(("PSNR", "SSIM", "colour error"), np.nan)
-    true_shape, shape, results = split.shape(row), heads["gs"].decode(tokens, heads, rng, autocast), []
-    gaussians = shape.means, shape.scales, shape.rotations, shape.opacities, shape.colours
-    for _ in range(4):
-        angles = rng.uniform(0, 360), rng.uniform(-20, 60)
-        true = draw_view(true_shape, *angles)                                     # s s 4
-        inside, true = true[..., 3] == 1, true[..., :3] + 1 - true[..., 3:]       # s s and, on white, s s 3
-        image = splat(*map(torch.from_numpy, gaussians), *angles, size=VIEW).clamp(0, 1).numpy()
-        results.append((psnr(image, true), ssim(image, true), abs(true - image)[inside].mean()))
-    return dict(zip(("PSNR", "SSIM", "colour error"), np.mean(results, 0)))
-
-
-JUDGES = {"sdf": judge_sdf, "pc": judge_pc, "mesh": judge_mesh, "gs": judge_gs}
 
 
 # ---------------------------------------------------------------------------- a run
@@ -139,16 +64,18 @@ def class_accuracy(run, encoders, generate, heads, n=4, points=1024):
 
 def head_metrics(run, heads, tokens, rep):
     """The metrics of one head on held-out shapes, with the tokens n c of run.test.spread(SHAPES)."""
-    results = [JUDGES[rep](heads, x.to(run.device), run.test, row, np.random.default_rng(row), run.autocast, points=0)
-               for row, x in zip(run.test.spread(SHAPES), tqdm(tokens, desc="held-out shapes", leave=False))]
+    results = []
+    for row, x in zip(run.test.spread(SHAPES), tqdm(tokens, desc="held-out shapes", leave=False)):
+        rng = np.random.default_rng(row)
+        results.append(heads[rep].judge(heads, x.to(run.device), run.test, row, rng, run.autocast, points=0))
     found = {name: [result[name] for result in results if result[name] == result[name]] for name in results[0]}
     return {"shapes": len(results)} | {name: round(float(np.mean(x)), 4) for name, x in found.items() if x}     # no nan
 
 
 def decode(run, heads, tokens, rep=None):
     """Tokens n c -> a coarse shape, by the head of `rep`, default: the last head trained with the tokenizer."""
-    head, rng = heads[rep or run.joint[-1]], np.random.default_rng(0)
-    return head.decode(tokens.to(run.device), heads, rng, run.autocast, resolution=64, points=2048)
+    rep, rng = rep or run.joint[-1], np.random.default_rng(0)
+    return heads[rep].decode(tokens.to(run.device), heads, rng, run.autocast, **REPRESENTATIONS[rep].preview)
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from engine.files import read_config, read_stage
 from engine.noise import keys_of
 from engine.stage import RELATIVES
 from prompts.reading import choose, find
+from representations import REPRESENTATIONS, accepting, spelling
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
 MAX_INT = 2 ** 63 - 1
@@ -40,7 +41,6 @@ LIMITS = {  # option: type, minimum, maximum
     "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "rounds": (int, 0, 1000), "cool": (float, 0, 10),
     "cfg": (float, 0, 100), "cfg_image": (float, 0, 100), "temperature": (float, 0, 10), "window": (float, 0, 1),
     "registers": (int, 1, MAX_INT), "refine": (int, 0, 10_000), "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
-COUNTS = {"points": ("pc", "gs"), "faces": ("sdf", "mesh")}   # options of these representations
 OPTIONS = ("steps", "denoise_steps", "rounds", "cfg", "cfg_image", "temperature", "cool", "rgs", "window", "registers",
            "top_k", "top_p", "refine")
 
@@ -57,14 +57,14 @@ def check_numbers(**values):
 
 def check_shape(rep, resolution, **counts):
     """Checks arguments of `decode` and `generate`."""
-    if not isinstance(rep, str) or rep not in heads.HEADS:
-        raise UserError(f"rep must be one of {', '.join(heads.HEADS)}, not {rep!r}; call it once for each")
+    if not isinstance(rep, str) or rep not in REPRESENTATIONS:
+        raise UserError(f"rep must be one of {', '.join(REPRESENTATIONS)}, not {rep!r}; call it once for each")
     if resolution not in RESOLUTIONS:
         raise UserError(f"resolution must be one of {', '.join(map(str, RESOLUTIONS))}, not {resolution}")
     check_numbers(**counts)
     for name in counts:
-        if counts[name] and rep not in COUNTS[name]:
-            raise UserError(f"{name} are of rep {' and '.join(COUNTS[name])}, not of {rep}")
+        if counts[name] and name not in REPRESENTATIONS[rep].options:
+            raise UserError(f"{name} are of rep {' and '.join(accepting(name))}, not of {rep}")
 
 
 # ---------------------------------------------------------------------------- the models of checkpoint folders
@@ -142,10 +142,11 @@ class Sampler:
         """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
         faces: at most, of "sdf" (default: 19,000), of "mesh" by simplifying the surface (default: the head's own)."""
         check_shape(rep, resolution, points=points, faces=faces)
-        simplified = heads.SimplifiedMesh(faces, flat=rep == "mesh") if faces or rep == "sdf" else None
-        self.load_heads(*simplified.needs if simplified else [rep])
-        head, rng = simplified or self.heads[rep], np.random.default_rng(seed)
-        return head.decode(tokens.to(self.device), self.heads, rng, self.autocast, resolution, points or head.COUNT)
+        self.load_heads(rep)
+        given, options = {"resolution": resolution, "points": points, "faces": faces}, REPRESENTATIONS[rep].options
+        options = {name: given[name] or default for name, default in options.items()}
+        rng = np.random.default_rng(seed)
+        return self.heads[rep].decode(tokens.to(self.device), self.heads, rng, self.autocast, **options)
 
     def generate(self, prompt=None, image=None, rep="sdf", n=1, seed=0, resolution=128, points=None, faces=None,
                  **options):
@@ -232,13 +233,14 @@ def arguments():
     flag("--text", help="what to generate, e.g. \"a round table\"")
     flag("--prompts", metavar="FILE", help="a file with a text on each line, instead of --text")
     flag("--image", help="a picture of it (png, jpg, webp), alone or with --text")
-    flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
+    flag("--rep", nargs="+", type=spelling, choices=[*REPRESENTATIONS, "all"], default=["sdf"],
          help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
     number("n", "number of shapes", 1)
     number("best", "of so many candidates, the one with the highest prompt score", 1)
     number("seed", "random seed; shape i is the same for every --n, up to rounding", 0)
     flag("--resolution", type=int, choices=RESOLUTIONS, default=128, help="cells along a side of the surface's grid")
-    number("points", f"number of points or Gaussians (default: {heads.PointHead.COUNT}, {heads.GaussianHead.COUNT})")
+    counts = ", ".join(f"{rep} {REPRESENTATIONS[rep].options['points']}" for rep in accepting("points"))
+    number("points", f"number of points or Gaussians (default: {counts})")
     number("faces", "at most this many faces of a surface (default: 19,000, less than 500 kB; 10,000,000 keeps all); "
            "with --rep mesh, of the surface as a low-poly mesh (default: the mesh head predicts up to 256 faces)")
     number("height", "height of a surface or mesh in its file, in metres (default: its longest side has one metre)")
@@ -278,11 +280,12 @@ def arguments():
         args.texts = read_prompts(args.prompts)
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
-    args.rep = list(heads.HEADS) if "all" in args.rep else list(dict.fromkeys(args.rep))
-    for name, reps in (COUNTS | {"height": COUNTS["faces"]}).items():
+    args.rep = list(REPRESENTATIONS) if "all" in args.rep else list(dict.fromkeys(args.rep))
+    counts = {name: accepting(name) for name in ("points", "faces")}
+    for name, reps in (counts | {"height": counts["faces"]}).items():
         if getattr(args, name) and not {*reps} & {*args.rep}:
             parser.error(f"--{name} is an option of other representations; give --rep {' or '.join(reps)}, too")
-    args.counts = {rep: {name: getattr(args, name) for name, reps in COUNTS.items() if rep in reps} for rep in args.rep}
+    args.counts = {rep: {name: getattr(args, name) for name, reps in counts.items() if rep in reps} for rep in args.rep}
     if {"sdf", "mesh"} <= {*args.rep}:                        # --faces are those of the mesh
         del args.counts["sdf"]["faces"]
     return args

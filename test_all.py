@@ -20,25 +20,29 @@ from torch import nn
 
 import backbone
 import data
-import heads
 import reconstruct
 import tokenizer
 from conftest import HERE, SMALL, WIDTHS, NoWait, prompted, small_backbone
-from convolutions import interpolate
 from engine.commands import UserError
+from engine.grids import interpolate
 from engine.networks import grid_points
 from engine.noise import keys_of
+from first_design import choose
 from geometry.export import Mesh
 from geometry.kinds import GREY
 from geometry.spacing import gaps
 from geometry.splat import baked_light
 from geometry.surface import TRUNCATION
 from prefix import Prefix
+from representations import REPRESENTATIONS, with_needs
+from representations.gs import GaussianHead
+from representations.pc import PointHead
+from representations.sdf import SdfHead, onto_surface, rarity
 
 CONVOLUTIONS = SMALL[tokenizer]
-ATTENTION = {key: value for key, value in CONVOLUTIONS.items() if key != "conv"}        # as in size tiny
-HEADS = [*product(heads.HEADS, [CONVOLUTIONS]), ("sdf", ATTENTION)]
-DESIGN = lambda x: x if isinstance(x, str) else "convolutions" if "conv" in x else "attention"
+FIRST = {key: value for key, value in CONVOLUTIONS.items() if key != "conv"}            # as in checkpoints/tiny
+HEADS = [*product(REPRESENTATIONS, [CONVOLUTIONS]), *product(["sdf", "pc", "gs"], [FIRST])]
+DESIGN = lambda x: x if isinstance(x, str) else "convolutions" if "conv" in x else "first"
 
 # ---------------------------------------------------------------------------- the code
 
@@ -60,11 +64,12 @@ def test_heads_pull_equally_hard():
     assert tokens.grad.norm().item() == pytest.approx(.25, rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [CONVOLUTIONS, ATTENTION], ids=DESIGN)
+@pytest.mark.parametrize("settings", [CONVOLUTIONS, FIRST], ids=DESIGN)
 def test_standardise_changes_tokens_not_shapes(settings, prepared):
     """Afterwards tokens have mean 0 and deviation 1 per channel, and decode to the same field; it may be done twice."""
     torch.manual_seed(0)
-    encoder, head = tokenizer.Tokenizer(**settings).eval(), heads.SdfHead(**settings).eval()
+    kinds = {"tokenizer": tokenizer.Tokenizer, "sdf": SdfHead}
+    encoder, head = (choose(name, kind, settings)(**settings).eval() for name, kind in kinds.items())
     cloud, x = prepared[0].cloud(np.arange(12), 500, data.seeded(0)), torch.rand(12, 100, 3) * 2 - 1
     with torch.no_grad():
         before = head.evaluate(head.read(encoder(*cloud)), x)
@@ -83,7 +88,7 @@ def test_patches_change_tokens_not_shapes(prepared):
     for patch in (1, 2):
         torch.manual_seed(0)
         settings = CONVOLUTIONS | {"patch": patch}
-        encoder, head = (kind(**settings).eval() for kind in (tokenizer.Tokenizer, heads.SdfHead))
+        encoder, head = (kind(**settings).eval() for kind in (tokenizer.Tokenizer, SdfHead))
         tokenizer.standardise(encoder, [head], encoder(*cloud))
         tokens = encoder(*cloud)                                                  # b n c
         fields.append(head.evaluate(head.read(tokens), x))
@@ -95,7 +100,7 @@ def test_patches_change_tokens_not_shapes(prepared):
 
 def test_points_arrive_where_the_flow_goes():
     """With the velocity field that ends in four given points, every one of 3000 samples ends in one of the four."""
-    head, ends = heads.PointHead(**CONVOLUTIONS), torch.tensor([[.5, 0, 0], [-.5, 0, 0], [0, .5, 0], [0, 0, -.5]])
+    head, ends = PointHead(**CONVOLUTIONS), torch.tensor([[.5, 0, 0], [-.5, 0, 0], [0, .5, 0], [0, 0, -.5]])
 
     def velocity(memory, x, t):                               # E[x - noise | x_t] for x one of the four, noise normal
         t = t[..., None].clamp(max=.999)
@@ -121,18 +126,18 @@ def test_grids_are_interpolated_and_their_normals_learnt():
 
 def test_every_colour_has_the_same_weight():
     """Three points of one colour and one of another: the weights of both add up to 2 of 4."""
-    weights = heads.rarity(torch.tensor([[[.8, .2, .2]] * 3 + [[.2, .2, .8]]]))
+    weights = rarity(torch.tensor([[[.8, .2, .2]] * 3 + [[.2, .2, .8]]]))
     assert torch.allclose(weights, torch.tensor([[2 / 3, 2 / 3, 2 / 3, 2]]))
 
 
 @pytest.mark.parametrize("rep, settings", HEADS, ids=DESIGN)
 def test_files_without_colours_teach_none(rep, settings, prepared):
     """They are grey all over. The loss of no head depends on their colours: it learns the form."""
-    split, head = prepared[0].changed(), heads.HEADS[rep](**settings)
+    split, head = prepared[0].changed(), choose(rep, REPRESENTATIONS[rep], settings)(**settings)
     assert split.coloured.tolist() == [1.] * len(split)
     grey = torch.full_like(split.arrays["colours"], round(255 * GREY))
     split = split.changed(arrays=split.arrays | {"colours": grey})
-    samples = split.samples(np.array([0, 1]), head.reads, data.seeded(0))
+    samples = head.batch_of(split, np.array([0, 1]), data.seeded(0))
     tokens, losses = torch.randn(2, 64, 8), []
     for _ in range(2):
         torch.manual_seed(0)
@@ -143,21 +148,23 @@ def test_files_without_colours_teach_none(rep, settings, prepared):
 
 
 @pytest.mark.parametrize("rep, settings", HEADS, ids=DESIGN)
-def test_heads_learn_and_decode(rep, settings, prepared):
+def test_heads_learn_and_decode(rep, settings, prepared, monkeypatch):
     """Each head's loss falls in a few steps on two shapes. It decodes on the device of its tokens, whatever the default
     device is, and its shape can be sampled and drawn."""
     torch.manual_seed(0)
-    reads = {name: 500 for name in heads.HEADS[rep].reads}
-    models = nn.ModuleDict({name: heads.HEADS[name](**settings) for name in heads.with_needs([rep])})
+    monkeypatch.setattr(GaussianHead, "POINTS", 500)
+    options = {name: {"resolution": 32, "points": 200, "faces": None}[name] for name in REPRESENTATIONS[rep].options}
+    kinds = {name: choose(name, REPRESENTATIONS[name], settings) for name in with_needs([rep])}
+    models = nn.ModuleDict({name: kind(**settings) for name, kind in kinds.items()})
     tokens, optimizer, losses = torch.randn(2, 64, 8), torch.optim.Adam(models.parameters(), 1e-3), []
     for _ in range(4):
-        loss, _ = models[rep].loss(tokens, prepared[0].samples(np.array([0, 1]), reads, data.seeded(0)))
+        loss, _ = models[rep].loss(tokens, models[rep].batch_of(prepared[0], np.array([0, 1]), data.seeded(0)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    decoded = lambda: models[rep].decode(tokens[0], models, np.random.default_rng(0), resolution=32, points=200)
+    decoded = lambda: models[rep].decode(tokens[0], models, np.random.default_rng(0), **options)
     shape = decoded()
     with torch.device("meta"):
         assert all(map(np.array_equal, vars(decoded()).values(), vars(shape).values()))
@@ -169,7 +176,7 @@ def test_points_move_onto_the_surface():
     """Of a ball, along their normals; with the colours that it has there."""
     normals = F.normalize(torch.randn(2, 50, 3), dim=-1)
     field = lambda x: torch.cat([(x.norm(dim=-1, keepdim=True) - .5) / TRUNCATION, x], -1)
-    x, colours = heads.onto_surface(field, normals * (.45 + .1 * torch.rand(2, 50, 1)), normals)
+    x, colours = onto_surface(field, normals * (.45 + .1 * torch.rand(2, 50, 1)), normals)
     assert torch.allclose(x, .5 * normals, atol=1e-5) and torch.allclose(colours, x.clamp(0, 1), atol=1e-5)
 
 
@@ -177,7 +184,7 @@ def test_gaussians_have_the_colour_of_the_surface_and_no_holes():
     """Of a red ball, whatever the head learnt: lit red, half opaque, not much smaller than the gaps between them."""
     ball = trimesh.creation.icosphere(3, .5)
     red = Mesh(np.float32(ball.vertices), ball.faces, np.tile(np.float32([.8, 0, 0]), (len(ball.vertices), 1)))
-    surface, head = SimpleNamespace(decode=lambda *_: red), heads.GaussianHead(**CONVOLUTIONS)
+    surface, head = SimpleNamespace(decode=lambda *_: red), GaussianHead(**CONVOLUTIONS)
     head.evaluate = lambda memory, x: torch.full((*x.shape[:2], 11), -9.)                 # tiny, transparent
     found = head.decode(torch.zeros(64, 8), {"sdf": surface}, np.random.default_rng(0), points=500)
     assert len(found.means) == 500 and (found.colours[:, 1:] == 0).all()

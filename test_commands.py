@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from engine import files
 from engine.commands import UserError, pick_device
 from geometry import export, metrics
 from geometry.surface import field_of
-from heads import SimplifiedMesh
 from prompts.scores import prompt_scores
 from research import attributes
 
@@ -43,7 +41,7 @@ def test_a_mesh_has_as_many_faces_as_asked():
     model = sample.load()
     tokens = model.sample("a chair")[0]
     mesh = model.decode(tokens, "mesh", 0, 64, faces=300)
-    assert 200 < len(mesh.faces) <= 300 and metrics.soundness(mesh)["closed edges"] > .98
+    assert 200 < len(mesh.faces) <= 300 and mesh.soundness()["closed edges"] > .98
     few = model.decode(tokens, "sdf", 0, 64, faces=1000)
     most = model.decode(tokens)
     assert 900 < len(few.faces) <= 1000 and 18_000 < len(most.faces) <= 19_000
@@ -235,8 +233,7 @@ def test_empty_surface_is_one_line(overfitted, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flat, tests", [(True, {"closed edges"}), (False, {"one piece", "watertight"})])
 def test_an_empty_surface_fails_the_tests_of_its_kind(flat, tests):
     """evaluate.py's tables need the same tests of every sample."""
-    head = SimpleNamespace(decode=lambda *_: NO_SURFACE)
-    found = metrics.soundness(SimplifiedMesh(300, flat).decode(None, {"sdf": head}, None))
+    found = NO_SURFACE.simplified(300, flat).soundness()
     assert found.keys() == tests and not any(found.values())
 
 

@@ -23,8 +23,11 @@ from conftest import CHAIN, SMALL, assert_one_line, run, train_small
 from engine import files
 from engine.graphs import compiled
 from engine.loop import Loop
-from judge import grid_iou
+from geometry.training_samples import PICTURES, SURFACE
 from relatives import lost, vat
+from representations.gs import GaussianHead
+from representations.pc import PointHead
+from representations.sdf import grid_iou
 
 
 def same_weights(one, two, stages):
@@ -36,7 +39,7 @@ def same_weights(one, two, stages):
 def test_two_shapes_overfitted_through_all_stages(overfitted, kinds, cache):
     """train.py, then a prompt -> tokens -> field: the prompted one of two shapes is reconstructed with IoU >= .85."""
     model = sample.load(overfitted).load_heads("sdf")
-    split = data.prepare("train", 2, cache, kinds=("surface", "pictures"))
+    split = data.prepare("train", 2, cache, kinds=(SURFACE, PICTURES))
     texts = ["a table", "a chair"] if "text" in kinds else None
     pictures = split.pictures(np.arange(2), data.seeded(0), vary=False) if "image" in kinds else None
     for i, tokens in enumerate(model.tokens(texts, [0, 1], pictures)):
@@ -89,14 +92,14 @@ def test_heads_are_added_without_a_new_backbone(overfitted, four, tmp_path):
 
 def test_gaussians_learn_on_the_surface_of_the_sdf_head(four, tmp_path, monkeypatch):
     """Not on the true one: their loss gets the points and colours that onto_surface returns."""
-    loss, batches = heads.GaussianHead.loss, []
+    loss, batches = GaussianHead.loss, []
     moved = lambda field, x, normals: (torch.full_like(x, .25), torch.full_like(x, .75))
 
     def spy(self, tokens, batch):
         batches.append(batch)
         return loss(self, tokens, batch)
     monkeypatch.setattr(heads, "onto_surface", moved)
-    monkeypatch.setattr(heads.GaussianHead, "loss", spy)
+    monkeypatch.setattr(GaussianHead, "loss", spy)
     flags = "--rep", "gs", "--stage", "head", "--steps", 1, "--batch", 2
     assert train_small(monkeypatch, tmp_path, 2, "--from", four, "--finetune", *flags) == 0
     assert batches and all((x["points"] == .25).all() and (x["colours"] == .75).all() for x in batches)
@@ -148,7 +151,7 @@ def test_a_copied_stage_can_be_finetuned_later(overfitted, tmp_path, monkeypatch
 
 
 def test_a_head_is_finetuned_without_those_that_it_needs(overfitted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(heads.PointHead, "needs", ("sdf",))
+    monkeypatch.setattr(PointHead, "needs", ("sdf",))
     flags, first = ("--steps", 2, "--batch", 2, "--stage", "head", "--rep", "pc"), tmp_path / "first"
     assert train_small(monkeypatch, first, 2, "--from", overfitted, *flags) == 0
     assert capsys.readouterr().out.count("already done") == 1
@@ -266,7 +269,7 @@ def test_a_loss_is_one_graph(flags, count, tmp_path, monkeypatch):
     if "tokenizer" in flags:
         monkeypatch.delitem(SMALL[tokenizer], "conv")
     monkeypatch.setattr(vat.Encoder, "points", 256)
-    monkeypatch.setitem(heads.GaussianHead.reads, "cloud", 256)
+    monkeypatch.setattr(GaussianHead, "POINTS", 256)
     counts = {}
 
     class CompiledLoop(Loop):

@@ -1,71 +1,69 @@
-"""tokenizer.py - stage 1: coloured oriented surface points -> n shape tokens of c channels. heads.py decodes them.
+"""tokenizer.py - stage 1: coloured oriented surface points -> n shape tokens of c channels. Heads decode them.
 
 In LTM3D (section 3.1) the shape encoder and decoder are frozen; the backbone generates tokens.
-paper: tokens have no order; here: shape token i belongs to anchor a_i, a fixed point of a grid in [-1, 1]^3,
-so token i has the same position in every shape, and attention has a distance bias.
+paper: tokens have no order, queries cross-attend to points; here: shape token i belongs to a cube of [-1, 1]^3, the
+same in every shape, and convolutions encode the points in it and around it.
 
     points, normals, colours, b k 3 each  ->  tokens b n c, unit variance
 
     python train.py --rep sdf --stage tokenizer      # trains it
     python evaluate.py tokenizer --rep sdf           # its reconstruction of held-out shapes
 """
-from functools import partial
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
 import judge
 from engine import processes
-from engine.files import atomic_write, load_stage, signatures
+from engine.files import atomic_write, load_stage, read_stage, signatures
+from engine.grids import FromCells, ResConv, cell_means, from_patches, to_patches
 from engine.loop import Loop, to_device
-from engine.networks import BANDS, Block, BySize, fourier, from_patches, grid_points
 from engine.stage import Stage
+from first_design import choose
+from representations import REPRESENTATIONS
+from representations.head import NOISE
 
-# n = side^3 tokens of c channels; patch^3 neighbours become one token. With conv, tokenizer and heads are convolutions
-# on grids of conv^3 cells a token (convolutions.py).
+# n = side^3 tokens of c channels, each of conv^3 cells of points; patch^3 neighbours become one token
 SIZES = {
-    "tiny": dict(side=4, channels=16, dim=128, heads=4),
+    "tiny": dict(side=4, channels=16, dim=128, heads=4, conv=4),
     "mini": dict(side=6, patch=2, channels=16, dim=192, heads=6, conv=4),
     "small": dict(side=6, channels=16, dim=192, heads=6, conv=4),
     "base": dict(side=8, channels=32, dim=384, heads=6, conv=4),
     "large": dict(side=10, channels=32, dim=512, heads=8, conv=4),
 }
-NOISE = .05      # on the tokens in training: it makes the latent space smooth, and needs no KL weight
 STAY = .3        # weight of the squared drift of tokens in fine-tuning
 
 
-class Tokenizer(BySize, nn.Module):
-    """The shape encoder: surface points, their normals and colours -> anchored tokens."""
+class Tokenizer(nn.Module):
+    """The shape encoder: surface points, their normals and colours -> means of their features in (side conv)^3 cells ->
+    one token for conv^3 cells -> a convolution. It does not depend on the order of the points."""
+    FEATURES, points = 32, 4096                               # points of an input; half as many in training
 
-    patch, points = 1, 2048                                   # points of an input; half as many in training
-
-    def __init__(self, side, channels, dim, heads):
+    def __init__(self, side, channels, dim, heads, conv, patch=1):        # heads: of the mesh head
         super().__init__()
-        self.register_buffer("anchors", grid_points(side), persistent=False)             # n 3
-        self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, dim))
-        self.query = nn.Parameter(torch.randn(side ** 3, dim) * .02)
-        self.cross = nn.ModuleList(Block(dim, heads, context_dim=dim) for _ in range(2))
-        self.blocks = nn.ModuleList(nn.ModuleList(Block(dim, heads) for _ in range(2)) for _ in range(2))
-        last = nn.LayerNorm(channels, elementwise_affine=False)
+        self.side, self.conv, self.patch = side, conv, patch
+        self.point = nn.Sequential(nn.Linear(15, 64), nn.GELU(), nn.Linear(64, self.FEATURES))
+        self.cells = FromCells(side, conv, self.FEATURES + 1, dim)
+        self.place = nn.Parameter(torch.randn(side, side, side, dim) * .02)
+        self.block, last = ResConv(dim), nn.LayerNorm(channels, elementwise_affine=False)
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels), last)
         self.register_buffer("mean", torch.zeros(channels))   # of the tokens of the training set,
         self.register_buffer("std", torch.ones(channels))     # measured at the end of stage 1 (standardise)
+        for layer in (*self.point[::2], self.cells.into):
+            nn.init.normal_(layer.weight, std=2 * layer.in_features ** -.5)
 
     def forward(self, points, normals, colours):              # b k 3 each -> b n c
-        b = len(points)
-        context = self.point(torch.cat([fourier(points, BANDS), normals, colours], -1))        # b k d
-        x = repeat(self.query, "n d -> b n d", b=b)                               # b n d
-        anchors = repeat(self.anchors, "n i -> b n i", b=b)                       # b n 3
-        for cross, blocks in zip(self.cross, self.blocks):
-            x = cross(x, context, positions=(anchors, points))                    # b n d
-            for block in blocks:
-                x = block(x, positions=(anchors, anchors))                        # b n d
-        tokens = (self.out(x).float() - self.mean) / self.std                     # b n c
-        return tokens + NOISE * torch.randn_like(tokens) if self.training else tokens
+        s = self.side * self.conv                             # cells along the cube
+        inside = [(points + 1) * side % 2 - 1 for side in (s, self.side)]         # in the cell, in the token's cube
+        features = self.point(torch.cat([*inside, points, normals, 2 * colours - 1], -1))
+        means, count = cell_means(points, features, s)                            # b s^3 f, b s^3 1
+        x = self.cells(torch.cat([means, (1 + count).log() / 2], -1))             # b n d
+        x = self.block(rearrange(x, "b (x y z) d -> b x y z d", x=self.side, y=self.side) + self.place)
+        tokens = rearrange(self.out(x).float() - self.mean, "b x y z c -> b (x y z) c") / self.std
+        return to_patches(tokens + NOISE * torch.randn_like(tokens) if self.training else tokens, self.patch)
 
 
 @torch.no_grad()
@@ -107,7 +105,10 @@ def encode(run, tokenizer, split, rows=None, stage="tokenizer"):
     return encode_set(tokenizer, split, run.device, run.autocast, signatures(run.folder).get(stage), rows)
 
 
-load = partial(load_stage, stage="tokenizer", part=Tokenizer)        # of a checkpoint folder, frozen
+def load(folder):
+    """The tokenizer of a checkpoint folder, frozen."""
+    settings = read_stage(folder, "tokenizer")["settings"]
+    return load_stage(folder, "tokenizer", choose("tokenizer", Tokenizer, settings))
 
 
 # ---------------------------------------------------------------------------- stage: model, data, training, save
@@ -165,8 +166,9 @@ def train(run):
     run = run.turned()
 
     # model
-    settings = SIZES[run.size]
-    model = Autoencoder(Tokenizer(**settings), {rep: run.heads[rep](**settings) for rep in run.joint}, run.share)
+    settings = read_stage(run.source, "tokenizer")["settings"] if run.finetune else SIZES[run.size]
+    heads = {rep: choose(rep, REPRESENTATIONS[rep], settings)(**settings) for rep in run.joint}
+    model = Autoencoder(choose("tokenizer", Tokenizer, settings)(**settings), heads, run.share)
     run.load_to_finetune("tokenizer", model.files(), settings)
     before = load(run.source).to(run.device) if run.finetune else None
 
@@ -175,7 +177,7 @@ def train(run):
 
     def samples_of(split, rows):
         own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.joint}          # batch of its own stage
-        return split.cloud(rows, points), {rep: split.samples(own[rep], run.heads[rep].reads) for rep in own}
+        return split.cloud(rows, points), {rep: REPRESENTATIONS[rep].batch_of(split, own[rep]) for rep in own}
 
     weights = shares_of_loss(run, model, samples_of).cumsum(0) if run.finetune else None
 

@@ -21,22 +21,22 @@ import heads
 import judge
 import reconstruct
 import tokenizer
-from data import kinds_of, training_sets
+from data import training_sets
 from engine import processes
 from engine.commands import Parser, UserError, add_device_flags, between, command
 from engine.files import read_config, trained_stages
 from engine.run import Run, copy_stages, locked
 from engine.stage import RELATIVES
+from geometry import training_samples
 from geometry.prepare import TRAIN_SHAPES
-
-LTM3D = [encoders.TEXT, tokenizer.STAGE, encoders.VISION, *heads.STAGES, backbone.STAGE, reconstruct.STAGE]
-
+from representations import REPRESENTATIONS, spelling, with_needs
 
 # ---------------------------------------------------------------------------- the chain of stages
 
 def stages_of(model):
     """The stages of a model, in the order of training."""
-    return LTM3D if model == "ltm3d" else import_module(f"relatives.{model}").stages(LTM3D)
+    ltm3d = [encoders.TEXT, tokenizer.STAGE, encoders.VISION, *heads.stages(), backbone.STAGE, reconstruct.STAGE]
+    return ltm3d if model == "ltm3d" else import_module(f"relatives.{model}").stages(ltm3d)
 
 
 def chosen(args, stages, reps):
@@ -55,7 +55,7 @@ def chain(args, reps, joint, folder):
         stages = {stage.name: stage._replace(steps=args.steps or stage.steps, batch=args.batch or stage.batch,
                                              lr=args.lr or stage.lr) for stage in stages_of(args.model)}
         last = RELATIVES.get(args.model, "backbone")
-        run = Run(args, stages, heads.HEADS, reps, joint, last, folder, args.data and Path(args.data).resolve().stem)
+        run = Run(args, stages, reps, joint, last, folder, args.data and Path(args.data).resolve().stem)
         encoders.load_pretrained(**run.encoder_names, device=run.device)          # a missing one is an error here
         names = chosen(args, stages.values(), reps)
         if args.source:
@@ -72,8 +72,9 @@ def chain(args, reps, joint, folder):
                 raise UserError(f"{args.source} holds no trained {name} to fine-tune; leave out --finetune")
         with locked(run.folder):                              # a folder that cannot be used is an error now
             pass
-        own = ["pictures"] * bool(args.image_encoder) + [kind for name in names for kind in stages[name].kinds]
-        kinds = ["surface", *own, *kinds_of(heads.HEADS[rep] for rep in joint + reps)]
+        kinds = [training_samples.SURFACE, *[training_samples.PICTURES] * bool(args.image_encoder),
+                 *(kind for name in names for kind in stages[name].kinds),
+                 *(kind for rep in joint + reps for kind in REPRESENTATIONS[rep].kinds)]
         run.train, run.test = (split.to(run.device) for split in training_sets(args, list(dict.fromkeys(kinds))))
         run.classes, run.prompts = judge.classes_and_prompts(run.train, run.test, built_in=args.data is None)
     with locked(run.folder):
@@ -108,7 +109,7 @@ def train_stage(run, stage):
 def check_order(args, run, names):
     """Raises an error if --from holds a relative but lacks its earlier stages: shipped folders omit some."""
     done = {*trained_stages(run.folder)}
-    own = done & run.stages.keys() - {stage.name for stage in LTM3D}
+    own = done & run.stages.keys() - {stage.name for stage in stages_of("ltm3d")}
     missing = [name for i, name in enumerate(names) if name not in done and own & {*names[i:]}]
     if args.source and not args.stage and missing:
         raise UserError(f"{args.source} holds {', '.join(sorted(own))}, but no {', '.join(missing)}, which come "
@@ -120,11 +121,11 @@ def check_order(args, run, names):
 def arguments():
     from geometry.shapes import CLASSES
     parser = Parser(__doc__.split("\n")[0])
-    defaults = [", ".join(f"{stage.name} {stage[i]:g}" for stage in LTM3D) for i in (2, 3, 4)]
+    defaults = [", ".join(f"{stage.name} {stage[i]:g}" for stage in stages_of("ltm3d")) for i in (2, 3, 4)]
     everyday = parser.add_argument_group("everyday")
     flag = everyday.add_argument
     flag("--model", choices=["ltm3d", *RELATIVES], help="what to train (default: ltm3d, or the model of --stage)")
-    flag("--rep", nargs="+", type=heads.spelling, choices=[*heads.HEADS, "all"], default=["sdf"],
+    flag("--rep", nargs="+", type=spelling, choices=[*REPRESENTATIONS, "all"], default=["sdf"],
          help="representations")
     flag("--data", help="files to train on, as in `data.py --data` (default: the built-in shapes)")
     flag("--shapes", type=between(2), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
@@ -178,7 +179,7 @@ def arguments():
     for name, usual in (("denoiser", "flow"), ("tokens", "shared")):
         if getattr(args, name) != usual and model:
             parser.error(f"{args.model} has no --{name}; leave it out")
-    reps = list(getattr(model, "REPS", heads.HEADS))
+    reps = list(getattr(model, "REPS", REPRESENTATIONS))
     args.rep = reps if "all" in args.rep else args.rep
     if missing := {*args.rep} - {*reps}:
         parser.error(f"{args.model} generates {', '.join(reps)}, not {', '.join(sorted(missing))}")
@@ -189,10 +190,10 @@ def main():
     args = arguments()
     processes.start()
     folder = args.out or f"runs/{args.size if args.model == 'ltm3d' else args.model}"
-    reps = heads.with_needs(args.rep)
+    reps = with_needs(args.rep)
     if args.tokens == "own":
         for rep in args.rep:
-            own = heads.with_needs([rep])
+            own = with_needs([rep])
             chain(args, own, own, f"{folder}-{rep}")
     else:
         chain(args, reps, ["sdf"] if args.tokens == "shared" else reps, folder)

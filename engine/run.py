@@ -62,15 +62,14 @@ def locked(folder):
 class Run:
     """The argument of the training function of a stage.
 
-    stages: {name: Stage}, with the steps, batch and learning rate of this run; heads: {rep: class}; reps: heads to
-    train; joint: heads trained jointly with the tokenizer; last: the generator's stage; data: the name of --data.
-    train.py adds prepared sets: `train` and `test` (data.Prepared), `classes` and `prompts`.
+    stages: {name: Stage}, with the steps, batch and learning rate of this run; reps: heads to train; joint: heads
+    trained jointly with the tokenizer; last: the generator's stage; data: the name of --data. train.py adds prepared
+    sets: `train` and `test` (data.Prepared), `classes` and `prompts`.
     """
 
-    def __init__(self, args, stages, heads, reps, joint, last, folder, data):
+    def __init__(self, args, stages, reps, joint, last, folder, data):
         self.folder, self.size, self.seed = Path(folder), args.size, args.seed
-        self.stages, self.heads = stages, heads
-        self.reps, self.joint, self.last, self.data = reps, joint, last, data
+        self.stages, self.reps, self.joint, self.last, self.data = stages, reps, joint, last, data
         self.variant, self.denoiser = args.variant, args.denoiser
         self.tokens = f"joint --rep {' '.join(reps)}" if args.tokens == "joint" else args.tokens
         self.encoder_names = {"text": args.text_encoder, "image": args.image_encoder}

@@ -12,7 +12,7 @@ class Stage(NamedTuple):
     lr: float                   # peak learning rate
     after: tuple = ()           # stages whose weights it is trained on
     flags: tuple = ()           # flags of train.py that decide what it learns, beside --size and --data
-    kinds: tuple = ()           # of training samples beside surfaces and those of heads (geometry/kinds.py)
+    kinds: tuple = ()           # of training samples (geometry/kinds.py) beside surfaces and those of heads
     smallest: int = 1           # minimum of shapes in a micro-batch
     variants: dict = {}         # other classes for what it trains: {name: class}
 

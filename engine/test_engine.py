@@ -19,14 +19,14 @@ import trimesh
 from torch import nn
 
 import data
-import heads
 import tokenizer
 from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, stop_in_step, train_small
 from engine import files, loop, networks, optimizers, processes, state
 from engine import run as run_folder
 from engine.commands import UserError
-from engine.networks import QueryDecoder
+from engine.networks import Block
 from engine.stage import Stage
+from representations.mesh import MeshHead
 
 # ---------------------------------------------------------------------------- commands
 
@@ -53,11 +53,11 @@ def test_shares_of_loss_add_up_to_one():
 
 def test_a_module_may_learn_faster():
     """RATE multiplies the learning rate of a module's parameters, in both optimizers, and of no others."""
-    plain, quick = QueryDecoder(2, 4, 64, 2, outputs=4), heads.MeshHead(2, 4, 64, 2)
+    plain, quick = Block(64, 2), MeshHead(2, 4, 64, 2)
     groups = [group for opt in optimizers.optimizers(nn.ModuleList([plain, quick]), 1e-3) for group in opt.param_groups]
     rates = {p: group["rate"] for group in groups for p in group["params"]}
-    assert heads.MeshHead.RATE != 1
-    assert rates == {p: 1 for p in plain.parameters()} | {p: heads.MeshHead.RATE for p in quick.parameters()}
+    assert MeshHead.RATE != 1
+    assert rates == {p: 1 for p in plain.parameters()} | {p: MeshHead.RATE for p in quick.parameters()}
 
 
 def log_rows(path):

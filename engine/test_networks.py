@@ -9,39 +9,40 @@ from einops import rearrange
 from torch import nn
 
 from conftest import small_backbone
-from engine import commands, loop, networks, optimizers
+from engine import commands, grids, loop, networks, optimizers
+from first_design import GAMMAS, NearAttention
 
 
 @pytest.mark.parametrize("near", [False, True])
 def test_attention_on_a_gpu_is_that_on_a_cpu(near, monkeypatch):
-    """There, more dimensions replace a mask of keys; so flash attention applies."""
+    """There, more dimensions replace a mask of keys; so flash attention applies. So does it with a distance bias."""
     torch.manual_seed(0)
-    attention, x, mask = networks.Attention(64, 4), torch.randn(3, 10, 64), torch.rand(3, 10) < .6
-    mask[:, 0], positions = True, (torch.rand(3, 10, 3),) * 2 if near else None
-    plain = attention(x, mask=mask, positions=positions)
+    x, mask = torch.randn(3, 10, 64), torch.rand(3, 10) < .6
+    mask[:, 0] = True
+    attention = NearAttention(64, 4) if near else networks.Attention(64, 4)
+    call = (x, None, (torch.rand(3, 10, 3),) * 2) if near else (x, None, mask)
+    plain = attention(*call)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
-    assert torch.allclose(attention(x, mask=mask, positions=positions), plain, atol=1e-5)
+    assert torch.allclose(attention(*call), plain, atol=1e-5)
 
 
 @pytest.mark.parametrize("bf16, tolerance", [(False, 1e-5), (True, .03)], ids=["fp32", "bf16"])
 def test_distance_bias_is_a_mask(bf16, tolerance):
-    """Bias folded into 13 more dimensions = softmax(q k / sqrt(e) - gamma_h |x - a|^2), with a padding mask too."""
+    """Bias folded into 13 more dimensions = softmax(q k / sqrt(e) - gamma_h |x - a|^2)."""
     torch.manual_seed(0)
-    layer = networks.Attention(64, 8)
+    layer = NearAttention(64, 8)
     nn.init.normal_(layer.to_v.weight, std=.3)
     x, context = torch.randn(2, 50, 64), torch.randn(2, 27, 64)
     positions = torch.rand(2, 50, 3) * 2 - 1, networks.grid_points(3)[None].repeat(2, 1, 1)
-    mask = torch.rand(2, 27) < .8
 
     q, k, v = layer.to_q(x), layer.to_k(context), layer.to_v(context)
     q, k, v = (rearrange(y, "b k (h e) -> b h k e", h=8) for y in (q, k, v))
-    gamma = rearrange(torch.tensor(2 * networks.GAMMAS), "h -> 1 h 1 1")
+    gamma = rearrange(torch.tensor(2 * GAMMAS), "h -> 1 h 1 1")
     scores = q @ k.mT / 8 ** .5 - gamma * rearrange(torch.cdist(*positions) ** 2, "b q k -> b 1 q k")
-    true = scores.masked_fill(~rearrange(mask, "b k -> b 1 1 k"), -torch.inf).softmax(-1) @ v
-    true = layer.to_out(rearrange(true, "b h k e -> b k (h e)"))
+    true = layer.to_out(rearrange(scores.softmax(-1) @ v, "b h k e -> b k (h e)"))
 
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        biased, unbiased = layer(x, context, mask, positions), layer(x, context, mask)
+        biased, unbiased = layer(x, context, positions), networks.Attention.forward(layer, x, context)
     assert (biased - true).abs().mean() < tolerance * true.abs().mean()
     assert (unbiased - true).abs().mean() > .3 * true.abs().mean()
 
@@ -61,16 +62,16 @@ def test_casting_once_is_casting_always(bf16):
 def test_a_token_gets_the_mean_of_the_points_in_its_cells():
     """It is 0 for cells without points."""
     torch.manual_seed(0)
-    cells = networks.FromCells(side=2, cells=2, features=3, dim=24)
+    cells = grids.FromCells(side=2, cells=2, features=3, dim=24)
     nn.init.eye_(cells.into.weight)                           # a token is its 8 cells of 3 features
     nn.init.zeros_(cells.into.bias)
     points, features = torch.rand(1, 500, 3) * 2 - 1, torch.randn(1, 500, 3)
     inside = (points[0] > torch.tensor([0, -1, .5])).all(1) & (points[0] < torch.tensor([.5, -.5, 1])).all(1)
-    means, count = networks.cell_means(points, features, 4)
+    means, count = grids.cell_means(points, features, 4)
     token, cell = cells(means)[0, 0b101], 0b001               # x > 0, y < 0, z > 0; in it x low, y low, z high
     assert inside.any() and count.sum() == 500
     assert torch.allclose(token[3 * cell:3 * cell + 3], features[0, inside].mean(0), atol=1e-6)
-    assert not networks.cell_means(torch.full((1, 5, 3), .9), torch.randn(1, 5, 3), 4)[0][0, :63].any()
+    assert not grids.cell_means(torch.full((1, 5, 3), .9), torch.randn(1, 5, 3), 4)[0][0, :63].any()
 
 
 @pytest.mark.parametrize("bf16, tolerance", [(True, .003), (False, .03)], ids=["bf16", "fp32"])
@@ -132,7 +133,7 @@ def test_recomputed_blocks_learn_the_same():
 
 def test_a_patch_is_a_cube_of_neighbours():
     """And from_patches is the inverse of to_patches."""
-    patches = rearrange(networks.to_patches(networks.grid_points(4)[None], 2), "1 n (p i) -> n p i", p=8)
+    patches = rearrange(grids.to_patches(networks.grid_points(4)[None], 2), "1 n (p i) -> n p i", p=8)
     assert torch.allclose(patches.amax(1) - patches.amin(1), torch.full((8, 3), .5))
     x = torch.randn(2, 216, 5)
-    assert torch.equal(networks.from_patches(networks.to_patches(x, 3), 3), x)
+    assert torch.equal(grids.from_patches(grids.to_patches(x, 3), 3), x)

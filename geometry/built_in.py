@@ -4,8 +4,8 @@ import functools
 import numpy as np
 
 from geometry import shapes
+from geometry.kinds import RECORDS
 from geometry.prepare import CHUNK, SEED, TRAIN_SHAPES, name_begins, short_digest
-from geometry.training_samples import TAKE
 
 TEST_SHAPES = 520             # 40 of each class
 TEST = 10_000_000             # the number of the first test shape: no training shape has a number as high
@@ -24,7 +24,7 @@ class BuiltIn:
         self.name = "-".join([f"{name_begins(None)}{split}", f"{self.count}", *(classes or ())])
 
     def folder(self, kind):
-        return f"{kind}-{fingerprint(kind)}"
+        return f"{kind.name}-{fingerprint(kind)}"
 
     def index(self, row):
         if not self.classes:
@@ -46,11 +46,11 @@ class BuiltIn:
 @functools.cache
 def fingerprint(kind):
     """A digest of the code that makes samples of this kind: the captions, or the parts, of the first 260 shapes, and
-    samples of one of every class (pictures, views: of one). Samples of changed code go to another folder."""
+    samples of one of every class (of pictures, which take long: of one). Samples of changed code go to another
+    folder."""
     first = [shapes.make(SEED, row) for row in range(20 * len(shapes.CLASSES))]
-    if kind == "records":
+    if kind == RECORDS:
         return short_digest(CHUNK, [(shape.name, shape.attributes, shape.captions) for shape in first])
-    sampled = first[:len(shapes.CLASSES) if kind in ("surface", "faces") else 1]          # pictures take long
-    taken = [TAKE[kind](shape, np.random.default_rng(0)) for shape in sampled]
-    return short_digest(SEED, CHUNK, [shape.parts for shape in first],
+    taken = [kind.take(shape, np.random.default_rng(0)) for shape in first[:kind.probes]]
+    return short_digest(SEED, CHUNK, kind.name, [shape.parts for shape in first],
                         [np.float16(values).tobytes() for samples in taken for values in samples.values()])

@@ -1,8 +1,6 @@
-"""export.py - generated shapes: meshes, point clouds, 3D Gaussians; and how they are written to files.
+"""export.py - what a generated shape is, meshes, and how shapes are written to files: .glb (.obj, .stl), .ply.
 
-    Mesh        .glb    vertices, faces, vertex colours (.obj; .stl without colours); metres, y up, base at 0
-    Cloud       .ply    points, normals, 8-bit colours
-    Gaussians   .ply    the layout of 3D Gaussian splatting (Kerbl et al. 2023), which its viewers open
+Other shapes are beside the heads that give them (representations/): Cloud in pc.py, Gaussians in gs.py.
 
 Colours are sRGB everywhere in this code: the numbers of a picture's pixels. glTF defines vertex colours as linear
 light, which viewers (three.js, Blender, Babylon) convert to sRGB for the screen. So a .glb stores linear light, in 8
@@ -11,7 +9,7 @@ bits, which trimesh keeps if it saves the file again. The error in sRGB is at mo
 trimesh, Pillow and the renderer are imported where they are used: they take long.
 """
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -25,14 +23,38 @@ from geometry.meshes import sample_surface
 
 
 class Shape:
-    """What shapes of every kind have in common: how Python and notebooks show them."""
+    """What shapes of every kind have in common. Subclasses are dataclasses, whose first field is vertices, points or
+    means; they add `suffix`, of their files; `title`, on a page; save, picture, surface."""
 
     def __repr__(self):
-        faces = f", {len(self.faces):,} faces" if isinstance(self, Mesh) else ""
-        return f"{type(self).__name__}: {len(self.positions()):,} points{faces}"
+        return f"{type(self).__name__}: {len(self.positions()):,} points"
 
     def positions(self):
-        return next(iter(vars(self).values()))                      # vertices, points or means
+        return next(iter(vars(self).values()))                      # k 3
+
+    def placed(self, height=None):
+        """The positions in a file. height: of a mesh, in metres; other shapes keep their size."""
+        return self.positions()
+
+    def save(self, path, height=None):
+        """height: as of `placed`."""
+        raise NotImplementedError
+
+    def picture(self, size=320, **view):
+        """An image, size size 3. view: azimuth, elevation."""
+        raise NotImplementedError
+
+    def surface(self, k, rng):
+        """k points, their normals and colours: k 3 each."""
+        raise NotImplementedError
+
+    def with_hidden_parts(self):
+        """The same shape; its surface has the points, too, that other parts hide."""
+        return self
+
+    def soundness(self):
+        """The faults that a shape of this kind can have: {test: result}."""
+        return {}
 
     def _repr_png_(self):
         from PIL import Image
@@ -43,12 +65,19 @@ class Shape:
 
 @dataclass(repr=False)
 class Mesh(Shape):
-    """A surface."""
+    """A surface. A .glb has vertices, faces, vertex colours; so has an .obj; an .stl has no colours."""
     vertices: np.ndarray  # v 3
     faces: np.ndarray     # f 3, outward
     colours: np.ndarray   # v 3, sRGB in [0, 1]
     smooth: bool = True   # False: low-poly, every face flat
     suffix = ".glb"
+
+    @property
+    def title(self):
+        return "surface" if self.smooth else "low-poly"
+
+    def __repr__(self):
+        return f"{super().__repr__()}, {len(self.faces):,} faces"
 
     def placed(self, height=None):
         """Vertices of a file: y up, the middle of the base at 0. height: in metres; default: the longest side has 1."""
@@ -84,58 +113,24 @@ class Mesh(Shape):
         normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
         return points, normals, np.einsum("kc,kci->ki", weights, self.colours[self.faces[face]])
 
+    def with_hidden_parts(self):
+        return replace(self, smooth=True)
 
-@dataclass(repr=False)
-class Cloud(Shape):
-    """Surface points."""
-    points: np.ndarray    # k 3
-    normals: np.ndarray   # k 3, unit
-    colours: np.ndarray   # k 3, sRGB in [0, 1]
-    suffix = ".ply"
+    def simplified(self, count, flat=False):
+        """The same surface with at most `count` faces. flat: low-poly."""
+        surface = self.vertices, self.faces, self.colours
+        if len(self.faces):
+            from geometry.simplify import simplify_surface  # trimesh: slow to load
+            surface = simplify_surface(*surface, count, flat)
+        return Mesh(*surface, smooth=not flat)
 
-    def save(self, path):
-        colours = np.round(self.colours * 255).astype(np.uint8)
-        write_ply(path, [*zip(CLOUD, [*self.points.T, *self.normals.T, *colours.T])])
-
-    def picture(self, size=320, **view):
-        from geometry.render import render_points
-        return render_points(self.points, self.colours, .03 * (2048 / len(self.points)) ** .5, size=size, **view)
-
-    def surface(self, k, rng):
-        rows = rng.choice(len(self.points), k, replace=k > len(self.points))
-        return self.points[rows], self.normals[rows], self.colours[rows]
-
-
-@dataclass(repr=False)
-class Gaussians(Shape):
-    """3D Gaussians with colours that do not depend on the view."""
-    means: np.ndarray     # k 3
-    scales: np.ndarray    # k 3, standard deviations
-    rotations: np.ndarray  # k 4, w x y z, unit
-    opacities: np.ndarray  # k, in (0, 1)
-    colours: np.ndarray   # k 3, sRGB in [0, 1], light included
-    suffix = ".ply"
-
-    def save(self, path):
-        """The layout has normals, opacities as logits, scales as logarithms, colours as spherical harmonics."""
-        opacities = np.clip(self.opacities.astype(np.float64), 1e-6, 1 - 1e-6)
-        normals, harmonics = np.zeros_like(self.means), (self.colours - .5) / DC
-        columns = [*self.means.T, *normals.T, *harmonics.T, np.log(opacities / (1 - opacities)),
-                   *np.log(self.scales).T, *self.rotations.T]
-        write_ply(path, [*zip(["x", "y", "z", "nx", "ny", "nz", *GAUSSIANS[3:]], columns)])
-
-    def picture(self, size=320, **view):
-        from geometry.splat import render_gaussians
-        return render_gaussians(*vars(self).values(), size=size, **view)
-
-    def surface(self, k, rng):
-        """The normal is the shortest axis, on the side away from the centre of all Gaussians."""
-        from geometry.splat import rotation_matrices
-        rows = rng.choice(len(self.means), k, replace=k > len(self.means))
-        axes = rotation_matrices(torch.from_numpy(self.rotations[rows])).numpy()       # k 3 3, an axis a column
-        normals = axes[np.arange(k), :, self.scales[rows].argmin(1)]
-        outward = ((self.means[rows] - self.means.mean(0)) * normals).sum(1, keepdims=True) >= 0
-        return self.means[rows], np.where(outward, normals, -normals), self.colours[rows]
+    def soundness(self):
+        from geometry.metrics import closed_edges, largest_component_share, watertight  # only where shapes are judged
+        if not self.smooth:
+            _, place = np.unique(self.vertices, axis=0, return_inverse=True)      # corners may not be shared
+            return {"closed edges": closed_edges(place.reshape(-1)[self.faces])}
+        one_piece = largest_component_share(self.vertices, self.faces) >= .99
+        return {"one piece": one_piece, "watertight": watertight(self.faces)}
 
 
 def check_suffix(path, suffix):
@@ -178,12 +173,6 @@ def write_glb(path, vertices, faces, colours, smooth=True):
 
 
 # ---------------------------------------------------------------------------- ply
-
-CLOUD = ["x", "y", "z", "nx", "ny", "nz", "red", "green", "blue"]
-GAUSSIANS = ["x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", "scale_0", "scale_1", "scale_2",
-             "rot_0", "rot_1", "rot_2", "rot_3"]
-DC = .28209479177387814     # the constant spherical harmonic: colour = .5 + DC f_dc
-
 
 def write_ply(path, columns):
     """columns: pairs of a name and k numbers. Bytes stay bytes, others become floats. One vertex element, binary."""

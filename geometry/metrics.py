@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from engine.commands import UserError
-from geometry.export import Mesh
 from geometry.meshes import directed_edges, face_areas, face_components
 
 
@@ -153,14 +152,3 @@ def closed_edges(faces):
     """Share of the edges that exactly two faces share; 0 for an empty mesh."""
     edges = np.sort(directed_edges(faces), 1)
     return np.mean(np.unique(edges, axis=0, return_counts=True)[1] == 2) if len(edges) else 0.
-
-
-def soundness(shape):
-    """The faults that a mesh of this kind can have: {test: result}; {} for shapes of other kinds."""
-    if not isinstance(shape, Mesh):
-        return {}
-    if not shape.smooth:
-        _, place = np.unique(shape.vertices, axis=0, return_inverse=True)         # corners may not be shared
-        return {"closed edges": closed_edges(place.reshape(-1)[shape.faces])}
-    one_piece = largest_component_share(shape.vertices, shape.faces) >= .99
-    return {"one piece": one_piece, "watertight": watertight(shape.faces)}

@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image
 
 from engine.files import atomic_write
-from geometry.export import Mesh, write_glb
+from geometry.export import write_glb
 from geometry.simplify import simplify_to
 
 TEMPLATE = Path(__file__).with_name("page.html")
-NAMES = {"sdf": "surface", "pc": "points", "mesh": "low-poly", "gs": "Gaussians"}
 STEP_CELLS, STEP_FACES = 32, 1500  # of the surface after a step
 
 
@@ -50,12 +49,11 @@ def surface_step(label, mesh, states, box):
 
 
 def entry(model, name, note, shapes, steps, height):
-    """A sample. shapes: (representation, its file, shape) each; steps: those of model.steps."""
-    files = [{"rep": NAMES[rep], "name": path.name, "data": base64(path.read_bytes()),
-              "box": box_of(shape.placed(height) if isinstance(shape, Mesh) else shape.positions())}
-             for rep, path, shape in shapes]
+    """A sample. shapes: (shape, its file) each; steps: those of model.steps."""
+    files = [{"rep": shape.title, "name": path.name, "data": base64(path.read_bytes()),
+              "box": box_of(shape.placed(height))} for shape, path in shapes]
     decoded = [x if isinstance(x, np.ndarray) else model.decode(x, resolution=STEP_CELLS) for _, x, _ in steps]
-    boxes = [box_of(x.vertices) for x in decoded if isinstance(x, Mesh) and len(x.faces)]
+    boxes = [box_of(x.vertices) for x in decoded if not isinstance(x, np.ndarray) and len(x.faces)]
     steps = [picture_step(label, shape) if isinstance(shape, np.ndarray) else
              surface_step(label, shape, states, (boxes or [None])[-1])            # all in the place of the last one
              for (label, _, states), shape in zip(steps, decoded)]

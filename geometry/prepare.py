@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from tqdm import tqdm
 
 from engine.commands import UserError
 from engine.files import atomic_write
-from geometry.kinds import KINDS
+from geometry.kinds import RECORDS
+from geometry.training_samples import SURFACE
 
 CHUNK = 130                   # shapes in a chunk
 MEMORY = 12 << 30             # bytes that a worker may allocate
@@ -46,14 +48,14 @@ def short_digest(*values):
 
 
 def counts(source, kind):
-    """[how many pictures are taken of a shape], if the kind is pictures."""
-    return [source.pictures] * (kind == "pictures")
+    """[how many samples are taken of a shape], if there are several."""
+    return [source.pictures] * kind.several
 
 
 def version(source):
     """The name of a set, and a digest of what its surfaces depend on: what config.json says a stage learnt from."""
     everything = "-all" * (source.files > 0 and source.split == "all")
-    return f"{source.name}-{source.folder('surface').split('-')[-1]}{everything}"
+    return f"{source.name}-{source.folder(SURFACE).split('-')[-1]}{everything}"
 
 
 # ---------------------------------------------------------------------------- preparing
@@ -66,10 +68,9 @@ def read_records(folder):
 
 def prepare_chunk(folder, source, chunk, kinds):
     """Fill the rows of a chunk in the arrays of these kinds, then write what became of its shapes. -> their number."""
-    from geometry.training_samples import TAKE  # only where samples are taken
     torch.set_num_threads(1)                                  # other workers use the other cores
     arrays = {name: np.load(folder / source.folder(kind) / f"{name}.npy", mmap_mode="r+")
-              for kind in kinds for name in KINDS[kind]}
+              for kind in kinds for name in kind.arrays}
     attempts = folder / f"tried-{chunk:05d}"                  # rows at which a worker crashed, then the current row
     crashed = attempts.read_text().split() if attempts.is_file() else []
     records = []
@@ -83,8 +84,8 @@ def prepare_chunk(folder, source, chunk, kinds):
         try:
             shape = source.shape(row)
             for kind in kinds:
-                rng = np.random.default_rng((SEED, source.first + row, 1 + list(KINDS).index(kind)))
-                for name, values in TAKE[kind](shape, rng, *counts(source, kind)).items():
+                rng = np.random.default_rng((SEED, source.first + row, crc32(kind.name.encode())))
+                for name, values in kind.take(shape, rng, *counts(source, kind)).items():
                     arrays[name][row] = values
             about = {"class": shape.name, "attributes": shape.attributes, "captions": shape.captions}
             records.append(source.origin(row) | about)
@@ -94,8 +95,8 @@ def prepare_chunk(folder, source, chunk, kinds):
             unknown = f"no samples can be taken of it ({type(error).__name__}: {error})"
             reason = str(error) if isinstance(error, UserError) else unknown
             records.append({"file": source.items[row].key, "broken": reason})
-    for kind in kinds:                                        # only "records" says more than which files are broken
-        done = records if kind == "records" else [{key: x[key] for key in x if "broken" in x} for x in records]
+    for kind in kinds:                                        # only RECORDS says more than which files are broken
+        done = records if kind == RECORDS else [{key: x[key] for key in x if "broken" in x} for x in records]
         with atomic_write(folder / source.folder(kind) / f"{chunk:05d}.json") as part:
             part.write_text(json.dumps(done))
     attempts.unlink(missing_ok=True)                          # another process may prepare the same
@@ -114,12 +115,13 @@ def fill(folder, source, kinds, workers=2, share=(0, 1)):
             todo[chunk] = missing
             (folder / f"tried-{chunk:05d}").unlink(missing_ok=True)    # an earlier run may have ended for other reasons
     for place, kind in [(folder / source.folder(kind), kind) for kind in kinds]:
-        for name, (dtype, shape) in KINDS[kind].items():
+        for name, (dtype, shape) in kind.arrays.items():
             if not any(place.glob("?????.json")) and not (place / f"{name}.npy").is_file():
                 create_array(place / f"{name}.npy", dtype, (source.count, *counts(source, kind), *shape))
 
+    names = ", ".join(kind.name for kind in kinds)
     total = sum(min(CHUNK, source.count - chunk * CHUNK) for chunk in todo)
-    with tqdm(total=total, unit="shape", desc=f"preparing {source.name}: {', '.join(kinds)}", disable=not todo) as bar:
+    with tqdm(total=total, unit="shape", desc=f"preparing {source.name}: {names}", disable=not todo) as bar:
         while todo:
             with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)) as pool:
                 jobs = {pool.submit(prepare_chunk, folder, source, chunk, todo[chunk]): chunk for chunk in todo}

@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.commands import Parser, UserError, command
 from geometry import asset_names, mesh_files, soup
-from geometry.kinds import KINDS
+from geometry.kinds import RECORDS
 from geometry.prepare import CHUNK, counts, name_begins, short_digest
 from geometry.words import FILLERS, words
 
@@ -235,10 +235,10 @@ class Files:
         self.name = f"{name_begins(path)}{short_digest(values, *named)}"
 
     def folder(self, kind):
-        if kind == "records":
-            return f"{kind}-{short_digest(CHUNK, [item.captions for item in self.items])}"
-        how = counts(self, kind) + ["few faces as they are"] * (kind == "faces")
-        return f"{kind}-{short_digest(CHUNK, KINDS[kind], soup.CELLS, soup.SKIN, soup.POOL, *how)}"
+        if kind == RECORDS:
+            return f"{kind.name}-{short_digest(CHUNK, [item.captions for item in self.items])}"
+        how = CHUNK, kind.name, kind.arrays, soup.CELLS, soup.SKIN, soup.POOL, *counts(self, kind)
+        return f"{kind.name}-{short_digest(*how)}"
 
     def shape(self, row):
         return mesh_files.shape(self.items[row])

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 from engine.files import make_folder
-from geometry.export import Mesh
 from geometry.render import contact_sheet, save_png
 
 
@@ -45,7 +44,7 @@ def write_samples(model, text, args, options, laps):
             laps.end(rep)
             path = out / f"{name}-{i}{ending[rep]}{shape.suffix}"
             pictures.append(write_shape(shape, path, args.height))
-            shapes.append((rep, path, shape))
+            shapes.append((shape, path))
             laps.end("pictures")
             if args.turntable:
                 from geometry.turntable import save_gif, turntable
@@ -73,7 +72,7 @@ def write_samples(model, text, args, options, laps):
 def write_shape(shape, path, height):
     """Writes the shape (a mesh: of this height) and its picture; -> the picture."""
     picture = shape.picture()
-    shape.save(path, height) if isinstance(shape, Mesh) else shape.save(path)
+    shape.save(path, height)
     save_png(path.with_suffix(".png"), picture)
     print(path, path.with_suffix(".png"), sep="\n")
     return picture

@@ -13,7 +13,10 @@ import encoders
 from engine.commands import UserError
 from geometry import asset_names, mesh_files, real, soup
 from geometry.meshes import bin_centres
-from geometry.training_samples import render_flat, take_faces, vertex_coloured
+from geometry.training_samples import PICTURES, SURFACE, render_flat, vertex_coloured
+from representations.gs import SIZE, VIEWS, views_of
+from representations.mesh import LOW_POLY, faces_of, take_faces
+from representations.sdf import SdfHead
 
 
 def kit(folder, *stems):
@@ -85,7 +88,7 @@ def lopsided(tmp_path_factory):
         block.visual.face_colors = colour
     for i in range(4):                                        # half of them are held out
         trimesh.util.concatenate(blocks[:3 - i // 2]).export(folder / f"{'abcd'[i]}.ply")
-    train = data.prepare(out=folder / "cache", data=folder, workers=1, kinds=("surface", "pictures", "views", "faces"))
+    train = data.prepare(out=folder / "cache", data=folder, workers=1, kinds=(SURFACE, PICTURES, VIEWS, LOW_POLY))
     return train, train.repeated(8)
 
 
@@ -94,17 +97,16 @@ def test_samples_of_turned_shapes(lopsided, i):
     """Distances, points, a view and low-poly faces are those of the turned shape."""
     train, many = lopsided
     row, true, move = i * len(train), train.shape(0), data.SYMMETRIES[i]
-    samples = many.samples([row], {"cloud": 500, "queries": 500, "views": None, "faces": None},
-                           data.seeded(0))
+    samples = SdfHead.batch_of(many, [row], data.seeded(0)) | views_of(many, [row]) | faces_of(many, [row])
     assert abs(true.distance(samples["points"][0].numpy() @ move)).max() < .02
     assert true.distance(samples["queries"][0].numpy() @ move) == pytest.approx(samples["distance"][0].numpy(), abs=.01)
 
     vertices, faces, colours = vertex_coloured(true)
     faces = faces[:, ::-1] if i % 2 else faces                # mirrored triangles face inwards
-    view = render_flat(vertices @ move.T, faces.copy(), colours, *samples["angles"][0].tolist())[..., :4]
+    view = render_flat(vertices @ move.T, faces.copy(), colours, *samples["angles"][0].tolist(), SIZE)[..., :4]
     assert abs(view - samples["views"][0]).mean() < .01
 
-    count, before = (samples["components"] >= 0).sum(), train.faces([0])
+    count, before = (samples["components"] >= 0).sum(), faces_of(train, [0])
     assert count == (before["components"] >= 0).sum()
     corners, plain = (bin_centres(x["corners"][0, :count].numpy()) for x in (samples, before))       # f 3 3
     assert abs(true.distance((corners @ move).reshape(-1, 3))).max() < .05
@@ -147,7 +149,7 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
     cube.visual.face_colors = rainbow[sides]
     for name in "ab":
         cube.export(tmp_path / f"{name}.ply")
-    train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=("pictures",)).repeated(2)
+    train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=(PICTURES,)).repeated(2)
     which = torch.arange(8).repeat_interleave(len(train))
     rows = torch.arange(len(train)).repeat(8)
     shown = train.arrays["picture_colours"][train.rows[rows], which].reshape(len(rows), -1, 3).numpy().astype(int)

@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,11 +18,12 @@ import trimesh
 from PIL import Image
 
 import data
-import judge
 import train
 from conftest import HERE, TrueHead, assert_one_line, run
 from engine.commands import UserError
 from geometry import mesh_files, metrics, prepare, real, soup, training_samples
+from geometry.training_samples import SURFACE
+from representations import sdf
 
 
 def white_soup(vertices, faces):
@@ -188,15 +190,14 @@ def test_broken_files_are_skipped(tmp_path, capsys, monkeypatch):
     assert all(re.search(BROKEN[name][1], reason) for name, reason in reasons.items()), reasons
 
     monkeypatch.setattr(real.Files, "in_split", lambda self, row: True)       # nothing is held out
-    split = data.prepare(out=cache, kinds=("surface", "pictures"), data=source, workers=1)
+    split = data.prepare(out=cache, kinds=(SURFACE, training_samples.PICTURES), data=source, workers=1)
     points, _, _ = split.cloud(np.array([1]), 100, data.seeded(0))
     assert split.classes == ["one", "two", "one"] and points.norm(dim=-1).min() > .89
-    monkeypatch.setattr(judge, "grid_iou", lambda *_: 1.)    # slow, and it does not read the samples
-    judged = judge.judge_sdf({"sdf": TrueHead(split.shape(1))}, torch.zeros(1, 1), split, 1, None, nullcontext, 0)
+    monkeypatch.setattr(sdf, "grid_iou", lambda *_: 1.)      # slow, and it does not read the samples
+    judged = sdf.SdfHead.judge(TrueHead(split.shape(1)), {}, torch.zeros(1, 1), split, 1, None, nullcontext, 0)
     assert judged["L1"] < .01                                 # true distances are those of the samples of this row
-    monkeypatch.setitem(training_samples.TAKE, "surface", lambda *_: 1 / 0)
-    prepare.prepare_chunk(split.folder, split.source, 0, ["surface"])
-    again = data.Prepared(split.folder, split.source, ["surface"])
+    prepare.prepare_chunk(split.folder, split.source, 0, [replace(SURFACE, take=lambda *_: 1 / 0)])
+    again = data.Prepared(split.folder, split.source, [SURFACE])
     assert "(ZeroDivisionError: division by zero)" in again.broken["one/ball.obj"]
 
 
@@ -205,8 +206,9 @@ def test_file_that_crashes_its_loader(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.off").write_text(BOX["box.off"])
     code = ("import os, data; from geometry import mesh_files; shape = mesh_files.shape\n"
+            "from representations.gs import VIEWS\n"
             "mesh_files.shape = lambda item: os.abort() if item.key == 'a.off' else shape(item)\n"
-            f"print(data.prepare(out='{tmp_path}/cache', data='{tmp_path}', workers=1, kinds=['views']).broken)")
+            f"print(data.prepare(out='{tmp_path}/cache', data='{tmp_path}', workers=1, kinds=[VIEWS]).broken)")
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert "{'a.off': 'the loader crashed twice on this file'}" in done.stdout, done.stderr
 

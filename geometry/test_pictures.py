@@ -15,6 +15,8 @@ from geometry import export, real, render, shapes, splat, surface
 from geometry.camera import EYE, HALF, to_srgb, view_rotation
 from geometry.metrics import chamfer, ssim
 from geometry.spacing import evenly, gaps
+from representations.gs import Gaussians
+from representations.pc import Cloud
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def saved_gaussians(path, count):
     """Gaussians in a file -> Gaussians."""
     means, scales, rotations, opacities, colours = (x.numpy() for x in gaussians(count))
     rotations /= np.linalg.norm(rotations, axis=1, keepdims=True)
-    g = export.Gaussians(means, scales, rotations, opacities, colours)
+    g = Gaussians(means, scales, rotations, opacities, colours)
     g.save(path)
     return g
 
@@ -176,7 +178,7 @@ def test_gaussians_round_trip(tmp_path):
 def test_cloud_round_trip(tmp_path):
     """Points, normals and 8-bit colours, as another reader reads them."""
     rng = np.random.default_rng(0)
-    cloud = export.Cloud(*(rng.random((50, 3)).astype(np.float32) for _ in range(3)))
+    cloud = Cloud(*(rng.random((50, 3)).astype(np.float32) for _ in range(3)))
     cloud.save(tmp_path / "c.ply")
     other = trimesh.load(tmp_path / "c.ply")
     raw = other.metadata["_ply_raw"]["vertex"]["data"]

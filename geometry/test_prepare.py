@@ -3,6 +3,7 @@ import contextlib
 import functools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import torch
 import data
 from conftest import same_files
 from engine.commands import UserError
-from geometry import asset_names, built_in, mesh_files, prepare, shapes, training_samples
+from geometry import asset_names, built_in, mesh_files, prepare, shapes
+from geometry.kinds import RECORDS
+from geometry.training_samples import SURFACE
+from representations.mesh import LOW_POLY
 
 
 @pytest.mark.parametrize("name", ["points.npy", "00000.json"])
@@ -20,7 +24,7 @@ def test_damaged_cache_is_one_line(prepared, name, tmp_path):
     path = folder / prepared[1].folders["surface"].name / name
     path.write_bytes(path.read_bytes()[:1])
     with pytest.raises(UserError, match="delete it"):
-        data.Prepared(folder, prepared[1].source, ["surface"])
+        data.Prepared(folder, prepared[1].source, [SURFACE])
 
 
 @pytest.fixture
@@ -35,16 +39,14 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch, in_threads):
     """Killed in the middle of a chunk and started again = never interrupted, byte by byte."""
     monkeypatch.setattr(prepare, "CHUNK", 3)
     whole = data.prepare("train", 8, tmp_path / "whole", workers=1)
-    take_surface = training_samples.take_surface
 
     def stop_at_fifth(shape, rng):
-        if rng.bit_generator.seed_seq.entropy == (0, 4, 1):
+        if rng.bit_generator.seed_seq.entropy[1] == 4:
             raise InterruptedError
-        return take_surface(shape, rng)
+        return SURFACE.take(shape, rng)
 
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setitem(training_samples.TAKE, "surface", stop_at_fifth)
-        data.prepare("train", 8, tmp_path / "cut", workers=1)
+    with pytest.raises(InterruptedError):
+        data.prepare("train", 8, tmp_path / "cut", workers=1, kinds=[replace(SURFACE, take=stop_at_fifth)])
     cut = tmp_path / "cut" / whole.folder.name / whole.folders["surface"].name
     assert (cut / "00000.json").is_file() and not (cut / "00001.json").is_file()
     assert len(data.prepare("train", 8, tmp_path / "cut", workers=1)) == 8
@@ -63,7 +65,7 @@ def test_a_kind_of_samples_is_named_by_what_it_depends_on(monkeypatch):
             change[what](shape)
         return shape
 
-    kinds = "surface", "records"
+    kinds = SURFACE, RECORDS
     before = [fingerprint(kind) for kind in kinds]
     for what, same in (("parts", [False, True]), ("captions", [True, False])):
         monkeypatch.setattr(shapes, "make", functools.partial(changed, what=what))
@@ -100,16 +102,15 @@ def test_shards_are_the_whole(tmp_path, monkeypatch, four_files):
 
 def test_sets_without_broken_files_have_a_name_of_their_own(tmp_path, monkeypatch, four_files):
     """A file lacks one kind of samples: tokens of the rows with this kind and without are other files."""
-    first, take_faces = iter([True]), training_samples.take_faces
+    first = iter([True])
 
     def fail_once(*args):
         if next(first, False):
             raise UserError("no faces")
-        return take_faces(*args)
+        return LOW_POLY.take(*args)
 
-    monkeypatch.setitem(training_samples.TAKE, "faces", fail_once)
     surfaces, both = (data.prepare("all", out=tmp_path / "set", kinds=kinds, **four_files)
-                      for kinds in (("surface",), ("surface", "faces")))
+                      for kinds in ((SURFACE,), (SURFACE, replace(LOW_POLY, take=fail_once))))
     assert len(both.rows) == len(surfaces.rows) - 1 and both.name != surfaces.name
 
 

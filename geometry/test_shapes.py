@@ -10,12 +10,12 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
-import heads
 from conftest import TrueHead
 from engine import networks
 from engine.commands import UserError
 from geometry import built_in, export, low_poly, meshes, metrics, palette, prepare, shapes, simplify, solids, surface
 from geometry.captions import NUMBERS, write_captions
+from representations.mesh import MeshHead, faces_of
 
 # ---------------------------------------------------------------------------- shapes
 
@@ -191,7 +191,7 @@ def test_uncertain_corners_are_welded_jointly():
 def test_uncertain_components_are_dropped_whole(unsure, monkeypatch):
     """If every second face of a component is uncertain, the mesh has all other components. If none is, it is whole."""
     corners, _, components = low_poly.canonical(*shapes.make(0, 1).mesh())                 # a chair
-    head, bins = heads.MeshHead(2, 4, 64, 2), F.one_hot(torch.from_numpy(corners).flatten(1), meshes.BINS)
+    head, bins = MeshHead(2, 4, 64, 2), F.one_hot(torch.from_numpy(corners).flatten(1), meshes.BINS)
     exists = torch.full((1, len(corners)), 6.)
     exists[:, (components == unsure) & (np.arange(len(corners)) % 2 == 0)] = 0.
     monkeypatch.setattr(head, "logits", lambda levels: levels)
@@ -204,7 +204,7 @@ def test_uncertain_components_are_dropped_whole(unsure, monkeypatch):
 
 def test_equal_components_may_come_in_any_order(prepared):
     """The canonical order is right, and that with all legs in turn. Uniform logits get the canonical one."""
-    batch = prepared[0].faces([1])                                                       # a chair
+    batch = faces_of(prepared[0], [1])                                                       # a chair
     corners, components = batch["corners"].flatten(2), batch["components"]
     sizes, counts = components[components >= 0].bincount().unique_consecutive(return_counts=True)
     legs, rows = counts.argmax(), torch.arange(meshes.FACES)

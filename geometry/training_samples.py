@@ -1,7 +1,7 @@
-"""training_samples.py - five kinds of training samples, each a function of a shape and a random generator.
+"""training_samples.py - training samples that several stages draw from: points of the surface, pictures.
 
 A shape is any object with `surface`, `distance`, `mesh`, `low_poly` and `icon`: a built-in shape (geometry/solids.py)
-or triangles of a file (geometry/soup.py). They fill the arrays of geometry/kinds.py.
+or triangles of a file (geometry/soup.py). A kind of samples (geometry/kinds.py) takes them from a shape.
 """
 import numpy as np
 import torch
@@ -9,12 +9,12 @@ from einops import reduce
 
 from geometry.camera import as_tensor, view_rotation
 from geometry.crop import SIZE, crop_to_object
-from geometry.kinds import KINDS, POINTS, QUERIES, REACH, RIM, SIDE, VIEW
-from geometry.low_poly import canonical, check_mesh
-from geometry.meshes import FACES
+from geometry.kinds import Kind
 from geometry.rasterise import rasterise_mesh
-from geometry.simplify import simplify_to
 from geometry.splat import baked_light
+
+POINTS, QUERIES = 4096, 6144  # stored for each shape; a training step draws from them
+REACH = 1.3                   # depths of a flat picture: +-REACH
 
 
 def take_surface(shape, rng):
@@ -28,18 +28,6 @@ def take_surface(shape, rng):
             "queries": queries, "distance": shape.distance(queries.astype(np.float32))}
 
 
-def take_faces(shape, rng):
-    """A low-poly mesh in canonical order; -1 where there is no face. A file with few faces keeps those that its author
-    set."""
-    vertices, faces, colours = shape.mesh(fine=shape.low_poly)
-    check_mesh(vertices, faces)
-    corners, colours, components = canonical(*simplify_to(vertices, faces, colours, FACES))
-    empty = FACES - len(corners)
-    return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
-            "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255),
-            "components": np.pad(components, (0, empty), constant_values=-1)}
-
-
 def take_pictures(shape, rng, count=2):
     """`count` pictures from random sides, a little above or below. If the file has a picture, it is the last one."""
     angles = [(rng.uniform(0, 360), rng.uniform(-15, 50)) for _ in range(count)]
@@ -47,7 +35,7 @@ def take_pictures(shape, rng, count=2):
     if shape.icon is not None:                                # its light is in its colours: no normals
         arrays["picture_azimuth"][-1] = 0
         icon = crop_to_object(shape.icon)                                      # s s 4
-        for name, values in zip(KINDS["pictures"], (icon[..., :3] * 255, 0, icon[..., 3] * 255)):
+        for name, values in zip(PICTURES.arrays, (icon[..., :3] * 255, 0, icon[..., 3] * 255)):
             arrays[name][-1] = np.round(values)
     return arrays
 
@@ -66,28 +54,7 @@ def draw_pictures(shape, angles):
             "picture_coverage": np.round(pictures[..., 6] * 255)}
 
 
-def take_views(shape, rng):
-    """One picture from a random side, a little above or below: colour times coverage, coverage."""
-    angles = rng.uniform(0, 360), rng.uniform(-20, 60)
-    return {"views": (draw_view(shape, *angles) * 255).round(), "angles": angles}
-
-
-def take_sides(shape, rng):
-    """Pictures from four sides, 90 degrees apart: colour times coverage, coverage, depth times coverage."""
-    first, elevation = rng.uniform(0, 360), rng.uniform(0, 40)
-    angles = [(first + 90 * i, elevation) for i in range(4)]
-    return {"sides": np.round(draw_sides(vertex_coloured(shape), angles) * 255), "side_angles": angles}
-
-
-def draw_sides(mesh, angles):                                 # -> v s s 5
-    return torch.stack([render_flat(*mesh, *pair, SIDE + 2 * RIM)[RIM:-RIM, RIM:-RIM] for pair in angles]).numpy()
-
-
-def draw_view(shape, azimuth, elevation):
-    return render_flat(*vertex_coloured(shape), azimuth, elevation)[..., :4].numpy()
-
-
-def render_flat(vertices, faces, colours, azimuth, elevation, size=VIEW):
+def render_flat(vertices, faces, colours, azimuth, elevation, size):
     """The target of a rendered picture: a mesh with colours (v 3) in baked light, no shadow, no floor.
     -> size size 5: colour times coverage, coverage, depth times coverage, from 0 (far) to 1."""
     view = view_rotation(azimuth, elevation)
@@ -107,5 +74,11 @@ def vertex_coloured(shape):
     return vertices, faces, colours
 
 
-TAKE = {"surface": take_surface, "faces": take_faces, "pictures": take_pictures, "views": take_views,
-        "sides": take_sides, "records": lambda shape, rng: {}}
+# 98 kB a shape; 29 kB a picture
+SURFACE = Kind("surface", {"points": (np.float16, (POINTS, 3)), "normals": (np.int8, (POINTS, 3)),
+                           "colours": (np.uint8, (POINTS, 3)), "queries": (np.float16, (QUERIES, 3)),
+                           "distance": (np.float16, (QUERIES,))}, take_surface)
+PICTURES = Kind("pictures", {"picture_colours": (np.uint8, (SIZE, SIZE, 3)),
+                             "picture_normals": (np.int8, (SIZE, SIZE, 3)),
+                             "picture_coverage": (np.uint8, (SIZE, SIZE)), "picture_azimuth": (np.float32, ())},
+                take_pictures, several=True, probes=1)

@@ -1,6 +1,6 @@
 """volume.py - differentiable pictures of a signed distance and colours on a grid (volume rendering).
 
-Cameras, light and crop are those of the pictures that LATTE3D learns from (training_samples.take_sides). Letters: v
+Cameras, light and crop are those of the pictures that LATTE3D learns from (relatives/prior.py). Letters: v
 views of p pixels, s x s; k points on each ray; a grid of s^3 cells over [-1, 1]^3.
 
     grid -> along_rays: points and weights -> render: colours of the grid, or paint: colours of a texture
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from geometry.camera import EYE, rays
-from geometry.kinds import REACH, RIM, SIDE
 from geometry.splat import baked_light, view_rotations
 from geometry.surface import TRUNCATION
+from geometry.training_samples import REACH
+
+SIDE, RIM = 32, 4                    # pixels along a side and of the border, cut off
 
 POINTS = 32          # on each ray
 

@@ -34,7 +34,7 @@ class Words(encoders.Encoders):
 
 
 encoders.Encoders = Words
-train.LTM3D = [stage._replace(kinds=()) if stage is backbone.STAGE else stage for stage in train.LTM3D]
+backbone.STAGE = backbone.STAGE._replace(kinds=())
 
 if __name__ == "__main__":
     train.command(train.main)

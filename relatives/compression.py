@@ -14,9 +14,9 @@ from engine.commands import Parser, UserError
 from engine.files import digest
 from geometry import real
 from geometry.metrics import fscore
-from judge import grid_iou
 from prompts.reading import find
 from relatives.codes import read_codes, write_codes
+from representations.sdf import grid_iou
 
 POINTS = 100_000    # of each surface, for the F-score
 POOR = .8           # below this IoU there is a warning

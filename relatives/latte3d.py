@@ -23,7 +23,6 @@ from einops import rearrange, repeat
 from torch import nn
 from tqdm import tqdm
 
-import heads as heads_
 import judge
 import tokenizer as tokenizer_
 from backbone import split_condition
@@ -37,6 +36,8 @@ from geometry.volume import gradient, look_up, paint, render
 from prefix import Prefix
 from relatives import prior as prior_
 from relatives.vat import ToPlanes
+from representations.mesh import SimplifiedSurface
+from representations.sdf import SdfHead
 from sample import Sampler
 
 REPS = "sdf", "mesh"
@@ -101,7 +102,7 @@ class Planes(nn.Module):
 
 class Field(Planes):
     """Distance, in truncations, and colour. At the beginning a grey sphere."""
-    needs, helpers, COUNT, decode = (), (), None, heads_.SdfHead.decode
+    decode = SdfHead.decode
 
     def __init__(self, side, dim):
         super().__init__(side, dim, outputs=4, features=(32, 24, 16))
@@ -127,7 +128,7 @@ class Field(Planes):
 
 class Textured(nn.Module):
     """The tokens of both stages, one after another -> distance of the one, colour of the other."""
-    needs, helpers, COUNT, decode = (), (), None, heads_.SdfHead.decode
+    decode = SdfHead.decode
 
     def __init__(self, field, texture):
         super().__init__()
@@ -298,7 +299,7 @@ def stages(ltm3d):
     shared = [stage for stage in ltm3d if stage.name in ("encoders", "tokenizer", "vision", "head-sdf")]
     before = "encoders", "tokenizer", "latte3d-prior"
     geometry = Stage("latte3d-geometry", train_geometry, 4500, 8, 2e-3, before, flags=("text-encoder",),
-                     kinds=("sides",))
+                     kinds=(prior_.SIDES,))
     texture = geometry._replace(name="latte3d-texture", train=train_texture, steps=1000, lr=1e-3,
                                 after=(*before, "latte3d-geometry"))
     return [*shared, prior_.STAGE, geometry, texture]
@@ -345,8 +346,7 @@ class LATTE3D(Sampler):
     def open(self):
         self.geometry, self.texture = (cast_once(load(self.folder).to(self.device), self.autocast)
                                        for load in (load_geometry, load_texture))
-        self.heads = {"sdf": Textured(self.geometry.field, self.texture.texture),
-                      "mesh": heads_.SimplifiedMesh()}
+        self.heads = {"sdf": Textured(self.geometry.field, self.texture.texture), "mesh": SimplifiedSurface()}
 
     def load_heads(self, *reps):                              # `open` loaded them
         if other := {*reps} - {*REPS}:

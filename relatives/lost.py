@@ -33,11 +33,14 @@ from engine.loop import Loop
 from engine.networks import Block, flow_pair, time_embedding
 from engine.noise import keys_of, normal
 from engine.stage import Stage
+from geometry.training_samples import PICTURES
 from prompts.text_tower import info_nce
 from relatives.sequence import AdaBlock, KVCache, Sequence
+from representations import REPRESENTATIONS
+from representations.head import NOISE
 from sample import Sampler
 
-REPS = tuple(heads_.HEADS)
+REPS = tuple(REPRESENTATIONS)
 SIZES = {"tiny": dict(registers=64, width=8, dim=128, heads=4, encoder=4, decoder=6),
          "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
@@ -124,7 +127,7 @@ class Student(nn.Module):
 
     def loss(self, x, target, low, high):
         """Shape tokens b n c; the teacher's features of the same shapes, b e, and its thresholds (`contrast`)."""
-        own = self(x + self.training * tokenizer_.NOISE * torch.randn_like(x))    # b e
+        own = self(x + self.training * NOISE * torch.randn_like(x))    # b e
         with torch.autocast(x.device.type, enabled=False):
             s, t = own @ own.T, target @ target.T             # b b
             alike, ranks = contrast(s, t, low, high), rank(s, t)                  # both have weight 1, as in the paper
@@ -163,7 +166,7 @@ class Codec(nn.Module):
             L = mean (v' - v)^2 + MEANING (1 - <S(x'), S(x)>)   v': of the decoder, S: the student
         """
         r, b = self.encoder(x), len(x)                                            # b m w
-        r = r + self.training * tokenizer_.NOISE * torch.randn_like(r)
+        r = r + self.training * NOISE * torch.randn_like(r)
         k = (2 ** torch.randint(len(self.lengths), (b, 1), device=x.device)).clamp(max=self.count)    # of self.lengths
         kept = torch.arange(self.count, device=x.device) < k                      # b m
         t = (torch.randn(b, 1, device=x.device) - 1).sigmoid()                    # mostly noise: registers matter there
@@ -198,7 +201,7 @@ class Generator(Sequence):
     def loss(self, registers, condition):                     # b m w
         prefix, valid, first, modulation = self.begin(condition)
         p = prefix.shape[1]
-        before = registers[:, :-1] + self.training * tokenizer_.NOISE * torch.randn_like(registers[:, :-1])
+        before = registers[:, :-1] + self.training * NOISE * torch.randn_like(registers[:, :-1])
         x = torch.cat([prefix, torch.cat([first, self.token(before)], 1) + self.place], 1)            # b (p + m) d
         i = torch.arange(x.shape[1], device=x.device)
         mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(valid, (0, self.count), value=True), "b k -> b 1 k")
@@ -328,7 +331,7 @@ def stages(ltm3d):
             Stage("lost-registers", train_registers, 2000, 64, 2e-3, after=("tokenizer", "lost-student"),
                   flags=("variant",), variants=CODECS),
             Stage("lost-generator", train_generator, 2000, 64, 2e-3, after=("encoders", "vision", "lost-registers"),
-                  flags=("text-encoder", "image-encoder"), kinds=("pictures",))]
+                  flags=("text-encoder", "image-encoder"), kinds=(PICTURES,))]
 
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened

@@ -13,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -28,10 +29,11 @@ from engine.networks import time_embedding
 from engine.noise import keys_of, normal
 from engine.stage import Stage
 from geometry import real
-from geometry.kinds import SIDE
+from geometry.kinds import Kind
 from geometry.render import contact_sheet, save_png
 from geometry.sample_files import file_name
-from geometry.training_samples import draw_sides, vertex_coloured
+from geometry.training_samples import render_flat, vertex_coloured
+from geometry.volume import RIM, SIDE
 from prompts.reading import find
 from relatives.sequence import AdaBlock, MeanPrefix
 
@@ -127,6 +129,21 @@ def steps(model, prompts, seeds, *_, **options):
 
 # ---------------------------------------------------------------------------- stage: data, model, training, save
 
+def take_sides(shape, rng):
+    """Pictures from four sides, 90 degrees apart: colour times coverage, coverage, depth times coverage."""
+    first, elevation = rng.uniform(0, 360), rng.uniform(0, 40)
+    angles = [(first + 90 * i, elevation) for i in range(4)]
+    return {"sides": np.round(draw_sides(vertex_coloured(shape), angles) * 255), "side_angles": angles}
+
+
+def draw_sides(mesh, angles):                                 # -> v s s 5
+    return torch.stack([render_flat(*mesh, *pair, SIDE + 2 * RIM)[RIM:-RIM, RIM:-RIM] for pair in angles]).numpy()
+
+
+SIDES = Kind("sides", {"sides": (np.uint8, (4, SIDE, SIDE, 5)), "side_angles": (np.float32, (4, 2))}, take_sides,
+             probes=1)
+
+
 def sides_of(split, rows):
     """Four pictures of each shape, b v s s 5; azimuth and elevation of their cameras, b v 2 in degrees."""
     return {"sides": split.take("sides", rows) / 255, "side_angles": split.take("side_angles", rows)}
@@ -190,7 +207,7 @@ def train(run):
     run.finish(loop, {"latte3d-prior": loop.average}, settings=settings)
 
 
-STAGE = Stage("latte3d-prior", train, 6000, 32, 1e-3, after=("encoders",), flags=("text-encoder",), kinds=("sides",))
+STAGE = Stage("latte3d-prior", train, 6000, 32, 1e-3, after=("encoders",), flags=("text-encoder",), kinds=(SIDES,))
 
 
 # ---------------------------------------------------------------------------- the command

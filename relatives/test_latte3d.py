@@ -19,11 +19,10 @@ from engine.networks import grid_points
 from engine.optimizers import learning_rate, optimizers, set_rate
 from geometry import shapes
 from geometry.camera import EYE
-from geometry.kinds import REACH, SIDE
 from geometry.splat import baked_light
 from geometry.surface import TRUNCATION
-from geometry.training_samples import take_sides
-from geometry.volume import POINTS, along_rays, gradient, look_up, paint, pixel_rays, render
+from geometry.training_samples import REACH
+from geometry.volume import POINTS, SIDE, along_rays, gradient, look_up, paint, pixel_rays, render
 from geometry.words import COLOURS
 from relatives import latte3d, prior
 
@@ -62,7 +61,7 @@ def test_cameras_agree_with_the_pictures_of_shapes(index):
     """The true distances, rendered, look like the pictures that the prior learns from: from all four sides."""
     shape = shapes.make(0, index)
     sides = {name: torch.as_tensor(np.array(x), dtype=torch.float32)[None]
-             for name, x in take_sides(shape, np.random.default_rng(index)).items()}
+             for name, x in prior.take_sides(shape, np.random.default_rng(index)).items()}
     x, depth = render(grid_of(shape.distance(grid_points(CELLS).numpy())), sides["side_angles"], .006)
     true, true_depth = prior.pictures_of({"sides": sides["sides"] / 255})
     turned = torch.roll(true, 1, 1)
@@ -223,7 +222,7 @@ def test_a_shape_comes_back_from_its_pictures():
     """A field learns a bottle from its true pictures: IoU >= .9. (Of other shapes, pictures hide more.)"""
     torch.manual_seed(0)
     shape, field = shapes.make(0, 11), latte3d.Field(side=4, dim=64)
-    taken = [take_sides(shape, np.random.default_rng(i)) for i in range(8)]
+    taken = [prior.take_sides(shape, np.random.default_rng(i)) for i in range(8)]
     sides, angles = (torch.tensor(np.stack([x[name] for x in taken])).float() for name in ("sides", "side_angles"))
     true, true_depth = prior.pictures_of({"sides": sides / 255})
     field.tokens, steps = torch.nn.Parameter(torch.randn(1, 64, 64)), 80

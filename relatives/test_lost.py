@@ -17,7 +17,7 @@ from engine import files, loop
 from engine.commands import UserError
 from engine.noise import keys_of
 from geometry.built_in import BuiltIn
-from geometry.metrics import soundness
+from geometry.training_samples import PICTURES, SURFACE
 from prompts.test_pretrained import pretrained_folder
 from relatives import lost, relations, search
 
@@ -67,7 +67,7 @@ def test_rank_by_hand():
 def test_a_tower_of_pictures_teaches_too(tmp_path):
     """With --image-encoder, a third of the features is what that encoder says of a shape's pictures."""
     names = {"image": str(pretrained_folder(tmp_path / "dinov2", "dinov2"))}      # its tokens have width 32
-    split = PREPARE("train", 2, tmp_path, kinds=("surface", "pictures"), workers=1)
+    split = PREPARE("train", 2, tmp_path, kinds=(SURFACE, PICTURES), workers=1)
     (taught, _), teacher = relations.features(SimpleNamespace(
         train=split, test=split, folder="checkpoints/tiny", device="cpu", encoder_names=names))       # r e
     assert teacher == ["facts", "captions", names["image"]]
@@ -239,4 +239,4 @@ def test_one_register_leaves_open_what_all_decide():
     keys = keys_of(range(16))
     first, every = (model.codec.decode(r[:, :k].expand(16, -1, -1), keys) for k in (1, model.codec.count))
     assert first.var(0).mean() > 3 * every.var(0).mean()      # 4.6 times; of four samples, 2.8 to 7.4
-    assert all(soundness(heads["sdf"].decode(x, heads, None, resolution=32))["one piece"] for x in first[:4])
+    assert all(heads["sdf"].decode(x, heads, None, resolution=32).soundness()["one piece"] for x in first[:4])

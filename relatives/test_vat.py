@@ -12,7 +12,6 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import evaluate
-import judge
 import sample
 import train
 from conftest import WIDTHS, NoWait, assert_one_line, prompted, run, train_small
@@ -20,6 +19,7 @@ from engine import files
 from engine.commands import UserError
 from engine.noise import keys_of
 from relatives import codes, vat
+from representations.sdf import grid_iou
 
 PARTS = dict(side=4, channels=8, codes=64, scales="1 2 3 4")
 SIZE = PARTS | dict(features=6, dim=32, heads=4, depth=1)
@@ -197,7 +197,7 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     scales; mistakes are one line. Grids are coarse."""
     decode = vat.Decoder.decode
     monkeypatch.setattr(vat.Decoder, "decode", lambda self, x, *rest, **more: decode(self, x, {}, None, resolution=32))
-    monkeypatch.setattr(judge.grid_iou, "__defaults__", (32,))
+    monkeypatch.setattr(grid_iou, "__defaults__", (32,))
     monkeypatch.setitem(vat.SIZES, "tiny", SIZE | {"dim": 64, "scales": "1 4"})
     monkeypatch.setitem(vat.GENERATORS, "tiny", dict(dim=64, depth=1, heads=4, prefix=2))
     folder, other, out = tmp_path / "run", tmp_path / "other", tmp_path / "out"

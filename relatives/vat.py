@@ -23,19 +23,22 @@ from einops import rearrange, reduce, repeat
 from torch import nn
 
 import encoders as encoders_
-import heads as heads_
 import judge
 import tokenizer as tokenizer_
 from backbone import combine, split_condition
 from engine import processes
 from engine.commands import UserError, cast_once, command
 from engine.files import load_model, load_stage, read_stage, read_weights, trained_stages
+from engine.grids import FromCells, cell_means
 from engine.loop import Loop
-from engine.networks import BANDS, Block, FeedForward, FromCells, cell_means, fourier, grid_points
+from engine.networks import BANDS, FeedForward, fourier, grid_points
 from engine.stage import Stage
+from first_design import FirstSdfHead, NearBlock
 from geometry.surface import TRUNCATION
+from geometry.training_samples import PICTURES
 from relatives.codes import Codebook, code_use, draw_codes
 from relatives.sequence import KVCache, Sequence
+from representations.mesh import SimplifiedSurface
 from sample import Sampler
 
 REPS = "sdf", "mesh"
@@ -65,7 +68,7 @@ class Encoder(nn.Module):
         self.point = nn.Sequential(nn.Linear(3 + 6 * BANDS + 6, dim), nn.GELU(), nn.Linear(dim, 32))
         self.feature = FromCells(features, cells, 32, dim)    # the paper has 3,072 features, of a point each
         self.latent = nn.Parameter(torch.randn(side ** 3, dim) * .02)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(NearBlock(dim, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 2 * channels))
         nn.init.constant_(self.out[-1].bias[channels:], -5.)  # begin with little noise
 
@@ -172,7 +175,7 @@ class ToPlanes(nn.Module):
         return torch.cat([reduce(x, "(b i) f k 1 -> b k f", "sum", i=3) for x in found], -1)
 
 
-class Decoder(heads_.SdfHead):
+class Decoder(FirstSdfHead):
     """Latents -> three planes -> convolutions -> three mip levels, each twice as fine -> distance and colour.
     y[..., 0] is a distance in truncations; -y[..., 0] / OCCUPANCY the logit of the semi-continuous occupancy."""
 
@@ -294,7 +297,7 @@ def train_tokenizer(run, stage, model, files, held_out_latents):
     # data
     def draw(split):
         rows = split.draw(run.micro_batch_size(stage))
-        return split.cloud(rows, Encoder.points // 2), split.samples(rows, heads_.SdfHead.reads)
+        return split.cloud(rows, Encoder.points // 2), Decoder.batch_of(split, rows)
 
     # model
     settings = SIZES[run.size]
@@ -389,7 +392,7 @@ def stages(ltm3d):
             Stage("vat-codes", train_codes, 4500, 16, 1e-3),
             Stage("vat-decoder", train_decoder, 2500, 16, 1e-3, after=("vat-codes",)),
             Stage("vat-generator", train_generator, 5000, 32, 2e-3, after=("encoders", "vision", "vat-codes"),
-                  flags=("text-encoder", "image-encoder"), kinds=("pictures",))]
+                  flags=("text-encoder", "image-encoder"), kinds=(PICTURES,))]
 
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened
@@ -403,7 +406,7 @@ def load_tokenizer(folder):
 
 def open_tokenizer(folder, reps, device):
     tokenizer, decoder = (part.to(device) for part in load_tokenizer(folder))
-    return tokenizer, {"sdf": decoder, "mesh": heads_.SimplifiedMesh()}
+    return tokenizer, {"sdf": decoder, "mesh": SimplifiedSurface()}
 
 
 class VAT(Sampler):

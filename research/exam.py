@@ -15,8 +15,8 @@ from data import prepare, seeded
 from engine.commands import UserError
 from engine.files import digest, read_config, read_stage
 from engine.stage import RELATIVES
-from geometry.metrics import soundness
 from geometry.real import Files
+from geometry.training_samples import SURFACE
 from research import peers  # noqa: F401 - adds its classes to those that a folder may hold
 from research.crisp import likeness
 from research.results import ResultCache
@@ -59,7 +59,7 @@ def weights(folder):
     return {path.stem: digest(path) for path in files}
 
 
-def held_out(args, kinds=("surface",)):
+def held_out(args, kinds=(SURFACE,)):
     return prepare(getattr(args, "split", "test"), out=args.cache, kinds=kinds, data=args.data)
 
 
@@ -152,7 +152,7 @@ def shape_result(model, rep, resolution, points=None, faces=None, split=None, tr
     def result_of(tokens, job):
         shape = model.decode(tokens, rep, job.seed, resolution, faces=faces)
         cloud = [np.float32(x) for x in shape.surface(points or POINTS, np.random.default_rng(job.seed))]     # k 3 each
-        found = {"tokens": tokens.cpu().numpy()} | dict(zip(CLOUD, cloud)) | soundness(shape)
+        found = {"tokens": tokens.cpu().numpy()} | dict(zip(CLOUD, cloud)) | shape.soundness()
         return found | (likeness(shape, split, true(job), np.random.default_rng(job.seed)) if split else {})
     return result_of
 

@@ -28,6 +28,7 @@ from engine.files import atomic_write, make_folder, read_config
 from engine.graphs import Replayed, ReplayedSampling, compiled
 from engine.noise import keys_of
 from geometry.surface import extract
+from geometry.training_samples import PICTURES, SURFACE
 from prompts import image_tower, text_tower
 from prompts.reading import nouns_of
 from research.bench import published, random_backbone, random_condition
@@ -60,7 +61,7 @@ def timed(function, device, count, rounds=3, warm=1):
 
 def small_set(args):
     """Built-in shapes on the device, untrained towers for their prompts."""
-    split = prepare("train", SHAPES, args.cache, os.cpu_count(), ("surface", "pictures")).to(args.place)
+    split = prepare("train", SHAPES, args.cache, os.cpu_count(), (SURFACE, PICTURES)).to(args.place)
     captions = [caption for own in split.captions for caption in own]
     sizes = text_tower.SIZES["tiny"], image_tower.SIZES["tiny"]
     text = text_tower.TextAndCloud(text_tower.vocabulary(captions), nouns_of(captions), **sizes[0])

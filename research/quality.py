@@ -13,8 +13,10 @@ from engine.commands import pick_device
 from geometry import training_pictures, training_samples
 from geometry.metrics import chamfer, chamfer_matrix, emd
 from geometry.render import contact_sheet, render_mesh, save_png
-from judge import JUDGES, caption_retrieval, picture_retrieval
+from geometry.training_samples import SURFACE
+from judge import caption_retrieval, picture_retrieval
 from prompts import image_tower, text_tower
+from representations import REPRESENTATIONS
 from research import exam
 from research.crisp import LIKENESS, crispness, likeness
 from research.results import labels, mean, write_table, write_tables
@@ -49,14 +51,14 @@ def save_samples(args, model, name, jobs, tokens, columns):
 def evaluate_tokenizer(args):
     """Encodes and decodes held-out shapes."""
     (device, autocast, _), tables = pick_device(args.device, args.precision), {}
-    test = exam.held_out(args, ["surface", *["faces"] * (args.rep == "mesh")])    # what judges read (judge.py)
+    test = exam.held_out(args, [SURFACE, *REPRESENTATIONS[args.rep].kinds])
     for folder, label in labels(args.checkpoint).items():
         encoder, decoders = exam.open_tokenizer(folder, args.rep, device)
 
         @torch.no_grad()
         def judge(row, rng):
             tokens = exam.encode(test, row, encoder, device, autocast, rng)       # n c
-            result = JUDGES[args.rep](decoders, tokens, test, row, rng, autocast, points=100_000)
+            result = decoders[args.rep].judge(decoders, tokens, test, row, rng, autocast, points=100_000)
             if args.rep == "sdf":
                 result |= crispness(decoders["sdf"], tokens, test.shape(row), rng, autocast)
             return result
@@ -69,7 +71,7 @@ def evaluate_tokenizer(args):
         classes = ["all"] * len(rows) if test.source.files else [test.classes[row] for row in rows]
         tables[label] = [{"class": name} | mean([x for x, other in zip(results, classes) if other == name])
                          for name in sorted({*classes})]
-    print(" ".join(JUDGES[args.rep].__doc__.split()))
+    print(" ".join(REPRESENTATIONS[args.rep].judge.__doc__.split()))
     write_tables(args.out, f"{args.command}-{args.rep}", tables)
 
 

@@ -9,9 +9,9 @@ from data import seeded
 from engine.commands import UserError, pick_device
 from engine.files import trained_stages
 from geometry.metrics import fscore
-from judge import grid_iou
 from relatives import vat
 from relatives.codes import code_use, file_size
+from representations.sdf import grid_iou
 from research import exam
 from research.results import labels, write_table
 

@@ -11,7 +11,7 @@ import evaluate
 import sample
 from conftest import SMALL, TrueHead, assert_one_line, rows_of, run
 from geometry import shapes, surface
-from judge import grid_iou
+from representations.sdf import grid_iou
 from research import bench, exam, gpu
 
 # ---------------------------------------------------------------------------- bench.py

@@ -13,8 +13,8 @@ from conftest import TrueHead
 from engine.commands import UserError
 from geometry import shapes
 from geometry.built_in import BuiltIn
-from geometry.export import Cloud
 from geometry.surface import field_of
+from representations.pc import Cloud
 from research import attributes, crisp, exam, metrics, results
 from research.scores import score_memorisation
 
