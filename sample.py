@@ -139,7 +139,7 @@ class Sampler:
         return (None if prompt is None else [prompt] * len(seeds), seeds, pictures), warnings
 
     def decode(self, tokens, rep="sdf", seed=(0, 0), resolution=128, points=None, faces=None):
-        """Shape tokens n c -> Mesh, Cloud or Gaussians (geometry/export.py), a function of the tokens and the seed.
+        """Shape tokens n c -> the shape of a representation (representations/), a function of the tokens and the seed.
         faces: at most, of "sdf" (default: 19,000), of "mesh" by simplifying the surface (default: the head's own)."""
         check_shape(rep, resolution, points=points, faces=faces)
         self.load_heads(rep)

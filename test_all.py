@@ -41,7 +41,7 @@ from representations.sdf import SdfHead, onto_surface, rarity
 
 CONVOLUTIONS = SMALL[tokenizer]
 FIRST = {key: value for key, value in CONVOLUTIONS.items() if key != "conv"}            # as in checkpoints/tiny
-HEADS = [*product(REPRESENTATIONS, [CONVOLUTIONS]), *product(["sdf", "pc", "gs"], [FIRST])]
+HEADS = [*product(REPRESENTATIONS, [CONVOLUTIONS]), ("sdf", FIRST)]
 DESIGN = lambda x: x if isinstance(x, str) else "convolutions" if "conv" in x else "first"
 
 # ---------------------------------------------------------------------------- the code

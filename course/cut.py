@@ -18,7 +18,8 @@ sys.path.insert(0, str(HERE))
 from engine.commands import Parser, UserError, command  # noqa: E402 - this file is a folder below
 
 UNITS = range(1, 7)
-FOLDERS = "engine", "geometry", "prompts", "relatives", "research", "recipes", "assets", "course", "docs"
+FOLDERS = ("engine", "geometry", "prompts", "relatives", "representations", "research", "recipes", "assets", "course",
+           "docs")
 
 
 def holes(path, unit):

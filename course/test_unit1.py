@@ -23,7 +23,7 @@ def test_tokens_get_mean_0_and_deviation_1_and_heads_do_not_notice():
     """A head's first layer is W x + b. If tokens become (x - mean) / std, its W must grow by std, its b by W mean.
     Mind the order of the two. The tokenizer may have a mean and a std already."""
     torch.manual_seed(0)
-    model = tokenizer.Tokenizer(side=4, channels=8, dim=64, heads=4).eval()
+    model = tokenizer.Tokenizer(side=4, channels=8, dim=64, heads=4, conv=4).eval()
     head, cloud = nn.Module(), [torch.randn(4, 512, 3) for _ in range(3)]
     head.token = nn.Linear(8, 5)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from engine.files import atomic_write
 
 
 def turntable(shape, frames=24, size=256):
-    """Pictures of one full turn of a Mesh, Cloud or Gaussians (geometry/export.py), each by one thread: its tensors are
+    """Pictures of one full turn of a shape (geometry/export.py), each by one thread: its tensors are
     too small for several."""
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=[1]) as pool:
         return list(pool.map(lambda i: shape.picture(size, azimuth=35 + 360 * i / frames), range(frames)))

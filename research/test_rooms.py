@@ -9,7 +9,8 @@ import pytest
 
 from conftest import HERE
 
-STAGE_FILES = ("data", "encoders", "tokenizer", "heads", "convolutions", "prefix", "backbone", "reconstruct", "judge")
+STAGE_FILES = ("data", "encoders", "representations", "first_design", "tokenizer", "heads", "prefix", "backbone",
+               "reconstruct", "judge")
 ROOMS = {"engine": 0, "geometry": 1, "prompts": 2, **dict.fromkeys(STAGE_FILES, 3), "sample": 4, "train": 4,
          "relatives": 5, "research": 6, "evaluate": 7, "course": 8, "recipes": 8}
 FILES = {".".join(path.relative_to(HERE).with_suffix("").parts): path       # {module: its file}, without tests
