@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import backbone
 import data
@@ -94,11 +97,34 @@ def small_backbone(denoiser="flow", kind=backbone.Backbone):
     return model, prompted()
 
 
+# ---------------------------------------------------------------------------- what makes Python wait for a GPU
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
+           "bincount", "repeat_interleave", "_linalg_check_errors", "lift_fresh"}          # operators of aten
+
+
+@contextmanager
+def as_on_a_gpu():
+    """In its body the CPU plays a GPU, and the meta device, which has no data, plays the host. There lies what code
+    makes without naming a device, and the tensors among the globals of our modules. To copy them fails."""
+    as_tensor = torch.as_tensor
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        patch.setattr(torch, "as_tensor", lambda x, **to: x if torch.is_tensor(x) and not to else as_tensor(x, **to))
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.device.type == "cpu"))
+        patch.setattr(torch, "from_numpy", lambda *_: pytest.fail("an array is copied to the GPU"))
+        for module in [*sys.modules.values()]:
+            path = Path(getattr(module, "__file__", None) or "/")
+            if HERE not in path.parents or path.name.startswith(("test_", "conftest")):
+                continue
+            for name, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    patch.setattr(module, name, value.to("meta"))
+        yield
+
+
 class NoWait(TorchDispatchMode):
-    """In its body, what makes Python wait for a GPU is an error: reading values, shapes that depend on values."""
-    WAITING = {getattr(torch.ops.aten, name) for name in (
-        "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",
-        "bincount", "repeat_interleave", "_linalg_check_errors", "lift_fresh")}
+    """In its body, what makes Python wait for a GPU is an error: reading values, shapes that depend on values, and, in
+    as_on_a_gpu, tensors of the host. Autograd takes other ways under such a mode: for losses, see no_waiting."""
     INDEXED = {getattr(torch.ops.aten, name) for name in ("index", "index_put", "index_put_", "_index_put_impl_")}
 
     def __enter__(self):
@@ -115,9 +141,30 @@ class NoWait(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         op, index = func.overloadpacket, args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
         mask = op in self.INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in index)
-        if op in self.WAITING or mask:
+        if op.__name__ in WAITING or mask:
             pytest.fail(f"{func} waits for a GPU")
+        places = {x.device.type for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        to = (kwargs or {}).get("device")
+        if len(places | ({to.type} if to and places else set())) > 1:
+            pytest.fail(f"{func} gets tensors of the host and of the GPU")
         return func(*args, **kwargs or {})
+
+
+def no_waiting(model, batch, loss_of):
+    """A test of a loss, (model, batch) -> loss and logs: forward and backward pass never wait for a GPU. They run
+    twice, as on a GPU: under NoWait, and under the profiler, with the real backward pass. -> the loss."""
+    with as_on_a_gpu():
+        with NoWait():
+            loss_of(model, batch)[0].backward()
+        model.zero_grad()
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            loss, logs = loss_of(model, batch)
+            loss.backward()
+    waited = {event.name.removeprefix("aten::") for event in profiled.events()} & WAITING
+    assert not waited, f"{', '.join(sorted(waited))}: the loss waits for a GPU"
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and {x.device.type for x in (loss, *logs.values(), *gradients)} == {"cpu"}
+    return loss.detach()
 
 
 # ---------------------------------------------------------------------------- folders that are made once

@@ -139,7 +139,7 @@ class Autoencoder(nn.Module):
         the weights at the start. Their drift is penalised: heads and backbone need few steps to adapt."""
         tokens = self.tokenizer(*cloud)                                           # b n c
         loss, logs = head_losses(self.heads, tokens, samples, self.share)
-        drift = torch.zeros_like(loss) if before is None else F.mse_loss(tokens, before)
+        drift = tokens.new_zeros(()) if before is None else F.mse_loss(tokens, before)
         return loss + STAY * drift, logs | {"drift": drift.detach()}
 
     def files(self):                                          # name of a weights file: its module

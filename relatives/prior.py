@@ -151,7 +151,7 @@ def sides_of(split, rows):
 
 def pictures_of(batch):
     """The same -> pictures b v s s 4 in [-1, 1], depth b v s s 2."""
-    return 2 * batch["sides"][..., :4] - 1, batch["sides"][..., [4, 3]]
+    return 2 * batch["sides"][..., :4] - 1, batch["sides"][..., 3:].flip(-1)
 
 
 def images(x, rows=1, scale=4):
