@@ -5,6 +5,8 @@
 #     DATA=path/to/assets bash recipes/gpu.sh        # your files (data.py)
 #     SLICE=3600 bash recipes/gpu.sh
 #
+# On a new card, first: python -m research.gpu --quick
+#
 # A slice that ends stops after a training step and saves it; the next one resumes it. No GPU has run all of it yet.
 set -euo pipefail
 cd "$(dirname "$0")/.."

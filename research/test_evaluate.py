@@ -1,6 +1,7 @@
-"""test_evaluate.py - the tests of evaluate.py and of research/bench.py."""
+"""test_evaluate.py - the tests of evaluate.py, of research/bench.py and of research/gpu.py."""
 import csv
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import trimesh
 import evaluate
 import sample
 from conftest import SMALL, TrueHead, assert_one_line, rows_of, run
+from engine.commands import UserError
 from geometry import shapes, surface
 from representations.sdf import grid_iou
-from research import bench, exam, gpu
+from research import bench, exam, gpu, gpu_checks
 
 # ---------------------------------------------------------------------------- bench.py
 
@@ -35,18 +37,64 @@ def test_benches(command, tmp_path, monkeypatch):
 
 @pytest.mark.chain
 def test_the_bench_of_a_gpu_runs_on_a_cpu(tmp_path, monkeypatch, capsys):
-    """Its parts but training; a part that fails is named at the end, after the others."""
+    """A part that fails is named at the end, after the others. Training: from the log of train.py."""
     for module, size in SMALL.items():
         monkeypatch.setitem(module.SIZES, "small", size)
-    for name, value in {"SAMPLED": (1, 2), "SHAPES": 13}.items():
-        monkeypatch.setattr(gpu, name, value)
+
+    def run_train(flags):
+        folder = Path(flags[flags.index("--out") + 1])
+        folder.mkdir(exist_ok=True)
+        (folder / "backbone.csv").write_text("step,seconds\n100,10\n200,15\n300,20\n")
+        return 2 ** 31
+    monkeypatch.setattr(gpu, "run_train", run_train)
+    monkeypatch.setattr(gpu, "apart", lambda function, *args: function(*args))
+    monkeypatch.setattr(gpu, "SAMPLED", (1, 2))
     monkeypatch.setattr(bench, "PUBLISHED", (2, 2))
     flags = "--device", "cpu", "--sizes", "small", "--batch", 2, "--count", 1, "--cache", os.environ["CACHE"]
-    assert run(gpu.main, *flags, "--parts", "peak", "train", "decode", "sample", "--out", tmp_path) == 2
+    parts = "peak", "attention", "train", "decode", "sample"
+    assert run(gpu.main, *flags, "--parts", *parts, "--out", tmp_path) == 2
     assert "not measured: decode" in capsys.readouterr().err
-    rows = {row["what"]: row["value"] for row in csv.DictReader((tmp_path / "gpu.csv").open())}
-    assert float(rows["train small, eager: ms a step of 2"]) > 0
-    assert float(rows["sample small: published over ours, 2 at once"]) > 0
+    rows = {row["what"]: float(row["value"]) for row in csv.DictReader((tmp_path / "gpu.csv").open())}
+    assert rows["train small, eager: ms a step of 2"] == 50
+    assert rows["train small, compiled: seconds of 100 steps, compiling included"] == 10
+    assert rows["train small, eager: GiB reserved"] == 2
+    assert rows["sample small: published over ours, 2 at once"] > 0
+    assert any(name.endswith("math: ms") for name in rows)
+
+
+def test_checks_of_a_gpu_are_a_line_each(tmp_path, monkeypatch, capsys):
+    """All are made, each in its own process; exit status 1 if one fails."""
+    monkeypatch.setattr(gpu_checks, "CHECKS", {"bad": len, "versions": gpu_checks.check_versions})
+    flags = "--quick", "--device", "cpu", "--out", tmp_path
+    for parts, status, verdicts in ((("bad", "versions"), 1, ["FAIL bad: TypeError: object of", "PASS versions: cpu"]),
+                                    (("versions",), 0, ["PASS versions: cpu, torch"])):
+        assert run(gpu.main, *flags, "--parts", *parts) == status
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(verdicts) and all(map(str.startswith, lines, verdicts))
+    assert run(gpu.main, "--parts", "bad") == run(gpu.main, "--quick", "--parts", "peak") == 2
+
+
+@pytest.mark.parametrize("loss, complaint", [(1.01, None), (1.2, "backbone, loss after 5 steps: 1.0 eager, 1.2 comp"),
+                                             (np.nan, "nan compiled"), (None, "stages backbone eager,  compiled")])
+def test_losses_of_two_logs_are_compared(loss, complaint, tmp_path):
+    for way, value in (("eager", 1.), ("compiled", loss)):
+        (tmp_path / way).mkdir()
+        if value:
+            (tmp_path / way / "backbone.csv").write_text(f"step,loss,held_out\n5,{value},2.0\n")
+    folders = {way: tmp_path / way for way in ("eager", "compiled")}
+    if complaint is None:
+        assert gpu_checks.compared(folders) == "losses of 1 stages agree to 0.01"
+    else:
+        with pytest.raises(UserError, match=complaint):
+            gpu_checks.compared(folders)
+
+
+@pytest.mark.chain
+def test_the_checks_of_a_gpu_pass_on_a_cpu(tmp_path, capsys):
+    """LoST's stages stand for those of the other models."""
+    flags = "--quick", "--device", "cpu", "--out", tmp_path, "--cache", os.environ["CACHE"]
+    assert run(gpu.main, *flags, "--parts", "attention", "sample", "memory", "lost") == 0
+    assert "lost: losses of 3 stages agree to 0" in capsys.readouterr().out
 
 
 def test_iou_of_the_true_field_is_one():
