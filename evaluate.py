@@ -30,17 +30,14 @@ COMMANDS = {  # module of research/ and function, help
     "overfit": ("experiments.overfit", "trains on ten chairs: does each caption give its shape?"),
     "versus": ("experiments.compare_variants", "trains LTM3D, latent diffusion, an autoregressive model and LoST"),
     "ablate-prefix": ("experiments.compare_variants", "trains the prefix and that of the paper"),
-    "ablate-denoiser": ("experiments.compare_variants", "trains flow and DDPM; by the number of denoising steps"),
-    "latent-spaces": ("experiments.compare_variants", "trains one backbone for one latent space, and for four"),
     "models": ("quality.draw_models", "the same prompts by several models, in one picture"),
     "latte3d": ("latte3d.evaluate_latte3d", "LATTE3D: are class and colour right, seen together in training or not?"),
     "prior": ("latte3d.evaluate_prior", "LATTE3D: are class and colour right in the prior's pictures?"),
     "scales": ("scales.evaluate_scales", "VAT: bytes, and what they keep of a shape"),
     "registers": ("registers.evaluate_registers", "LoST: what the first registers keep of a shape"),
-    "search": ("registers.evaluate_search", "LoST: do its features find similar shapes?"),
-    "ablate-rida": ("registers.compare_rida", "trains LoST's registers with RIDA and without")}
+    "search": ("registers.evaluate_search", "LoST: do its features find similar shapes?")}
 COMPARED = [name for name, (function, _) in COMMANDS.items() if function == "experiments.compare_variants"]
-TRAINED = ["overfit", *COMPARED, "ablate-rida"]
+TRAINED = ["overfit", *COMPARED]
 
 
 def arguments():
@@ -71,7 +68,7 @@ def arguments():
          help="what to judge")
     flag([*sampled, "latte3d"], "--resolution", type=int, choices=RESOLUTIONS, default=64, help="of surfaces")
     for names, count in ((["tokenizer"], 260), (["generate", "images", "scales", "registers", "latte3d", "prior"], 208),
-                         (["cross-view", "ablate-rgs"], 26), ([*COMPARED, "ablate-rida"], 104)):
+                         (["cross-view", "ablate-rgs"], 26), (COMPARED, 104)):
         flag(names, "--shapes", type=between(1, 520), default=count, help="held-out shapes, of all classes alike")
     flag(["tokenizer"], "--split", choices=["train", "test"], default="test", help="training or held-out shapes")
     for names, count in ((["generate"], 16), (["attributes"], 8), (["ablate-rgs", *COMPARED], 4)):
@@ -87,14 +84,14 @@ def arguments():
     flag(["names"], "--faces", type=between(*LIMITS["faces"][1:]), help="of a mesh, at most, as of sample.py")
     flag(["tokenizer", "generate", "retrieval", "images", "cross-view", "registers", "search"], "--data",
          help="the files that it was trained on (default: the built-in shapes)")
-    flag(["generate", "ablate-rgs", "registers", "search", "prior", *TRAINED[:-1]], "--scorer",
+    flag(["generate", "ablate-rgs", "registers", "search", "prior", *TRAINED], "--scorer",
          default="checkpoints/tiny",
          help="trained folder, whose towers give features of clouds and prompts")
     flag(["ablate-rgs"], "--alphas", nargs="*", type=between(0, 1, float), default=[0, .05, .1, .15, .2, .3, .9],
          help="weights of the sampled tokens")
     flag(["ablate-rgs"], "--windows", nargs="*", type=between(.01, 1, float), default=[.25, .75],
          help="shares of the steps in which RGS acts, besides .47, the paper's, at a = .1")
-    flag(["ablate-rgs", *COMPARED, "ablate-rida"], "--seeds", type=between(1, 100), default=3,
+    flag(["ablate-rgs", *COMPARED], "--seeds", type=between(1, 100), default=3,
          help="samplings, or trainings of each variant")
     flag(TRAINED, "--train-shapes", type=between(2), default=TRAIN_SHAPES, help="built-in training shapes")
     flag(TRAINED, "--steps", type=between(1), default=400, help="training steps of every variant")

@@ -152,7 +152,7 @@ def arguments():
     for kind in ("text", "image"):
         flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers (prompts/pretrained.py): "
              "a name in the hub's cache, or a folder (default: the built-in one, trained here)")
-    flag("--variant", help="train a variant of the backbone or codec (python -m research.peers --help lists them)")
+    flag("--variant", help="train a variant of the backbone (python -m research.peers --help lists them)")
     flag("--denoiser", choices=list(backbone.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")
     flag("--seed", type=between(0), default=0, help="random seed of weights, batches and noise")

@@ -149,7 +149,7 @@ def rank(s, t):                                               # unit 6
 
 class Codec(nn.Module):
     """Registers and PrefixDecoder, which are trained together."""
-    MEANING = .5                                              # weight of RIDA; 0 in research/peers.py
+    MEANING = .5                                              # weight of RIDA
 
     def __init__(self, registers, width, dim, heads, encoder, decoder, tokens, channels):
         super().__init__()
@@ -224,9 +224,6 @@ class Generator(Sequence):
         return torch.stack(chosen, 1)
 
 
-CODECS = {"rida": Codec}                                      # the choices of --variant; research/peers.py adds others
-
-
 # ---------------------------------------------------------------------------- stages: data, model, training, save
 
 def tokens_of(run):
@@ -276,7 +273,7 @@ def train_registers(run):
 
     # model
     settings = SIZES[run.size] | sizes
-    model = run.part("lost-registers", Codec)(**settings)
+    model = Codec(**settings)
     run.load_to_finetune("lost-registers", {"lost-registers": model}, settings)
 
     def decoded(codec):                                       # at tiny a row for each shape: of 1, 2, 4 ... registers
@@ -328,8 +325,7 @@ def stages(ltm3d):
     shared = [stage for stage in ltm3d if stage.name not in ("backbone", "reconstruct")]
     return [*shared, Stage("lost-student", train_student, 1000, 128, 1e-3, after=("encoders", "tokenizer"),
                            flags=("image-encoder",), smallest=3),
-            Stage("lost-registers", train_registers, 2000, 64, 2e-3, after=("tokenizer", "lost-student"),
-                  flags=("variant",), variants=CODECS),
+            Stage("lost-registers", train_registers, 2000, 64, 2e-3, after=("tokenizer", "lost-student")),
             Stage("lost-generator", train_generator, 2000, 64, 2e-3, after=("encoders", "vision", "lost-registers"),
                   flags=("text-encoder", "image-encoder"), kinds=(PICTURES,))]
 
@@ -353,7 +349,7 @@ class Autoencoder(nn.Module):
 
 
 load_student = partial(load_stage, stage="lost-student", part=Student)
-load_codec = partial(load_stage, stage="lost-registers", part=Codec, variants=CODECS)
+load_codec = partial(load_stage, stage="lost-registers", part=Codec)
 
 
 def open_tokenizer(folder, reps, device):

@@ -12,7 +12,7 @@ from torch import nn
 
 import evaluate
 import sample
-from conftest import PREPARE, WIDTHS, NoWait, assert_one_line, prompted, run, train_small
+from conftest import PREPARE, WIDTHS, NoWait, assert_one_line, prompted, rows_of, run, train_small
 from engine import files, loop
 from engine.commands import UserError
 from engine.noise import keys_of
@@ -196,8 +196,9 @@ def test_recomputed_blocks_learn_the_same(generator):
 # ---------------------------------------------------------------------------- as a whole
 
 @pytest.mark.chain
-def test_all_stages_end_to_end(tmp_path, monkeypatch, capsys):
-    """The chain, on another folder's tokenizer; a prompt becomes a mesh; a search finds it; mistakes are one line."""
+def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
+    """The chain, on another folder's tokenizer; tables; a prompt becomes a mesh; a search finds it; mistakes are one
+    line."""
     for sizes, size in ((lost.SIZES, SIZE), (lost.STUDENTS, STUDENT), (lost.GENERATORS, GENERATOR)):
         monkeypatch.setitem(sizes, "tiny", size | {"dim": 64})
     folder, out = tmp_path / "run", tmp_path / "out"
@@ -206,6 +207,12 @@ def test_all_stages_end_to_end(tmp_path, monkeypatch, capsys):
     assert_one_line(capsys.readouterr().err, "lost-student compares shapes; give --batch 6 or more")
     assert train_small(monkeypatch, folder, 4, *flags) == 0
     assert {"lost-student", "lost-registers", "lost-generator"} <= {*files.trained_stages(folder)}
+
+    table = "--checkpoint", folder, "--out", tmp_path
+    assert run(evaluate.main, "registers", *table, "--shapes", 1) == 0
+    assert [row["registers"] for row in rows_of(tmp_path / "registers")] == ["1", "2", "4", "8", "(its tokens)"]
+    assert run(evaluate.main, "search", *table) == 0
+    assert len(rows_of(tmp_path / "search")) == 5
 
     sampled = "--text", "a table", "--checkpoint", folder, "--resolution", 32, "--out", out
     assert run(sample.main, *sampled, "--registers", 2, "--seed", 1) == 0
@@ -221,7 +228,6 @@ def test_all_stages_end_to_end(tmp_path, monkeypatch, capsys):
     for main, words, complaint in (
             (sample.main, (*sampled, "--top-k", 2), "LoST, the model in"),
             (sample.main, (*sampled, "--registers", 9), "9 registers are not between 1 and 8"),
-            (evaluate.main, ("ablate-rida", "--checkpoint", folder, "--out", out), "trains lost-registers itself"),
             (lost.main, (*look, "a table", "--in", tmp_path / "none"), "there is no"),
             (lost.main, (*look, "a table", "--checkpoint", "checkpoints/tiny"), "holds no lost-student"),
             *((lost.main, (*look, out / name), "there is no file") for name in ("none.glb", "none.gif", "none"))):

@@ -31,13 +31,7 @@ VARIANTS = {  # experiment: {variant: (flags of training, share of the steps, op
         "latent diffusion, equal FLOPs": ("--variant diffusion", 3.96 / 5.03, {}),
         "autoregressive, equal FLOPs": ("--variant autoregressive", 3.96 / 5.47, {}),
         "LoST": ("--model lost --from checkpoints/lost", 1, {})},
-    "ablate-prefix": {"prefix": ("", 1, {}), "queries alone, the paper's": ("--variant queries", 1, {})},
-    "ablate-denoiser": {
-        **{f"flow, {steps} steps": ("", 1, {"denoise_steps": steps}) for steps in (2, 4, 8, 16)},
-        **{f"ddpm, {steps} steps": ("--denoiser ddpm", 1, {"denoise_steps": steps}) for steps in (25, 50, 100)}},
-    "latent-spaces": {
-        "one space": ("", 1, {}), "one space, a quarter of the steps": ("", 1 / 4, {}),
-        "four spaces": ("--variant spaces", 1, {})}}
+    "ablate-prefix": {"prefix": ("", 1, {}), "queries alone, the paper's": ("--variant queries", 1, {})}}
 
 
 # ---------------------------------------------------------------------------- training

@@ -3,8 +3,6 @@
     diffusion        p(X | T): a transformer denoises all tokens at once (as the generator of 3DShape2VecSet)
     autoregressive   prod_i p(x_i | x_1 ... x_{i-1}, T): one token after the other, in a fixed order, by a DenoiseNet
     queries          the masked backbone with the prefix of the paper: the q outputs of learnt queries alone
-    spaces           the masked backbone for four latent spaces, each rotated differently
-    without-rida     LoST: its decoder learns from the flow alone
 
     python -m research.peers --from checkpoints/tiny --variant diffusion --out runs/diffusion       # flags of train.py
     python evaluate.py versus                                                                       # compares them
@@ -20,7 +18,7 @@ import train
 from backbone import BACKBONES, DENOISERS, Backbone, Flow, split_condition
 from engine.commands import UserError, command
 from engine.networks import time_embedding
-from engine.noise import bits, normal
+from engine.noise import normal
 from prefix import Prefix
 from relatives import lost
 from relatives.sequence import AdaBlock, MeanPrefix
@@ -109,39 +107,8 @@ class Queries(Backbone):
         self.prefix = self.Prefix(prefix, dim, heads, widths)
 
 
-class Spaces(Backbone):
-    """One backbone for four latent spaces. In each the channels of all tokens are multiplied by another orthogonal
-    matrix: no channel means the same in two spaces. A label names the space."""
-
-    def __init__(self, *, channels, dim, **rest):
-        super().__init__(channels=channels, dim=dim, **rest)
-        self.label = nn.Embedding(4, dim)
-        random = torch.randn(4, channels, channels, generator=torch.Generator().manual_seed(0), device="cpu")
-        self.register_buffer("rotation", torch.linalg.qr(random).Q)               # s c c
-
-    def contexts(self, prefix, *rest):                        # (r b) p d
-        label = repeat(self.label(self.space), "b d -> (r b) 1 d", r=len(prefix) // len(self.space))
-        return super().contexts(prefix + label, *rest)
-
-    def loss(self, x, condition, known):
-        self.space = torch.randint(4, (len(x),), device=x.device)                 # b, of each sample
-        return super().loss(x @ self.rotation[self.space], condition, known)
-
-    def generate(self, condition, keys, **options):
-        """Samples of all spaces, rotated back; the key chooses the space."""
-        if options.get("blend"):
-            raise UserError("the reconstructor knows none of these latent spaces; give --rgs none")
-        self.space = bits(keys, 2 ** 32, ()) & 3              # b; lower streams: Backbone.generate
-        return super().generate(condition, keys, **options) @ self.rotation[self.space].mT
-
-
-class WithoutRIDA(lost.Codec):
-    MEANING = 0.                                              # weight of RIDA
-
-
-PEERS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries, "spaces": Spaces}
+PEERS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries}
 BACKBONES.update(PEERS)                                       # choices of --variant
-lost.CODECS["without-rida"] = WithoutRIDA
 
 if __name__ == "__main__":
     command(train.main)

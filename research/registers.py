@@ -2,9 +2,7 @@
 
     python evaluate.py registers      # decoded from 1, 2, 4 ... registers; a picture of some
     python evaluate.py search         # R@1, R@3 of several features
-    python evaluate.py ablate-rida    # trained with RIDA and without
 """
-
 import numpy as np
 import torch
 from einops import rearrange
@@ -13,8 +11,7 @@ from tqdm import tqdm
 import heads
 import tokenizer
 from data import seeded
-from engine.commands import UserError, pick_device
-from engine.files import trained_stages
+from engine.commands import pick_device
 from engine.noise import keys_of
 from geometry.metrics import chamfer, chamfer_matrix
 from geometry.render import render_mesh
@@ -22,16 +19,14 @@ from geometry.training_samples import vertex_coloured
 from relatives import lost, relations
 from relatives.search import find_folder
 from research import exam
-from research.experiments import train_stages
 from research.metrics import cosine
 from research.quality import save_sheet
-from research.results import interval, labels, write_table, write_tables
+from research.results import labels, write_tables
 from research.scores import Scorer
 
 STAGES = "lost-student", "lost-registers"
 POINTS = 8192       # for Chamfer distances; of fewer, it is mostly that of two samplings
 FEW_POINTS = 256    # tell which shape is nearest
-FEW = 1, 4          # numbers of registers, by which trainings with RIDA and without are compared
 
 
 class Opened:
@@ -56,11 +51,11 @@ class Opened:
         return self.heads["sdf"].decode(tokens[0], self.heads, rng, self.autocast, 64)
 
 
-def judge_registers(args, label, folder, only=()):
+def judge_registers(args, label, folder):
     """-> {k: mean scores of held-out shapes, decoded from k registers; None: from their tokens}; the Chamfer distance
-    of two samplings of a shape; the model. only: these k."""
+    of two samplings of a shape; the model."""
     model, scorer = Opened(args, folder), Scorer(args.scorer, args.device)
-    lengths = [k for k in (*model.codec.lengths, None) if not only or k in only]
+    lengths = [*model.codec.lengths, None]
 
     def judge(row, rng):
         tokens = model.tokens(row, args.seed)
@@ -69,8 +64,7 @@ def judge_registers(args, label, folder, only=()):
         return {name: np.float32([x[:exam.POINTS] for x in xs]) for name, xs in zip(exam.CLOUD, zip(*clouds))} | {
             "Chamfer": [chamfer(x, true) for x, *_ in clouds], "floor": chamfer(second, true)}
 
-    cache = exam.result_cache(args, label, folder, what="registers", lengths=lengths)
-    results = exam.each_shape(args, model.test, cache, judge)
+    results = exam.each_shape(args, model.test, exam.result_cache(args, label, folder), judge)
     held_out = model.test.cloud(range(len(model.test)), exam.POINTS, seeded(args.seed))    # r k 3 each
     count, classes, scores = len(results), np.array(model.test.classes), {}
     features = scorer.clouds(*(x[:count] for x in held_out))
@@ -145,24 +139,3 @@ def recall(x, shared, k):
     nearest = np.argsort(-likeness, 1)[:, :k]                                     # r k
     found, best = np.take_along_axis(shared, nearest, 1).max(1), shared.max(1)
     return np.mean((found >= best - 1e-9)[best > 0])
-
-
-# ---------------------------------------------------------------------------- RIDA
-
-def compare_rida(args):
-    """Trains registers with RIDA and without, with every seed."""
-    if "lost-registers" in trained_stages(args.checkpoint[0]):
-        raise UserError(f"{args.command} trains lost-registers itself; --checkpoint takes a folder without, "
-                        "checkpoints/tiny")
-    rows, seeds = [], range(args.seeds)
-    flags = {"--model": "lost"}
-    folders = {"with RIDA": [train_stages(args, f"lost-{seed}", seed, flags, STAGES) for seed in seeds]}
-    folders["without"] = [                                    # the student is copied; it teaches nothing here
-        train_stages(args, f"without-rida-{seed}", seed, flags | {"--variant": "without-rida", "--from": folder},
-                     STAGES[1:]) for seed, folder in zip(seeds, folders["with RIDA"])]
-    for title, trained in folders.items():
-        scores = [judge_registers(args, folder.name, folder, FEW)[0] for folder in trained]
-        rows += [{"decoder": title, "registers": str(k)}
-                 | {key: interval([score[k][key] for score in scores]) for key in scores[0][k]} for k in scores[0]]
-    print(f"means of {args.seeds} trainings, with 95 % confidence intervals; else as evaluate.py registers says")
-    write_table(args.out, args.command, rows)

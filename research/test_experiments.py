@@ -8,7 +8,6 @@ import torch
 import evaluate
 from conftest import rows_of, run, train_small
 from engine import files
-from relatives import lost
 from research import experiments
 
 pytestmark = pytest.mark.chain
@@ -19,7 +18,7 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
     """experiment(name, flags) runs evaluate.py; experiment.trainings lists the flags of its trainings."""
     def command(name, *flags):
         folders = "--runs", tmp_path / "runs", "--cache", tmp_path / "cache", "--out", tmp_path / "out"
-        size = "--train-shapes", 2, "--steps", 2, "--batch", 2, *["--resolution", 32] * (name != "ablate-rida")
+        size = "--train-shapes", 2, "--steps", 2, "--batch", 2, "--resolution", 32
         return run(evaluate.main, name, "--checkpoint", overfitted, *folders, *size, *flags)
 
     def launch(flags):
@@ -71,20 +70,3 @@ def test_rules_of_rgs_are_compared(overfitted, tmp_path, examined, monkeypatch):
         assert float(wide[key]) == pytest.approx(float(plain[key]), rel=2e-3)
     assert float(plain["share of diversity less floor"]) == 1
     assert blended["Chamfer to described"] != plain["Chamfer to described"]
-
-
-def test_registers_are_trained_with_rida_and_without(experiment, overfitted, tmp_path, monkeypatch):
-    """ablate-rida: a student, and registers of each variant. Then registers and search judge one of them."""
-    small = dict(registers=2, width=6, dim=64, heads=4, encoder=1, decoder=1)
-    monkeypatch.setitem(lost.SIZES, "small", small)
-    monkeypatch.setitem(lost.STUDENTS, "small", dict(dim=64, depth=1, heads=4))
-    assert experiment("ablate-rida", "--seeds", 1, "--shapes", 2, "--batch", 4, "--scorer", overfitted) == 0
-    rows = rows_of(tmp_path / "out/ablate-rida")
-    assert [(row["decoder"], row["registers"]) for row in rows] == [("with RIDA", "1"), ("without", "1")]
-    assert len(experiment.trainings) == 1 + 2
-
-    flags = "--checkpoint", tmp_path / "runs/lost-0", "--scorer", overfitted, "--out", tmp_path / "out"
-    assert run(evaluate.main, "registers", *flags, "--shapes", 1) == 0
-    assert [row["registers"] for row in rows_of(tmp_path / "out/registers")] == ["1", "2", "(its tokens)"]
-    assert run(evaluate.main, "search", *flags) == 0
-    assert len(rows_of(tmp_path / "out/search")) == 5

@@ -47,22 +47,6 @@ def test_every_generator_is_sampled_in_chunks(variant):
     assert torch.cat(samples).shape == (3, model.tokens, 8)
 
 
-def test_latent_spaces_are_rotations(monkeypatch):
-    """Training shapes are rotated into a space; samples of all spaces are rotated back."""
-    (plain, condition), (spaces, _) = small_backbone(), small_backbone(kind=peers.Spaces)
-    spaces.load_state_dict(plain.state_dict(), strict=False)
-    torch.nn.init.zeros_(spaces.label.weight)
-    keys = keys_of(range(3))
-    samples = spaces.generate(condition, keys, steps=3)
-    assert len(spaces.space.unique()) > 1
-    assert torch.allclose(samples, plain.generate(condition, keys, steps=3) @ spaces.rotation[spaces.space].mT,
-                          atol=1e-5)
-    x, rotated = torch.randn(3, 27, 8), []
-    monkeypatch.setattr(backbone.Backbone, "loss", lambda self, x, *_: rotated.append(x))
-    spaces.loss(x, condition, 5)
-    assert torch.allclose(rotated[0] @ spaces.rotation[spaces.space].mT, x, atol=1e-5)
-
-
 def test_contexts_depend_on_the_condition_not_on_its_order():
     """The context vectors depend on the condition tokens, not on their order nor on those that are masked."""
     model, condition = small_backbone(kind=peers.Queries)
