@@ -5,16 +5,10 @@
 #     DATA=path/to/assets bash recipes/assets.sh
 #
 # Resumable: train.py skips stages that are done. After each command: its minutes, and what these weights reached.
-# Their tokenizer and sdf head were trained on an H200 by a script that is not here: 41,000 steps of 64 in five minutes.
-# The others were trained as here, on two cores with bf16, with three exceptions:
-# - gs: without bf16. In its first 1,900 steps a picture had 4,096 Gaussians, on the true surface, and colours were
-#   learnt. The other 400, at half the rate, are as here.
-# - the backbone of runs/assets had an earlier design, 2 + 3 blocks and a DenoiseNet of 256 x 3. In its first 2,400
-#   steps it learnt from text alone. docs/DATA.md has its figures of pictures.
-# - the shipped backbone started from nothing, on all shapes. In 590 minutes it took 9,500 steps of train.py and 36,600
-#   of text_alone.py, the first 3,100 of these with the usual noise, the first 7,600 with mirror images for text alone,
-#   too; 8,000 later ones with short captions as often as long ones (revision 4ab3b96); the last 5,000 with five blocks
-#   of the decoder instead of two: a script that is not here added three, at first the identity, before the last one.
+# The shipped weights began in ways that no command repeats (revision 15bb46e has the details): tokenizer and sdf head
+# on a GPU, outside of train.py; gs, for 1,900 steps, on the true surface; the backbone of runs/assets in an earlier,
+# smaller design; the shipped backbone from nothing, in 590 minutes, with three more blocks of the decoder in the last
+# 5,000 steps.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
