@@ -4,9 +4,11 @@ A face of a low-poly mesh is 9 whole numbers: three corners of three coordinates
 geometry/low_poly.py puts faces in order. scipy and trimesh are imported where they are used: they take long.
 """
 import numpy as np
+from einops import rearrange
 
 BINS = 128          # cells along a side of [-1, 1]^3: .016 each
 FACES = 256         # most faces of a low-poly mesh
+CHUNK = 2 ** 14     # points whose winding number is computed at a time: bounds memory
 
 
 def quantise(x):
@@ -92,15 +94,48 @@ def face_areas(vertices, faces):
     return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
 
 
+def numbered(counts):
+    """Items of each owner, k -> the owner of each item, in turn, and its number among those of its owner."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
+
+
+def candidates(points, corners):
+    """Points k 2, triangles f 3 2 -> pairs of a point and a triangle whose bounding box it lies in: rows, p each. A
+    grid finds them: each of its cells, about as many as triangles, has a list of those that reach into it."""
+    low, high = corners.min(1), corners.max(1)                                         # f 2
+    side = min(int(len(corners) ** .5) + 1, 128)
+    scale = side / (high.max(0) - low.min(0)).clip(1e-12)                              # 2
+    cell = lambda x: ((x - low.min(0)) * scale).astype(np.int64).clip(0, side - 1)
+    first = cell(low)
+    count = cell(high) - first + 1                                                     # f 2, cells along both axes
+    face, number = numbered(count.prod(1))                                             # a row for each cell of a face
+    place = (first[face] + np.stack(np.divmod(number, count[face, 1]), 1)) @ [side, 1]
+    face = face[place.argsort()]
+    start = np.append(0, np.bincount(place, minlength=side * side).cumsum())           # rows of each cell in `face`
+    own = cell(points) @ [side, 1]                                                     # k
+    point, number = numbered(start[own + 1] - start[own])
+    face = face[start[own][point] + number]
+    near = ((low[face] < points[point]) & (points[point] < high[face])).all(1)
+    return point[near], face[near]
+
+
 def winding_number(points, vertices, faces):
-    """How many closed components a point lies in: k (Jacobson et al. 2013, with Van Oosterom's solid angle)."""
-    total = np.zeros(len(points))
-    for a, b, c in vertices[faces].astype(np.float64):
-        a, b, c = a - points, b - points, c - points                                   # k 3 each
-        la, lb, lc = (np.linalg.norm(x, axis=1) for x in (a, b, c))                    # k each
-        volume = (a * np.cross(b, c)).sum(1)
-        total += np.arctan2(volume, la * lb * lc + (a * b).sum(1) * lc + (b * c).sum(1) * la + (c * a).sum(1) * lb)
-    return total / (2 * np.pi)
+    """How many closed components a point lies in: k. On any ray from the point it is how often the ray leaves the mesh,
+    less how often it enters. Of a mesh with holes, the mean over all directions (Jacobson et al. 2013); here the mean
+    over six, along the axes."""
+    total, vertices = np.zeros(len(points)), vertices.astype(np.float64)
+    for axis in range(3):
+        plane = [(axis + 1) % 3, (axis + 2) % 3]
+        point, face = candidates(points[:, plane], vertices[faces][:, :, plane])       # p each
+        corners = vertices[faces[face]] - points[point][:, None]                       # p 3 3, from the point
+        (ax, ay), (bx, by), (cx, cy) = rearrange(corners[:, :, plane], "p c i -> c i p")               # p each
+        weight = np.stack([bx * cy - by * cx, cx * ay - cy * ax, ax * by - ay * bx])   # 3 p, areas: barycentric
+        area = weight.sum(0)                                                           # p, > 0: outward is upward
+        height = (weight * corners[:, :, axis].T).sum(0) * np.sign(area)               # p, > 0: above the point
+        crossed = (weight > 0).all(0) | (weight < 0).all(0)
+        total += np.bincount(point, crossed * np.sign(area) * np.sign(height), len(points))
+    return total / 6
 
 
 def sample_surface(vertices, faces, k, rng, hidden=True):
@@ -118,8 +153,12 @@ def sample_surface(vertices, faces, k, rng, hidden=True):
     if not hidden:
         normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         above = x + 1e-3 * normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-12)
-        visible = np.flatnonzero(winding_number(above, vertices, faces) < .5)
-        rows = (visible if len(visible) >= k else np.arange(len(x)))[:k]
+        visible = []                                                                   # rows
+        for chunk in np.split(np.arange(len(x)), range(CHUNK, len(x), CHUNK)):
+            visible.extend(chunk[winding_number(above[chunk], vertices, faces) < .5])
+            if len(visible) >= k:
+                break
+        rows = visible[:k] if len(visible) >= k else np.arange(k)
         x, face, weights = x[rows], face[rows], weights[rows]
     return x, face, weights
 
