@@ -160,7 +160,7 @@ def captions(name, kit):
     kind, found = KINDS.get(" ".join(theme), "").split(), spelled(name)
     if not set(found) - ADJECTIVES:                           # the name has no noun: that of the kit
         found += kind
-    adjectives, thing, noun = ordered(found or theme or split(kit))
+    adjectives, thing, noun = ordered(found or theme or split(kit) or split(name))
     style = [word for word in theme if word in STYLES and word not in thing]
     wider = [[word] for word, narrow in ALSO.items() if not {*narrow.split()}.isdisjoint(thing) and noun not in LAST]
     if noun not in FIRST | LAST and GROUPS.isdisjoint(found) or noun == "building":

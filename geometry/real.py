@@ -161,10 +161,11 @@ def list_folder(path):
         synset = next((SYNSETS[name] for name in names if name in SYNSETS), None)
         class_name, family = synset or tidy(file.parent.name if file.parent != path else file.stem), ""
         odds = 1.
-        kit = next((folder.name for folder in file.relative_to(path.parent).parents
-                    if asset_names.KIT.search(folder.name)), None)
-        if kit and tidy(file.stem) and not captions and not synset:
-            *captions, class_name = asset_names.captions(file.stem, kit)
+        kits = [folder.name for folder in file.relative_to(path).parents if asset_names.KIT.search(folder.name)]
+        if asset_names.KIT.search(path.name):
+            kits.append("")                                   # the name of the path itself is no caption
+        if kits and tidy(file.stem) and not captions and not synset:
+            *captions, class_name = asset_names.captions(file.stem, kits[0])
             name = asset_names.family(file.stem)
             family = families.setdefault(frozenset(name.split()), name)                   # "pine tree" is "tree pine"
             odds = asset_names.odds(family)

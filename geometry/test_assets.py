@@ -61,6 +61,17 @@ def test_variants_of_a_shape_share_family_and_class(tmp_path):
     assert items["natureKit/12.glb"].captions == ["nature kit"]       # no letters: the folder's name
 
 
+def test_the_name_of_the_given_folder_is_no_caption(tmp_path):
+    """A kit's folder, too: only how its names are parsed depends on it. Folders in it are captions."""
+    for name in ("chairs", "castleKit"):
+        kit(tmp_path / name, "barrel", "default", "12")
+        kit(tmp_path / name / "sofas", "eames")
+        items = {item.key: item.captions for item in real.list_items(tmp_path / name)[0]}
+        assert items["barrel.glb"] == ["barrel"] and items["12.glb"] == ["shape"]
+        assert items["default.glb"] == ["default"] and "eames" in items["sofas/eames.glb"]
+    assert real.list_items(tmp_path / "chairs")[0][-1].captions == ["eames", "sofas"]
+
+
 def test_families_are_held_out_as_a_whole(tmp_path):
     """No family is in both splits, and both have some. A training shape has a stretched copy: its sides are those of
     the shape, times its factors."""
