@@ -4,6 +4,7 @@
     python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes
 """
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,8 @@ def load(folder, reps, device="cpu"):
             heads |= load(folder, {*head.stand_in.needs} - heads.keys(), device) | {rep: head.stand_in()}
             continue
         if rep not in found:
+            if Path(folder, f"head-{rep}.state.safetensors").is_file():
+                read_stage(folder, f"head-{rep}")             # an error: it is half trained
             raise UserError(f"{folder} has no head for {rep}, only for {', '.join(found)}; make it with: "
                             f"python train.py --rep {rep} --stage head --out {folder}")
         if f"head-{rep}" in read_config(folder):

@@ -23,6 +23,7 @@ from engine import files
 from engine.commands import UserError, pick_device
 from geometry import export, metrics
 from geometry.surface import field_of
+from heads import load as load_heads
 from prompts.scores import prompt_scores
 from research import attributes
 
@@ -127,6 +128,15 @@ def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, ca
     assert run(sample.main, *base, *flags) == 2
     assert_one_line(capsys.readouterr().err, complaint)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_head_in_training_is_half_trained(overfitted, tmp_path):
+    files.write_config(tmp_path, "tokenizer", **files.read_config(overfitted)["tokenizer"] | {"heads": []})
+    with pytest.raises(UserError, match="has no head for pc"):
+        load_heads(tmp_path, ["pc"])
+    (tmp_path / "head-pc.state.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="head-pc in .* is half trained; repeat the train.py command"):
+        load_heads(tmp_path, ["pc"])
 
 
 @pytest.mark.parametrize("name, damage, complaint", [
