@@ -15,12 +15,12 @@ from torch import nn
 
 import judge
 import tokenizer
-from engine.files import read_stage
+from engine.files import read_config, read_stage
 from engine.loop import Loop
 from engine.stage import Stage
 from geometry.training_samples import PICTURES
 from prompts import image_tower, text_tower
-from prompts.reading import nouns_of
+from prompts.reading import nouns_of, untrained
 
 SHOWN = {  # kinds of prompt that are not dropped -> share of training samples
     (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
@@ -28,10 +28,11 @@ RECOLOURED = .5     # share of pictures beside a caption whose named colours are
 
 
 class Encoders:
-    def __init__(self, text, image):
+    def __init__(self, text, image, nouns={}):                # nouns: of the training captions (reading.nouns_of)
         self.towers = {"text": text, "image": image}
         self.widths = {kind: tower.width for kind, tower in self.towers.items()}  # e of each
         self.pretrained = {kind for kind, tower in self.towers.items() if hasattr(tower, "model")}
+        self.nouns = nouns
         self.caches = {}                                      # of prepared sets
 
     def encode(self, prompts=None, pictures=None):
@@ -40,8 +41,8 @@ class Encoders:
         return {kind: self.towers[kind].tokens(x) for kind, x in given.items() if x is not None}
 
     def remarks(self, prompt):
-        """The warnings about a text prompt (prompts/reading.py)."""
-        return self.towers["text"].remarks(prompt)
+        """The warnings about a text prompt (prompts/reading.py). For the built-in tower an unknown noun is an error."""
+        return untrained(prompt, self.nouns) if "text" in self.pretrained else self.towers["text"].remarks(prompt)
 
     def draw(self, split, rows):
         """One caption and one picture of each training shape, and which of them are not dropped, for `encode_drawn`;
@@ -82,7 +83,8 @@ class Encoders:
 def make(folder, text=None, image=None, device="cpu"):
     """text, image: a hub name or a folder; None: the tower in the checkpoint folder."""
     text, image = load_pretrained(text=text, image=image, device=device)         # the same call as train.py's: cached
-    return Encoders(text or text_tower.load(folder).to(device), image or image_tower.load(folder).to(device))
+    nouns = read_config(folder).get("encoders", {}).get("nouns", {})
+    return Encoders(text or text_tower.load(folder).to(device), image or image_tower.load(folder).to(device), nouns)
 
 
 @functools.cache

@@ -91,9 +91,6 @@ class Text(Pretrained):
         mask = torch.ones_like(pieces.input_ids) if siglip else pieces.attention_mask             # b t
         return self.model(input_ids=pieces.input_ids, attention_mask=mask).last_hidden_state.float(), mask.bool()
 
-    def remarks(self, prompt):                                # every word is read
-        return []
-
     def cache(self, split):
         """The tokens of all captions of a prepared set."""
         return TokenCache(self, split, "records", split.table.texts, list)

@@ -166,6 +166,13 @@ class Reading:
         return f"{fault}; name one of {', '.join(shown)}{more}"
 
 
+def untrained(prompt, nouns):
+    """The warnings about a prompt for a text tower that knows every word: is no training caption about its noun?"""
+    vocabulary = {word for noun, captions in nouns.items() for word in (noun, *captions.split())}
+    reading = Reading(prompt, vocabulary, nouns)
+    return [] if reading.noun or not nouns else [f"no training caption is about this: {reading.error()}"]
+
+
 def unknown_noun(phrases, forms, nouns):
     """The unknown noun that a prompt is about: it ends the phrase with the first noun ("tree house"), or an earlier,
     short phrase ("a house with a table"). Without any noun, an unknown word, or None."""

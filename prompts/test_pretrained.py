@@ -96,6 +96,9 @@ def test_encoders_of_transformers_end_to_end(overfitted, tmp_path, monkeypatch, 
 
     flags = "--checkpoint", folder, "--resolution", 32, "--out", tmp_path / "out"
     assert run(sample.main, "--text", "a red table", "--image", HERE / "assets" / "chair.png", *flags) == 0
+    assert "no training caption" not in capsys.readouterr().err
+    assert run(sample.main, "--text", "a purple flibber", *flags) == 0
+    assert "about this: unknown object 'flibber'; name one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, family, complaint", [
