@@ -287,7 +287,7 @@ def cache_sized(backbone, condition, keys):
 
 
 def schedule(n, steps):                                       # unit 3
-    """The cosine unmasking schedule: pairs (known before, known after), at least one new token a step."""
+    """The cosine unmasking schedule: a list of pairs (known before, known after), at least one new token a step."""
     if not 1 <= steps <= n:
         raise UserError(f"{steps} steps are not between 1 and {n}, the number of shape tokens")
     known, pairs = 0, []
