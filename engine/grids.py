@@ -28,9 +28,9 @@ def from_patches(x, patch):
     return rearrange(x, "b (x y z) (i j k c) -> b (x i y j z k) c", x=side, y=side, z=side, i=patch, j=patch, k=patch)
 
 
-def cell_means(points, features, side):
+def cell_means(points, features, side):                       # unit 1
     """Points b k 3 in [-1, 1]^3 with features b k f -> the means of those in each of side^3 cells, b side^3 f, 0 in
-    empty cells, and their numbers, b side^3 1."""
+    empty cells, and their numbers, b side^3 1. Rows are those of grid_points."""
     x, y, z = ((points + 1) * side / 2).long().clamp(0, side - 1).unbind(-1)      # b k each
     index = repeat((x * side + y) * side + z, "b k -> b k f", f=features.shape[-1] + 1)
     counted = F.pad(features.float(), (0, 1), value=1.)                           # b k (f + 1): the last counts points
@@ -99,7 +99,7 @@ class PointMLP(nn.Sequential):
             return super().forward(torch.cat([*(interpolate(grid.float(), x) for grid in grids), x], -1))
 
 
-def interpolate(grid, x):
+def interpolate(grid, x):                                     # unit 1
     """Features b s s s f, of the centres of cells, at points b k 3 in [-1, 1]^3: b k f."""
     b, s, k = len(grid), grid.shape[1], x.shape[1]
     position = ((x + 1) * s / 2 - .5).clamp(0, s - 1)

@@ -34,7 +34,7 @@ def check_two(a, b, what="cloud", *limits):
 
 # ---------------------------------------------------------------------------- two shapes
 
-def iou(a, b):                                                # unit 1
+def iou(a, b):
     """Intersection over union of two occupancies, boolean arrays of one shape."""
     if a.shape != b.shape or not (a | b).any():
         raise UserError(f"IoU takes two occupancies of one shape, not both empty; got {a.shape} and {b.shape}")
