@@ -3,62 +3,60 @@
     python course/notebooks.py                                # course/unitN.ipynb and unitN-solved.ipynb
     python course/notebooks.py --run course/unit3.ipynb       # runs its cells, without Jupyter
 
-A page's Python blocks become cells. At "## Task", each hole of the unit becomes a cell, and then a test of all.
+A page's Python blocks become cells, which show their picture. At "## Task", each hole of the unit becomes a cell, and
+then come the tests. Each question gets a cell for its answer.
 """
 import ast
 import json
 import re
+import sys
 import textwrap
 from pathlib import Path
 
-from cut import HERE, UNITS, Parser, all_holes, command
+from cut import HERE, UNITS, Parser, UserError, all_holes, command
 
 from geometry import surface  # cut.py has made it importable
 
-SETUP = """import os, sys
-if not os.path.isfile("backbone.py"):              # Jupyter starts in the notebook's folder
-    os.chdir("..")
-sys.path[:0] = [os.getcwd()]
-import pytest
-
-def put(module, new):                              # replaces a function, also where it was imported by name
-    old = getattr(module, new.__name__)
-    for other in list(sys.modules.values()):
-        if getattr(other, "__dict__", {}).get(new.__name__) is old:
-            setattr(other, new.__name__, new)"""
-CHECK = 'pytest.main(["-q", "--no-header", "-p", "no:cacheprovider", "course/test_unit{unit}.py"]);'
+IMPORT = "# Write each function in its cell; `fill` puts it into its file's module. Then run the tests.\n" \
+         "from fill import fill, run_tests"
+ANSWER = "*Your answer:*"
 LESS = {"n=8": "n=2", "range(1500)": "range(20)", "range(100)": "range(2)", "range(8)": "range(1)",
         "spread(52)": "spread(2)", "(0, 1, 2, 7)": "(0, 7)", "=128": "=32", "=64": "=32",
         "{}, None)": "{}, None, resolution=32)", '"test", out': '"test", 13, out'}                     # of --run
 
 
-def hole_cell(path, name, node, unit, solved):
-    """A function of a module as a cell that replaces it there."""
+def hole_cell(path, name, node, solved):
+    """A function of a module or of a class as a cell that replaces it there."""
     module = ".".join(path.relative_to(HERE).with_suffix("").parts)
-    lines = textwrap.dedent("\n".join(path.read_text().splitlines()[
-        min([node.lineno, *(one.lineno for one in node.decorator_list)]) - 1:node.end_lineno])).splitlines()
-    if not solved:
-        first = node.body[1 if ast.get_docstring(node) else 0]
-        lines = [*lines[:first.lineno - node.end_lineno - 1], "    raise NotImplementedError        # write this"]
     holder = name.rpartition(".")[0]
-    note = [f"# a method of {module}.{holder}: its other methods are in {path.relative_to(HERE)}"] if holder else []
-    put = f"{module}.{name} = {node.name}" if holder else f"put({module}, {name})"
-    return "\n".join([f"import {module}", f"from {module} import *", "", *note, *lines, "", put])
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    lines = textwrap.dedent("\n".join(path.read_text().splitlines()[first - 1:node.end_lineno])).splitlines()
+    if not solved:
+        body = node.body[1 if ast.get_docstring(node) else 0]
+        lines = [*lines[:body.lineno - first], "    raise NotImplementedError        # write this"]
+    place = f"@fill({module}.{holder})      # its other methods are in {path.relative_to(HERE)}" if holder \
+        else f"@fill({module})"
+    return "\n".join([f"import {module}", f"from {module} import *", "", place, *lines])
 
 
 def cells_of(unit, solved):
     """[("markdown" or "code", text)]"""
-    cells = [("code", SETUP)]
-    page = (HERE / "course" / f"unit{unit}.md").read_text()
+    cells = []
+    page, questions = (HERE / "course" / f"unit{unit}.md").read_text().split("## Questions\n")
     for part in re.split(r"(^```python\n.*?^```\n|^## Task\n.*?(?=^## ))", page, flags=re.M | re.S):
         if part.startswith("```python"):
-            cells.append(("code", part[10:-5]))
+            picture = f'Image.open("out/unit{unit}.png")             # a notebook shows the value of the last line'
+            cells.append(("code", f"from PIL import Image\n{part[10:-5]}\n{picture}"))
         elif part.strip():
             cells.append(("markdown", part.strip()))
         if part.startswith("## Task"):
-            cells += [("code", hole_cell(path, name, node, unit, solved))
-                      for path, found in all_holes(unit).items() for name, node in found]
-            cells.append(("code", CHECK.format(unit=unit)))
+            holes = [(path, *hole) for path, found in all_holes(unit).items() for hole in found]
+            holes.sort(key=lambda hole: part.index(f"`{hole[1]}`"))               # as the page names them
+            cells += [("code", IMPORT), *(("code", hole_cell(*hole, solved)) for hole in holes)]
+            cells.append(("code", f"run_tests({unit})"))
+    cells.append(("markdown", "## Questions"))
+    for question in re.findall(r"^\d\. .*?(?=^\d\. |\Z)", questions, flags=re.M | re.S):
+        cells += [("markdown", question.strip()), ("markdown", ANSWER)]
     return cells
 
 
@@ -77,9 +75,16 @@ def paths_of(unit):
 
 
 def run(path):
-    """Runs the cells of a notebook with smaller numbers and coarser grids. With holes, the experiment may fail."""
+    """Runs the cells of a notebook with smaller numbers and coarser grids. With holes, the experiment may fail. Solved,
+    it has to call every hole."""
     surface.COARSE = 8
-    names = {}
+    names, called, solved = {}, set(), path.stem.endswith("-solved")
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename == path.name:
+            called.add(frame.f_code.co_name)
+
+    sys.setprofile(note)
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         for more, less in LESS.items():
@@ -89,9 +94,15 @@ def run(path):
             try:
                 exec(compile(source, path.name, "exec"), names)
             except NotImplementedError:
-                if path.stem.endswith("-solved"):
+                if solved:
                     raise
                 print("not written yet")
+        if source.startswith("run_tests("):
+            called.clear()                                    # by the tests
+    sys.setprofile(None)
+    holes = {name.rpartition(".")[2] for found in all_holes(int(path.stem[4])).values() for name, _ in found}
+    if solved and holes - called:
+        raise UserError(f"the experiment of {path.name} does not call {', '.join(sorted(holes - called))}")
 
 
 def main():

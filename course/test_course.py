@@ -44,7 +44,7 @@ def test_a_unit_fails_when_cut_and_is_restored(unit, tmp_path):
 @pytest.mark.parametrize("path", [path for unit in cut.UNITS for path in notebooks.paths_of(unit).values()],
                          ids=lambda path: path.stem)
 def test_a_notebook_runs(path):
-    """With holes it shows hints, solved it shows none."""
+    """With holes it shows hints, solved it shows none, and its experiment calls every hole."""
     done = command(cut.HERE, "course/notebooks.py", "--run", str(path))
     assert done.returncode == 0, done.stderr[-2000:]
     solved = path.stem.endswith("-solved")
@@ -56,6 +56,28 @@ def test_notebooks_are_those_of_pages_and_source():
         for solved, path in notebooks.paths_of(unit).items():
             assert path.read_text() == notebooks.notebook(notebooks.cells_of(unit, solved)), \
                 f"{path.name} is old; `python course/notebooks.py` writes it"
+
+
+@pytest.mark.parametrize("unit", cut.UNITS)
+def test_a_notebook_begins_with_its_subject_and_ends_with_answers(unit):
+    """What Jupyter needs comes with the first hole, and every question has a cell for its answer."""
+    kinds, texts = zip(*notebooks.cells_of(unit, solved=False))
+    task = next(i for i, text in enumerate(texts) if text.startswith("## Task"))
+    assert {*kinds[:task + 1]} == {"markdown"}
+    assert texts[task + 1] == notebooks.IMPORT
+    questions = texts[texts.index("## Questions") + 1:]
+    page = (cut.HERE / "course" / f"unit{unit}.md").read_text()
+    assert [text[:2] for text in questions[::2]] == [f"{i + 1}." for i in range(len(questions) // 2)]
+    assert {*questions[1::2]} == {notebooks.ANSWER} and " ".join(questions[-2].split()) in " ".join(page.split())
+
+
+def test_an_experiment_that_misses_a_hole_is_reported(tmp_path):
+    """Here it is one that does nothing."""
+    cells = [cell for cell in notebooks.cells_of(2, solved=True) if "savefig" not in cell[1]]
+    path = tmp_path / "unit2-solved.ipynb"
+    path.write_text(notebooks.notebook(cells))
+    done = command(cut.HERE, "course/notebooks.py", "--run", str(path))
+    assert done.returncode == 2 and "does not call flow_pair, loss, sample" in done.stderr
 
 
 def test_a_copy_of_a_copy_is_cut(clone):
