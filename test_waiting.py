@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-import heads
 import reconstruct
 import tokenizer
 from conftest import SMALL, WIDTHS, NoWait, as_on_a_gpu, no_waiting, prompted, small_backbone
-from geometry.kinds import SIDE
-from geometry.volume import render
+from geometry.volume import SIDE
 from prompts import image_tower, text_tower
 from relatives import latte3d, lost, prior, vat
+from representations import REPRESENTATIONS
+from representations.gs import GaussianHead
 
 B, N, C = 3, 64, 8                                            # shapes, tokens, channels
 
@@ -23,24 +23,22 @@ B, N, C = 3, 64, 8                                            # shapes, tokens, 
 def samples_of(prepared, rep):
     """Samples of B shapes that a head learns from."""
     split = prepared[0]
-    return split.samples(split.draw_distinct(B), heads.HEADS[rep].reads)
+    return REPRESENTATIONS[rep].batch_of(split, split.draw_distinct(B))
 
 
-@pytest.mark.parametrize("rep", heads.HEADS)
+@pytest.mark.parametrize("rep", REPRESENTATIONS)
 def test_heads(rep, prepared, monkeypatch):
-    monkeypatch.setitem(heads.GaussianHead.reads, "cloud", 256)
-    monkeypatch.setattr(heads.GaussianHead, "POINTS", 256)
-    monkeypatch.setattr(heads.GaussianHead, "COUNT", 512)
-    head = heads.HEADS[rep](**SMALL[tokenizer])
+    monkeypatch.setattr(GaussianHead, "POINTS", 256)
+    monkeypatch.setattr(GaussianHead, "COPIES", 2)
+    head = REPRESENTATIONS[rep](**SMALL[tokenizer])
     no_waiting(head, (torch.randn(B, N, C), samples_of(prepared, rep)), lambda head, batch: head.loss(*batch))
 
 
 def test_tokenizer(prepared):
-    model = nn.ModuleDict({"tokenizer": tokenizer.Tokenizer(**SMALL[tokenizer]),
-                           "sdf": heads.SdfHead(**SMALL[tokenizer])})
-    cloud = prepared[0].cloud(torch.arange(B), 256)
-    loss_of = lambda model, batch: model["sdf"].loss(model["tokenizer"](*batch[0]), batch[1])
-    no_waiting(model, (cloud, samples_of(prepared, "sdf")), loss_of)
+    heads = {rep: REPRESENTATIONS[rep](**SMALL[tokenizer]) for rep in ("sdf", "pc")}
+    model = tokenizer.Autoencoder(tokenizer.Tokenizer(**SMALL[tokenizer]), heads)
+    batch = prepared[0].cloud(torch.arange(B), 256), {rep: samples_of(prepared, rep) for rep in heads}
+    no_waiting(model, batch, lambda model, batch: model.loss(*batch))
 
 
 def test_towers(prepared):
@@ -72,10 +70,9 @@ def test_reconstructor():
 def test_vat_tokenizer(quantised, prepared, monkeypatch):
     monkeypatch.setattr(vat.Encoder, "points", 256)
     size = dict(side=4, channels=8, codes=64, scales="1 2 3 4", features=6, dim=32, heads=4, depth=1)
-    model = nn.ModuleDict({"codes": vat.Tokenizer(**size), "decoder": vat.Decoder(**size)})
+    model = vat.Autoencoder(vat.Tokenizer(**size), vat.Decoder(**size), quantised)
     batch = prepared[0].cloud(torch.arange(B), 128), samples_of(prepared, "sdf")
-    loss_of = lambda model, batch: model["codes"].loss(model["decoder"], *batch, quantised)
-    no_waiting(model, batch, loss_of)
+    no_waiting(model, batch, lambda model, batch: model.loss(*batch))
 
 
 def test_vat_generator():
@@ -112,20 +109,17 @@ def test_latte3d_prior(teacher):
 
 @pytest.mark.parametrize("stage", ["geometry", "texture"])
 def test_latte3d(stage, teacher):
-    """Pictures of a field, or of its texture, compared with what the prior makes of them."""
-    field, texture = latte3d.Field(side=4, dim=32), latte3d.Planes(4, 32, 3, latte3d.FINER)
-    nn.init.normal_(field.out.weight)
-    nn.init.normal_(texture.out.weight)
+    size = dict(tokens=N, channels=C, widths={"text": 32}, dim=32, depth=1, heads=4, prefix=2, side=4)
+    geometry, texture = latte3d.Geometry(**size), latte3d.Texture(**size)
+    nn.init.normal_(geometry.field.out.weight)
+    nn.init.normal_(texture.texture.out.weight)
     teacher.requires_grad_(False)
-
-    def loss_of(model, tokens):
-        grid, noise = field.read(tokens), latte3d.draw_noise(torch.ones((), device=tokens.device), len(tokens))
-        if stage == "geometry":
-            x, _ = render(grid, ANGLES, latte3d.SHARP[1], torch.rand((), device=tokens.device) - .5)
-        else:
-            x, _ = latte3d.painted(texture, tokens, grid, ANGLES)
-        return latte3d.distillation(teacher, x, TEXT, ANGLES, noise), {}
-    no_waiting(field if stage == "geometry" else texture, torch.randn(B, N, 32), loss_of)
+    sides, progress = {"sides": torch.rand(B, 4, SIDE, SIDE, 5), "side_angles": ANGLES}, torch.full((), .5)
+    if stage == "geometry":
+        no_waiting(geometry, torch.randn(B, N, C), lambda model, x: model.loss(teacher, TEXT, sides, x, progress))
+    else:
+        geometry.requires_grad_(False)
+        no_waiting(texture, geometry, lambda model, geometry: model.loss(teacher, TEXT, sides, geometry, progress))
 
 
 # ---------------------------------------------------------------------------- the tests see what they look for

@@ -20,7 +20,11 @@ from engine.commands import UserError, pick_device
 from engine.graphs import KEPT
 from engine.networks import Attention, Block
 from engine.stage import RELATIVES
+from geometry.training_samples import PICTURES, SURFACE
+from relatives.prior import SIDES
 from relatives.sequence import AdaBlock
+from representations.gs import VIEWS
+from representations.mesh import FACES
 from sample import load
 
 HERE = Path(__file__).parents[1]
@@ -29,7 +33,7 @@ NEAR = {"fp32": 1e-4, "bf16": .03}           # mean error of attention, relative
 TOKENS = .02                                 # mean difference of tokens, whose standard deviation is 1, in fp32
 LOSSES = .05                                 # relative difference of losses, compiled and eager: bf16 rounds otherwise
 STEPS, BATCH, SHAPES, CLASSES = 5, 8, 16, ("table", "chair")
-MORE = {"ltm3d": ("faces", "views"), "latte3d": ("sides",)}            # kinds of training samples that others lack
+MORE = {"ltm3d": (FACES, VIEWS), "latte3d": (SIDES,)}         # kinds of training samples that others lack
 GROWTH = 64 * 2 ** 20                        # bytes that a repetition may add
 TRAIN = """
 import resource
@@ -157,7 +161,7 @@ def check_training(args, model):
     common = ["--model", model, "--steps", STEPS, "--batch", BATCH, "--shapes", SHAPES, "--classes", *CLASSES,
               "--cache", args.cache, *device_of(args)]
     common += ["--rep", "all"] if model == "ltm3d" else ["--from", "checkpoints/tiny"]
-    kinds = "records", "surface", "pictures", *MORE.get(model, ())
+    kinds = SURFACE, PICTURES, *MORE.get(model, ())
     for split, count in (("train", SHAPES), ("test", None)):   # once for both commands
         prepare(split, count, args.cache, os.cpu_count(), kinds, classes=CLASSES)
     for folder in folders.values():
