@@ -288,10 +288,11 @@ def main():
     flag = parser.add_argument
     flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
                         "(geometry/real.py); default: the built-in shapes")
-    own = [kind for head in REPRESENTATIONS.values() for kind in head.kinds]
-    kinds = {kind.name: kind for kind in (SURFACE, PICTURES, *own, SIDES)}
+    own = [(kind, rep) for rep, head in REPRESENTATIONS.items() for kind in head.kinds]
+    kinds = {kind.name: kind for kind in (SURFACE, PICTURES, *(kind for kind, _ in own), SIDES)}
+    uses = "; ".join(f"{kind.name}: {rep}" for kind, rep in own)
     flag("--kinds", nargs="+", choices=list(kinds), default=["surface", "pictures"],
-         help="surface: for all heads; pictures: for image prompts; faces: mesh; views: gs; sides: LATTE3D")
+         help=f"training samples (surface: all; pictures: image prompts; {uses}; sides: LATTE3D)")
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
          help="only share i of n, from 0: n machines can fill one folder")
     flag("--shapes", type=between(1), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")

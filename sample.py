@@ -233,8 +233,9 @@ def arguments():
     flag("--text", help="what to generate, e.g. \"a round table\"")
     flag("--prompts", metavar="FILE", help="a file with a text on each line, instead of --text")
     flag("--image", help="a picture of it (png, jpg, webp), alone or with --text")
+    about = "; ".join(f"{rep}: {head.about}" for rep, head in REPRESENTATIONS.items())
     flag("--rep", nargs="+", type=spelling, choices=[*REPRESENTATIONS, "all"], default=["sdf"],
-         help="representations, all of the same shape tokens: surface, point cloud, low-poly mesh, 3D Gaussians")
+         help=f"representations, all of the same shape tokens ({about})")
     number("n", "number of shapes", 1)
     number("best", "of so many candidates, the one with the highest prompt score", 1)
     number("seed", "random seed; shape i is the same for every --n, up to rounding", 0)

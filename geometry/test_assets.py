@@ -153,7 +153,8 @@ def test_pictures_of_mirror_images(lopsided):
 
 
 def test_the_side_in_the_picture_becomes_the_front(tmp_path):
-    """A cube with four coloured sides: in the row of the picture, the colour of most pixels is in front."""
+    """A cube with four coloured sides: in the row of the picture, the colour of most pixels is in front. (Pictures of an
+    edge, where two sides have almost as many pixels, do not count.)"""
     cube, colours = trimesh.creation.box((1, 1, 1)), {(0, 0, 1): 0, (1, 0, 0): 1, (0, 0, -1): 2, (-1, 0, 0): 3}
     rainbow = np.array([[250, 0, 0, 255], [0, 250, 0, 255], [0, 0, 250, 255], [250, 250, 0, 255], [90, 90, 90, 255]])
     sides = [colours.get(tuple(normal.round().astype(int)), 4) for normal in cube.face_normals]
@@ -167,7 +168,10 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
     alike = (abs(shown[:, :, None] - rainbow[:4, :3]).sum(3) < 60).sum(1)         # pictures, 4 colours: pixels
     moves = data.SYMMETRIES[train.repeated(8).symmetry[train.rows_as_shown(rows, which)].numpy()]
     fronts = [move @ list(colours)[i] for move, i in zip(moves, alike.argmax(1))]
-    assert np.mean([tuple(front.round().astype(int)) == (0, 0, 1) for front in fronts]) > .9
+    second, most = np.sort(alike, 1)[:, -2:].T
+    clear = most > 1.5 * second
+    assert clear.mean() > .5
+    assert all(tuple(front.round().astype(int)) == (0, 0, 1) for front in np.array(fronts)[clear])
 
 
 def test_without_a_picture_a_shape_is_as_in_its_file(lopsided):

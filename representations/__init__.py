@@ -8,10 +8,10 @@ from representations.pc import PointHead
 from representations.sdf import SdfHead
 
 REPRESENTATIONS = {
-    "sdf": SdfHead,             # a surface, where a signed distance is 0
-    "pc": PointHead,            # a point cloud
-    "mesh": MeshHead,           # a low-poly mesh
-    "gs": GaussianHead,         # 3D Gaussians
+    "sdf": SdfHead,
+    "pc": PointHead,
+    "mesh": MeshHead,
+    "gs": GaussianHead,
 }
 
 

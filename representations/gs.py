@@ -57,6 +57,7 @@ class GaussianHead(GridDecoder, Head):
     POINTS, COPIES = 4096, 4                                  # of a training shape; Gaussians at each
     DEVIATION = .016                                          # of a Gaussian at output 0
     PAIRS = 3        # most pairs (Gaussian, tile) a Gaussian, in a training picture
+    about = "3D Gaussians"
     kinds = VIEWS,
     needs = "sdf",
     options = {"resolution": 128, "points": POINTS * COPIES}

@@ -21,6 +21,7 @@ NOISE = .05      # on the tokens in training: it makes the latent space smooth, 
 
 class Head:
     """What most representations have in common."""
+    about = ""                   # what it gives, in the help of commands
     kinds = ()                   # of training samples (geometry/kinds.py) beside SURFACE, which all stages have
     needs = ()                   # other heads that it decodes with
     helpers = ()                 # other heads that improve its decoding, where they are trained

@@ -89,6 +89,7 @@ class MeshHead(nn.Module, Head):
     share weights."""
     FACES, LEVELS = 4, 24
     RATE = 4         # factor of the learning rate (engine/step.py)
+    about = "a low-poly mesh"
     kinds = LOW_POLY,
     helpers = "sdf",
     stand_in = SimplifiedSurface

@@ -28,6 +28,7 @@ class PointHead(GridDecoder, Head):
     sdf head, two steps along the normals project the points onto its surface. Clumped points, a third, are dropped."""
     POINTS = 768     # of a training shape
     STEPS = 32       # of the flow; later steps are smaller: they determine the final position
+    about = "a point cloud"
     helpers = "sdf",
     options = {"points": 4096}
     preview = {"points": 2048}

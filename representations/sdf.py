@@ -33,6 +33,7 @@ class SdfHead(TokenGrid, Head):
     """Tokens -> two grids of features for the form, two for the colour -> truncated signed distance (in units of the
     truncation) and colour at any point."""
     POINTS, QUERIES, STENCILS = 256, 640, 96                  # in training: on the surface, around it; with normals
+    about = "a surface"
     options = {"resolution": 128, "faces": 19_000}            # so many make less than 500 kB
     preview = {"resolution": 64}
 

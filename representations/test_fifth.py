@@ -44,6 +44,7 @@ VOXELS = Kind("voxels", {"voxels": (np.bool_, (SIDE ** 3,))}, take_voxels)
 class BlockHead(GridDecoder, Head):
     """Tokens -> is the centre of a voxel inside?"""
     POINTS = 1024                    # voxels of a training shape
+    about = "cubes of a 32^3 grid"
     kinds = VOXELS,
     steps, batch, lr = 400, 16, 2e-3
 
