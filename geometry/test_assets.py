@@ -153,7 +153,7 @@ def test_pictures_of_mirror_images(lopsided):
 
 
 def test_the_side_in_the_picture_becomes_the_front(tmp_path):
-    """A cube with four coloured sides: in the row of the picture, the colour of most pixels is in front. (Pictures of an
+    """A cube with four coloured sides: in the row of the picture, the colour of most pixels is in front. (Those of an
     edge, where two sides have almost as many pixels, do not count.)"""
     cube, colours = trimesh.creation.box((1, 1, 1)), {(0, 0, 1): 0, (1, 0, 0): 1, (0, 0, -1): 2, (-1, 0, 0): 3}
     rainbow = np.array([[250, 0, 0, 255], [0, 250, 0, 255], [0, 0, 250, 255], [250, 250, 0, 255], [90, 90, 90, 255]])
