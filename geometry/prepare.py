@@ -13,7 +13,7 @@ import resource
 import signal
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children
 from pathlib import Path
@@ -29,6 +29,7 @@ from geometry.kinds import RECORDS
 from geometry.training_samples import SURFACE
 
 CHUNK = 130                   # shapes in a chunk
+SECONDS = .5                  # between two looks at what the workers have done
 MEMORY = 12 << 30             # bytes that a worker may allocate
 SEED = 0                      # of all built-in shapes
 TRAIN_SHAPES = 10_400         # built-in ones: 800 of each class
@@ -120,15 +121,19 @@ def fill(folder, source, kinds, workers=2, share=(0, 1)):
                 create_array(place / f"{name}.npy", dtype, (source.count, *counts(source, kind), *shape))
 
     names = ", ".join(kind.name for kind in kinds)
-    total = sum(min(CHUNK, source.count - chunk * CHUNK) for chunk in todo)
+    total, finished = sum(min(CHUNK, source.count - chunk * CHUNK) for chunk in todo), 0
     with tqdm(total=total, unit="shape", desc=f"preparing {source.name}: {names}", disable=not todo) as bar:
         while todo:
             with ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)) as pool:
                 jobs = {pool.submit(prepare_chunk, folder, source, chunk, todo[chunk]): chunk for chunk in todo}
                 try:
-                    for job in as_completed(jobs):
-                        bar.update(job.result())
-                        del todo[jobs[job]]
+                    waiting = jobs.keys()
+                    while waiting:
+                        ended, waiting = wait(waiting, SECONDS, FIRST_COMPLETED)
+                        for job in ended:
+                            finished += job.result()
+                            del todo[jobs[job]]
+                        bar.update(max(0, finished + sum(shapes_done(folder, chunk) for chunk in todo) - bar.n))
                 except BrokenProcessPool:                     # a file crashed its loader: which? one at a time tells
                     if not any(folder.glob("tried-*")):
                         raise
@@ -138,6 +143,13 @@ def fill(folder, source, kinds, workers=2, share=(0, 1)):
                         worker.kill()
                     pool.shutdown(cancel_futures=True)
                     raise
+
+
+def shapes_done(folder, chunk):
+    """How many shapes of an unfinished chunk are done: those before the current row, which its worker writes down."""
+    with contextlib.suppress(FileNotFoundError, IndexError):  # no worker has it, or the file is just being written
+        return int((folder / f"tried-{chunk:05d}").read_text().split()[-1]) % CHUNK
+    return 0
 
 
 def start_worker(parent):

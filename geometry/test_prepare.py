@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -51,6 +52,26 @@ def test_interrupted_preparation_resumes(tmp_path, monkeypatch, in_threads):
     assert (cut / "00000.json").is_file() and not (cut / "00001.json").is_file()
     assert len(data.prepare("train", 8, tmp_path / "cut", workers=1)) == 8
     assert same_files(whole.folders["surface"], cut)
+
+
+def test_the_progress_bar_counts_shapes_not_chunks(tmp_path, monkeypatch, in_threads):
+    """All shapes are in one chunk. Each waits until the bar has counted those before it."""
+    monkeypatch.setattr(prepare, "SECONDS", .01)
+    counted, shape = threading.Semaphore(0), built_in.BuiltIn.shape
+
+    class Bar(prepare.tqdm):
+        def update(self, count=1):
+            for _ in range(count):
+                counted.release()
+            super().update(count)
+
+    def wait_for_bar(source, row):
+        assert row == 0 or counted.acquire(timeout=60)
+        return shape(source, row)
+
+    monkeypatch.setattr(prepare, "tqdm", Bar)
+    monkeypatch.setattr(built_in.BuiltIn, "shape", wait_for_bar)
+    assert len(data.prepare("train", 3, tmp_path, workers=1)) == 3
 
 
 def test_a_kind_of_samples_is_named_by_what_it_depends_on(monkeypatch):
