@@ -1,8 +1,7 @@
 """camera.py - a pinhole camera, and sRGB. Letters: k points, p pixels. A `view` is a rotation, 3 3."""
-import math
-
 import numpy as np
 import torch
+from einops import rearrange
 
 EYE = 6.                           # distance of the eye from the origin; it is far, so perspective is slight
 HALF = 1.42                        # half the height of the picture at the origin; shapes lie within .9
@@ -14,12 +13,19 @@ def as_tensor(array, dtype=torch.float32):
     return array.to(dtype)
 
 
+def view_rotations(angles):
+    """Azimuth and elevation in degrees, b 2 -> views b 3 3, their rows: right, up, towards the eye. At (0, 0) the eye
+    is in front of the shape."""
+    (sin_a, sin_e), (cos_a, cos_e) = (f(torch.deg2rad(angles)).unbind(-1) for f in (torch.sin, torch.cos))
+    matrix = torch.stack([cos_a, torch.zeros_like(cos_a), -sin_a,
+                          -sin_a * sin_e, cos_e, -cos_a * sin_e,
+                          sin_a * cos_e, sin_e, cos_a * cos_e], -1)
+    return rearrange(matrix, "b (i j) -> b i j", i=3)
+
+
 def view_rotation(azimuth, elevation):
-    """Angles in degrees -> 3 3, its rows: right, up, towards the eye. At (0, 0) the eye is in front of the shape."""
-    a, e = math.radians(azimuth), math.radians(elevation)
-    return torch.tensor([[math.cos(a), 0, -math.sin(a)],
-                         [-math.sin(a) * math.sin(e), math.cos(e), -math.cos(a) * math.sin(e)],
-                         [math.sin(a) * math.cos(e), math.sin(e), math.cos(a) * math.cos(e)]])
+    """One view, 3 3."""
+    return view_rotations(torch.tensor([[azimuth, elevation]], dtype=torch.double))[0].float()
 
 
 def project(points, view, width):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from geometry.camera import EYE, HALF, as_tensor
+from geometry.camera import EYE, HALF, as_tensor, view_rotations
 
 TILE = 8                           # pixels along a side of a tile, which blends only the Gaussians that meet it
 BLOCK = 32                         # Gaussians: a tile has as many blocks as it needs, of which the last is padded
@@ -30,14 +30,6 @@ def rotation_matrices(rotations):
                           2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
                           2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1)
     return rearrange(matrix, "... (i j) -> ... i j", i=3)
-
-
-def view_rotations(angles):
-    """camera.view_rotation of angles on any device: b 2 -> b 3 3."""
-    (sin_a, sin_e), (cos_a, cos_e) = (f(torch.deg2rad(angles)).unbind(-1) for f in (torch.sin, torch.cos))
-    matrix = torch.stack([cos_a, torch.zeros_like(cos_a), -sin_a, -sin_a * sin_e, cos_e, -cos_a * sin_e,
-                          sin_a * cos_e, sin_e, cos_a * cos_e], -1)
-    return rearrange(matrix, "b (i j) -> b i j", i=3)
 
 
 def project_gaussians(means, scales, rotations, views, size):

@@ -12,7 +12,7 @@ from skimage.metrics import structural_similarity
 from conftest import TrueHead
 from engine.commands import UserError
 from geometry import export, real, render, shapes, splat, surface
-from geometry.camera import EYE, HALF, to_srgb, view_rotation
+from geometry.camera import EYE, HALF, to_srgb
 from geometry.metrics import chamfer, ssim
 from geometry.spacing import evenly, gaps
 from representations.gs import Gaussians
@@ -149,7 +149,6 @@ def test_pictures_at_once_are_those_of_each():
     g, angles = [*map(torch.stack, zip(gaussians(60), gaussians(60, seed=1)))], torch.tensor([[40., 25], [200, -10]])
     for i, image in enumerate(splat.splats(*g, angles, 40, pairs=2000)):
         assert torch.allclose(image[..., :3], splat.splat(*(x[i] for x in g), *angles[i], 40, (0, 0, 0)), atol=1e-5)
-        assert torch.allclose(splat.view_rotations(angles)[i], view_rotation(*angles[i]), atol=1e-6)
     g[0], g[1] = torch.tensor([[[0, 0, -.5], [0, 0, .5]]]), torch.ones(1, 2, 3)      # far and near, over the only tile
     near, few, both = (splat.splats(*(x[:1, i:2] for x in g), angles[:1], 8, n) for i, n in ((1, 1), (0, 1), (0, 2)))
     assert torch.equal(near, few) and not torch.allclose(near, both, atol=.01)

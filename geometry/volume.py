@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from geometry.camera import EYE, rays
-from geometry.splat import baked_light, view_rotations
+from geometry.camera import EYE, rays, view_rotations
+from geometry.splat import baked_light
 from geometry.surface import TRUNCATION
 from geometry.training_samples import REACH
 
