@@ -19,7 +19,7 @@ import torch
 from engine.commands import UserError
 from engine.files import atomic_write
 from geometry.camera import as_tensor, to_linear
-from geometry.meshes import sample_surface
+from geometry.meshes import sample_surface, vertex_normals
 
 
 class Shape:
@@ -140,14 +140,6 @@ def check_suffix(path, suffix):
 
 
 # ---------------------------------------------------------------------------- glb
-
-def vertex_normals(vertices, faces):
-    """The mean normal of the faces at each vertex, v 3. Large faces count more: flat ones look flat beside a bevel."""
-    a, b, c = vertices[faces].swapaxes(0, 1)
-    corner_normals = np.repeat(np.cross(b - a, c - a), 3, 0).T                          # 3 (f 3), as long as areas
-    total = np.stack([np.bincount(faces.ravel(), x, len(vertices)) for x in corner_normals], 1)
-    return total / np.linalg.norm(total, axis=1, keepdims=True).clip(1e-12)
-
 
 def write_glb(path, vertices, faces, colours, smooth=True):
     """vertices (v 3), faces (f 3), sRGB colours (v 3) in 0..1. The same mesh gives the same bytes. Viewers shade every

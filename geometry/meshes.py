@@ -94,6 +94,14 @@ def face_areas(vertices, faces):
     return np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
 
 
+def vertex_normals(vertices, faces):
+    """The mean normal of the faces at each vertex, v 3. Large faces count more: flat ones look flat beside a bevel."""
+    a, b, c = vertices[faces].swapaxes(0, 1)
+    corner_normals = np.repeat(np.cross(b - a, c - a), 3, 0).T                          # 3 (f 3), as long as areas
+    total = np.stack([np.bincount(faces.ravel(), x, len(vertices)) for x in corner_normals], 1)
+    return total / np.linalg.norm(total, axis=1, keepdims=True).clip(1e-12)
+
+
 def numbered(counts):
     """Items of each owner, k -> the owner of each item, in turn, and its number among those of its owner."""
     owner = np.repeat(np.arange(len(counts)), counts)
@@ -138,19 +146,26 @@ def winding_number(points, vertices, faces):
     return total / 6
 
 
+def spread_points(vertices, faces, share, u, v):
+    """Three numbers in [0, 1] for each point, k each -> points on a mesh, k 3, their faces, k, and the weights of the
+    faces' corners, k 3. share: of the area before the face. If the numbers are uniform, so are the points, by area."""
+    area = face_areas(vertices, faces).cumsum()                                        # f
+    face = np.searchsorted(area / area[-1], share, side="right").clip(max=len(faces) - 1)              # k
+    u = np.sqrt(u)                                                                     # evenly, not along the sides
+    weights = np.stack([1 - u, u * (1 - v), u * v], 1)                                 # k 3
+    return np.einsum("kc,kci->ki", weights, vertices[faces[face]]).astype(np.float32), face, weights
+
+
 def sample_surface(vertices, faces, k, rng, hidden=True):
     """k points uniform by area on a mesh, k 3, their faces, k, and the weights of the faces' corners, k 3. Points
     inside another component are left out, unless `hidden` or fewer than k are left. An empty mesh gives a corner of the
     cube, on face -1."""
-    area = face_areas(vertices, faces)
-    if area.sum() == 0:
+    if face_areas(vertices, faces).sum() == 0:
         return np.ones((k, 3), np.float32), np.full(k, -1), np.zeros((k, 3))
-    face = rng.choice(len(faces), k if hidden else 3 * k, p=area / area.sum())         # k, or 3 k to choose from
-    corners = vertices[faces[face]]                                                    # k 3 3
-    u, v = np.sqrt(rng.random(len(face))), rng.random(len(face))                       # sqrt: uniform in a triangle
-    weights = np.stack([1 - u, u * (1 - v), u * v], 1)                                 # k 3
-    x = np.einsum("kc,kci->ki", weights, corners).astype(np.float32)                   # k 3
+    share, u, v = rng.random((3, k if hidden else 3 * k))                              # k, or 3 k to choose from
+    x, face, weights = spread_points(vertices, faces, share, u, v)
     if not hidden:
+        corners = vertices[faces[face]]                                                # k 3 3
         normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
         above = x + 1e-3 * normal / np.linalg.norm(normal, axis=1, keepdims=True).clip(1e-12)
         visible = []                                                                   # rows

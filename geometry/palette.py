@@ -4,7 +4,7 @@ from scipy.sparse import coo_matrix, diags
 from scipy.sparse.csgraph import laplacian
 from scipy.sparse.linalg import splu
 
-from geometry.export import vertex_normals
+from geometry.meshes import vertex_normals
 
 MOST, LEAST, ALL = 4, .03, .9                 # colours of a palette; least share of vertices that each, all explain
 TOLERANCES = .08, .1, .125, .15, .2           # a colour explains a vertex if no channel differs by more

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from geometry.camera import EYE, HALF, project
+from geometry.meshes import vertex_normals
 
 
 def nearest(width, low, high, depth):
@@ -60,11 +61,8 @@ def rasterise_mesh(vertices, faces, colours, view, width):
 
     a, b, c = vertices[faces].unbind(1)
     flat = torch.linalg.cross(b - a, c - a)                                    # f 3
-    smooth = torch.zeros_like(vertices)                                        # v 3, the mean; big faces count more
-    for j in range(3):
-        smooth.index_add_(0, faces[:, j], flat)
-    flat, smooth = F.normalize(flat, dim=-1), F.normalize(smooth, dim=-1)
-    flat, smooth = flat[face][:, None], smooth[faces[face]]                    # p 1 3, p 3 3
+    smooth = torch.from_numpy(vertex_normals(vertices.numpy(), faces.numpy())).to(flat)                # v 3
+    flat, smooth = F.normalize(flat, dim=-1)[face][:, None], smooth[faces[face]]     # p 1 3, p 3 3
     # A corner whose smooth normal is over 46 degrees off its face's lies on a crease: it stays flat. Below 33: smooth.
     soft = (((flat * smooth).sum(-1, keepdim=True) - .70) / .14).clamp(0, 1)
     normal = (weight * (flat + soft * (smooth - flat))).sum(1)                 # p 3

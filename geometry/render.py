@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from engine.files import atomic_write
 from geometry.camera import EYE, as_tensor, rays, to_linear, to_srgb, view_rotation
 from geometry.light import arriving_light, lamps, scatter
+from geometry.meshes import spread_points
 from geometry.rasterise import rasterise_mesh, rasterise_points
 
 PAPER = (.985, .98, .972)          # the background, sRGB: white with a drop of warmth
@@ -60,14 +61,10 @@ def draw(rasterise, cloud, azimuth, elevation, size):
     return (to_srgb(image) * 255).round().byte().numpy()
 
 
-def spread_points(vertices, faces, count=COVER):
+def cover(vertices, faces):
     """Points evenly over the surface (k 3): equal steps of area, then a scattered place in the face."""
-    a, b, c = vertices[faces].unbind(1)
-    area = torch.linalg.cross(b - a, c - a).norm(dim=-1).double().cumsum(0)
-    i = torch.searchsorted(area, (torch.arange(count) + .5) / count * area[-1]).clamp(max=len(faces) - 1)
-    u, v, _ = scatter(count).T[..., None]
-    u = u.sqrt()                                                   # evenly over the triangle, not over its sides
-    return (1 - u) * a[i] + u * (1 - v) * b[i] + u * v * c[i]
+    u, v, _ = scatter(COVER).T.numpy()
+    return torch.from_numpy(spread_points(vertices.numpy(), faces.numpy(), (np.arange(COVER) + .5) / COVER, u, v)[0])
 
 
 # ---------------------------------------------------------------------------- pictures: uint8, size size 3
@@ -75,7 +72,7 @@ def spread_points(vertices, faces, count=COVER):
 def render_mesh(vertices, faces, colours, azimuth=35, elevation=25, size=256):
     """vertices (v 3), faces (f 3), colours (v 3) in 0..1."""
     vertices, faces, colours = as_tensor(vertices), as_tensor(faces, torch.int64), as_tensor(colours)
-    cloud = spread_points(vertices, faces) if len(faces) else vertices[:0]
+    cloud = cover(vertices, faces) if len(faces) else vertices[:0]
     rasterise = lambda view, width: rasterise_mesh(vertices, faces, colours, view, width)
     return draw(rasterise, cloud, azimuth, elevation, size)
 

@@ -19,7 +19,7 @@ from skimage.measure import marching_cubes
 
 from engine.commands import UserError
 from engine.networks import grid_points
-from geometry.meshes import FACES
+from geometry.meshes import FACES, spread_points
 
 CELLS = 128             # along a side of [-1, 1]^3
 CELL = 2 / CELLS
@@ -49,12 +49,9 @@ class Soup:
         cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])                  # f 3
         double = np.linalg.norm(cross, axis=1)                                    # f, twice the area
         k = int(np.clip(double.sum() / 2 / CELL ** 2 * DENSITY, POOL, 4_000_000))
-        quantiles = (np.arange(k) + rng.random(k)) / k                            # k
-        triangle = np.searchsorted(double.cumsum() / double.sum(), quantiles).clip(max=len(double) - 1)     # k
-        uv = rng.random((2, k, 1), np.float32)
-        u, v = np.where(uv.sum(0) > 1, 1 - uv, uv)                                # the square folded into a triangle
-        a, b, c = corners[triangle].swapaxes(0, 1)                                # k 3 each
-        return a + u * (b - a) + v * (c - a), cross[triangle] / double[triangle, None], triangle
+        share = (np.arange(k) + rng.random(k)) / k                                # k, in equal steps of area
+        x, triangle, _ = spread_points(self.vertices, self.faces, share, *rng.random((2, k), np.float32))
+        return x, cross[triangle] / double[triangle, None], triangle
 
     @cached_property
     def _solid(self):
