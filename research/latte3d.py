@@ -17,6 +17,7 @@ from geometry.crop import crop_to_object
 from geometry.metrics import chamfer_matrix
 from geometry.shapes import CLASSES
 from geometry.surface import field_of
+from geometry.training_samples import SURFACE
 from geometry.words import COLOURS
 from prompts import image_tower
 from relatives import latte3d, prior
@@ -123,7 +124,7 @@ def prior_pictures(args, folder, prompts):
 def evaluate_prior(args):
     """Of the pictures of the longest captions: what do the towers and the pixels say of class and colour?"""
     device, autocast, _ = pick_device(args.device, args.precision)
-    test, table = exam.held_out(args, ("surface", "sides")), []
+    test, table = exam.held_out(args, (SURFACE, prior.SIDES)), []
     rows = range(min(args.shapes, len(test)))
     scorer, tower = Scorer(args.scorer, args.device), image_tower.load(args.scorer).to(device)
     names, palette = scorer.texts(list(CLASSES)), np.array(list(COLOURS.values()))                 # m e, 12 3

@@ -13,7 +13,6 @@ from engine.commands import pick_device
 from geometry import training_pictures, training_samples
 from geometry.metrics import chamfer, chamfer_matrix, emd
 from geometry.render import contact_sheet, render_mesh, save_png
-from geometry.training_samples import SURFACE
 from judge import caption_retrieval, picture_retrieval
 from prompts import image_tower, text_tower
 from representations import REPRESENTATIONS
@@ -51,7 +50,7 @@ def save_samples(args, model, name, jobs, tokens, columns):
 def evaluate_tokenizer(args):
     """Encodes and decodes held-out shapes."""
     (device, autocast, _), tables = pick_device(args.device, args.precision), {}
-    test = exam.held_out(args, [SURFACE, *REPRESENTATIONS[args.rep].kinds])
+    test = exam.held_out(args, [training_samples.SURFACE, *REPRESENTATIONS[args.rep].kinds])
     for folder, label in labels(args.checkpoint).items():
         encoder, decoders = exam.open_tokenizer(folder, args.rep, device)
 
@@ -106,7 +105,7 @@ def evaluate_generate(args):
 def evaluate_retrieval(args):
     """Finds the clouds of 200 held-out shapes by a full caption, by a picture of any side."""
     device, autocast, _ = pick_device(args.device, args.precision)
-    test, tables = exam.held_out(args, ("surface", "pictures")), {}
+    test, tables = exam.held_out(args, (training_samples.SURFACE, training_samples.PICTURES)), {}
     for folder, label in labels(args.checkpoint).items():
         towers, vision = text_tower.load(folder).to(device), image_tower.load(folder).to(device)
         with autocast():
@@ -127,7 +126,7 @@ def turned_back(points, turns):
 def evaluate_images(args):
     """Samples from a held-out shape's name, any of its captions, the longest one, a picture, the last two together; and
     its reconstruction."""
-    test, tables = exam.held_out(args, ("surface", "pictures")), {}
+    test, tables = exam.held_out(args, (training_samples.SURFACE, training_samples.PICTURES)), {}
     references, classes = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))[0], np.array(test.classes)
     rows, rng = torch.arange(min(args.shapes, len(test))), seeded(args.seed)
     any_caption, longest = [test.table.texts[i] for i in test.table.draw(rows, rng)], exam.longest_captions(test, rows)

@@ -9,6 +9,7 @@ import torch
 
 from data import seeded
 from geometry.metrics import chamfer_matrix
+from geometry.training_samples import PICTURES, SURFACE
 from prompts import image_tower
 from research import exam
 from research.metrics import cosine, kernel_distance
@@ -44,7 +45,7 @@ def rgs_scores(results, n, prompt_features, described, others, scorer):
 
 def ablate_rgs(args):
     """Compares the rules and weights of RGS by fidelity and diversity, with 95 % confidence intervals."""
-    test, rows = exam.held_out(args, ("surface", "pictures")), np.arange(args.shapes)
+    test, rows = exam.held_out(args, (SURFACE, PICTURES)), np.arange(args.shapes)
     scorer, tower, table = Scorer(args.scorer, args.device), image_tower.load(args.scorer), []
     (folder, label), = labels(args.checkpoint).items()
     model = exam.open_model(args, folder)
