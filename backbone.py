@@ -244,25 +244,25 @@ class Backbone(nn.Module):
         return self.denoiser.loss(self.net, x, z)
 
     @torch.no_grad()
-    def generate(self, condition, keys, steps=10, denoise_steps=None, cfg=2., temperature=1., blend=None, window=.47,
+    def generate(self, condition, keys, steps=10, denoise_steps=None, cfg=2., temperature=1., rgs=None, window=.47,
                  rounds=0, cool=1., watch=lambda *_: None):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c.
-        blend: RGS, a function of x; in the first `window` of the steps, in the paper 30 of 64, the MAE encodes its
-        output (reconstruct.py). cool: factor of temperature in rounds. watch: sees what is known after each step."""
+        rgs: a rule of reconstruct.py; in the first `window` of the steps (paper: 30 of 64) the MAE encodes rgs(x).
+        cool: factor of temperature in rounds. watch: a function of what is known after each step."""
         b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
         condition, strengths = split_condition(condition, cfg)
         prefix, mask = self.prefix(condition)                                     # (r b) p d, (r b) p
-        rgs_steps = math.ceil(window * steps) if blend else 0
+        rgs_steps = math.ceil(window * steps) if rgs else 0
 
         x = torch.zeros(b, n, c, device=keys.device)                              # b n c, unknown tokens are 0
         for step, (order, known, after) in enumerate(unmasking_steps(n, keys, steps, rounds)):
             new = order[:, known:after]                                           # b m, the tokens of this step
-            blended = blend(x) if step < rgs_steps else x                         # b n c, RGS
+            encoded = rgs(x) if step < rgs_steps else x                           # b n c, what the MAE encodes
             ramped = ramp(strengths, known, n) if known else []                   # first step: branch 0 alone
             r = len(ramped) + 1
 
             # MAE: z_i = f(prefix, known tokens), in all r branches
-            inputs, orders, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (blended, order, new))
+            inputs, orders, rows = (repeat(y, "b ... -> (r b) ...", r=r) for y in (encoded, order, new))
             z = self.contexts(prefix[:r * b], mask[:r * b], inputs, orders, known, rows)          # (r b) m d
             z = rearrange(z, "rb m d -> (rb m) d")
 
@@ -349,7 +349,8 @@ def train(run):
 
     # save
     metrics = judge.class_accuracy(run, towers, loop.average.generate, decoders)
-    run.finish(loop, {"backbone": loop.average}, settings=settings, metrics=metrics)
+    nouns = {} if towers.nouns else {"nouns": encoders.training_nouns(run.train)}
+    run.finish(loop, {"backbone": loop.average}, settings=settings, metrics=metrics, **nouns)
 
 
 STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=(PICTURES,),

@@ -98,8 +98,15 @@ def load_pretrained(text=None, image=None, device="cpu"):
 
 def load(folder, stage, device="cpu"):
     """The encoders that a stage of a checkpoint folder was trained with."""
-    flags = read_stage(folder, stage)["flags"]
-    return make(folder, flags.get("text-encoder"), flags.get("image-encoder"), device)
+    entry = read_stage(folder, stage)
+    towers = make(folder, entry["flags"].get("text-encoder"), entry["flags"].get("image-encoder"), device)
+    towers.nouns = towers.nouns or entry.get("nouns", {})     # without built-in towers, those of the generator's entry
+    return towers
+
+
+def training_nouns(split):
+    """{noun: words of its captions} of a prepared set."""
+    return nouns_of([caption for own in split.captions for caption in own])
 
 
 # ---------------------------------------------------------------------------- training data of generators
@@ -129,7 +136,7 @@ def train_text(run):
     # data
     captions = [caption for own in run.train.captions for caption in own]
     known = read_stage(run.source, "encoders")["vocabulary"] if run.finetune else []
-    words, nouns = [*dict.fromkeys(known + text_tower.vocabulary(captions))], nouns_of(captions)
+    words, nouns = [*dict.fromkeys(known + text_tower.vocabulary(captions))], training_nouns(run.train)
 
     def draw(split):
         return text_tower.training_batch(split, words_of[split], run.micro_batch_size("encoders"))

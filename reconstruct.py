@@ -98,7 +98,7 @@ def parse_rgs(text):
     return rule, value
 
 
-def blending(model, condition, rgs):
+def rule_of(model, condition, rgs):
     """The function from the tokens sampled so far to the tokens that the MAE encodes; None: no RGS.
 
     rgs: a rule of `parse_rgs`. auto: sampled=.1 for a picture alone, which determines most of the shape; none with

@@ -172,9 +172,11 @@ class LTM3D(Sampler):
 
     def shape_tokens(self, condition, keys, rgs, **options):
         """A condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c."""
-        blend = lambda condition: reconstruct.blending(self.reconstruct, condition, rgs)
-        chunks = backbone.cache_sized(self.backbone, condition, keys)
-        return torch.cat([self.backbone.generate(*chunk, blend=blend(chunk[0]), **options) for chunk in chunks]).float()
+        tokens = []
+        for own_condition, own_keys in backbone.cache_sized(self.backbone, condition, keys):
+            rule = reconstruct.rule_of(self.reconstruct, own_condition, rgs)
+            tokens.append(self.backbone.generate(own_condition, own_keys, rgs=rule, **options))
+        return torch.cat(tokens).float()
 
     def steps(self, *prompted, **options):
         """One sample, anew: a label, its tokens n c, and their states, after each step, but not of rounds. States: "0"

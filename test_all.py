@@ -444,12 +444,12 @@ def test_temperature_zero_is_one_answer():
 def test_blending_conventions_are_mirror_images():
     """sampled=A (the figure's alpha) = recon=1-A (the text's alpha). auto blends with a picture alone, by .1."""
     x, recon = torch.randn(2, 27, 8), torch.randn(2, 27, 8)
-    blending = lambda rgs, *kinds: reconstruct.blending(lambda condition: (recon, None), dict.fromkeys(kinds), rgs)
+    rule = lambda rgs, *kinds: reconstruct.rule_of(lambda condition: (recon, None), dict.fromkeys(kinds), rgs)
     for a in (0., .1, .7, 1.):
-        assert torch.allclose(blending(f"sampled={a}")(x), blending(f"recon={1 - a}")(x), atol=1e-6)
-    assert torch.equal(blending("sampled=1")(x), x) and torch.equal(blending("sampled=0")(x), recon)
-    assert torch.equal(blending("auto", "image")(x), reconstruct.blend(x, recon, .1))
-    assert blending("auto", "text") is blending("auto", "text", "image") is blending("none", "image") is None
+        assert torch.allclose(rule(f"sampled={a}")(x), rule(f"recon={1 - a}")(x), atol=1e-6)
+    assert torch.equal(rule("sampled=1")(x), x) and torch.equal(rule("sampled=0")(x), recon)
+    assert torch.equal(rule("auto", "image")(x), reconstruct.blend(x, recon, .1))
+    assert rule("auto", "text") is rule("auto", "text", "image") is rule("none", "image") is None
 
 
 @pytest.mark.parametrize("rgs", ["", "alpha=.1", "sampled", "sampled=2", "recon=-1", "within=x", "none=1"])
@@ -466,13 +466,13 @@ def test_reconstruction_guides_the_first_steps():
     sampled = functools.partial(model.generate, condition, keys_of(range(3)), steps=8, denoise_steps=4)
     blend = lambda x: reconstruct.blend(x, recon, .1)
     plain = sampled()
-    assert torch.equal(plain, sampled(blend=lambda x: reconstruct.blend(x, recon, 1.)))
-    assert torch.equal(plain, sampled(blend=blend, window=1 / 8))
-    changed = (sampled(blend=blend, window=.25) != plain).any(-1).sum(1)
+    assert torch.equal(plain, sampled(rgs=lambda x: reconstruct.blend(x, recon, 1.)))
+    assert torch.equal(plain, sampled(rgs=blend, window=1 / 8))
+    changed = (sampled(rgs=blend, window=.25) != plain).any(-1).sum(1)
     assert (changed == 27 - backbone.schedule(27, 8)[0][1]).all()
     for window, count in ((0, 0), (.25, 2), (.75, 6), (1, 8)):
         calls = []
-        sampled(window=window, blend=lambda x: calls.append(x) or x)
+        sampled(window=window, rgs=lambda x: calls.append(x) or x)
         assert len(calls) == count
 
 
@@ -515,6 +515,6 @@ def test_all_branches_get_the_blend_in_the_first_steps(monkeypatch):
         inputs.append(x.chunk(3))
         return contexts(prefix, mask, x, *rest)
     monkeypatch.setattr(model, "contexts", record)
-    model.generate(condition, keys_of(range(3)), steps=4, blend=lambda x: torch.full_like(x, 7.), window=.5)
+    model.generate(condition, keys_of(range(3)), steps=4, rgs=lambda x: torch.full_like(x, 7.), window=.5)
     for step, branches in enumerate(inputs[1:], 1):           # the first step has one branch
         assert all((x == 7).all() == (step < 2) for x in branches)

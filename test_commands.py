@@ -17,7 +17,9 @@ import pytest
 import torch
 import trimesh
 
+import data
 import sample
+import tokenizer
 from conftest import HERE, assert_one_line, run, same_files
 from engine import files
 from engine.commands import UserError, pick_device
@@ -25,6 +27,7 @@ from geometry import export, metrics
 from geometry.surface import field_of
 from heads import load as load_heads
 from prompts.scores import prompt_scores
+from representations.sdf import grid_iou
 from research import attributes
 
 # ---------------------------------------------------------------------------- the shipped weights
@@ -220,6 +223,25 @@ def test_a_name_of_the_hub_is_a_checkpoint(overfitted, tmp_path, monkeypatch, ca
     assert torch.equal(*(sample.load(name).sample("a table") for name in ("someone/toys", overfitted)))
     assert run(sample.main, "--text", "a table", "--checkpoint", "someone/else", "--out", tmp_path / "out") == 2
     assert_one_line(capsys.readouterr().err, "Hugging Face hub")
+
+
+def test_shipped_weights_are_as_good_as_they_were(prepared):
+    """One held-out shape of each class is reconstructed, and one sample of each class name is recognised by the cloud
+    tower. Both are floors, well below the README's figures."""
+    model, split, rows = sample.load(), prepared[1], np.arange(13)
+    model.load_heads("sdf")
+    encoder, names = tokenizer.load("checkpoints/tiny"), [split.classes[row] for row in rows]
+    with torch.no_grad():
+        tokens = encoder(*split.cloud(rows, encoder.points, data.seeded(0)))
+    ious = [grid_iou(model.heads["sdf"], x, split.shape(row), model.autocast, 32) for row, x in zip(rows, tokens)]
+    assert np.mean(ious) > .95
+
+    rng, tower = np.random.default_rng(0), model.encoders.towers["text"]
+    shapes = [model.decode(x, resolution=32) for x in model.tokens(names, [(0, int(row)) for row in rows])]
+    clouds = [torch.from_numpy(np.stack(x)).float() for x in zip(*(shape.surface(512, rng) for shape in shapes))]
+    with torch.no_grad():
+        likeness = tower.embed_cloud(*clouds) @ tower.embed_text(*tower.word_ids(names)).T            # cloud, name
+    assert (likeness.argmax(1).numpy() == rows).sum() >= 12
 
 
 @pytest.mark.parametrize("folder", sorted((HERE / "checkpoints").iterdir()), ids=lambda path: path.name)

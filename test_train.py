@@ -108,6 +108,20 @@ def test_gaussians_learn_on_the_surface_of_the_sdf_head(four, tmp_path, monkeypa
 BACKBONE = "--stage", "backbone", "--steps", 2, "--batch", 2
 
 
+def test_training_masks_at_every_number_of_known_tokens(overfitted, tmp_path, monkeypatch):
+    """Those of known_counts; held-out shapes at eight of them."""
+    seen = {True: [], False: []}
+
+    def loss(self, x, condition, known):
+        seen[self.training].append(known)
+        return 0 * self.place_in.sum()
+    monkeypatch.setattr(backbone.Backbone, "loss", loss)
+    flags = "--stage", "backbone", "--steps", 100, "--batch", 2
+    assert train_small(monkeypatch, tmp_path, 2, "--from", overfitted, *flags) == 0
+    assert {*seen[True]} == {*backbone.known_counts(64)} and len(seen[True]) == 100
+    assert seen[False] == backbone.known_counts(64, 8, 1)
+
+
 def test_a_run_starts_from_the_stages_of_another(overfitted, tmp_path, monkeypatch, capsys):
     """--from copies all stages but the backbone; the new backbone may be a variant, which sample.py refuses where it is
     unknown."""

@@ -37,7 +37,7 @@ RANK = 512            # of the reader: so many directions hold 95 % of the varia
 VIEWS = 2             # pictures of a shape in a batch; a cloud costs about as much time as a picture
 
 
-class Halve(nn.Module):
+class Downsample(nn.Module):
     """Residual convolutions that halve the sides. Without norm and skip connection, training takes 3 times longer."""
 
     def __init__(self, channels, out):
@@ -51,7 +51,7 @@ class Halve(nn.Module):
         return self.past(x) + self.mix(F.gelu(self.norm(self.into(x))))
 
 
-class Convolve(nn.Module):
+class ResidualConv(nn.Module):
     """Residual convolutions; at the start of training they change nothing."""
 
     def __init__(self, channels):
@@ -73,12 +73,13 @@ class ImageTower(nn.Module):
         self.width = dim                                      # e
         widths = dim // 4, dim // 2, dim                      # 16, 8, 4 pixels wide
         if convolutions:                                      # few channels at many pixels take most of the time
-            self.stem = nn.Sequential(nn.Conv2d(3, dim // 4, 4, 4), *(Convolve(dim // 4) for _ in range(convolutions)))
+            residual = [ResidualConv(dim // 4) for _ in range(convolutions)]
+            self.stem = nn.Sequential(nn.Conv2d(3, dim // 4, 4, 4), *residual)
         else:
-            self.stem = nn.Sequential(Halve(3, dim // 8), Halve(dim // 8, dim // 4))
+            self.stem = nn.Sequential(Downsample(3, dim // 8), Downsample(dim // 8, dim // 4))
         for channels, wider in itertools.pairwise(widths):
-            self.stem.append(Halve(channels, wider))
-            self.stem.extend(Convolve(wider) for _ in range(convolutions if wider < dim else 0))
+            self.stem.append(Downsample(channels, wider))
+            self.stem.extend(ResidualConv(wider) for _ in range(convolutions if wider < dim else 0))
         self.place = nn.Parameter(torch.randn((SIZE // 16) ** 2, dim) * dim ** -.5)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)

@@ -59,15 +59,15 @@ class Diffusion(nn.Module):
         return self.denoiser.loss(partial(self.net, mask=mask, mean=mean), rearrange(x, "b n c -> b (n c)"), prefix)
 
     @torch.no_grad()
-    def generate(self, condition, keys, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
+    def generate(self, condition, keys, denoise_steps=None, cfg=2., temperature=1., rgs=None, **_):
         """As Backbone.generate, without unmasking steps, and without known tokens that RGS could blend."""
-        if blend:
+        if rgs:
             raise UserError("RGS blends known tokens, and this checkpoint denoises all at once; give --rgs none")
         steps = denoise_steps or STEPS
-        draw = lambda count: normal(keys, 0, (count, self.tokens * self.channels))                   # b count (n c)
+        noise = lambda count: normal(keys, 0, (count, self.tokens * self.channels))                   # b count (n c)
         condition, strengths = split_condition(condition, cfg)
         prefix, mask, mean = self.prefix(condition)                               # (r b) p d, (r b) p, (r b) 1 d
-        x = self.denoiser.sample(partial(self.net, mask=mask, mean=mean), prefix, draw, steps, strengths, temperature)
+        x = self.denoiser.sample(partial(self.net, mask=mask, mean=mean), prefix, noise, steps, strengths, temperature)
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
@@ -84,9 +84,9 @@ class Autoregressive(lost.Generator):
     def loss(self, x, condition, known=None):                 # b n c; no token is known
         return super().loss(x, condition)[0]
 
-    def generate(self, condition, keys, denoise_steps=None, cfg=2., temperature=1., blend=None, **_):
+    def generate(self, condition, keys, denoise_steps=None, cfg=2., temperature=1., rgs=None, **_):
         """As Backbone.generate, in n steps of one token each."""
-        if blend:
+        if rgs:
             raise UserError("RGS needs tokens in random order, this checkpoint samples them in turn; give --rgs none")
         return super().generate(condition, keys, denoise_steps=denoise_steps or Flow.steps, cfg=cfg,
                                 temperature=temperature)
