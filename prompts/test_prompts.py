@@ -70,7 +70,7 @@ def shipped(tmp_path, monkeypatch):
     for name, nouns, words in (("toys", "mug chair", ""), ("things", "barrel chair elephant", "tiny")):
         known = f"{nouns} red wood {words}"
         files.write_config(tmp_path / name, "encoders", vocabulary=known.split(),
-                           nouns=dict.fromkeys(nouns.split(), known))
+                           nouns=dict.fromkeys(nouns.split(), known), made_with={}, signature=name)
     monkeypatch.setattr(reading, "SHIPPED", [str(tmp_path / name) for name in ("toys", "things", "none")])
     return tmp_path
 
