@@ -25,11 +25,15 @@ from tqdm import tqdm
 
 from engine.commands import Parser, UserError, between, command, fits
 from engine.files import atomic_write, make_folder
+from geometry.built_in import BuiltIn
 from geometry.kinds import GREY, RECORDS
 from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
+from geometry.render import contact_sheet, render_mesh, save_png
+from geometry.shapes import CLASSES
 from geometry.symmetry import SYMMETRIES
 from geometry.training_pictures import colours_named, recolour, relight
 from geometry.training_samples import PICTURES, POINTS, QUERIES, SURFACE, vertex_coloured
+from representations import REPRESENTATIONS
 
 
 def turns_to_front(azimuth):
@@ -47,10 +51,9 @@ def prepare(split="train", count=None, out="cache", workers=2, kinds=(SURFACE,),
     """Prepares the missing samples of built-in shapes, or of the files of `data`. shard (i, n): only share i of n.
     -> Prepared"""
     if data:
-        from geometry.real import Files  # only for --data
+        from geometry.real import Files  # readers of strangers' files, only for --data
         source = Files(split, data)
     else:
-        from geometry.built_in import BuiltIn
         source = BuiltIn(split, count, classes)
     kinds = [RECORDS, *kinds]
     fill(Path(out) / source.name, source, kinds, workers, shard)
@@ -280,19 +283,15 @@ def parse_share(text):
 
 
 def main():
-    from geometry.render import contact_sheet, render_mesh, save_png
-    from geometry.shapes import CLASSES
-    from relatives.prior import SIDES  # of LATTE3D; representations import this file
-    from representations import REPRESENTATIONS
     parser = Parser(__doc__.split("\n")[0])
     flag = parser.add_argument
     flag("--data", help="files to prepare: a folder of meshes, of ShapeNet or of Objaverse, or Sweet Home 3D libraries "
                         "(geometry/real.py); default: the built-in shapes")
     own = [(kind, rep) for rep, head in REPRESENTATIONS.items() for kind in head.kinds]
-    kinds = {kind.name: kind for kind in (SURFACE, PICTURES, *(kind for kind, _ in own), SIDES)}
+    kinds = {kind.name: kind for kind in (SURFACE, PICTURES, *(kind for kind, _ in own))}
     uses = "; ".join(f"{kind.name}: {rep}" for kind, rep in own)
     flag("--kinds", nargs="+", choices=list(kinds), default=["surface", "pictures"],
-         help=f"training samples (surface: all; pictures: image prompts; {uses}; sides: LATTE3D)")
+         help=f"training samples (surface: all; pictures: image prompts; {uses})")
     flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
          help="only share i of n, from 0: n machines can fill one folder")
     flag("--shapes", type=between(1), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")

@@ -92,7 +92,7 @@ def load_pretrained(text=None, image=None, device="cpu"):
     """The towers of transformers with these names, loaded once; None stays None."""
     if not (text or image):
         return None, None
-    from prompts import pretrained
+    from prompts import pretrained  # transformers: seldom needed, slow to load
     return pretrained.Text(text, device) if text else None, pretrained.Image(image, device) if image else None
 
 

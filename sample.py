@@ -28,9 +28,14 @@ import heads
 import reconstruct
 from engine.commands import Parser, UserError, add_device_flags, between, cast_once, command, pick_device
 from engine.files import read_config, read_stage
+from engine.graphs import ReplayedSampling
 from engine.noise import keys_of
 from engine.stage import RELATIVES
+from geometry.sample_files import Laps, write_samples
+from prompts import picture_files
 from prompts.reading import choose, find
+from prompts.scores import prompt_scores
+from prompts.text_files import guide, read_prompts
 from representations import REPRESENTATIONS, accepting, spelling
 
 RESOLUTIONS = (32, 64, 128, 256, 512)
@@ -80,7 +85,6 @@ class Sampler:
         self.encoders = encoders.load(folder, self.LAST, self.device)
         self.open()
         if self.device.type == "cuda" and self.REPLAYED and compile:
-            from engine.graphs import ReplayedSampling
             self.shape_tokens = ReplayedSampling(self.shape_tokens)
 
     def load_heads(self, *reps):
@@ -122,7 +126,6 @@ class Sampler:
             print(f"warning: {warning}", file=sys.stderr)
         tokens = self.tokens(*prompted, **options)
         if best > 1:
-            from prompts.scores import prompt_scores
             scores = rearrange(prompt_scores(self, prompt, prompted[2], tokens), "(n best) -> n best", n=n)
             chosen = (scores.argmax(1) + best * torch.arange(n)).tolist()
             tokens, seeds = tokens[chosen], [seeds[i] for i in chosen]
@@ -132,7 +135,6 @@ class Sampler:
         """One prompt and a seed for each sample -> the arguments of `tokens`, warnings."""
         warnings, pictures = [] if prompt is None else self.encoders.remarks(prompt), None
         if image is not None:
-            from prompts import picture_files
             picture, warning = picture_files.load_picture(image)                  # 3 s s
             pictures = picture.expand(len(seeds), -1, -1, -1)
             warnings += [f"{image}: {warning}"] * bool(warning)
@@ -215,7 +217,7 @@ def load(folder="checkpoints/tiny", device=None, precision=None, model=None, com
     """Loads the model in a checkpoint folder, or in one of the Hugging Face hub: user/name. compile=False: on a GPU,
     sample without CUDA graphs."""
     if (found := find(folder) if folder else None) is None:
-        from prompts.pretrained import download  # takes a second
+        from prompts.pretrained import download  # transformers: seldom needed
         found = download(str(folder))                         # an error if there is no such name
     name = model_in(found, model)
     model_class = LTM3D if name == "ltm3d" else import_module(f"relatives.{name}").Model
@@ -279,7 +281,6 @@ def arguments():
         parser.error("give --text or --prompts, or --image, alone or with one of them")
     args.texts = [args.text]
     if args.prompts is not None:
-        from prompts.text_files import read_prompts
         args.texts = read_prompts(args.prompts)
     if "" in (args.checkpoint, args.out):
         parser.error("--checkpoint and --out take a folder, not an empty name")
@@ -296,13 +297,10 @@ def arguments():
 
 def main():
     if len(sys.argv) == 1:
-        from prompts.text_files import guide
         return print(guide())
     args = arguments()
-    from geometry.sample_files import Laps, write_samples
     laps = Laps()
     if args.image is not None:                                # an unreadable picture is an error before loading
-        from prompts import picture_files
         picture_files.load_picture(args.image)
     own = args.checkpoint or (f"checkpoints/{args.model}" if args.model in RELATIVES else None)
     folders, models = [own or choose(text) for text in args.texts], {}

@@ -29,6 +29,7 @@ from engine.run import Run, copy_stages, locked
 from engine.stage import RELATIVES
 from geometry import training_samples
 from geometry.prepare import TRAIN_SHAPES
+from geometry.shapes import CLASSES
 from representations import REPRESENTATIONS, spelling, with_needs
 
 # ---------------------------------------------------------------------------- the chain of stages
@@ -119,7 +120,6 @@ def check_order(args, run, names):
 # ---------------------------------------------------------------------------- the command
 
 def arguments():
-    from geometry.shapes import CLASSES
     parser = Parser(__doc__.split("\n")[0])
     defaults = [", ".join(f"{stage.name} {stage[i]:g}" for stage in stages_of("ltm3d")) for i in (2, 3, 4)]
     everyday = parser.add_argument_group("everyday")

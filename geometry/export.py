@@ -20,6 +20,9 @@ from engine.commands import UserError
 from engine.files import atomic_write
 from geometry.camera import as_tensor, to_linear
 from geometry.meshes import sample_surface, vertex_normals
+from geometry.metrics import closed_edges, largest_component_share, watertight
+from geometry.render import render_mesh
+from geometry.simplify import simplify_surface
 
 
 class Shape:
@@ -100,7 +103,6 @@ class Mesh(Shape):
             temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
 
     def picture(self, size=320, **view):
-        from geometry.render import render_mesh
         return render_mesh(self.vertices, self.faces, self.colours, size=size, **view)
 
     def surface(self, k, rng):
@@ -120,12 +122,10 @@ class Mesh(Shape):
         """The same surface with at most `count` faces. flat: low-poly."""
         surface = self.vertices, self.faces, self.colours
         if len(self.faces):
-            from geometry.simplify import simplify_surface  # trimesh: slow to load
             surface = simplify_surface(*surface, count, flat)
         return Mesh(*surface, smooth=not flat)
 
     def soundness(self):
-        from geometry.metrics import closed_edges, largest_component_share, watertight  # only where shapes are judged
         if not self.smooth:
             _, place = np.unique(self.vertices, axis=0, return_inverse=True)      # corners may not be shared
             return {"closed edges": closed_edges(place.reshape(-1)[self.faces])}

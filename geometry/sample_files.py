@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 from engine.files import make_folder
+from geometry import page
 from geometry.render import contact_sheet, save_png
+from geometry.turntable import save_gif, turntable
 
 
 class Laps(dict):
@@ -47,12 +49,10 @@ def write_samples(model, text, args, options, laps):
             shapes.append((shape, path))
             laps.end("pictures")
             if args.turntable:
-                from geometry.turntable import save_gif, turntable
                 save_gif(path.with_suffix(".gif"), turntable(shape))
                 print(path.with_suffix(".gif"))
                 laps.end("turntable")
         if args.html:
-            from geometry import page
             steps = model.steps(*model.prompted(text, args.image, seeds[i:i + 1])[0], **options)
             entries.append(page.entry(model, f"sample {i}", f"seed {args.seed}", shapes, steps, args.height))
             laps.end("page")

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from geometry.palette import few_colours
+
 TRUNCATION = .1     # heads learn distances up to this; deeper inside a shape, distances are only a bound
 COARSE = 32         # cells along a side of the first grid; a resolution is 32 times a power of two
 NEAR = 1.           # cells: points of a finer grid that are nearer to the surface are evaluated first
@@ -87,9 +89,7 @@ def field_of(head, tokens, autocast):
 @torch.no_grad()
 def extract(head, tokens, resolution=128, autocast=nullcontext, hierarchical=True):
     """tokens n c -> vertices v 3, faces f 3 (outward), colours v 3 in [0, 1] of a palette: numpy arrays."""
-    from skimage.measure import marching_cubes  # here, because its import takes long
-
-    from geometry.palette import few_colours
+    from skimage.measure import marching_cubes  # slow to load
 
     evaluate = field_of(head, tokens, autocast)               # k 3 -> k 4: distance and colour
     grid = sdf_grid(lambda x: evaluate(x)[:, 0], resolution, hierarchical, tokens.device)

@@ -35,6 +35,7 @@ from engine.noise import keys_of, normal
 from engine.stage import Stage
 from geometry.training_samples import PICTURES
 from prompts.text_tower import info_nce
+from relatives import relations
 from relatives.sequence import AdaBlock, KVCache, Sequence
 from representations import REPRESENTATIONS
 from representations.head import NOISE
@@ -236,7 +237,6 @@ def tokens_of(run):
 def train_student(run):
     """RIDA. The teacher has class, attributes, captions and maybe pictures; the student has shape tokens alone."""
     # data
-    from relatives import relations
     targets, teacher = relations.features(run)                # of shapes oriented as in files, r e
     low, high = relations.thresholds(targets[0])
     run = run.turned()
@@ -380,7 +380,7 @@ Model = LoST
 
 
 def main():
-    from relatives import search
+    from relatives import search  # its command alone
     search.main(load_student)
 
 

@@ -435,7 +435,7 @@ Model = VAT
 
 
 def main():
-    from relatives import compression
+    from relatives import compression  # its command alone
     compression.main(load_tokenizer)
 
 

@@ -17,7 +17,8 @@ from engine.grids import GridDecoder
 from geometry.export import Shape, write_ply
 from geometry.kinds import Kind
 from geometry.metrics import psnr, ssim
-from geometry.splat import baked_light, rotation_matrices, splat, splats
+from geometry.spacing import evenly, gaps
+from geometry.splat import baked_light, render_gaussians, rotation_matrices, splat, splats
 from geometry.training_samples import render_flat, vertex_coloured
 from representations.head import Head
 from representations.sdf import SdfHead
@@ -100,7 +101,6 @@ class GaussianHead(GridDecoder, Head):
 
     @torch.no_grad()
     def decode(self, tokens, heads, rng, autocast=nullcontext, resolution=128, points=POINTS * COPIES):
-        from geometry.spacing import evenly, gaps  # scipy: slow to load
         faces = SdfHead.options["faces"]
         surface = heads["sdf"].decode(tokens, heads, rng, autocast, resolution, faces)
         x, normals, colours = map(torch.from_numpy, evenly(points, *surface.surface(points * 3 // 2, rng)))       # k 3
@@ -151,7 +151,6 @@ class Gaussians(Shape):
         write_ply(path, [*zip(self.COLUMNS, columns)])
 
     def picture(self, size=320, **view):
-        from geometry.splat import render_gaussians
         return render_gaussians(*vars(self).values(), size=size, **view)
 
     def surface(self, k, rng):

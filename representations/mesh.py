@@ -23,6 +23,7 @@ from geometry.kinds import Kind
 from geometry.low_poly import canonical, check_mesh, in_order_again, match_like_components
 from geometry.meshes import BINS, FACES, bin_centres, close_holes, face_components, quantise, sample_surface, weld
 from geometry.metrics import chamfer, faces_within
+from geometry.simplify import simplify_to
 from geometry.symmetry import SYMMETRIES
 from representations.head import Head
 
@@ -31,7 +32,6 @@ from representations.head import Head
 def take_faces(shape, rng):
     """A low-poly mesh in canonical order; -1 where there is no face. A file with few faces keeps those that its author
     set."""
-    from geometry.simplify import simplify_to  # scipy and trimesh: slow to load
     vertices, faces, colours = shape.mesh(fine=shape.low_poly)
     check_mesh(vertices, faces)
     corners, colours, components = canonical(*simplify_to(vertices, faces, colours, FACES))
@@ -88,7 +88,7 @@ class MeshHead(nn.Module, Head):
     (geometry/low_poly.py). Every coordinate is a distribution over bins; its logits have rank LEVELS, so that bins
     share weights."""
     FACES, LEVELS = 4, 24
-    RATE = 4         # factor of the learning rate (engine/step.py)
+    RATE = 4         # factor of the learning rate (engine/optimizers.py)
     about = "a low-poly mesh"
     kinds = LOW_POLY,
     helpers = "sdf",

@@ -17,6 +17,8 @@ from engine.grids import GridDecoder
 from engine.networks import flow_pair, time_embedding
 from geometry.export import Shape, write_ply
 from geometry.metrics import chamfer, emd
+from geometry.render import render_points
+from geometry.spacing import evenly
 from geometry.surface import field_of, in_chunks
 from representations.head import Head
 from representations.sdf import onto_surface
@@ -82,7 +84,6 @@ class PointHead(GridDecoder, Head):
         normals, colours = F.normalize(y[:, 3:6], dim=-1), y[:, 6:].clamp(0, 1)
         if "sdf" in heads:
             x, _ = onto_surface(field_of(heads["sdf"], tokens, autocast), x, normals)
-        from geometry.spacing import evenly  # scipy: slow to load
         return Cloud(*evenly(points, *(y.cpu().numpy() for y in (x, normals, colours))))
 
     # ------------------------------------------------------------------------ how good it is
@@ -115,7 +116,6 @@ class Cloud(Shape):
         write_ply(path, [*zip(self.COLUMNS, [*self.points.T, *self.normals.T, *colours.T])])
 
     def picture(self, size=320, **view):
-        from geometry.render import render_points  # Pillow: slow to load
         return render_points(self.points, self.colours, .03 * (2048 / len(self.points)) ** .5, size=size, **view)
 
     def surface(self, k, rng):
