@@ -191,9 +191,10 @@ def test_finetuning_adds_words(overfitted, tmp_path, monkeypatch):
     config, weights = files.read_config(source), files.read_weights(path)
     words = config["encoders"]["vocabulary"]
     config["encoders"]["vocabulary"] = [*words[:2], *words[3:]]
-    (source / "config.json").write_text(json.dumps(config))
     before = torch.cat([weights["word.weight"][:2], weights["word.weight"][3:]])
     files.save_weights(path, weights | {"word.weight": before}, half=True)
+    config["encoders"]["signature"] = files.signature(source, "encoders", config["encoders"])
+    (source / "config.json").write_text(json.dumps(config))
     flags = "--from", source, "--finetune", "--stage", "encoders", "--steps", 1, "--batch", 2, "--lr", 1e-9
     assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 0
     assert files.read_config(tmp_path / "run")["encoders"]["vocabulary"] == [*words[:2], *words[3:], words[2]]

@@ -173,9 +173,9 @@ def write_config(folder, stage, **entries):
         part.write_text(json.dumps(config, indent=0) + "\n")      # most lines are words: no indentation
 
 
-def digest(path):
-    """The digest of a file's content, twelve hex digits."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+def digest(*paths):
+    """The digest of the content of files, twelve hex digits."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------- trained stages

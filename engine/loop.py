@@ -128,7 +128,8 @@ class Loop:
         if self.updates:
             self.rate = learning_rate(self.now, self.steps, self.lr)
             set_rate(self.optimizers, self.rate)
-            self.log.count(update(self.model, self.optimizers))
+            with self.run.autocast():                         # for Muon's products
+                self.log.count(update(self.model, self.optimizers))
             self.model.zero_grad(set_to_none=not self.run.compile)                # a CUDA graph adds in place
             self.ema.update(self.now)
 

@@ -4,8 +4,6 @@ import copy
 import torch
 from torch import nn
 
-from engine.commands import has_bf16
-
 COEFFICIENTS = 3.4445, -4.7750, 2.0315     # steep at 0: after five steps singular values are within .3 of 1
 DECAY = .01                                # of weight matrices; norms, biases and embeddings do not decay
 
@@ -13,10 +11,10 @@ DECAY = .01                                # of weight matrices; norms, biases a
 # ---------------------------------------------------------------------------- Muon
 
 def orthogonalise(m):
-    """k matrices m = U S V^T -> about U V^T, by five Newton-Schulz steps: X = a X + b (X X^T) X + c (X X^T)^2 X."""
+    """k matrices m = U S V^T -> about U V^T, by five Newton-Schulz steps: X = a X + b (X X^T) X + c (X X^T)^2 X. Under
+    autocast its products are in bf16, which is exact enough."""
     a, b, c = COEFFICIENTS
-    x = m.bfloat16() if has_bf16(m.device) else m
-    x = x.mT if m.shape[1] > m.shape[2] else x                # so that X X^T is the smaller product
+    x = m.mT if m.shape[1] > m.shape[2] else m                # so that X X^T is the smaller product
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT

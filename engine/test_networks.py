@@ -74,13 +74,12 @@ def test_a_token_gets_the_mean_of_the_points_in_its_cells():
     assert not grids.cell_means(torch.full((1, 5, 3), .9), torch.randn(1, 5, 3), 4)[0][0, :63].any()
 
 
-@pytest.mark.parametrize("bf16, tolerance", [(True, .003), (False, .03)], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64)])
-def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
+def test_muon_is_that_of_torch(shape, bf16):
     """Three steps of stacked matrices end where those of torch.optim.Muon do, one by one. That one always rounds to
-    bf16; in fp32 ours does not. A step whose gradients are not finite changes nothing."""
+    bf16; ours does in products, under autocast. A step whose gradients are not finite changes nothing."""
     torch.manual_seed(0)
-    monkeypatch.setattr(optimizers, "has_bf16", lambda device: bf16)
     ours, theirs = ([nn.Parameter(torch.ones(s)) for s in (shape, (64, 128), shape)] for _ in range(2))
     both = (optimizers.Muon(ours, 1e-2, decay=.01),
             torch.optim.Muon(theirs, 1e-2, weight_decay=.01, adjust_lr_fn="match_rms_adamw"))
@@ -88,10 +87,11 @@ def test_muon_is_that_of_torch(shape, bf16, tolerance, monkeypatch):
         for one, other in zip(ours, theirs):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
-        for optimizer in both:
-            optimizer.step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            for optimizer in both:
+                optimizer.step()
     for one, other in zip(ours, theirs):
-        assert (one - other).abs().mean() < tolerance * (other - 1).abs().mean()
+        assert (one - other).abs().mean() < .03 * (other - 1).abs().mean()
     before, both[0].found_inf = [one.clone() for one in ours], torch.ones(())
     ours[0].grad[0] = torch.nan
     both[0].step()
