@@ -19,6 +19,7 @@ import trimesh
 from torch import nn
 
 import data
+import judge
 import tokenizer
 from conftest import CHAIN, HERE, assert_one_line, once, run, same_files, stop_in_step, train_small
 from engine import files, loop, networks, optimizers, processes, state
@@ -173,6 +174,20 @@ def test_training_goes_on_where_compiling_fails(tmp_path, monkeypatch, capsys):
     assert train_small(monkeypatch, tmp_path / "failed", 4, *flags) == 0
     assert same_files(tmp_path / "eager", tmp_path / "failed", "*.safetensors")
     assert capsys.readouterr().out.count("fails here (no compiler was found); training goes on without it") == 1
+
+
+def test_a_stop_while_metrics_are_measured_loses_no_training(tmp_path, monkeypatch):
+    """They come before saving; the same command then measures them again, and trains no step."""
+    flags, steps = ("--stage", "encoders", "--steps", 3, "--batch", 2), []
+    retrieval, update = judge.caption_retrieval, loop.update
+    monkeypatch.setattr(loop, "update", lambda *args: (steps.append(1), update(*args))[1])
+    monkeypatch.setattr(judge, "caption_retrieval", lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)             # pytest in the background ignores it
+    assert train_small(monkeypatch, tmp_path, 2, *flags) == 130
+    signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(judge, "caption_retrieval", retrieval)
+    assert train_small(monkeypatch, tmp_path, 2, *flags) == 0
+    assert len(steps) == 3 and files.trained_stages(tmp_path) == ["encoders"]
 
 
 def test_micro_batches_add_up(tmp_path, monkeypatch):

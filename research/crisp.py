@@ -12,8 +12,9 @@ from geometry.export import Mesh
 from geometry.kinds import GREY
 from geometry.metrics import chamfer, chamfer_matrix, fscore
 from geometry.surface import TRUNCATION, extract, field_of
+from representations.sdf import TETRAHEDRON
 
-TETRAHEDRON = np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / 3 ** .5
+CORNERS = np.array(TETRAHEDRON) / 3 ** .5
 STEP = .01       # of the finite differences of a field
 POINTS = 100_000  # surface points
 LIKENESS = "Chamfer", "its floor", "n15", "colours right", "F@.01", "F@.05"
@@ -43,9 +44,9 @@ def agreement(normals, colours, true_normals, true_colours):  # k 3 each
 
 def of_field(field, x, normals, colours):
     """`agreement` of a field at true surface points; its normals by finite differences at a tetrahedron's corners."""
-    corners = rearrange(torch.from_numpy(np.float32(x[:, None] + STEP * TETRAHEDRON)), "k v i -> (k v) i")
+    corners = rearrange(torch.from_numpy(np.float32(x[:, None] + STEP * CORNERS)), "k v i -> (k v) i")
     distance = rearrange(field(corners)[:, 0].double().numpy(), "(k v) -> k v", v=4)
-    gradient = distance @ TETRAHEDRON                         # k 3, up to a factor
+    gradient = distance @ CORNERS                             # k 3, up to a factor
     gradient /= np.linalg.norm(gradient, axis=1, keepdims=True).clip(1e-12)
     found = field(torch.from_numpy(np.float32(x)))[:, 1:].clamp(0, 1).numpy()
     return agreement(gradient, found, normals, colours)
