@@ -64,7 +64,7 @@ def chain(args, reps, joint, folder):
         run.check_folder()
         print(f"{run.folder}, running on {run.reason}")
         if not names:
-            raise UserError("--image-encoder replaces the image tower; leave out --stage vision")
+            raise UserError(f"a pretrained encoder replaces the {args.stage}; leave out --stage {args.stage}")
         check_order(args, run, names)
         done = {*trained_stages(run.folder)}
         for name in sorted({*names} - done):

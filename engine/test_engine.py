@@ -190,6 +190,11 @@ def test_a_stop_while_metrics_are_measured_loses_no_training(tmp_path, monkeypat
     assert len(steps) == 3 and files.trained_stages(tmp_path) == ["encoders"]
 
 
+def test_the_first_picture_of_a_run_has_no_curves_beside_it(tmp_path):
+    judge.save_picture(tmp_path / "backbone-000500.png", np.zeros((8, 8, 3), np.uint8))
+    assert "backbone" in (tmp_path / "index.html").read_text()
+
+
 def test_micro_batches_add_up(tmp_path, monkeypatch):
     """The gradient of a step is the mean over its micro-batches."""
     batches, gradients = [torch.randn(4, 64) for _ in range(4)], []

@@ -63,11 +63,12 @@ def entry(model, name, note, shapes, steps, height):
 def write_run(folder):
     """The page of a run of train.py: its losses, and the pictures of each stage over time."""
     pictures = {}
+    if (folder / "losses.png").is_file():                     # drawn after the first picture of a run
+        pictures["losses"] = [picture_step("training and held-out shapes", folder / "losses.png")]
     for path in sorted(folder.glob(f"*-{'[0-9]' * 6}.png")):
         stage, _, step = path.stem.rpartition("-")
         pictures.setdefault(stage, []).append(picture_step(f"step {int(step)}", path))
-    shown = {"losses": [picture_step("training and held-out shapes", folder / "losses.png")]} | pictures
-    samples = [{"name": name, "note": "", "files": [], "steps": steps} for name, steps in shown.items()]
+    samples = [{"name": name, "note": "", "files": [], "steps": steps} for name, steps in pictures.items()]
     write(folder / "index.html", folder.name, "", samples)
 
 
