@@ -9,7 +9,6 @@ torch's global generator, or with `rng`. The built-in shapes need no download.
     python data.py --data path/to/meshes --out cache --shard 0/4      # on the first of four machines
 """
 import argparse
-import copy
 import csv
 import functools
 import re
@@ -30,15 +29,10 @@ from geometry.kinds import GREY, RECORDS
 from geometry.prepare import TRAIN_SHAPES, fill, read_records, version
 from geometry.render import contact_sheet, render_mesh, save_png
 from geometry.shapes import CLASSES
-from geometry.symmetry import SYMMETRIES
+from geometry.symmetry import mirror_normals, mirror_pictures, move_azimuths, move_points, turns_to_front
 from geometry.training_pictures import colours_named, recolour, relight
 from geometry.training_samples import PICTURES, POINTS, QUERIES, SURFACE, vertex_coloured
 from representations import REPRESENTATIONS
-
-
-def turns_to_front(azimuth):
-    """How many right angles a shape is turned, until a picture of this azimuth is from its front, to 45 degrees."""
-    return (-azimuth / 90).round().long() % 4
 
 
 def seeded(seed, device="cpu"):
@@ -47,7 +41,7 @@ def seeded(seed, device="cpu"):
 
 
 def prepare(split="train", count=None, out="cache", workers=2, kinds=(SURFACE,), data=None, shard=(0, 1),
-            classes=None):
+            classes=None, device="cpu"):
     """Prepares the missing samples of built-in shapes, or of the files of `data`. shard (i, n): only share i of n.
     -> Prepared"""
     if data:
@@ -57,19 +51,20 @@ def prepare(split="train", count=None, out="cache", workers=2, kinds=(SURFACE,),
         source = BuiltIn(split, count, classes)
     kinds = [RECORDS, *kinds]
     fill(Path(out) / source.name, source, kinds, workers, shard)
-    return Prepared(Path(out) / source.name, source, kinds)
+    return Prepared(Path(out) / source.name, source, kinds, device)
 
 
-def training_sets(args, kinds):
+def training_sets(args, kinds, device):
     """The training set and the held-out set of the flags of train.py."""
-    settings = args.cache, args.workers, kinds, args.data
-    train = prepare("all" if args.all_shapes else "train", args.shapes, *settings, classes=args.classes)
-    test = prepare("test", None, *settings, classes=args.classes)
+    settings = dict(out=args.cache, workers=args.workers, kinds=kinds, data=args.data, classes=args.classes,
+                    device=device)
+    train = prepare("all" if args.all_shapes else "train", args.shapes, **settings)
+    test = prepare("test", None, **settings)
     if min(len(train), len(test)) < 2:
         where = f", see {train.folder}/skipped.csv" if train.broken else ""
         raise UserError(f"{args.data} has {len(train)} shapes to train on and {len(test)} held out, two of each are "
                         f"needed; {len(train.broken)} were left out{where}")
-    return train.repeated(2), test
+    return train, test
 
 
 class Captions:
@@ -88,7 +83,7 @@ class Captions:
         self.flat, self.ends, self.high, self.low, self.pairs, self.colours = (x.to(device) for x in tables)
 
     def draw(self, rows, rng=None):
-        """One caption of each row; the odds are its number of words."""
+        """One caption of each row; its sampling weight is its number of words."""
         share = torch.rand(len(rows), generator=rng, device=rows.device)
         word = self.low[rows] + (share * (self.high - self.low)[rows]).long()     # one word of all captions of the row
         return self.flat[torch.searchsorted(self.ends, word, right=True)]         # b
@@ -99,113 +94,122 @@ class Captions:
 
 
 class Prepared:
-    """A prepared set: the shapes of the split that have samples of all kinds. Its arrays are read from disk as needed,
-    or lie on a GPU (`to`). `rows` are numbers of shapes, on its device."""
-    streamed = False
+    """A prepared set: the shapes of a split that have samples of all kinds. Drawing is indexing: a row is a shape in a
+    position, `item` its number in the source and in the arrays, `position` that of geometry/symmetry.py.
 
-    def __init__(self, folder, source, kinds):
+    The first len(self) rows are the shapes as their source orients them. Built-in shapes have no other rows. Files have
+    seven times as many more, the same shapes mirrored and turned. Other proportions or colours are items of their own,
+    with captions and pictures (`stretched` in geometry/real.py).
+
+    Arrays that do not fit into a GPU's memory stay on disk: `streamed`, worker processes draw batches of them
+    (engine/streamed.py). Others lie on `device`, as rows do."""
+
+    def __init__(self, folder, source, kinds, device="cpu"):
         self.folder, self.source, self.version = Path(folder), source, version(source)
-        self.device = torch.device("cpu")
         self.folders = {kind.name: self.folder / source.folder(kind) for kind in kinds}
-        self.name = f"{source.name}-{source.split}" if source.files else source.name
         try:                                                  # "c": torch wants them writable; files do not change
-            self.arrays = {name: torch.from_numpy(np.load(self.folders[kind.name] / f"{name}.npy", mmap_mode="c"))
-                           for kind in kinds for name in kind.arrays}
+            arrays = {name: torch.from_numpy(np.load(self.folders[kind.name] / f"{name}.npy", mmap_mode="c"))
+                      for kind in kinds for name in kind.arrays}
             records = [read_records(folder) for folder in self.folders.values()]
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is damaged ({error}); delete it, and run the same command again") from None
-        broken = {row: record for of_kind in records for row, record in of_kind.items() if "broken" in record}
-        self.broken = {record["file"]: record["broken"] for row, record in broken.items() if row < source.files}
-        rows = sorted(row for row in set.intersection(*map(set, records)) if row not in broken and source.in_split(row))
-        self.rows = torch.tensor(rows, dtype=torch.long)      # rows of the arrays: one for each shape of this set
-        self.records = [records[0][row] for row in rows]
+        self.streamed = not fits(sum(array.nbytes for array in arrays.values()), torch.device(device))
+        self.device = torch.device("cpu" if self.streamed else device)
+        self.arrays = {name: array.to(self.device) for name, array in arrays.items()}
+
+        # the shapes: those that no kind of samples lacks
+        broken = {item: record for of_kind in records for item, record in of_kind.items() if "broken" in record}
+        self.broken = {record["file"]: record["broken"] for item, record in broken.items() if item < source.files}
+        items = [item for item in sorted(set.intersection(*map(set, records)))
+                 if item not in broken and source.in_split(item)]
+        self.records = [records[0][item] for item in items]
         self.classes = [record["class"] for record in self.records]
         self.captions = [record["captions"] for record in self.records]
+        self.name = f"{source.name}-{source.split}-{source.positions}" if source.files else source.name
         self.name += f"-{crc32(repr(sorted(broken)).encode()):x}" * bool(broken)       # it names files of tokens
-        self.computed = {}                                    # {function: its result} of `once`
-        self.symmetry = torch.zeros_like(self.rows)           # row of SYMMETRIES for each shape
-        self.unmoved = len(rows)                              # shapes as oriented in their files, which come first
         if source.skipped or self.broken:
             path = self.folder / "skipped.csv"
             with atomic_write(path) as part, part.open("w", newline="", errors="backslashreplace") as file:
                 csv.writer(file).writerows([("file", "reason"), *source.skipped, *self.broken.items()])
 
+        # the rows: all shapes in position 0, all in position 1 ...
+        self.item = self.rows_of(torch.tensor(items, dtype=torch.long))
+        self.position = torch.arange(source.positions, device=self.device).repeat_interleave(len(items))
+
     def __len__(self):
         return len(self.records)
 
-    def changed(self, **changes):
-        """A copy with other attributes; its tables are made anew."""
-        other = copy.copy(self)
-        for name in ("table", "class_of", "odds", "coloured", "moves"):
-            other.__dict__.pop(name, None)
-        other.computed = {}
-        vars(other).update(changes)
-        return other
-
-    def to(self, device):
-        """The same set on a device. Arrays that do not fit into a GPU's memory stay on disk: worker processes draw
-        batches of them (engine/streamed.py)."""
-        if not fits(sum(array.nbytes for array in self.arrays.values()), device):
-            return self.changed(streamed=True)
-        return self.changed(device=device, arrays={name: array.to(device) for name, array in self.arrays.items()},
-                            rows=self.rows.to(device), symmetry=self.symmetry.to(device))
-
-    def repeated(self, count):
-        """A set of files `count` times: 2 adds mirror images, 8 also turns of 90, 180 and 270 degrees. Files are few.
-        Built-in shapes are unlimited: their set is returned unchanged."""
-        if not self.source.files:
-            return self
-        first = self.unmoved                                  # of a set that is already repeated
-        lists = {name: getattr(self, name)[:first] * count for name in ("records", "classes", "captions")}
-        return self.changed(name=f"{self.name}-{count}", rows=self.rows[:first].repeat(count),
-                            symmetry=torch.arange(count, device=self.device).repeat_interleave(first), **lists)
+    def rows_of(self, values):
+        """Values of the shapes -> the same for all rows."""
+        return torch.as_tensor(values, device=self.device).repeat(self.source.positions)
 
     def shape(self, row):
-        """The source shape, as oriented in its file: exact distances at any point."""
-        return self.source.shape(int(self.rows[row]))
+        """The source shape, in position 0: exact distances at any point."""
+        return self.source.shape(int(self.item[row]))
 
-    # ------------------------------------------------------------------------ which shapes
+    # ------------------------------------------------------------------------ which rows
 
-    @functools.cached_property
-    def odds(self):                                           # of each shape, relative to others
-        own = [self.source.items[row].odds for row in self.rows.tolist()] if self.source.files else [1.] * len(self)
-        return torch.tensor(own, dtype=torch.float if self.device.type == "mps" else torch.double, device=self.device)
-
-    def spread(self, count):                                  # rows from all of the set: files are sorted
-        return np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-
-    def draw(self, count):
-        """Rows of `count` random shapes."""
-        ends = self.odds.cumsum(0)
-        return torch.searchsorted(ends, torch.rand(count, dtype=ends.dtype, device=self.device) * ends[-1], right=True)
-
-    def draw_distinct(self, count, first=False):
-        """Rows of `count` different random shapes, at most all. first: booleans; these shapes are taken first."""
-        keys = torch.rand(len(self), device=self.device) ** (1 / self.odds)       # Efraimidis and Spirakis (2006)
-        return (keys + 1. * first).argsort(descending=True)[:count]
+    def drawn(self, turned=False):
+        """Of how many rows, the first ones, `draw` chooses. Training files are drawn with their mirror images; turned:
+        in all positions, for stages without prompts, which do not define the front. Held-out files are not moved."""
+        held_out = self.source.files and self.source.split == "test"
+        return len(self) * min(self.source.positions, 1 if held_out else 8 if turned else 2)
 
     @functools.cached_property
-    def class_of(self):                                       # number of each shape's class
-        return torch.from_numpy(np.unique(self.classes, return_inverse=True)[1]).to(self.device)
+    def weights(self):                                        # sampling weights of the shapes
+        precise = torch.float if self.device.type == "mps" else torch.double
+        return torch.tensor([self.source.weight(item) for item in self.item[:len(self)].tolist()], dtype=precise,
+                            device=self.device)
+
+    def draw(self, count, turned=False, weights=None):
+        """Rows of `count` random shapes. weights: of the shapes, other ones than those of the set."""
+        weights = self.weights if weights is None else weights
+        ends = weights.repeat(self.drawn(turned) // len(self)).cumsum(0)
+        share = torch.rand(count, dtype=ends.dtype, device=self.device)
+        return torch.searchsorted(ends, share * ends[-1], right=True).clamp(max=len(ends) - 1)
+
+    def draw_distinct(self, count, turned=False, first=None):
+        """`count` different random rows, at most all. first: booleans of all rows; these are taken first."""
+        rows = self.drawn(turned)
+        weights = self.weights.repeat(rows // len(self))
+        keys = torch.rand(rows, device=self.device) ** (1 / weights)              # Efraimidis and Spirakis (2006)
+        if first is not None:
+            keys = keys + 1. * first[:rows]
+        return keys.argsort(descending=True)[:count]
 
     def of_two_classes(self):
-        """Booleans: is the class of a shape one of two random ones (those of two random shapes)?"""
+        """Booleans of all rows: is its class one of two random ones (those of two random shapes)?"""
         pair = self.class_of[self.draw(2)]
         return (self.class_of == pair[:1]) | (self.class_of == pair[1:])
+
+    @functools.cached_property
+    def class_of(self):                                       # number of each row's class
+        return self.rows_of(np.unique(self.classes, return_inverse=True)[1])
+
+    def spread(self, count, turned=False):                    # rows from all of the set: files are sorted
+        rows = self.drawn(turned) if turned else len(self)
+        return np.linspace(0, rows - 1, min(count, rows)).astype(int)
+
+    def as_shown(self, rows, which):
+        """The rows of these shapes turned until their pictures `which` are from the front, to 45 degrees. Files do not
+        define a front: with a picture, the shape is turned as in the picture. Built-in shapes have a front."""
+        if self.source.positions == 1:
+            return rows
+        position = self.position[rows]
+        azimuth = move_azimuths(self.arrays["picture_azimuth"][self.item[rows], which], position)
+        return (position + 2 * turns_to_front(azimuth)) % 8 * len(self) + rows % len(self)
 
     # ------------------------------------------------------------------------ their samples
 
     def take(self, name, rows, columns=None):
-        """Rows of an array, and some of their columns, as floats."""
-        rows = self.rows[torch.as_tensor(rows, device=self.device)]
+        """Rows of an array, and some of their columns, as floats. They are samples of shapes in position 0."""
+        items = self.item[torch.as_tensor(rows, device=self.device)]
         array = self.arrays[name]
-        return (array[rows] if columns is None else array[rows[:, None], columns]).float()
+        return (array[items] if columns is None else array[items[:, None], columns]).float()
 
-    def once(self, function):
-        """function(self), computed once."""
-        if function not in self.computed:
-            self.computed[function] = function(self)
-        return self.computed[function]
+    def moved(self, x, rows):
+        """Points or vectors b k 3 of shapes in position 0, moved to the positions of these rows."""
+        return x if self.source.positions == 1 else move_points(x, self.position[rows])
 
     def cloud(self, rows, k, rng=None):
         """k oriented coloured surface points of each row: points, normals, colours, b k 3 each."""
@@ -215,20 +219,9 @@ class Prepared:
 
     @functools.cached_property
     def coloured(self):
-        """1 for each shape that has colours; 0 for those of files without, which are GREY all over."""
-        own = self.arrays["colours"][self.rows[:self.unmoved]]                    # r k 3
-        return (own != round(255 * GREY)).flatten(1).any(1).float().repeat(len(self) // self.unmoved)
-
-    @functools.cached_property
-    def moves(self):                                          # 8 3 3
-        return torch.from_numpy(SYMMETRIES).float().to(self.device)
-
-    def moved(self, x, rows):
-        """Points or vectors b k 3, mirrored and turned as the symmetries of these rows say."""
-        if not self.source.files:
-            return x
-        moves = rearrange(self.moves[self.symmetry[rows]], "b i j -> b 1 i j")
-        return (moves * rearrange(x, "b k j -> b k 1 j")).sum(-1)                 # autocast would round an einsum
+        """1 for each row that has colours; 0 for those of files without, which are GREY all over."""
+        own = self.arrays["colours"][self.item[:len(self)]]                       # shapes k 3
+        return self.rows_of((own != round(255 * GREY)).flatten(1).any(1).float())
 
     def queries(self, rows, k, rng=None):
         """k points of each row and their signed distance: b k 3, b k."""
@@ -236,39 +229,25 @@ class Prepared:
         return {"queries": self.moved(self.take("queries", rows, columns), rows),
                 "distance": self.take("distance", rows, columns)}
 
-    def turns(self, rows, which):
-        """How many right angles a shape is turned, until its picture `which` is from the front, to 45 degrees: b. Files
-        do not define a front: with a picture, the shape is turned as in the picture. Built-in shapes have a front: they
-        are not turned."""
-        azimuth = self.arrays["picture_azimuth"][self.rows[rows], which]
-        azimuth = torch.where(self.symmetry[rows] % 2 == 1, -azimuth, azimuth)
-        return turns_to_front(azimuth) * bool(self.source.files)
-
-    def rows_as_shown(self, rows, which):
-        """The rows of `repeated(8)` of these shapes, turned as in their pictures `which`."""
-        return rows + 2 * self.unmoved * self.turns(rows, which)
-
     @functools.cached_property
     def table(self):
-        return Captions(self.captions, self.device)
+        return Captions(self.captions * self.source.positions, self.device)
 
-    def draw_pictures(self, count, rng=None):
+    def random_pictures(self, count, rng=None):
         """Which picture of `count` shapes."""
         return torch.randint(self.source.pictures, (count,), generator=rng, device=self.device)
 
     def pictures(self, rows, rng=None, which=None, vary=True, recoloured=None):
-        """One picture of each shape in random light (geometry/training_pictures.py): b 3 s s. recoloured: b m, colours
+        """One picture of each row in random light (geometry/training_pictures.py): b 3 s s. recoloured: b m, colours
         that are replaced in each picture (training_pictures.colours_named)."""
         rows = torch.as_tensor(rows, device=self.device)
-        which = self.draw_pictures(len(rows), rng) if which is None else which
+        which = self.random_pictures(len(rows), rng) if which is None else which
         names = "picture_colours", "picture_normals", "picture_coverage"
-        colours, normals, coverage = (self.arrays[name][self.rows[rows], which].float() for name in names)
-        if self.source.files:
-            mirrored = rearrange(self.symmetry[rows] % 2 == 1, "b -> b 1 1")
-            coverage = torch.where(mirrored, coverage.flip(2), coverage)          # b s s
-            colours = torch.where(mirrored[..., None], colours.flip(2), colours)  # b s s 3
-            normals = torch.where(mirrored[..., None], normals.flip(2), normals)
-            normals = torch.cat([torch.where(mirrored[..., None], -1, 1) * normals[..., :1], normals[..., 1:]], -1)
+        colours, normals, coverage = (self.arrays[name][self.item[rows], which].float() for name in names)
+        if self.source.positions > 1:
+            position = self.position[rows]
+            colours, coverage = mirror_pictures(colours, position), mirror_pictures(coverage, position)
+            normals = mirror_normals(normals, position)
         if recoloured is not None:
             colours = recolour(colours, coverage, recoloured, rng)
         return relight(colours, normals, coverage, rng, vary)

@@ -46,12 +46,12 @@ class Encoders:
 
     def draw(self, split, rows):
         """One caption and one picture of each training shape, and which of them are not dropped, for `encode_drawn`;
-        and the rows of `repeated(8)`: shapes turned as in their pictures; without a picture, as in their files.
+        and the rows of these shapes: turned as in their pictures; without a picture, as in their files.
 
         Half of the pictures beside a caption are recoloured: the colours that the caption names are replaced in the
         picture (not for pretrained towers, whose tokens are computed once). So the backbone learns colours from words
         and form from pictures: a picture of a green chair with "a red chair" gives a red chair."""
-        captions, which = split.table.draw(rows), split.draw_pictures(len(rows))  # b each
+        captions, which = split.table.draw(rows), split.random_pictures(len(rows))  # b each
         u, low, shown = torch.rand(len(rows), device=split.device), 0., {kind: False for kind in self.towers}
         for kinds, share in SHOWN.items():
             for kind in kinds:
@@ -61,7 +61,7 @@ class Encoders:
         colours = torch.where(recoloured[:, None], split.table.colours[captions], -1)         # b m
         image = self.cache("image", split).draw(rows * split.source.pictures + which) if "image" in self.pretrained \
             else split.pictures(rows, which=which, recoloured=colours)
-        as_shown = torch.where(shown["image"], split.rows_as_shown(rows, which), rows % split.unmoved)
+        as_shown = torch.where(shown["image"], split.as_shown(rows, which), rows % len(split))
         return {"text": self.cache("text", split).draw(captions), "image": image, "shown": shown, "rows": as_shown}
 
     def encode_drawn(self, drawn):
@@ -115,8 +115,7 @@ def prompted_tokens(run, stage, encoder, encoder_stage="tokenizer"):
     """The training data of a generator: frozen towers, the sizes of tokens, and a function that draws a batch of
     tokens with captions and pictures. encoder: clouds -> tokens."""
     towers, encoder = make(run.folder, **run.encoder_names, device=run.device), encoder.to(run.device)
-    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8), stage=encoder_stage)
-              for split in (run.train, run.test)}
+    tokens = {split: tokenizer.encode(run, encoder, split, stage=encoder_stage) for split in (run.train, run.test)}
     _, n, channels = tokens[run.test].shape
 
     def draw(split):
@@ -178,7 +177,7 @@ def train_vision(run):
     """The image tower, with the cloud tower."""
     # data: of each shape a cloud and VIEWS pictures
     aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
-    tokens = {split: tokenizer.encode(run, encoder, split.repeated(8)) for split in (run.train, run.test)}    # r n c
+    tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}    # r n c
     words_of = {split: aligner.cache(split) for split in (run.train, run.test)}
 
     def draw(split):
@@ -186,8 +185,8 @@ def train_vision(run):
         rows = split.draw_distinct(count)                     # k
         captioned = text_tower.captions_and_clouds(split, words_of[split], rows)
         rows = rows.repeat(image_tower.VIEWS)                 # (v k)
-        which = split.draw_pictures(len(rows))
-        x = tokens[split][split.rows_as_shown(rows, which)]                       # (v k) n c
+        which = split.random_pictures(len(rows))
+        x = tokens[split][split.as_shown(rows, which)]                       # (v k) n c
         return split.pictures(rows, which=which), captioned, x
 
     # model

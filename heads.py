@@ -48,7 +48,7 @@ def train(run, rep):
     head = REPRESENTATIONS[rep]
 
     # data
-    run, stage = run.turned(), f"head-{rep}"
+    stage = f"head-{rep}"
     encoder = tokenizer.load(run.folder).to(run.device)
     others = [*head.needs, *(name for name in head.helpers if name in run.joint)]
     needed = load(run.folder, others, run.device)             # for decoding
@@ -56,7 +56,7 @@ def train(run, rep):
     held_out = lambda count: tokens[run.test][run.test.spread(count)]
 
     def draw(split):
-        rows = split.draw(run.micro_batch_size(stage))
+        rows = split.draw(run.micro_batch_size(stage), turned=True)
         return tokens[split][rows], head.batch_of(split, rows)
 
     # model: a head that was trained with the tokenizer is fine-tuned

@@ -133,10 +133,10 @@ def test_every_colour_has_the_same_weight():
 @pytest.mark.parametrize("rep, settings", HEADS, ids=DESIGN)
 def test_files_without_colours_teach_none(rep, settings, prepared):
     """They are grey all over. The loss of no head depends on their colours: it learns the form."""
-    split, head = prepared[0].changed(), choose(rep, REPRESENTATIONS[rep], settings)(**settings)
-    assert split.coloured.tolist() == [1.] * len(split)
-    grey = torch.full_like(split.arrays["colours"], round(255 * GREY))
-    split = split.changed(arrays=split.arrays | {"colours": grey})
+    assert prepared[0].coloured.tolist() == [1.] * len(prepared[0])
+    split, head = copy.copy(prepared[0]), choose(rep, REPRESENTATIONS[rep], settings)(**settings)
+    split.arrays = split.arrays | {"colours": torch.full_like(split.arrays["colours"], round(255 * GREY))}
+    del split.coloured                                        # computed anew
     samples = head.batch_of(split, np.array([0, 1]), data.seeded(0))
     tokens, losses = torch.randn(2, 64, 8), []
     for _ in range(2):

@@ -225,19 +225,21 @@ def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
 
 
 def test_files_are_augmented_in_eight_positions(tmp_path, monkeypatch):
-    """Tokenizer and heads learn from turned and mirrored copies of files."""
+    """Tokenizer and heads learn from files in all positions, the text tower only from files and their mirror images."""
     for i in range(3):
         trimesh.creation.box((1, .5, .2 + .2 * i)).export(tmp_path / f"box{i}x.obj")
-    counts, begin = {}, Loop.__init__
+    positions, drawn = {}, data.Prepared.drawn
 
-    def counted(self, run, stage, *rest):
-        counts[stage] = len(run.train)
-        begin(self, run, stage, *rest)
-    monkeypatch.setattr(Loop, "__init__", counted)
+    def counted(split, turned=False):
+        positions[stage].add(drawn(split, turned) // len(split))
+        return drawn(split, turned)
+
+    monkeypatch.setattr(data.Prepared, "drawn", counted)
     flags = "--data", tmp_path, "--steps", 1, "--batch", 2, "--rep", "sdf", "pc", "--stage"
     for stage in ("encoders", "tokenizer", "head"):
+        positions[stage] = set()
         assert train_small(monkeypatch, tmp_path / "run", 2, *flags, stage) == 0
-    assert counts["tokenizer"] == counts["head-pc"] == 4 * counts["encoders"] > 0
+    assert positions == {"encoders": {2}, "tokenizer": {8}, "head": {8}}
 
 
 def test_the_sdf_head_continues_after_the_tokenizer(overfitted, tmp_path, monkeypatch, capsys):

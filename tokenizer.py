@@ -81,18 +81,18 @@ def standardise(tokenizer, heads, tokens):                    # unit 1
 
 @torch.no_grad()
 def encode_set(tokenizer, split, device, autocast, signature=None, rows=None):
-    """The tokens of a prepared set, or of some rows: shapes n c. signature: of a frozen tokenizer, whose tokens are
-    computed once and saved beside the set."""
+    """The tokens of all rows of a prepared set, or of some: rows n c. signature: of a frozen tokenizer, whose tokens
+    are computed once and saved beside the set."""
     path = signature and rows is None and split.folders["surface"] / f"tokens-{signature}-{split.name}.npy"
     if path and path.is_file():
         return torch.from_numpy(np.load(path)).float().to(split.device)
-    rows, chunks = np.arange(len(split)) if rows is None else rows, []
+    rows, chunks = np.arange(len(split.item)) if rows is None else rows, []
     for some in tqdm(np.array_split(rows, -(-len(rows) // 64)), desc="tokens", unit="batch", leave=False):
         rng = torch.Generator(split.device).manual_seed(int(some[0]))
         cloud = [x.to(device) for x in split.cloud(some, tokenizer.points, rng)]
         with autocast():
             chunks.append(tokenizer(*cloud).float())
-    tokens = torch.cat(chunks)                                # shapes n c
+    tokens = torch.cat(chunks)                                # rows n c
     if path:
         tokens = tokens.half()  # as in the file: a resumed run gets the same numbers
         with atomic_write(path) as part:
@@ -101,7 +101,7 @@ def encode_set(tokenizer, split, device, autocast, signature=None, rows=None):
 
 
 def encode(run, tokenizer, split, rows=None, stage="tokenizer"):
-    """The tokens of a prepared set, on its device: shapes n c. stage: that of the tokenizer, once it is trained."""
+    """The tokens of a prepared set, on its device: rows n c. stage: that of the tokenizer, once it is trained."""
     return encode_set(tokenizer, split, run.device, run.autocast, signatures(run.folder).get(stage), rows)
 
 
@@ -148,23 +148,19 @@ class Autoencoder(nn.Module):
 
 @torch.no_grad()
 def shares_of_loss(run, model, samples_of):
-    """The loss of each training shape alone, over the sum of all: r. A file is measured in one position."""
-    losses, model = {}, model.to(run.device)
-    files = run.train.rows.tolist()
-    for row in tqdm(range(len(files)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
-        if files[row] not in losses:
-            torch.manual_seed(row)
-            batch = to_device(samples_of(run.train, torch.tensor([row], device=run.train.device)), run.device)
-            with run.autocast():
-                losses[files[row]] = model.loss(*batch)[0].item()
-    losses = torch.tensor([losses[number] for number in files], device=run.train.device)
+    """The loss of each training shape alone, over the sum of all."""
+    losses, model = [], model.to(run.device)
+    for row in tqdm(range(len(run.train)), desc="loss of each shape", unit="shape", disable=processes.rank() > 0):
+        torch.manual_seed(row)
+        batch = to_device(samples_of(run.train, torch.tensor([row], device=run.train.device)), run.device)
+        with run.autocast():
+            losses.append(model.loss(*batch)[0].item())
+    losses = torch.tensor(losses, device=run.train.device)
     return losses / losses.sum()
 
 
 def train(run):
     """The tokenizer, jointly with the heads run.joint."""
-    run = run.turned()
-
     # model
     settings = read_stage(run.source, "tokenizer")["settings"] if run.finetune else SIZES[run.size]
     heads = {rep: choose(rep, REPRESENTATIONS[rep], settings)(**settings) for rep in run.joint}
@@ -179,14 +175,10 @@ def train(run):
         own = {rep: rows[:run.micro_batch_size(f"head-{rep}")] for rep in run.joint}          # batch of its own stage
         return split.cloud(rows, points), {rep: REPRESENTATIONS[rep].batch_of(split, own[rep]) for rep in own}
 
-    weights = shares_of_loss(run, model, samples_of).cumsum(0) if run.finetune else None
+    weights = {run.train: shares_of_loss(run, model, samples_of)} if run.finetune else {}
 
     def draw(split):
-        rows = split.draw(run.micro_batch_size("tokenizer"))
-        if run.finetune and split is run.train:
-            share = torch.rand(len(rows), device=weights.device)
-            rows = torch.searchsorted(weights, share).clamp(max=len(weights) - 1)
-        return samples_of(split, rows)
+        return samples_of(split, split.draw(run.micro_batch_size("tokenizer"), True, weights.get(split)))
 
     # training
     loop = Loop(run, "tokenizer", model, draw)
@@ -198,7 +190,7 @@ def train(run):
 
     # save
     encoder, heads = loop.average.tokenizer, loop.average.heads
-    tokens = encode(run, encoder, run.train, run.train.spread(2000))
+    tokens = encode(run, encoder, run.train, run.train.spread(2000, turned=True))
     standardise(encoder, heads.values(), tokens.to(run.device))
     tokens = encode(run, encoder, run.test, run.test.spread(judge.SHAPES))
     metrics = judge.head_metrics(run, heads, tokens, run.joint[-1])

@@ -76,7 +76,7 @@ def chain(args, reps, joint, folder):
         kinds = [training_samples.SURFACE, *[training_samples.PICTURES] * bool(args.image_encoder),
                  *(kind for name in names for kind in stages[name].kinds),
                  *(kind for rep in joint + reps for kind in REPRESENTATIONS[rep].kinds)]
-        run.train, run.test = (split.to(run.device) for split in training_sets(args, list(dict.fromkeys(kinds))))
+        run.train, run.test = training_sets(args, list(dict.fromkeys(kinds)), run.device)
         run.classes, run.prompts = judge.classes_and_prompts(run.train, run.test, built_in=args.data is None)
     with locked(run.folder):
         for name in names:

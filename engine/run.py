@@ -5,7 +5,6 @@ before it (engine/files.py). A stage fits a command that would make it with the 
 for resuming.
 """
 import contextlib
-import copy
 import fcntl
 import os
 import shutil
@@ -84,13 +83,6 @@ class Run:
                             f"give --micro-batches {processes.world()} or a multiple")
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
         self.compile = self.device.type == "cuda" and not args.no_compile
-
-    def turned(self):
-        """The same run, on files in eight positions (data.py): for stages without prompts. A prompt does not
-        define the front, so the other stages train on shapes as oriented in their files."""
-        other = copy.copy(self)
-        other.train = self.train.repeated(8)
-        return other
 
     def part(self, stage, default):
         """The class that a stage trains: the default, or that of --variant."""

@@ -125,7 +125,7 @@ def family(name):
     return " ".join(dict.fromkeys(word for word in found if word not in VARIANTS)) or " ".join(found[:1])
 
 
-def odds(family):
+def weight(family):
     """How often a shape is drawn in training, relative to others."""
     return 1 / 3 if TILES & {*family.split()} else 1.
 

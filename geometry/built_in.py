@@ -5,7 +5,7 @@ import numpy as np
 
 from geometry import shapes
 from geometry.kinds import RECORDS
-from geometry.prepare import CHUNK, SEED, TRAIN_SHAPES, name_begins, short_digest
+from geometry.prepare import CHUNK, SEED, TRAIN_SHAPES, counts, name_begins, short_digest
 
 TEST_SHAPES = 520             # 40 of each class
 TEST = 10_000_000             # the number of the first test shape: no training shape has a number as high
@@ -15,7 +15,7 @@ FIRST = {"train": 0, "test": TEST, "validation": 2 * TEST}    # settings are cho
 class BuiltIn:
     """The built-in shapes of a split, of all classes in turn or of these."""
     files = 0
-    pictures = 2                                              # of a shape, as image prompts
+    pictures, positions = 2, 1                                # of a shape: as image prompts; it has a front
 
     def __init__(self, split, count=None, classes=None):
         self.first, self.skipped, self.classes = FIRST[split], [], classes
@@ -36,6 +36,9 @@ class BuiltIn:
     def shape(self, row):
         return shapes.make(SEED, self.index(row))
 
+    def weight(self, row):                                    # all are drawn as often
+        return 1.
+
     def origin(self, row):
         return {"index": self.index(row)}
 
@@ -52,5 +55,5 @@ def fingerprint(kind):
     if kind == RECORDS:
         return short_digest(CHUNK, [(shape.name, shape.attributes, shape.captions) for shape in first])
     taken = [kind.take(shape, np.random.default_rng(0)) for shape in first[:kind.probes]]
-    return short_digest(SEED, CHUNK, kind.name, [shape.parts for shape in first],
+    return short_digest(SEED, CHUNK, kind.name, *counts(BuiltIn, kind), [shape.parts for shape in first],
                         [np.float16(values).tobytes() for samples in taken for values in samples.values()])

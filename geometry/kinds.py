@@ -15,7 +15,8 @@ class Kind:
     name: str
     arrays: dict = field(compare=False)                       # name: dtype, shape of a row
     take: Callable = field(compare=False)                     # a shape, a generator of numpy -> {name: values of a row}
-    several: bool = field(default=False, compare=False)       # source.pictures of a shape; `take` gets their number
+    several: str = field(default="", compare=False)           # "pictures" or "positions": a shape has source.pictures
+                                                              # or source.positions; `take` gets their number
     probes: int = field(default=13, compare=False)            # shapes whose samples are compared (geometry/built_in.py)
 
 

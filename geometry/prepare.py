@@ -50,7 +50,7 @@ def short_digest(*values):
 
 def counts(source, kind):
     """[how many samples are taken of a shape], if there are several."""
-    return [source.pictures] * kind.several
+    return [getattr(source, kind.several)] if kind.several else []
 
 
 def version(source):

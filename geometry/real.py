@@ -54,7 +54,7 @@ class Item:
     licence: str = ""
     author: str = ""
     family: str = ""            # of shapes that are nearly the same (geometry/asset_names.py); by default a shape alone
-    odds: float = 1.            # how often it is drawn in training, relative to others
+    weight: float = 1.          # how often it is drawn in training, relative to others
     stretch: tuple = (1, 1, 1)  # factors of x, y and z
 
     def __post_init__(self):
@@ -160,7 +160,7 @@ def list_folder(path):
             captions = [line.strip() for line in lines if line.strip()]
         synset = next((SYNSETS[name] for name in names if name in SYNSETS), None)
         class_name, family = synset or tidy(file.parent.name if file.parent != path else file.stem), ""
-        odds = 1.
+        weight = 1.
         kits = [folder.name for folder in file.relative_to(path).parents if asset_names.KIT.search(folder.name)]
         if asset_names.KIT.search(path.name):
             kits.append("")                                   # the name of the path itself is no caption
@@ -168,10 +168,10 @@ def list_folder(path):
             *captions, class_name = asset_names.captions(file.stem, kits[0])
             name = asset_names.family(file.stem)
             family = families.setdefault(frozenset(name.split()), name)                   # "pine tree" is "tree pine"
-            odds = asset_names.odds(family)
+            weight = asset_names.weight(family)
         elif not captions and not synset:
             captions = [tidy(file.stem)]
-        items.append(Item(key, str(file), captions=captions + [class_name], family=family, odds=odds))
+        items.append(Item(key, str(file), captions=captions + [class_name], family=family, weight=weight))
     return items, skipped + [(name, "it has a caption, but there is no such file") for name in sorted(missing)]
 
 
@@ -217,7 +217,7 @@ class Files:
     """The shapes of a path. One folder holds both splits: a thirteenth of the families of at most LARGEST shapes,
     always the same, is held out. Files are few: each has more pictures. Below FEW, each training shape has a stretched
     copy; the copies are last."""
-    pictures = 8
+    pictures, positions = 8, 8                                # of a shape (geometry/symmetry.py)
 
     def __init__(self, split, path):
         self.split, (self.items, self.skipped) = split, list_items(path)
@@ -243,6 +243,9 @@ class Files:
 
     def shape(self, row):
         return mesh_files.shape(self.items[row])
+
+    def weight(self, row):
+        return self.items[row].weight
 
     def origin(self, row):
         item = self.items[row]

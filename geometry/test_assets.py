@@ -1,4 +1,5 @@
 """test_assets.py - the tests of kits of assets, their families, and shapes that are mirrored and turned."""
+import copy
 import json
 from types import SimpleNamespace
 
@@ -11,8 +12,9 @@ from scipy.spatial import cKDTree
 import data
 import encoders
 from engine.commands import UserError
-from geometry import asset_names, mesh_files, real, soup
+from geometry import asset_names, low_poly, mesh_files, real, soup
 from geometry.meshes import bin_centres
+from geometry.symmetry import SYMMETRIES
 from geometry.training_samples import PICTURES, SURFACE, render_flat, vertex_coloured
 from representations.gs import SIZE, VIEWS, views_of
 from representations.mesh import LOW_POLY, faces_of, take_faces
@@ -91,7 +93,7 @@ def test_families_are_held_out_as_a_whole(tmp_path):
 
 @pytest.fixture(scope="module")
 def lopsided(tmp_path_factory):
-    """A shape that looks different from every side, prepared: itself, and the set of eight."""
+    """Shapes that look different from every side, prepared."""
     folder = tmp_path_factory.mktemp("lopsided")
     blocks = [trimesh.creation.box((2 - i / 2, .3 + i / 4, .5), trimesh.transformations.translation_matrix(place))
               for i, place in enumerate([(0, 0, 0), (-.7, .4, .3), (.4, .3, -.6)])]
@@ -99,16 +101,14 @@ def lopsided(tmp_path_factory):
         block.visual.face_colors = colour
     for i in range(4):                                        # half of them are held out
         trimesh.util.concatenate(blocks[:3 - i // 2]).export(folder / f"{'abcd'[i]}.ply")
-    train = data.prepare(out=folder / "cache", data=folder, workers=1, kinds=(SURFACE, PICTURES, VIEWS, LOW_POLY))
-    return train, train.repeated(8)
+    return data.prepare(out=folder / "cache", data=folder, workers=1, kinds=(SURFACE, PICTURES, VIEWS, LOW_POLY))
 
 
 @pytest.mark.parametrize("i", range(8))
 def test_samples_of_turned_shapes(lopsided, i):
     """Distances, points, a view and low-poly faces are those of the turned shape."""
-    train, many = lopsided
-    row, true, move = i * len(train), train.shape(0), data.SYMMETRIES[i]
-    samples = SdfHead.batch_of(many, [row], data.seeded(0)) | views_of(many, [row]) | faces_of(many, [row])
+    row, true, move = i * len(lopsided), lopsided.shape(0), SYMMETRIES[i]
+    samples = SdfHead.batch_of(lopsided, [row], data.seeded(0)) | views_of(lopsided, [row]) | faces_of(lopsided, [row])
     assert abs(true.distance(samples["points"][0].numpy() @ move)).max() < .02
     assert true.distance(samples["queries"][0].numpy() @ move) == pytest.approx(samples["distance"][0].numpy(), abs=.01)
 
@@ -117,16 +117,55 @@ def test_samples_of_turned_shapes(lopsided, i):
     view = render_flat(vertices @ move.T, faces.copy(), colours, *samples["angles"][0].tolist(), SIZE)[..., :4]
     assert abs(view - samples["views"][0]).mean() < .01
 
-    count, before = (samples["components"] >= 0).sum(), faces_of(train, [0])
+    count, before = (samples["components"] >= 0).sum(), faces_of(lopsided, [0])
     assert count == (before["components"] >= 0).sum()
     corners, plain = (bin_centres(x["corners"][0, :count].numpy()) for x in (samples, before))       # f 3 3
     assert abs(true.distance((corners @ move).reshape(-1, 3))).max() < .05
     assert np.linalg.det(corners).sum() == pytest.approx(np.linalg.det(plain).sum())       # it looks outwards
 
 
+def test_training_files_are_drawn_in_their_positions(lopsided):
+    """As in the file and mirrored; turned: in all eight, each as often. Held-out files stay as they are."""
+    test = data.prepare("test", out=lopsided.folder.parent, data=lopsided.folder.parents[1], workers=1)
+    assert len(test) == 2
+    torch.manual_seed(0)
+    for split, turned, count in (lopsided, False, 2), (lopsided, True, 8), (test, False, 1), (test, True, 1):
+        for rows in (split.draw(4000, turned), split.draw_distinct(99, turned)):
+            share = split.position[rows].bincount(minlength=8) / len(rows)
+            assert (abs(share[:count] - 1 / count) < .03).all() and not share[count:].any()
+
+
+def test_captions_and_classes_are_those_of_the_shape(lopsided):
+    """In all positions."""
+    rows = torch.arange(len(lopsided.position))
+    texts = [lopsided.table.texts[i] for i in lopsided.table.draw(rows)]
+    assert all(text in lopsided.captions[row % len(lopsided)] for row, text in zip(rows, texts))
+    assert all(torch.equal(x, x[:len(lopsided)].repeat(8)) for x in (lopsided.class_of, lopsided.coloured))
+
+
+@pytest.mark.parametrize("i", range(1, 8))
+def test_a_row_is_its_shape_moved(lopsided, i):
+    """The samples of a row are those of its shape, as in the file, after the symmetry: points, the side of a view, and
+    low-poly faces, which are in the canonical order of their position."""
+    rows = 0, i * len(lopsided)
+    (plain, normals, _), (moved, other, _) = (lopsided.cloud([row], 500, data.seeded(0)) for row in rows)
+    move = torch.from_numpy(SYMMETRIES[i]).float()
+    assert torch.equal(plain @ move.T, moved) and torch.equal(normals @ move.T, other)
+
+    before, after = (views_of(lopsided, [row])["angles"][0] for row in rows)
+    side = -before[0] if i % 2 else before[0]
+    assert torch.equal(after, torch.stack([side + i // 2 * 90, before[1]]))
+
+    before, after = ({name: x[0].numpy() for name, x in faces_of(lopsided, [row]).items()} for row in rows)
+    there, here = (x["components"] >= 0 for x in (before, after))
+    again = low_poly.in_order_again(before["corners"][there], before["face_colours"][there], SYMMETRIES[i])
+    for name, values in zip(("corners", "face_colours", "components"), again):
+        assert np.array_equal(after[name][here], values)
+
+
 def test_symmetries_are_exact_under_autocast(lopsided):
     """Some clouds are turned under bf16 autocast."""
-    draw = lambda: lopsided[1].cloud([0, 2], 100, data.seeded(0))[0]
+    draw = lambda: lopsided.cloud([0, 2], 100, data.seeded(0))[0]
     with torch.autocast("cpu", torch.bfloat16):
         rounded = draw()
     assert torch.equal(rounded, draw())
@@ -144,8 +183,7 @@ def test_a_low_poly_file_keeps_its_faces(subdivisions):
 
 def test_pictures_of_mirror_images(lopsided):
     """Pictures are mirrored with the shape, and stay as they are when it turns."""
-    train, many = lopsided
-    (plain, mirrored, turned) = (many.pictures([i * len(train)], data.seeded(0), torch.tensor([0]), vary=False)
+    (plain, mirrored, turned) = (lopsided.pictures([i * len(lopsided)], data.seeded(0), torch.tensor([0]), vary=False)
                                  for i in range(3))
     assert torch.equal(turned, plain)
     assert abs(mirrored.flip(3) - plain).mean() < .05         # light comes from one side
@@ -161,12 +199,12 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
     cube.visual.face_colors = rainbow[sides]
     for name in "ab":
         cube.export(tmp_path / f"{name}.ply")
-    train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=(PICTURES,)).repeated(2)
-    which = torch.arange(8).repeat_interleave(len(train))
-    rows = torch.arange(len(train)).repeat(8)
-    shown = train.arrays["picture_colours"][train.rows[rows], which].reshape(len(rows), -1, 3).numpy().astype(int)
+    train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=(PICTURES,))
+    which = torch.arange(8).repeat_interleave(train.drawn())
+    rows = torch.arange(train.drawn()).repeat(8)              # as in the files, and mirrored
+    shown = train.arrays["picture_colours"][train.item[rows], which].reshape(len(rows), -1, 3).numpy().astype(int)
     alike = (abs(shown[:, :, None] - rainbow[:4, :3]).sum(3) < 60).sum(1)         # pictures, 4 colours: pixels
-    moves = data.SYMMETRIES[train.repeated(8).symmetry[train.rows_as_shown(rows, which)].numpy()]
+    moves = SYMMETRIES[train.position[train.as_shown(rows, which)].numpy()]
     fronts = [move @ list(colours)[i] for move, i in zip(moves, alike.argmax(1))]
     second, most = np.sort(alike, 1)[:, -2:].T
     clear = most > 1.5 * second
@@ -175,11 +213,11 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
 
 
 def test_without_a_picture_a_shape_is_as_in_its_file(lopsided):
-    split, tower = lopsided[0].repeated(2), SimpleNamespace(width=1, cache=lambda split: split.table)
-    split.table.draw, drawn = lambda rows: rows, torch.arange(len(split)).repeat(40)          # captions are not read
+    split, tower = copy.copy(lopsided), SimpleNamespace(width=1, cache=lambda split: split.table)
+    split.table.draw, drawn = lambda rows: rows, torch.arange(split.drawn()).repeat(40)       # captions are not read
     torch.manual_seed(0)
     batch = encoders.Encoders(tower, tower).draw(split, drawn)
-    shown, own = batch["shown"]["image"], batch["rows"] == drawn % len(lopsided[0])
+    shown, own = batch["shown"]["image"], batch["rows"] == drawn % len(split)
     assert own[~shown].all() and .05 < own[shown].float().mean() < .5             # of eight turns and mirror images
 
 

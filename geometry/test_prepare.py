@@ -1,5 +1,6 @@
 """test_prepare.py - the tests of prepared sets."""
 import contextlib
+import copy
 import functools
 import shutil
 import threading
@@ -113,7 +114,7 @@ def test_shards_are_the_whole(tmp_path, monkeypatch, four_files):
     assert not len(data.prepare(out=tmp_path / "none", shard=(3, 4), **four_files))         # a share without a chunk
     held_out = data.prepare("test", out=tmp_path / "whole", **four_files)
     assert held_out.folder == whole.folder and held_out.name != whole.name       # one folder; caches have the name
-    assert len(held_out) == 2 and len(whole) == 4 and not set(held_out.rows) & set(whole.rows)
+    assert len(held_out) == 2 and len(whole) == 4 and not {*held_out.item.tolist()} & {*whole.item.tolist()}
     every = data.prepare("all", out=tmp_path / "whole", **four_files)
     assert len(every) == 6 and every.version == f"{whole.version}-all" and every.name != whole.name
     monkeypatch.setattr(prepare, "CHUNK", 1)
@@ -132,7 +133,7 @@ def test_sets_without_broken_files_have_a_name_of_their_own(tmp_path, monkeypatc
 
     surfaces, both = (data.prepare("all", out=tmp_path / "set", kinds=kinds, **four_files)
                       for kinds in ((SURFACE,), (SURFACE, replace(LOW_POLY, take=fail_once))))
-    assert len(both.rows) == len(surfaces.rows) - 1 and both.name != surfaces.name
+    assert len(both) == len(surfaces) - 1 and both.name != surfaces.name
 
 
 def test_batches_are_functions_of_their_generator(prepared):
@@ -150,8 +151,8 @@ def test_batches_are_functions_of_their_generator(prepared):
 
 
 def test_tiles_are_drawn_a_third_as_often(prepared):
-    split = prepared[0].changed()
-    split.odds = torch.tensor([asset_names.odds(name) for name in ["stone wall", *["tree"] * 12]])
+    split = copy.copy(prepared[0])
+    split.weights = torch.tensor([asset_names.weight(name) for name in ["stone wall", *["tree"] * 12]])
     torch.manual_seed(0)
     drawn = split.draw(8000), torch.cat([split.draw_distinct(1) for _ in range(4000)])
     assert all((rows == 0).float().mean().item() == pytest.approx(1 / 37, abs=.008) for rows in drawn)

@@ -81,4 +81,4 @@ SURFACE = Kind("surface", {"points": (np.float16, (POINTS, 3)), "normals": (np.i
 PICTURES = Kind("pictures", {"picture_colours": (np.uint8, (SIZE, SIZE, 3)),
                              "picture_normals": (np.int8, (SIZE, SIZE, 3)),
                              "picture_coverage": (np.uint8, (SIZE, SIZE)), "picture_azimuth": (np.float32, ())},
-                take_pictures, several=True, probes=1)
+                take_pictures, several="pictures", probes=1)

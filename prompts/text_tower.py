@@ -139,7 +139,7 @@ class TextAndCloud(nn.Module):
 def training_batch(prepared, words, batch=128):
     """The input of `loss`. Half of the batches begin with all shapes of two classes: they teach finer differences."""
     half = torch.rand(1, device=prepared.device) < .5
-    return captions_and_clouds(prepared, words, prepared.draw_distinct(batch, half & prepared.of_two_classes()))
+    return captions_and_clouds(prepared, words, prepared.draw_distinct(batch, first=half & prepared.of_two_classes()))
 
 
 def captions_and_clouds(prepared, words, rows):

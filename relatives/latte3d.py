@@ -231,11 +231,10 @@ def training_data(run, stage):
     encoder = tokenizer_.load(run.folder).to(run.device)
     tokens = {split: tokenizer_.encode(run, encoder, split) for split in (run.train, run.test)}    # shapes n c
     seen = torch.tensor([not unseen(record) for record in run.train.records], device=run.train.device)
-    drawn_from = {run.train: run.train.changed(odds=run.train.odds * seen), run.test: run.test}
-    encoders, draw_sides = prior_.prompted_sides(run, stage)
+    encoders, draw_sides = prior_.prompted_sides(run, stage, {run.train: run.train.weights * seen})
 
     def draw(split):
-        rows, captions, sides = draw_sides(drawn_from[split])
+        rows, captions, sides = draw_sides(split)
         return captions, sides, tokens[split][rows]
 
     _, n, channels = tokens[run.test].shape

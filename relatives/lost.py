@@ -228,7 +228,7 @@ class Generator(Sequence):
 # ---------------------------------------------------------------------------- stages: data, model, training, save
 
 def tokens_of(run):
-    """{split: tokens of all its shapes, r n c}, and the sizes n and c by name."""
+    """{split: tokens of all its rows, r n c}, and the sizes n and c by name."""
     tokenizer = tokenizer_.load(run.folder).to(run.device)
     tokens = {split: tokenizer_.encode(run, tokenizer, split) for split in (run.train, run.test)}
     return tokens, dict(zip(("tokens", "channels"), tokens[run.test].shape[1:]))
@@ -239,14 +239,14 @@ def train_student(run):
     # data
     targets, teacher = relations.features(run)                # of shapes oriented as in files, r e
     low, high = relations.thresholds(targets[0])
-    run = run.turned()
     tokens, sizes = tokens_of(run)
-    # eight positions of a shape share its features: hence the %
-    features = {split: x.to(split.device) for split, x in zip((run.train, run.test), targets)}
+    # rows e: the positions of a shape share its features
+    features = {split: x.to(split.device).repeat(split.source.positions, 1)
+                for split, x in zip((run.train, run.test), targets)}
 
     def draw(split):
-        rows = split.draw_distinct(run.micro_batch_size("lost-student"))
-        return tokens[split][rows], features[split][rows % len(features[split])]
+        rows = split.draw_distinct(run.micro_batch_size("lost-student"), turned=True)
+        return tokens[split][rows], features[split][rows]
 
     # model
     settings = STUDENTS[run.size] | sizes
@@ -265,11 +265,10 @@ def train_student(run):
 def train_registers(run):
     """Registers and decoder, on frozen tokens; RIDA: the student compares decoded tokens with the true ones."""
     # data
-    run = run.turned()
     tokens, sizes = tokens_of(run)
     heads = heads_.load(run.folder, run.joint, run.device)
     student = load_student(run.folder).to(run.device)
-    draw = lambda split: tokens[split][split.draw(run.micro_batch_size("lost-registers"))]
+    draw = lambda split: tokens[split][split.draw(run.micro_batch_size("lost-registers"), turned=True)]
 
     # model
     settings = SIZES[run.size] | sizes

@@ -162,12 +162,13 @@ def images(x, rows=1, scale=4):
     return [*(x * 255).byte().cpu().numpy()]
 
 
-def prompted_sides(run, stage):
-    """Frozen encoders, and a function that draws rows, captions and pictures from four sides."""
+def prompted_sides(run, stage, weights={}):
+    """Frozen encoders, and a function that draws rows, captions and pictures from four sides. weights: {prepared set:
+    sampling weights of its shapes, where they are others}."""
     encoders = encoders_.make(run.folder, **run.encoder_names, device=run.device)
 
     def draw(split):
-        rows = split.draw(run.micro_batch_size(stage))
+        rows = split.draw(run.micro_batch_size(stage), weights=weights.get(split))
         return rows, encoders.cache("text", split).draw(split.table.draw(rows)), sides_of(split, rows)
 
     return encoders, draw

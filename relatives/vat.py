@@ -296,7 +296,7 @@ def train_tokenizer(run, stage, model, files, held_out_latents):
     """
     # data
     def draw(split):
-        rows = split.draw(run.micro_batch_size(stage))
+        rows = split.draw(run.micro_batch_size(stage), turned=True)
         return split.cloud(rows, Encoder.points // 2), Decoder.batch_of(split, rows)
 
     # model
@@ -334,14 +334,14 @@ def both_files(model):
 
 def train_latents(run):
     """Phase 1: encoder and decoder, without the quantiser."""
-    run, model = run.turned(), new_autoencoder(run, "vat-latents", quantised=False)
+    model = new_autoencoder(run, "vat-latents", quantised=False)
     train_tokenizer(run, "vat-latents", model, lambda model: {"vat-latents": model},
                     lambda model: latents_of(held_out(run, model.codes.encoder)))
 
 
 def train_codes(run):
     """Phase 2: encoder, quantiser and decoder."""
-    run, model = run.turned(), new_autoencoder(run, "vat-codes")
+    model = new_autoencoder(run, "vat-codes")
     if not run.finetune:
         model.load_state_dict(read_weights(run.folder / "vat-latents.safetensors"))
     train_tokenizer(run, "vat-codes", model, both_files, lambda model: held_out(run, model.codes))
@@ -349,7 +349,7 @@ def train_codes(run):
 
 def train_decoder(run):
     """Phase 3: the decoder alone, on frozen codes; z is still sampled."""
-    run, model = run.turned(), new_autoencoder(run, "vat-decoder")
+    model = new_autoencoder(run, "vat-decoder")
     model.codes = load_stage(run.folder, "vat-codes", Tokenizer)
     if (phase2 := run.folder / "vat-decoder.safetensors").is_file():
         model.decoder.load_state_dict(read_weights(phase2))

@@ -19,6 +19,7 @@ from geometry.kinds import Kind
 from geometry.metrics import psnr, ssim
 from geometry.spacing import evenly, gaps
 from geometry.splat import baked_light, render_gaussians, rotation_matrices, splat, splats
+from geometry.symmetry import mirror_pictures, move_azimuths
 from geometry.training_samples import render_flat, vertex_coloured
 from representations.head import Head
 from representations.sdf import SdfHead
@@ -43,12 +44,10 @@ VIEWS = Kind("views", {"views": (np.uint8, (SIZE, SIZE, 4)), "angles": (np.float
 
 def views_of(split, rows):
     """The picture of each shape, b size size 4, and the camera's azimuth and elevation, b 2 in degrees."""
-    views, angles = split.take("views", rows), split.take("angles", rows)
+    views, angles, position = split.take("views", rows), split.take("angles", rows), split.position[rows]
     azimuth, elevation = angles.unbind(1)
-    mirrored, turns = split.symmetry[rows] % 2 == 1, split.symmetry[rows] // 2
-    azimuth = torch.where(mirrored, -azimuth, azimuth) + 90 * turns
-    views = torch.where(rearrange(mirrored, "b -> b 1 1 1"), views.flip(2), views)
-    return {"views": views / 255, "angles": torch.stack([azimuth, elevation], 1)}
+    angles = torch.stack([move_azimuths(azimuth, position), elevation], 1)
+    return {"views": mirror_pictures(views, position) / 255, "angles": angles}
 
 
 # ---------------------------------------------------------------------------- the head

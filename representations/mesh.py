@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-from tqdm import tqdm
 
 from engine.commands import UserError
 from engine.grids import from_patches
@@ -29,45 +28,32 @@ from representations.head import Head
 
 # ---------------------------------------------------------------------------- what it trains on
 
-def take_faces(shape, rng):
-    """A low-poly mesh in canonical order; -1 where there is no face. A file with few faces keeps those that its author
-    set."""
+def take_faces(shape, rng, count=1):
+    """A low-poly mesh in the first `count` positions (geometry/symmetry.py), each in its own canonical order; -1 where
+    there is no face. A file with few faces keeps those that its author set."""
     vertices, faces, colours = shape.mesh(fine=shape.low_poly)
     check_mesh(vertices, faces)
-    corners, colours, components = canonical(*simplify_to(vertices, faces, colours, FACES))
+    own = canonical(*simplify_to(vertices, faces, colours, FACES))                # corners, colours, components
+    moved = [own, *(in_order_again(*own[:2], move) for move in SYMMETRIES[1:count])]
+    return {name: np.stack(values) for name, values in zip(LOW_POLY.arrays, zip(*(padded(*mesh) for mesh in moved)))}
+
+
+def padded(corners, colours, components):
     empty = FACES - len(corners)
-    return {"corners": np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
-            "face_colours": np.round(np.pad(colours, ((0, empty), (0, 0))) * 255),
-            "components": np.pad(components, (0, empty), constant_values=-1)}
+    return (np.pad(corners, ((0, empty), (0, 0), (0, 0)), constant_values=-1),
+            np.round(np.pad(colours, ((0, empty), (0, 0))) * 255), np.pad(components, (0, empty), constant_values=-1))
 
 
+# 6 kB a mesh
 LOW_POLY = Kind("faces", {"corners": (np.int16, (FACES, 3, 3)), "face_colours": (np.uint8, (FACES, 3)),
-                          "components": (np.int16, (FACES,))}, take_faces)
+                          "components": (np.int16, (FACES,))}, take_faces, several="positions")
 
 
 def faces_of(split, rows):
     """Low-poly meshes: corners b f 3 3 in bins, component b f (-1: no face), colours b f 3."""
-    if len(split) > split.unmoved:                            # some are mirrored or turned
-        at = split.symmetry[rows], split.rows[rows]
-        corners, components, colours = (array[at].float() for array in split.once(turned_meshes))
-    else:
-        corners, components, colours = (split.take(name, rows) for name in ("corners", "components", "face_colours"))
-    return {"corners": corners.long(), "components": components.long(), "face_colours": colours / 255}
-
-
-def turned_meshes(split):
-    """The low-poly meshes of files in all eight positions, each in its own canonical order: 8 r f ... each."""
-    arrays = [split.arrays[name].cpu().numpy() for name in ("corners", "components", "face_colours")]
-    every = [np.stack([array] * len(SYMMETRIES)) for array in arrays]
-    for row in tqdm(split.rows[:split.unmoved].tolist(), "turning meshes", unit="shape"):
-        corners, components, colours = (array[row] for array in arrays)
-        own = components >= 0
-        for i, move in enumerate(SYMMETRIES[1:], 1):
-            moved = in_order_again(corners[own], colours[own], move)              # corners, colours, components
-            every[1][i, row] = -1
-            for array, values in zip(every, (moved[0], moved[2], moved[1])):
-                array[i, row, :len(values)] = values
-    return [torch.from_numpy(array).to(split.device) for array in every]
+    at = split.item[rows], split.position[rows]
+    corners, components, colours = (split.arrays[name][at] for name in ("corners", "components", "face_colours"))
+    return {"corners": corners.long(), "components": components.long(), "face_colours": colours.float() / 255}
 
 
 # ---------------------------------------------------------------------------- the head
@@ -194,7 +180,7 @@ class MeshHead(nn.Module, Head):
         """Faces within 1 or 2 bins of the true ones in all nine coordinates; edges of the mesh that two faces share;
         Chamfer distance to the true surface of 2048 visible points, of the true low-poly mesh, of a second true
         cloud."""
-        mesh, true = self.decode(tokens, heads, rng, autocast), split.take("corners", [row])[0].cpu().numpy()
+        mesh, true = self.decode(tokens, heads, rng, autocast), faces_of(split, [row])["corners"][0].cpu().numpy()
         found, true = quantise(mesh.vertices)[mesh.faces], true[true[:, 0, 0] >= 0]           # f 3 3, g 3 3, in bins
         true_mesh = bin_centres(true).reshape(-1, 3), np.arange(3 * len(true)).reshape(-1, 3)
         surface, second = (split.shape(row).surface(2048, rng)[0] for _ in range(2))          # k 3 each

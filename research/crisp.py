@@ -7,11 +7,12 @@ import torch
 from einops import rearrange
 from scipy.spatial import cKDTree
 
-from data import SYMMETRIES, seeded
+from data import seeded
 from geometry.export import Mesh
 from geometry.kinds import GREY
 from geometry.metrics import chamfer, chamfer_matrix, fscore
 from geometry.surface import TRUNCATION, extract, field_of
+from geometry.symmetry import SYMMETRIES
 from representations.sdf import TETRAHEDRON
 
 CORNERS = np.array(TETRAHEDRON) / 3 ** .5
@@ -65,7 +66,7 @@ def likeness(shape, split, rows, rng):
     x, normals, colours = shape.with_hidden_parts().surface(POINTS, rng)      # to leave hidden points out takes 18 s
     near = chamfer_matrix(x[None, :1024], split.cloud(rows, 1024, seeded(rng))[0]).argmin()
     row, k = int(rows[near]), 8192                            # the nearest of these shapes, some mirrored or turned
-    back, true = SYMMETRIES[split.symmetry[row]], split.shape(row).surface(POINTS, rng)
+    back, true = SYMMETRIES[split.position[row]], split.shape(row).surface(POINTS, rng)
     x, normals = x @ back, normals @ back                     # the inverse, as a point is a row
     found = {"row": row, "Chamfer": chamfer(x[:k], true[0][:k]), "its floor": chamfer(true[0][-k:], true[0][:k])}
     return found | of_surface((x, normals, colours), true) | {"F@.05": fscore(x, true[0], .05)}

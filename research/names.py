@@ -34,8 +34,7 @@ def evaluate_names(args):
     if args.words:
         return show_words(args)
     train, test = (prepare(split, None, args.cache, data=args.data) for split in ("train", "test"))
-    learnt = train.repeated(2)                                # with mirror images
-    names, classes = np.unique(train.classes), np.array(learnt.classes)
+    names, classes = np.unique(train.classes), np.tile(train.classes, train.drawn() // len(train))   # and mirror images
     names, rows = names[np.linspace(0, len(names) - 1, min(200, len(names))).astype(int)].tolist(), []
     jobs = [exam.Job(f"name-{name}", name, None, (args.seed, i)) for i, name in enumerate(names)]
     new = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))                     # h k 3 each
@@ -44,10 +43,10 @@ def evaluate_names(args):
         training_set_of(folder, args)                         # an error, if it learnt from other files
         cache, model = exam.result_cache(args, label, folder), exam.open_model(args, folder)
         scorer, memory = Scorer(folder, args.device), Memory(folder, model.device, model.autocast, train)
-        result_of = exam.shape_result(model, args.rep, args.resolution, faces=args.faces, split=learnt, true=meant)
+        result_of = exam.shape_result(model, args.rep, args.resolution, faces=args.faces, split=train, true=meant)
         sampled = exam.sample_all(model, jobs, cache, result_of)
         own = [exam.Job(f"shape-{name}", name, None, (args.seed, row)) for name, row in zip(names, sampled["row"])]
-        decoded = exam.sample_all(exam.Encoding(args, model, learnt), own, cache, result_of)
+        decoded = exam.sample_all(exam.Encoding(args, model, train), own, cache, result_of)
         for title, results in ((f"{label}, reconstructions", decoded), (label, sampled)):
             cloud = [results[key] for key in exam.CLOUD]
             vectors = memory.vectors(cloud)                                       # r (n c)

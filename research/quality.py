@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from einops import repeat
 
-from data import SYMMETRIES, seeded, turns_to_front
+from data import seeded
 from engine.commands import pick_device
 from geometry import training_pictures, training_samples
 from geometry.metrics import chamfer, chamfer_matrix, emd
 from geometry.render import contact_sheet, render_mesh, save_png
+from geometry.symmetry import SYMMETRIES, turns_to_front
 from judge import caption_retrieval, picture_retrieval
 from prompts import image_tower, text_tower
 from representations import REPRESENTATIONS
@@ -118,9 +119,9 @@ def evaluate_retrieval(args):
 
 # ---------------------------------------------------------------------------- pictures
 
-def turned_back(points, turns):
-    """Clouds r k 3 of shapes turned as in pictures, and their turns r -> clouds oriented as in files."""
-    return np.einsum("rji,rkj->rki", SYMMETRIES[2 * np.asarray(turns)], points).astype(np.float32)
+def turned_back(points, position):
+    """Clouds r k 3 of shapes turned as in pictures, and their positions r -> clouds oriented as in files."""
+    return np.einsum("rji,rkj->rki", SYMMETRIES[position], points).astype(np.float32)
 
 
 def evaluate_images(args):
@@ -130,9 +131,8 @@ def evaluate_images(args):
     references, classes = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))[0], np.array(test.classes)
     rows, rng = torch.arange(min(args.shapes, len(test))), seeded(args.seed)
     any_caption, longest = [test.table.texts[i] for i in test.table.draw(rows, rng)], exam.longest_captions(test, rows)
-    which = test.draw_pictures(len(rows), rng)                                    # r, a picture of each shape
-    pictures, turns = test.pictures(rows, rng, which), test.turns(rows, which)    # r 3 s s, r
-    eightfold, as_shown = test.repeated(8), test.rows_as_shown(rows, which)       # r, turned as in its picture
+    which = test.random_pictures(len(rows), rng)                                  # r, a picture of each shape
+    pictures, as_shown = test.pictures(rows, rng, which), test.as_shown(rows, which)      # r 3 s s; r, turned as in it
     nothing = [None] * len(rows)
     prompts = {CEILING: (classes, nothing), "name": (classes, nothing), "any caption": (any_caption, nothing),
                "longest caption": (longest, nothing), "picture": (nothing, pictures),
@@ -142,13 +142,13 @@ def evaluate_images(args):
         tables[label] = []
         for prompt, (texts, images) in prompts.items():
             own = rows if images is nothing else as_shown
-            result_of = exam.shape_result(model, args.rep, args.resolution, split=eightfold,
+            result_of = exam.shape_result(model, args.rep, args.resolution, split=test,
                                           true=lambda job: own[[job.seed[1]]])
             jobs = [exam.Job(f"{prompt}-{row}", text, image, (args.seed, row))
                     for row, text, image in zip(rows.tolist(), texts, images)]
             source = exam.Encoding(args, model, test) if prompt == CEILING else model
             results = exam.sample_all(source, jobs, cache, result_of)
-            points = results["points"] if images is nothing else turned_back(results["points"], turns)    # r k 3
+            points = results["points"] if images is nothing else turned_back(results["points"], test.position[as_shown])
             nearest = chamfer_matrix(points, references).argmin(1).numpy()        # r
             tables[label].append({"prompt": prompt, **{key: np.nanmean(results[key]) for key in LIKENESS},
                                   "right class": (classes[nearest] == classes[:len(rows)]).mean()})
@@ -164,7 +164,7 @@ def evaluate_images(args):
 
 def evaluate_views(args):
     """Samples from eight views of a held-out shape: how far apart are they, without RGS and with its default?"""
-    test, tables, turns = exam.held_out(args), {}, turns_to_front(45 * torch.arange(8.))
+    test, tables, position = exam.held_out(args), {}, 2 * turns_to_front(45 * torch.arange(8.))
     for folder, label in labels(args.checkpoint).items():
         cache, model = exam.result_cache(args, label, folder), exam.open_model(args, folder)
         tables[label], result_of = [], exam.shape_result(model, args.rep, args.resolution)
@@ -176,7 +176,7 @@ def evaluate_views(args):
             for rule in ("none", "auto"):
                 jobs = [exam.Job(f"{name}, {rule}-{i}", None, view, (args.seed, i)) for i, view in enumerate(views)]
                 points = exam.sample_all(model, jobs, cache, result_of, rgs=rule)["points"]           # 8 k 3
-                pairs = list(combinations(turned_back(points, turns) if args.data else points, 2))
+                pairs = list(combinations(turned_back(points, position) if args.data else points, 2))
                 distances[f"Chamfer, {rule}"] = np.mean([chamfer(*pair) for pair in pairs])
                 distances[f"EMD, {rule}"] = np.mean([emd(*pair) for pair in pairs])
             pair = [shape.surface(exam.POINTS, np.random.default_rng(i))[0] for i in range(2)]

@@ -14,6 +14,7 @@ from engine.commands import UserError
 from geometry import shapes
 from geometry.built_in import BuiltIn
 from geometry.surface import field_of
+from geometry.symmetry import SYMMETRIES
 from representations.pc import Cloud
 from research import attributes, crisp, exam, metrics, results
 from research.scores import score_memorisation
@@ -154,9 +155,9 @@ def test_a_sample_is_compared_with_the_shape_as_it_stands():
     """Turned in its set, a mug is found as it is turned; compared unturned, its handle points elsewhere."""
     mug, rng = shapes.make(0, shapes.CLASSES.index("mug")), np.random.default_rng(0)
     x, normals, colours = mug.surface(50_000, rng)
-    every = torch.tensor(np.stack([x[:1024] @ move.T for move in data.SYMMETRIES]))
-    split = SimpleNamespace(symmetry=range(8), shape=lambda row: mug, cloud=lambda rows, *_: [every[rows]])
-    sample = Cloud(x @ data.SYMMETRIES[2].T, normals @ data.SYMMETRIES[2].T, colours)
+    every = torch.tensor(np.stack([x[:1024] @ move.T for move in SYMMETRIES]))
+    split = SimpleNamespace(position=range(8), shape=lambda row: mug, cloud=lambda rows, *_: [every[rows]])
+    sample = Cloud(x @ SYMMETRIES[2].T, normals @ SYMMETRIES[2].T, colours)
     found, unturned = (crisp.likeness(sample, split, rows, rng) for rows in (np.arange(8), np.arange(1)))
     assert found["Chamfer"] < 1.05 * found["its floor"] and min(found["n15"], found["F@.05"]) > .95
     assert unturned["Chamfer"] > 2 * found["Chamfer"]
