@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import cut
+import fill
 import notebooks
 import pytest
 
@@ -100,15 +101,13 @@ def test_a_wrong_folder_is_refused(words, complaint, clone):
 
 
 def test_a_cell_replaces_a_function_wherever_it_was_imported():
-    names = {}
-    exec(notebooks.SETUP, names)
     old = backbone.flow_pair
 
     def flow_pair(x, t):
         pass
-    names["put"](networks, flow_pair)
+    fill.fill(networks)(flow_pair)
     try:
         assert networks.flow_pair is backbone.flow_pair is flow_pair
     finally:
-        names["put"](networks, old)
+        fill.fill(networks)(old)
     assert networks.flow_pair is backbone.flow_pair is old
