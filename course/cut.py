@@ -17,7 +17,7 @@ sys.path.insert(0, str(HERE))
 
 from engine.commands import Parser, UserError, command  # noqa: E402 - this file is a folder below
 
-UNITS = range(1, 7)
+UNITS = range(1, 8)
 FOLDERS = ("engine", "geometry", "prompts", "relatives", "representations", "research", "recipes", "assets", "course",
            "docs")
 
