@@ -97,9 +97,9 @@ class Prepared:
     """A prepared set: the shapes of a split that have samples of all kinds. Drawing is indexing: a row is a shape in a
     position, `item` its number in the source and in the arrays, `position` that of geometry/symmetry.py.
 
-    The first len(self) rows are the shapes as their source orients them. Built-in shapes have no other rows. Files have
-    seven times as many more, the same shapes mirrored and turned. Other proportions or colours are items of their own,
-    with captions and pictures (`stretched` in geometry/real.py).
+    The first len(self) rows are all shapes as their source orients them. Built-in shapes have no other rows. Of files,
+    the same shapes follow, mirrored, then turned, in seven more positions. A shape in other proportions or colours is
+    an item of its own, with captions and pictures (`stretched` in geometry/real.py).
 
     Arrays that do not fit into a GPU's memory stay on disk: `streamed`, worker processes draw batches of them
     (engine/streamed.py). Others lie on `device`, as rows do."""
@@ -150,8 +150,9 @@ class Prepared:
     # ------------------------------------------------------------------------ which rows
 
     def drawn(self, turned=False):
-        """Of how many rows, the first ones, `draw` chooses. Training files are drawn with their mirror images; turned:
-        in all positions, for stages without prompts, which do not define the front. Held-out files are not moved."""
+        """How many rows, the first ones, are drawn from. Training files are drawn as they are and mirrored; turned: in
+        all positions, for stages without prompts, as a prompt does not define the front. Held-out files stay as they
+        are."""
         held_out = self.source.files and self.source.split == "test"
         return len(self) * min(self.source.positions, 1 if held_out else 8 if turned else 2)
 

@@ -23,7 +23,7 @@ ANSWER = "*Your answer:*"
 LESS = {"n=8": "n=2", "range(1500)": "range(20)", "range(100)": "range(2)", "range(8)": "range(1)",
         "spread(52)": "spread(2)", "(0, 1, 2, 7)": "(0, 7)", "=128": "=32", "=64": "=32",
         "{}, None)": "{}, None, resolution=32)", '"test", out': '"test", 13, out', '"test", 26': '"test", 13',
-        '"train", 260': '"train", 13', "range(200)": "range(2)"}                                       # of --run
+        '"train", 260': '"train", 13', "range(400)": "range(2)"}                                       # of --run
 
 
 def hole_cell(path, name, node, solved):
