@@ -186,7 +186,7 @@ def train_vision(run):
         captioned = text_tower.captions_and_clouds(split, words_of[split], rows)
         rows = rows.repeat(image_tower.VIEWS)                 # (v k)
         which = split.random_pictures(len(rows))
-        x = tokens[split][split.as_shown(rows, which)]                       # (v k) n c
+        x = tokens[split][split.as_shown(rows, which)]        # (v k) n c
         return split.pictures(rows, which=which), captioned, x
 
     # model
