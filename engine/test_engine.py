@@ -331,7 +331,7 @@ def run_in_two_processes(folder, source):
         flags = *BACKBONE, "--micro-batches", 2
         assert train_small(patch, folder / "one", 2, "--from", source, *flags) == 0
         for process in both:
-            process.join(100)
+            process.join(300)
             process.kill()                                    # a process that hangs has written no status
         for end in ENDS:
             state = folder / end / "backbone.state.safetensors"

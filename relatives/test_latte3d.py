@@ -13,8 +13,8 @@ from einops import rearrange
 
 import evaluate
 import sample
-import train
 from conftest import WIDTHS, assert_one_line, prompted, run, same_files, stop_in_step, train_small
+from engine import loop
 from engine.networks import grid_points
 from engine.optimizers import learning_rate, optimizers, set_rate
 from geometry import shapes
@@ -258,7 +258,7 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
         assert train_small(monkeypatch, tmp_path / "empty", 4, *flags, "--stage", "latte3d-prior") == 0
         assert train_small(monkeypatch, tmp_path / "empty", 4, *flags, "--stage", "latte3d-geometry") == 2
         assert_one_line(capsys.readouterr().err.splitlines()[-1], "all shapes have vanished")
-    monkeypatch.setattr(train, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(loop, "learning_rate", stop_in_step(2, lambda: signal.raise_signal(signal.SIGTERM)))
     for stage in stages:
         assert train_small(monkeypatch, cut, 4, *flags, "--stage", stage) == 130
         assert train_small(monkeypatch, cut, 4, *flags, "--stage", stage) == 0
