@@ -34,7 +34,6 @@ from engine.loop import Loop
 from engine.networks import Block, flow_pair, time_embedding
 from engine.noise import bits, normal
 from engine.stage import Stage
-from geometry.training_samples import PICTURES
 from prefix import Prefix
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
@@ -353,5 +352,5 @@ def train(run):
     run.finish(loop, {"backbone": loop.average}, settings=settings, metrics=metrics, **nouns)
 
 
-STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=(PICTURES,),
+STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"),
               flags=("variant", "denoiser", "text-encoder", "image-encoder"), variants=BACKBONES)

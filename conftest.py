@@ -214,7 +214,8 @@ def train_small(patch, folder, count, *args, watched=False):
     patch.setattr(data, "prepare", lambda split, _, *rest, **more: PREPARE("train", count, *rest, **more))
     patch.setattr(judge, "CLASSES", ("table", "chair"))
     shapes = [] if "--data" in args else ["--shapes", count]
-    flags = "--size", "small", *shapes, "--out", folder, "--cache", os.environ["CACHE"]
+    towers = [] if "--image-encoder" in args else ["--image-encoder", "built-in"]             # prompts can be pictures
+    flags = "--size", "small", *towers, *shapes, "--out", folder, "--cache", os.environ["CACHE"]
     return run(train.main, *flags, *args)
 
 

@@ -76,17 +76,18 @@ class Captions:
         flat = torch.tensor([number[caption] for own in captions for caption in own])         # k, shape after shape
         counts = torch.tensor([len(own) for own in captions])                                 # r
         shape = torch.arange(len(captions)).repeat_interleave(counts)                         # k
-        ends = torch.tensor([len(text.split()) for text in self.texts])[flat].cumsum(0)       # k, of words
+        weights = torch.tensor([len(text.split()) ** 2 for text in self.texts])
+        ends = weights[flat].cumsum(0)                                                        # k
         high = ends[counts.cumsum(0) - 1]                                                     # r
         pairs = (shape * len(self.texts) + flat).sort().values                                # k
         tables = flat, ends, high, F.pad(high[:-1], (1, 0)), pairs, colours_named(self.texts)
         self.flat, self.ends, self.high, self.low, self.pairs, self.colours = (x.to(device) for x in tables)
 
     def draw(self, rows, rng=None):
-        """One caption of each row; its sampling weight is its number of words."""
+        """One caption of each row; its sampling weight is its number of words, squared: most are full descriptions."""
         share = torch.rand(len(rows), generator=rng, device=rows.device)
-        word = self.low[rows] + (share * (self.high - self.low)[rows]).long()     # one word of all captions of the row
-        return self.flat[torch.searchsorted(self.ends, word, right=True)]         # b
+        at = self.low[rows] + (share * (self.high - self.low)[rows]).long()
+        return self.flat[torch.searchsorted(self.ends, at, right=True)]           # b
 
     def true(self, captions, rows):                           # b, k -> is caption i one of row j? b k
         pair = rearrange(captions, "b -> b 1") + rows * len(self.texts)

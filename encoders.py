@@ -5,8 +5,8 @@
 The paper freezes CLIP and DINOv2. Here each tower is either built in (prompts/text_tower.py, prompts/image_tower.py),
 trained from nothing in minutes, or any of `transformers` (prompts/pretrained.py); config.json remembers which.
 
-    python train.py --rep sdf --stage encoders       # trains the built-in text tower
-    python train.py --rep sdf --stage vision         # trains the built-in image tower
+    python train.py --rep sdf --stage encoders                                # trains the built-in text tower
+    python train.py --rep sdf --stage vision --image-encoder built-in         # trains the built-in image tower
 """
 import functools
 
@@ -18,18 +18,19 @@ import tokenizer
 from engine.files import read_config, read_stage
 from engine.loop import Loop
 from engine.stage import Stage
-from geometry.training_samples import PICTURES
 from prompts import image_tower, text_tower
 from prompts.reading import nouns_of, untrained
 
-SHOWN = {  # kinds of prompt that are not dropped -> share of training samples
-    (): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}
+BUILT_IN = "built-in"
+SHOWN = {  # kinds of prompt: those that are not dropped -> share of training samples
+    ("text",): {(): .1, ("text",): .9},
+    ("text", "image"): {(): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}}
 RECOLOURED = .5     # share of pictures beside a caption whose named colours are replaced
 
 
 class Encoders:
-    def __init__(self, text, image, nouns={}):                # nouns: of the training captions (reading.nouns_of)
-        self.towers = {"text": text, "image": image}
+    def __init__(self, towers, nouns={}):                     # nouns: of the training captions (reading.nouns_of)
+        self.towers = towers                                  # {"text": tower}, or {"text": tower, "image": tower}
         self.widths = {kind: tower.width for kind, tower in self.towers.items()}  # e of each
         self.pretrained = {kind for kind, tower in self.towers.items() if hasattr(tower, "model")}
         self.nouns = nouns
@@ -45,24 +46,30 @@ class Encoders:
         return untrained(prompt, self.nouns) if "text" in self.pretrained else self.towers["text"].remarks(prompt)
 
     def draw(self, split, rows):
-        """One caption and one picture of each training shape, and which of them are not dropped, for `encode_drawn`;
-        and the rows of these shapes: turned as in their pictures; without a picture, as in their files.
+        """One prompt of each kind for each training shape, and which of them are not dropped, for `encode_drawn`; and the
+        rows of these shapes."""
+        captions = split.table.draw(rows)                     # b
+        u, low, shown = torch.rand(len(rows), device=split.device), 0., {kind: False for kind in self.towers}
+        for kinds, share in SHOWN[(*self.towers,)].items():
+            for kind in kinds:
+                shown[kind] = shown[kind] | (low <= u) & (u < low + share)        # b: not dropped
+            low += share
+        drawn = {"text": self.cache("text", split).draw(captions), "shown": shown, "rows": rows % len(split)}
+        return drawn | (self.draw_pictures(split, rows, captions, shown) if "image" in self.towers else {})
+
+    def draw_pictures(self, split, rows, captions, shown):
+        """One picture of each training shape, and the rows of these shapes: turned as in their pictures; where the picture
+        is dropped, as in their files.
 
         Half of the pictures beside a caption are recoloured: the colours that the caption names are replaced in the
         picture (not for pretrained towers, whose tokens are computed once). So the backbone learns colours from words
         and form from pictures: a picture of a green chair with "a red chair" gives a red chair."""
-        captions, which = split.table.draw(rows), split.random_pictures(len(rows))  # b each
-        u, low, shown = torch.rand(len(rows), device=split.device), 0., {kind: False for kind in self.towers}
-        for kinds, share in SHOWN.items():
-            for kind in kinds:
-                shown[kind] = shown[kind] | (low <= u) & (u < low + share)        # b: not dropped
-            low += share
-        recoloured = shown["text"] & shown["image"] & (torch.rand_like(u) < RECOLOURED)
+        which = split.random_pictures(len(rows))              # b
+        recoloured = shown["text"] & shown["image"] & (torch.rand(len(rows), device=split.device) < RECOLOURED)
         colours = torch.where(recoloured[:, None], split.table.colours[captions], -1)         # b m
         image = self.cache("image", split).draw(rows * split.source.pictures + which) if "image" in self.pretrained \
             else split.pictures(rows, which=which, recoloured=colours)
-        as_shown = torch.where(shown["image"], split.as_shown(rows, which), rows % len(split))
-        return {"text": self.cache("text", split).draw(captions), "image": image, "shown": shown, "rows": as_shown}
+        return {"image": image, "rows": torch.where(shown["image"], split.as_shown(rows, which), rows % len(split))}
 
     def encode_drawn(self, drawn):
         """`encode` of the output of `draw`; dropped prompts are masked."""
@@ -80,26 +87,26 @@ class Encoders:
         return self.caches[kind, split.name]
 
 
-def make(folder, text=None, image=None, device="cpu"):
-    """text, image: a hub name or a folder; None: the tower in the checkpoint folder."""
-    text, image = load_pretrained(text=text, image=image, device=device)         # the same call as train.py's: cached
-    nouns = read_config(folder).get("encoders", {}).get("nouns", {})
-    return Encoders(text or text_tower.load(folder).to(device), image or image_tower.load(folder).to(device), nouns)
+def make(folder, names, device="cpu"):
+    """names: {kind of prompt: BUILT_IN, the tower in the checkpoint folder; a hub name, or a folder; None: no such
+    prompts}"""
+    built_in = {"text": text_tower.load, "image": image_tower.load}
+    towers = {kind: built_in[kind](folder).to(device) if name == BUILT_IN else load_pretrained(kind, name, device)
+              for kind, name in names.items() if name}
+    return Encoders(towers, read_config(folder).get("encoders", {}).get("nouns", {}))
 
 
 @functools.cache
-def load_pretrained(text=None, image=None, device="cpu"):
-    """The towers of transformers with these names, loaded once; None stays None."""
-    if not (text or image):
-        return None, None
+def load_pretrained(kind, name, device="cpu"):
+    """A tower of transformers, loaded once."""
     from prompts import pretrained  # transformers: seldom needed, slow to load
-    return pretrained.Text(text, device) if text else None, pretrained.Image(image, device) if image else None
+    return {"text": pretrained.Text, "image": pretrained.Image}[kind](name, device)
 
 
 def load(folder, stage, device="cpu"):
     """The encoders that a stage of a checkpoint folder was trained with."""
     entry = read_stage(folder, stage)
-    towers = make(folder, entry["flags"].get("text-encoder"), entry["flags"].get("image-encoder"), device)
+    towers = make(folder, {kind: entry["flags"].get(f"{kind}-encoder") for kind in ("text", "image")}, device)
     towers.nouns = towers.nouns or entry.get("nouns", {})     # without built-in towers, those of the generator's entry
     return towers
 
@@ -114,7 +121,7 @@ def training_nouns(split):
 def prompted_tokens(run, stage, encoder, encoder_stage="tokenizer"):
     """The training data of a generator: frozen towers, the sizes of tokens, and a function that draws a batch of
     tokens with captions and pictures. encoder: clouds -> tokens."""
-    towers, encoder = make(run.folder, **run.encoder_names, device=run.device), encoder.to(run.device)
+    towers, encoder = make(run.folder, run.encoder_names, run.device), encoder.to(run.device)
     tokens = {split: tokenizer.encode(run, encoder, split, stage=encoder_stage) for split in (run.train, run.test)}
     _, n, channels = tokens[run.test].shape
 
@@ -211,4 +218,4 @@ def train_vision(run):
 
 
 TEXT = Stage("encoders", train_text, 800, 128, 1e-3)
-VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",), kinds=(PICTURES,))
+VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",))

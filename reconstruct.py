@@ -27,7 +27,6 @@ from engine.files import load_stage
 from engine.loop import Loop
 from engine.networks import Block
 from engine.stage import Stage
-from geometry.training_samples import PICTURES
 from prefix import Conditions
 
 SIZES = {
@@ -146,5 +145,5 @@ def train(run):
     run.finish(loop, {"reconstruct": loop.average}, settings=settings)
 
 
-STAGE = Stage("reconstruct", train, 600, 64, 2e-3, after=("encoders", "tokenizer", "vision"), kinds=(PICTURES,),
+STAGE = Stage("reconstruct", train, 600, 64, 2e-3, after=("encoders", "tokenizer", "vision"),
               flags=("text-encoder", "image-encoder"))

@@ -134,6 +134,9 @@ class Sampler:
     def prompted(self, prompt, image, seeds):
         """One prompt and a seed for each sample -> the arguments of `tokens`, warnings."""
         warnings, pictures = [] if prompt is None else self.encoders.remarks(prompt), None
+        if image is not None and "image" not in self.encoders.towers:
+            raise UserError(f"the {self.LAST} in {self.folder} learnt from texts alone; leave out the image "
+                            "(train.py --image-encoder built-in learns from pictures, too)")
         if image is not None:
             picture, warning = picture_files.load_picture(image)                  # 3 s s
             pictures = picture.expand(len(seeds), -1, -1, -1)

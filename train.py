@@ -1,6 +1,7 @@
 """train.py - every stage, chained: encoders -> tokenizer -> vision -> head -> backbone (+ prefix) -> reconstruct.
 
-    python train.py --rep sdf                          # everything, built-in shapes, 40 minutes on two cores
+    python train.py --rep sdf                          # everything, built-in shapes, a quarter of an hour on two cores
+    python train.py --rep sdf --image-encoder built-in # prompts can be pictures, too
     python train.py --rep pc                           # the stages that pc still lacks: after the line above, one head
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
@@ -41,12 +42,12 @@ def stages_of(model):
 
 
 def chosen(args, stages, reps):
-    """The names of the stages to train, all or --stage, with a head for each representation. A pretrained encoder
-    replaces a tower; the built-in text tower also aligns the image tower."""
+    """The names of the stages to train, all or --stage, with a head for each representation. Towers are trained if they
+    are built in; that of texts also aligns that of images."""
     names = [stage.name for stage in stages if not stage.name.startswith("head-") or stage.name[5:] in reps]
-    replaced = ["vision"] * bool(args.image_encoder)
-    replaced += ["encoders"] * bool(args.image_encoder and args.text_encoder and args.model == "ltm3d")
-    return [name for name in names if name not in replaced
+    text, image = (name == encoders.BUILT_IN for name in (args.text_encoder, args.image_encoder))
+    left_out = ["vision"] * (not image) + ["encoders"] * (not text and not image and args.model == "ltm3d")
+    return [name for name in names if name not in left_out
             and args.stage in (None, name, "head" if name.startswith("head-") else name)]
 
 
@@ -57,14 +58,17 @@ def chain(args, reps, joint, folder):
                                              lr=args.lr or stage.lr) for stage in stages_of(args.model)}
         last = RELATIVES.get(args.model, "backbone")
         run = Run(args, stages, reps, joint, last, folder, args.data and Path(args.data).resolve().stem)
-        encoders.load_pretrained(**run.encoder_names, device=run.device)          # a missing one is an error here
+        for kind, name in run.encoder_names.items():
+            if name not in (None, encoders.BUILT_IN):
+                encoders.load_pretrained(kind, name, run.device)                  # a missing one is an error here
         names = chosen(args, stages.values(), reps)
         if args.source:
             copy_stages(run, Path(args.source), names if args.stage else ())
         run.check_folder()
         print(f"{run.folder}, running on {run.reason}")
         if not names:
-            raise UserError(f"a pretrained encoder replaces the {args.stage}; leave out --stage {args.stage}")
+            kind = "image" if args.stage == "vision" else "text"
+            raise UserError(f"--stage {args.stage} trains a built-in tower; give --{kind}-encoder built-in")
         check_order(args, run, names)
         done = {*trained_stages(run.folder)}
         for name in sorted({*names} - done):
@@ -133,6 +137,8 @@ def arguments():
          help="with --data: train on the held-out shapes, too, when all figures are known")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS",
          help=f"built-in classes to learn, of {', '.join(CLASSES)} (default: all)")
+    flag("--image-encoder", metavar="NAME", help="learn from pictures, too: built-in, or a NAME as for --text-encoder "
+         "(default: from texts alone)")
     flag("--stage", help="train this stage alone: encoders, tokenizer, vision, head, backbone, reconstruct, or one of "
          "--model (default: all that are not done)")
     flag("--size", choices=list(tokenizer.SIZES), default="tiny", help="model size")
@@ -149,9 +155,8 @@ def arguments():
     flag = parser.add_argument_group("research").add_argument
     flag("--tokens", choices=["shared", "own", "joint"], default="shared", help="shared: heads on a tokenizer trained "
          "for sdf; own: a tokenizer and a backbone for each representation; joint: one trained with these heads")
-    for kind in ("text", "image"):
-        flag(f"--{kind}-encoder", metavar="NAME", help="a frozen encoder of transformers (prompts/pretrained.py): "
-             "a name in the hub's cache, or a folder (default: the built-in one, trained here)")
+    flag("--text-encoder", metavar="NAME", default=encoders.BUILT_IN, help="the one trained here, built-in, or a frozen "
+         "one of transformers (prompts/pretrained.py): a name in the hub's cache, or a folder (default: built-in)")
     flag("--variant", help="train a variant of the backbone (python -m research.peers --help lists them)")
     flag("--denoiser", choices=list(backbone.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")

@@ -105,7 +105,7 @@ class Run:
         """{flag: value} of what decides which weights a stage gets, but for the stages before it."""
         plan = self.stages[stage]
         every = {"variant": self.variant if plan.variants else None, "denoiser": self.denoiser, "tokens": self.tokens,
-                 "text-encoder": self.encoder_names["text"], "image-encoder": self.encoder_names["image"]}
+                 **{f"{kind}-encoder": name for kind, name in self.encoder_names.items()}}
         return {"size": self.size, "data": self.data} | {flag: every[flag] for flag in plan.flags}
 
     def made_with(self, stage):

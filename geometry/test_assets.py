@@ -216,7 +216,7 @@ def test_without_a_picture_a_shape_is_as_in_its_file(lopsided):
     split, tower = copy.copy(lopsided), SimpleNamespace(width=1, cache=lambda split: split.table)
     split.table.draw, drawn = lambda rows: rows, torch.arange(split.drawn()).repeat(40)       # captions are not read
     torch.manual_seed(0)
-    batch = encoders.Encoders(tower, tower).draw(split, drawn)
+    batch = encoders.Encoders({"text": tower, "image": tower}).draw(split, drawn)
     shown, own = batch["shown"]["image"], batch["rows"] == drawn % len(split)
     assert own[~shown].all() and .05 < own[shown].float().mean() < .5             # of eight turns and mirror images
 

@@ -86,7 +86,7 @@ def test_encoders_of_transformers_end_to_end(overfitted, tmp_path, monkeypatch, 
     assert train_small(monkeypatch, folder, 2, *flags) == 0
     capsys.readouterr()
     assert train_small(monkeypatch, folder, 2, *flags[:-2]) == 2
-    assert_one_line(capsys.readouterr().err, "not with no --image-encoder")
+    assert_one_line(capsys.readouterr().err, "not with --image-encoder built-in")
 
     entry = files.read_config(folder)["backbone"]
     assert [entry["flags"][f"{kind}-encoder"] for kind in ("text", "image")] == [text, image]

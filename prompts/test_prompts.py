@@ -306,14 +306,14 @@ class Plain:
 def test_prompts_are_dropped_at_the_given_rates(prepared, monkeypatch):
     """Each combination of prompts is drawn as often as SHOWN says. About half of the pictures beside a caption, and no
     picture alone, get other colours."""
-    towers, split, named = encoders.Encoders(Plain(), Plain()), prepared[0], []
+    towers, split, named = encoders.Encoders({"text": Plain(), "image": Plain()}), prepared[0], []
     black = torch.zeros(4000, 3, 8, 8)
     monkeypatch.setattr(split, "pictures", lambda *_, recoloured, **__: named.append(recoloured) or black)
     monkeypatch.setattr(split.table, "colours", torch.zeros(len(split.table.texts), 1, dtype=torch.long))
     torch.manual_seed(0)
     drawn = towers.draw(split, torch.zeros(4000, dtype=torch.long))
     condition = towers.encode_drawn(drawn)
-    for kinds, share in encoders.SHOWN.items():
+    for kinds, share in encoders.SHOWN["text", "image"].items():
         same = torch.stack([mask[:, 0] == (kind in kinds) for kind, (_, mask) in condition.items()]).all(0)
         assert abs(same.float().mean() - share) < .03
     both, recoloured = drawn["shown"]["text"] & drawn["shown"]["image"], named[0][:, 0] == 0

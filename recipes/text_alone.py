@@ -17,7 +17,7 @@ import encoders  # noqa: E402
 import train  # noqa: E402
 from engine.networks import flow_pair  # noqa: E402
 
-encoders.SHOWN = {(): .1, ("text",): .6, ("image",): .15, ("text", "image"): .15}
+encoders.SHOWN["text", "image"] = {(): .1, ("text",): .6, ("image",): .15, ("text", "image"): .15}
 
 
 class Flow(backbone.Flow):

@@ -353,8 +353,6 @@ class LATTE3D(Sampler):
         return self
 
     def shape_tokens(self, condition, keys, refine, cfg, **_):
-        if "image" in condition:
-            raise UserError("latte3d learns from words; leave out --image")
         tokens = tokens_of(self.geometry, self.texture, condition)
         if refine:
             prior = load_stage(self.folder, "latte3d-prior", prior_.Prior).to(self.device)

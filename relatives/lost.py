@@ -33,7 +33,6 @@ from engine.loop import Loop
 from engine.networks import Block, flow_pair, time_embedding
 from engine.noise import keys_of, normal
 from engine.stage import Stage
-from geometry.training_samples import PICTURES
 from prompts.text_tower import info_nce
 from relatives import relations
 from relatives.sequence import AdaBlock, KVCache, Sequence
@@ -326,7 +325,7 @@ def stages(ltm3d):
                            flags=("image-encoder",), smallest=3),
             Stage("lost-registers", train_registers, 2000, 64, 2e-3, after=("tokenizer", "lost-student")),
             Stage("lost-generator", train_generator, 2000, 64, 2e-3, after=("encoders", "vision", "lost-registers"),
-                  flags=("text-encoder", "image-encoder"), kinds=(PICTURES,))]
+                  flags=("text-encoder", "image-encoder"))]
 
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened

@@ -165,7 +165,7 @@ def images(x, rows=1, scale=4):
 def prompted_sides(run, stage, weights={}):
     """Frozen encoders, and a function that draws rows, captions and pictures from four sides. weights: {prepared set:
     sampling weights of its shapes, where they are others}."""
-    encoders = encoders_.make(run.folder, **run.encoder_names, device=run.device)
+    encoders = encoders_.make(run.folder, run.encoder_names | {"image": None}, run.device)
 
     def draw(split):
         rows = split.draw(run.micro_batch_size(stage), weights=weights.get(split))

@@ -47,17 +47,17 @@ def features(run):
     known = {fact: i for i, fact in enumerate(sorted(set().union(*facts(run.train)), key=str))}
     name, mean, found = run.encoder_names["image"], None, []
     text_encoder = text_tower.load(run.folder)
-    _, image_encoder = encoders.load_pretrained(image=name, device=run.device)
+    pretrained = name not in (None, encoders.BUILT_IN)        # the built-in tower was taught to predict tokens
     for split in (run.train, run.test):
         captions = [max(captions, key=len) for captions in split.captions]
         text = [text_encoder.embed_text(*text_encoder.word_ids(captions[i:i + BATCH]))
                 for i in range(0, len(captions), BATCH)]
         parts = [table_of(facts(split), known), torch.cat(text)]
-        if image_encoder:
-            pictures, mean = seen(image_encoder, split, mean)
+        if pretrained:
+            pictures, mean = seen(encoders.load_pretrained("image", name, run.device), split, mean)
             parts.append(pictures)
         found.append(torch.cat(parts, 1) / len(parts) ** .5)
-    return found, ["facts", "captions", *[name] * bool(image_encoder)]
+    return found, ["facts", "captions", *[name] * pretrained]
 
 
 def thresholds(features):

@@ -35,7 +35,6 @@ from engine.networks import BANDS, FeedForward, fourier, grid_points
 from engine.stage import Stage
 from first_design import FirstSdfHead, NearBlock
 from geometry.surface import TRUNCATION
-from geometry.training_samples import PICTURES
 from relatives.codes import Codebook, code_use, draw_codes
 from relatives.sequence import KVCache, Sequence
 from representations.mesh import SimplifiedSurface
@@ -392,7 +391,7 @@ def stages(ltm3d):
             Stage("vat-codes", train_codes, 4500, 16, 1e-3),
             Stage("vat-decoder", train_decoder, 2500, 16, 1e-3, after=("vat-codes",)),
             Stage("vat-generator", train_generator, 5000, 32, 2e-3, after=("encoders", "vision", "vat-codes"),
-                  flags=("text-encoder", "image-encoder"), kinds=(PICTURES,))]
+                  flags=("text-encoder", "image-encoder"))]
 
 
 # ---------------------------------------------------------------------------- a checkpoint folder, opened
