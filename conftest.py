@@ -198,9 +198,9 @@ def prepared(tmp_path_factory):
     return prepare(once(tmp_path_factory, "prepared", prepare))
 
 
-def train_small(patch, folder, count, *args, watched=False):
-    """train.py at the size SMALL, trained and tested on the same `count` shapes -> exit status.
-    Only if `watched`, it draws pictures and measures, which takes longer than a few steps."""
+def train_small(patch, folder, count, *args, watched=False, pictures=True):
+    """train.py at the size SMALL, trained and tested on the same `count` shapes, from texts and pictures -> exit status.
+    Only if `watched`, it draws samples and measures, which takes longer than a few steps."""
     if not watched:
         black = np.zeros((160, 160, 3), np.uint8)
         results = dict(head_metrics={}, class_accuracy={}, samples=black, reconstructions=black)
@@ -214,7 +214,7 @@ def train_small(patch, folder, count, *args, watched=False):
     patch.setattr(data, "prepare", lambda split, _, *rest, **more: PREPARE("train", count, *rest, **more))
     patch.setattr(judge, "CLASSES", ("table", "chair"))
     shapes = [] if "--data" in args else ["--shapes", count]
-    towers = [] if "--image-encoder" in args else ["--image-encoder", "built-in"]             # prompts can be pictures
+    towers = ["--image-encoder", "built-in"] if pictures and "--image-encoder" not in args else []
     flags = "--size", "small", *towers, *shapes, "--out", folder, "--cache", os.environ["CACHE"]
     return run(train.main, *flags, *args)
 

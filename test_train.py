@@ -19,7 +19,7 @@ import heads
 import reconstruct
 import sample
 import tokenizer
-from conftest import CHAIN, SMALL, NoWait, as_on_a_gpu, assert_one_line, no_waiting, run, train_small
+from conftest import CHAIN, HERE, SMALL, NoWait, as_on_a_gpu, assert_one_line, no_waiting, run, train_small
 from engine import files, loop
 from engine.graphs import compiled
 from engine.loop import Loop
@@ -219,9 +219,18 @@ def test_finetuning_needs_the_stage_in_both_folders(overfitted, tmp_path, monkey
 def test_own_tokens_train_their_own_encoder(tmp_path, monkeypatch):
     """--tokens own --rep pc: encoder and point head together, then a backbone, in a folder of its own; no sdf head."""
     flags = "--rep", "pc", "--tokens", "own", "--steps", 2, "--batch", 2
-    assert train_small(monkeypatch, tmp_path / "own", 2, *flags) == 0
+    assert train_small(monkeypatch, tmp_path / "own", 2, *flags, pictures=False) == 0
     assert files.read_config(tmp_path / "own-pc")["tokenizer"]["heads"] == ["pc"]
-    assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"}
+    assert {path.stem for path in (tmp_path / "own-pc").glob("*.safetensors")} == {*CHAIN, "head-pc"} - {"vision"}
+
+
+def test_trained_from_texts_alone(overfitted, tmp_path, monkeypatch, capsys):
+    """Without --image-encoder the generator has no image tower; a picture as a prompt is an error."""
+    flags = "--from", overfitted, "--stage", "backbone", "--steps", 2, "--batch", 2
+    assert train_small(monkeypatch, tmp_path / "run", 2, *flags, pictures=False) == 0
+    assert set(encoders.load(tmp_path / "run", "backbone").towers) == {"text"}
+    assert run(sample.main, "--checkpoint", tmp_path / "run", "--image", HERE / "assets" / "chair.png") == 2
+    assert_one_line(capsys.readouterr().err, "learnt from texts alone")
 
 
 def test_files_are_augmented_in_eight_positions(tmp_path, monkeypatch):
