@@ -21,7 +21,7 @@ from geometry.words import article
 from prompts import text_tower
 from representations import REPRESENTATIONS
 
-SHAPES = 52         # held-out shapes on which a stage measures a head
+SHAPES = 26         # held-out shapes on which a stage measures a head
 
 
 @processes.first_process_only
