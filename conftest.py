@@ -199,8 +199,8 @@ def prepared(tmp_path_factory):
 
 
 def train_small(patch, folder, count, *args, watched=False, pictures=True):
-    """train.py at the size SMALL, trained and tested on the same `count` shapes, from texts and pictures -> exit status.
-    Only if `watched`, it draws samples and measures, which takes longer than a few steps."""
+    """train.py at the size SMALL, trained and tested on the same `count` shapes -> exit status. Only if `watched`, it
+    draws samples and measures, which takes longer than a few steps."""
     if not watched:
         black = np.zeros((160, 160, 3), np.uint8)
         results = dict(head_metrics={}, class_accuracy={}, samples=black, reconstructions=black)

@@ -46,8 +46,8 @@ class Encoders:
         return untrained(prompt, self.nouns) if "text" in self.pretrained else self.towers["text"].remarks(prompt)
 
     def draw(self, split, rows):
-        """One prompt of each kind for each training shape, and which of them are not dropped, for `encode_drawn`; and the
-        rows of these shapes."""
+        """One prompt of each kind for each training shape, and which are not dropped, for `encode_drawn`; and the rows
+        of these shapes."""
         captions = split.table.draw(rows)                     # b
         u, low, shown = torch.rand(len(rows), device=split.device), 0., {kind: False for kind in self.towers}
         for kinds, share in SHOWN[(*self.towers,)].items():
@@ -58,8 +58,8 @@ class Encoders:
         return drawn | (self.draw_pictures(split, rows, captions, shown) if "image" in self.towers else {})
 
     def draw_pictures(self, split, rows, captions, shown):
-        """One picture of each training shape, and the rows of these shapes: turned as in their pictures; where the picture
-        is dropped, as in their files.
+        """One picture of each training shape, and the rows of these shapes: turned as in their pictures; without one,
+        as in their files.
 
         Half of the pictures beside a caption are recoloured: the colours that the caption names are replaced in the
         picture (not for pretrained towers, whose tokens are computed once). So the backbone learns colours from words

@@ -107,32 +107,6 @@ def test_same_seed_same_bytes(overfitted, tmp_path):
         assert trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).is_watertight
 
 
-@pytest.mark.parametrize("flags, complaint", [
-    (["--colour", "red"], "unrecognized arguments: --colour"), (["--step", "3"], "unrecognized arguments: --step"),
-    (["--steps", "0"], "--steps: must be between"), (["--steps", "65"], "65 steps are not between 1 and"),
-    (["--cfg", "-1"], "--cfg: must be"), (["--cfg", "nan"], "--cfg: must be"), (["--n", "0"], "--n: must be"),
-    (["--seed", "-1"], "--seed: must be"), (["--resolution", "100000"], "choose from 32, 64"),
-    (["--rgs", "sampled=2"], "RGS takes none, auto, sampled=A"), (["--rgs", "x"], "RGS takes none, auto, sampled=A"),
-    (["--window", "2"], "--window: must be between 0 and 1"), (["--rep", "voxels"], "choose from"),
-    (["--points", "0"], "--points: must be"), (["--faces", "3"], "--faces: must be"),
-    (["--rep", "pc", "--faces", "300"], "give --rep sdf or mesh, too"), (["--points", "9"], "give --rep pc or gs, too"),
-    (["--rep", "pc", "--height", "2"], "give --rep sdf or mesh, too"),
-    (["--device", "toaster"], "--device toaster"),
-    (["--rep", "pc"], "has no head for pc, only for sdf; make it with: python train.py --rep pc"),
-    (["--text", ""], "is empty"), (["--text", "with the"], "names no object"), (["--device", "meta"], "--device meta"),
-    (["--text", "a house"], "unknown object 'house'"),
-    (["--checkpoint", "nowhere"], "there is no folder 'nowhere'"), (["--checkpoint", "x" * 300], "cannot use xxx"),
-    (["--out", "{file}/below"], "cannot write")])
-def test_sample_bad_input_is_one_line(overfitted, flags, complaint, tmp_path, capsys):
-    """A mistake is one line that names it, with exit status 2, and nothing is written."""
-    (tmp_path / "file").write_text("")
-    flags = [flag.format(file=tmp_path / "file") for flag in flags]
-    base = "--text", "a table", "--checkpoint", overfitted, "--resolution", 32, "--out", tmp_path / "out"
-    assert run(sample.main, *base, *flags) == 2
-    assert_one_line(capsys.readouterr().err, complaint)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_a_head_in_training_is_half_trained(overfitted, tmp_path):
     files.write_config(tmp_path, "tokenizer", **files.read_config(overfitted)["tokenizer"] | {"heads": []})
     with pytest.raises(UserError, match="has no head for pc"):

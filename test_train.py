@@ -264,20 +264,6 @@ def test_the_sdf_head_continues_after_the_tokenizer(overfitted, tmp_path, monkey
     assert same_weights(folder, overfitted, ["tokenizer"])
 
 
-@pytest.mark.parametrize("flags, complaint", [
-    (["--stage", "dinner"], "ltm3d has no stage dinner, but encoders"), (["--out", ""], "--out is empty"),
-    (["--steps", "0"], "--steps: must be at least 1"),
-    (["--lr", "nan"], "--lr: must be between"), (["--seed", "-1"], "--seed: must be"), (["--shapes", "x"], "invalid"),
-    (["--bacth", "3"], "unrecognized arguments: --bacth"),
-    (["--device", "toaster"], "--device toaster cannot be used here"),
-    (["--stage", "backbone"], "holds no trained tokenizer")])
-def test_train_bad_input_is_one_line(flags, complaint, tmp_path, monkeypatch, capsys):
-    """A mistake is one line that names it, with exit status 2, and nothing is written."""
-    assert train_small(monkeypatch, tmp_path / "run", 2, *flags) == 2
-    assert_one_line(capsys.readouterr().err, complaint)
-    assert not (tmp_path / "run").exists()
-
-
 # ---------------------------------------------------------------------------- on a GPU
 
 OWN = "--size", "tiny", "--from", "checkpoints/tiny"

@@ -25,7 +25,7 @@ import tokenizer
 from data import training_sets
 from engine import processes
 from engine.commands import Parser, UserError, add_device_flags, between, command
-from engine.files import read_config, trained_stages
+from engine.files import read_config, read_stage, trained_stages
 from engine.run import Run, copy_stages, locked
 from engine.stage import RELATIVES
 from geometry import training_samples
@@ -41,14 +41,13 @@ def stages_of(model):
     return ltm3d if model == "ltm3d" else import_module(f"relatives.{model}").stages(ltm3d)
 
 
-def chosen(args, stages, reps):
-    """The names of the stages to train, all or --stage, with a head for each representation. Towers are trained if they
+def names_of(args, stages, reps):
+    """The names of all stages that these flags ask for, with a head for each representation. Towers are trained if they
     are built in; that of texts also aligns that of images."""
     names = [stage.name for stage in stages if not stage.name.startswith("head-") or stage.name[5:] in reps]
     text, image = (name == encoders.BUILT_IN for name in (args.text_encoder, args.image_encoder))
     left_out = ["vision"] * (not image) + ["encoders"] * (not text and not image and args.model == "ltm3d")
-    return [name for name in names if name not in left_out
-            and args.stage in (None, name, "head" if name.startswith("head-") else name)]
+    return [name for name in names if name not in left_out]
 
 
 def chain(args, reps, joint, folder):
@@ -61,7 +60,8 @@ def chain(args, reps, joint, folder):
         for kind, name in run.encoder_names.items():
             if name not in (None, encoders.BUILT_IN):
                 encoders.load_pretrained(kind, name, run.device)                  # a missing one is an error here
-        names = chosen(args, stages.values(), reps)
+        every = names_of(args, stages.values(), reps)
+        names = [name for name in every if args.stage in (None, name, "head" if name.startswith("head-") else name)]
         if args.source:
             copy_stages(run, Path(args.source), names if args.stage else ())
         run.check_folder()
@@ -75,6 +75,8 @@ def chain(args, reps, joint, folder):
             run.micro_batch_size(name)                        # a wrong --batch is an error here
             if args.finetune and name not in trained_stages(args.source):
                 raise UserError(f"{args.source} holds no trained {name} to fine-tune; leave out --finetune")
+            for before in {*stages[name].after} & {*every} - {*names}:
+                read_stage(run.folder, before)                # a missing one is an error here
         with locked(run.folder):                              # a folder that cannot be used is an error now
             pass
         kinds = [training_samples.SURFACE, *[training_samples.PICTURES] * bool(args.image_encoder),
@@ -155,8 +157,8 @@ def arguments():
     flag = parser.add_argument_group("research").add_argument
     flag("--tokens", choices=["shared", "own", "joint"], default="shared", help="shared: heads on a tokenizer trained "
          "for sdf; own: a tokenizer and a backbone for each representation; joint: one trained with these heads")
-    flag("--text-encoder", metavar="NAME", default=encoders.BUILT_IN, help="the one trained here, built-in, or a frozen "
-         "one of transformers (prompts/pretrained.py): a name in the hub's cache, or a folder (default: built-in)")
+    flag("--text-encoder", metavar="NAME", default=encoders.BUILT_IN, help="built-in, which is trained here, or a "
+         "frozen one of transformers (prompts/pretrained.py): a name in the hub's cache, or a folder (default: built-in)")
     flag("--variant", help="train a variant of the backbone (python -m research.peers --help lists them)")
     flag("--denoiser", choices=list(backbone.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")

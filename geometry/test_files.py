@@ -18,8 +18,7 @@ import trimesh
 from PIL import Image
 
 import data
-import train
-from conftest import HERE, TrueHead, assert_one_line, run
+from conftest import HERE, TrueHead, run
 from engine.commands import UserError
 from geometry import mesh_files, metrics, prepare, real, soup, training_samples
 from geometry.training_samples import SURFACE
@@ -299,21 +298,3 @@ def test_a_texture_of_too_many_pixels_is_not_unpacked(tmp_path, monkeypatch):
         Image.new("RGB", (side, side), "blue").save(tmp_path / "a.png")
         found = real.read_shape(tmp_path / "a.obj").colours[0]
         assert np.allclose(found, colour, atol=.02)
-
-
-@pytest.mark.parametrize("make, complaint", [
-    (lambda path: None, "there is no"), (lambda path: path.mkdir(), "holds no shapes"),
-    (lambda path: path.write_bytes(b"no zip"), "no Sweet Home 3D library")])
-def test_bad_data_is_one_line(make, complaint, tmp_path, capsys):
-    path = tmp_path / "some.sh3f"
-    make(path)
-    assert run(data.main, "--data", path, "--out", tmp_path / "cache") == 2
-    assert_one_line(capsys.readouterr().err, complaint)
-
-
-def test_too_few_files_to_train_on(tmp_path, capsys):
-    """One file leaves nothing to hold out."""
-    trimesh.creation.box((1, 1, 1)).export(tmp_path / "box.obj")
-    flags = ("--data", tmp_path / "box.obj", "--cache", tmp_path / "cache", "--out", tmp_path / "run")
-    assert run(train.main, *flags) == 2
-    assert_one_line(capsys.readouterr().err.split("\n")[-2], "two of each are needed")

@@ -278,12 +278,3 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(latte3d, "unseen", lambda record: record["class"] == "chair")
     table = "--checkpoint", whole, "--shapes", 2, "--unseen", 1, "--refine", 1, "--resolution", 32, "--out", out
     assert run(evaluate.main, "latte3d", *table) == 0
-    for main, words, complaint in (
-            (sample.main, (*sampled, "--image", "assets/chair.png"), "latte3d learns from words"),
-            (sample.main, (*sampled, "--rep", "pc"), "latte3d generates sdf, mesh, not pc"),
-            (sample.main, (*sampled, "--refine", -1), "--refine: must be"),
-            (prior.main, ("--text", "a table", "--checkpoint", "checkpoints/tiny"), "holds no trained latte3d-prior"),
-            (prior.main, ("--text", "a table", "--checkpoint", whole, "--depth", "none.glb"), "there is no file")):
-        capsys.readouterr()
-        assert run(main, *words) == 2
-        assert_one_line(capsys.readouterr().err, complaint)

@@ -13,8 +13,7 @@ from torch.distributions import Normal, kl_divergence
 
 import evaluate
 import sample
-import train
-from conftest import WIDTHS, NoWait, assert_one_line, prompted, run, train_small
+from conftest import WIDTHS, NoWait, prompted, run, train_small
 from engine import files
 from engine.commands import UserError
 from engine.noise import keys_of
@@ -180,17 +179,6 @@ def test_codes_survive_a_file_or_it_is_refused(tmp_path):
             codes.read_codes(path, book, 100, "0123456789ab")
 
 
-@pytest.mark.parametrize("words, complaint", [
-    ("compress chair.glb chair.obj", "ends in .vat"), ("compress no.glb a.vat", "there is no file"),
-    ("decompress no.vat a.ply", "ends in .glb or"), ("decompress no.vat a.glb", "cannot read"),
-    ("compress chair.glb a.vat --resolution 64", "unrecognized"),
-    ("compress chair.glb a.vat --checkpoint .", "holds no trained vat-codes")])
-def test_a_wrong_file_is_one_line(words, complaint, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert run(vat.main, *words.split()) == 2
-    assert_one_line(capsys.readouterr().err, complaint)
-
-
 @pytest.mark.chain
 def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     """The chain, on towers of another folder; fine-tuning; a prompt becomes a mesh, codes, and a mesh again; a table of
@@ -217,18 +205,3 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     assert len(trimesh.load(out / "b.glb", force="mesh").faces)
     assert run(evaluate.main, "scales", *checkpoint, "--shapes", 1, "--out", out) == 0
     assert [row["bytes"] for row in csv.DictReader((out / "scales.csv").open())] == ["15", "63"]      # of 6 bits a code
-
-    for main, words, complaint in (
-            (train.main, "--model vat --denoiser ddpm", "vat has no --denoiser"),
-            (train.main, "--model vat --tokens joint", "vat has no --tokens"),
-            (train.main, "--model vat --variant queries", "vat has no variant queries"),
-            (train.main, "--model vat --rep pc", "vat generates sdf, mesh, not pc"),
-            (train.main, f"--model vat --from checkpoints/vat --out {out}", "but no tokenizer, head-sdf, vat"),
-            (evaluate.main, f"ablate-rgs --checkpoint {folder}", "has no Reconstruction"),
-            (evaluate.main, f"tokenizer --rep gs --checkpoint {folder} --out {out}", "generates sdf, mesh, not gs"),
-            (sample.main, f"--text table --checkpoint {folder} --steps 5", "--steps"),
-            (sample.main, f"--text table --checkpoint {folder} --rep pc", "vat generates sdf, mesh"),
-            (sample.main, f"--text table --checkpoint {folder} --model ltm3d", "holds vat, not ltm3d")):
-        capsys.readouterr()
-        assert run(main, *words.split()) == 2
-        assert_one_line(capsys.readouterr().err, complaint)

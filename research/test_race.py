@@ -61,13 +61,6 @@ def test_the_judge_reads_the_tables_of_evaluate(tmp_path, monkeypatch):
     assert JUDGE(tmp_path, tmp_path) == {"IoU": .1, "R-precision": .2, "right class": .3}
 
 
-@pytest.mark.parametrize("text, complaint", [("exit 3\n", "ended with status 3"), (None, "there is no recipe")])
-def test_a_mistake_is_one_line(flags, tmp_path, capsys, text, complaint):
-    (tmp_path / "mine.sh").write_text(text) if text else (tmp_path / "mine.sh").unlink()
-    assert run(race.main, *flags) == 2
-    assert_one_line(capsys.readouterr().err, complaint)
-
-
 def test_another_recipe_needs_another_folder(flags, tmp_path, capsys):
     assert run(race.main, *flags) == 0
     (tmp_path / "mine.sh").write_text(RECIPE + "true\n")
