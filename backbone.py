@@ -29,7 +29,7 @@ import heads
 import judge
 import tokenizer
 from engine.commands import UserError
-from engine.files import load_stage
+from engine.files import load_stage, read_stage
 from engine.loop import Loop
 from engine.networks import Block, flow_pair, time_embedding
 from engine.noise import bits, normal
@@ -37,7 +37,7 @@ from engine.stage import Stage
 from prefix import Prefix
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
-    "tiny": dict(dim=256, encoder=4, decoder=4, heads=8, prefix=8, head_dim=256, head_depth=3),
+    "tiny": dict(dim=256, encoder=1, decoder=5, heads=8, prefix=8, head_dim=384, head_depth=3),
     "mini": dict(dim=256, encoder=1, decoder=5, heads=8, prefix=8, head_dim=512, head_depth=4),
     "small": dict(dim=384, encoder=6, decoder=6, heads=6, prefix=16, head_dim=512, head_depth=3),
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
@@ -331,7 +331,8 @@ def train(run):
     decoders = heads.load(run.folder, run.joint, run.device)
 
     # model
-    settings = SIZES[run.size] | sizes | {"denoiser": run.denoiser}
+    size = read_stage(run.source, "backbone")["settings"] if run.finetune else SIZES[run.size]
+    settings = size | sizes | {"denoiser": run.denoiser}
     model = run.part("backbone", Backbone)(**settings)
     run.load_to_finetune("backbone", {"backbone": model}, settings)
 
@@ -352,5 +353,5 @@ def train(run):
     run.finish(loop, {"backbone": loop.average}, settings=settings, metrics=metrics, **nouns)
 
 
-STAGE = Stage("backbone", train, 1700, 64, 2e-3, after=("encoders", "tokenizer", "vision"),
+STAGE = Stage("backbone", train, 1300, 64, 4e-3, after=("encoders", "tokenizer", "vision"),
               flags=("variant", "denoiser", "text-encoder", "image-encoder"), variants=BACKBONES)

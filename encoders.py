@@ -217,5 +217,5 @@ def train_vision(run):
     run.finish(loop, {"encoders": aligner, "vision": vision}, settings=settings, metrics=metrics)
 
 
-TEXT = Stage("encoders", train_text, 800, 128, 1e-3)
+TEXT = Stage("encoders", train_text, 600, 128, 1e-3)
 VISION = Stage("vision", train_vision, 1200, 64, 2e-3, after=("encoders",))

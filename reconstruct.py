@@ -145,5 +145,5 @@ def train(run):
     run.finish(loop, {"reconstruct": loop.average}, settings=settings)
 
 
-STAGE = Stage("reconstruct", train, 600, 64, 2e-3, after=("encoders", "tokenizer", "vision"),
+STAGE = Stage("reconstruct", train, 300, 64, 2e-3, after=("encoders", "tokenizer", "vision"),
               flags=("text-encoder", "image-encoder"))

@@ -28,7 +28,7 @@ from representations.head import NOISE
 
 # n = side^3 tokens of c channels, each of conv^3 cells of points; patch^3 neighbours become one token
 SIZES = {
-    "tiny": dict(side=4, channels=16, dim=128, heads=4, conv=4),
+    "tiny": dict(side=6, patch=2, channels=16, dim=128, heads=4, conv=4),
     "mini": dict(side=6, patch=2, channels=16, dim=192, heads=6, conv=4),
     "small": dict(side=6, channels=16, dim=192, heads=6, conv=4),
     "base": dict(side=8, channels=32, dim=384, heads=6, conv=4),
@@ -197,4 +197,4 @@ def train(run):
     run.finish(loop, loop.average.files(), settings=settings, heads=list(run.joint), metrics=metrics)
 
 
-STAGE = Stage("tokenizer", train, 1500, 32, 2e-3, flags=("tokens",))
+STAGE = Stage("tokenizer", train, 700, 16, 3e-3, flags=("tokens",))

@@ -158,7 +158,7 @@ def arguments():
     flag("--tokens", choices=["shared", "own", "joint"], default="shared", help="shared: heads on a tokenizer trained "
          "for sdf; own: a tokenizer and a backbone for each representation; joint: one trained with these heads")
     flag("--text-encoder", metavar="NAME", default=encoders.BUILT_IN, help="built-in, which is trained here, or a "
-         "frozen one of transformers (prompts/pretrained.py): a name in the hub's cache, or a folder (default: built-in)")
+         "frozen one of transformers (prompts/pretrained.py): a name in the hub's cache, or a folder")
     flag("--variant", help="train a variant of the backbone (python -m research.peers --help lists them)")
     flag("--denoiser", choices=list(backbone.DENOISERS), default="flow", help="formulation of the DenoiseNet")
     flag("--lr", type=between(1e-9, 1, float), help=f"peak learning rate (default: {defaults[2]})")

@@ -32,7 +32,7 @@ CHUNK = 130                   # shapes in a chunk
 SECONDS = .5                  # between two looks at what the workers have done
 MEMORY = 12 << 30             # bytes that a worker may allocate
 SEED = 0                      # of all built-in shapes
-TRAIN_SHAPES = 10_400         # built-in ones: 800 of each class
+TRAIN_SHAPES = 2_600          # built-in ones: 200 of each class
 
 
 # ---------------------------------------------------------------------------- sources of shapes
