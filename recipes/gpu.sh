@@ -11,12 +11,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-data=(${DATA:+--data "$DATA"})
+data=(--shapes 10400)
+[ -z "${DATA:-}" ] || data=(--data "$DATA")
 python data.py "${data[@]}" --kinds surface pictures --workers "$(nproc)"
 end=$((SECONDS + ${SLICE:-480}))
 train() {
     timeout --signal TERM $((end > SECONDS ? end - SECONDS : 1)) \
-        python train.py --size small --out runs/small --workers "$(nproc)" "${data[@]}" "$@" ||
+        python train.py --size small --image-encoder built-in --out runs/small --workers "$(nproc)" "${data[@]}" "$@" ||
         { [ $? = 124 ] && echo "the slice has ended; run the same command again" && exit 0; exit 1; }
 }
 train --stage encoders --steps 4000 --batch 256

@@ -41,13 +41,12 @@ from representations.head import NOISE
 from sample import Sampler
 
 REPS = tuple(REPRESENTATIONS)
-SIZES = {"tiny": dict(registers=64, width=8, dim=128, heads=4, encoder=4, decoder=6),
+SIZES = {"tiny": dict(registers=64, width=64, dim=256, heads=8, encoder=4, decoder=6),    # at most one a token: 27
          "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
 GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),
               "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
-SIZES["mini"] = SIZES["tiny"] | dict(width=64, dim=256, heads=8)       # of 27 tokens of 128 channels: 27 registers
-STUDENTS["mini"], GENERATORS["mini"] = STUDENTS["tiny"], GENERATORS["tiny"]
+SIZES["mini"], STUDENTS["mini"], GENERATORS["mini"] = SIZES["tiny"], STUDENTS["tiny"], GENERATORS["tiny"]
 
 
 # ---------------------------------------------------------------------------- encode: registers

@@ -168,7 +168,7 @@ def prompted_sides(run, stage, weights={}):
     encoders = encoders_.make(run.folder, run.encoder_names | {"image": None}, run.device)
 
     def draw(split):
-        rows = split.draw(run.micro_batch_size(stage), weights=weights.get(split))
+        rows = split.draw(run.micro_batch_size(stage), weights=weights.get(split)) % len(split)       # none mirrored
         return rows, encoders.cache("text", split).draw(split.table.draw(rows)), sides_of(split, rows)
 
     return encoders, draw

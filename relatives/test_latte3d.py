@@ -4,6 +4,7 @@
 """
 import math
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,6 +205,20 @@ def test_the_prior_sees_all_sides_its_cameras_and_depth():
     for found in (model(other, t, condition, angles), model(x, t, condition, angles + 45),
                   model(x, t, condition, angles, torch.rand(2, 4, SIDE, SIDE, 2))):
         assert (found - before)[:, 2].abs().max() > 1e-4
+
+
+def test_a_file_is_not_mirrored(monkeypatch):
+    """The pictures of its four sides exist in one position: a mirrored row becomes the shape itself."""
+    class Files:
+        table = SimpleNamespace(draw=lambda rows: rows)
+        __len__ = lambda self: 3
+        draw = lambda self, count, weights: torch.arange(count)
+
+    monkeypatch.setattr(prior.encoders_, "make", lambda *_: SimpleNamespace(cache=lambda *_: Files.table))
+    monkeypatch.setattr(prior, "sides_of", lambda split, rows: rows)
+    run_of_six = SimpleNamespace(folder="", device="cpu", encoder_names={}, micro_batch_size=lambda stage: 6)
+    drawn = prior.prompted_sides(run_of_six, "latte3d-prior")[1](Files())
+    assert [rows.tolist() for rows in drawn] == [[0, 1, 2, 0, 1, 2]] * 3
 
 
 @torch.no_grad()
