@@ -25,7 +25,6 @@ from einops import rearrange, repeat
 from torch import nn
 
 import encoders
-import heads
 import judge
 import tokenizer
 from engine.commands import UserError
@@ -34,14 +33,15 @@ from engine.loop import Loop
 from engine.networks import Block, flow_pair, time_embedding
 from engine.noise import bits, normal
 from engine.stage import Stage
+from heads import load as load_heads
 from prefix import Prefix
 
 SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is MAR-B
-    "tiny": dict(dim=256, encoder=1, decoder=5, heads=8, prefix=8, head_dim=384, head_depth=3),
-    "mini": dict(dim=256, encoder=1, decoder=5, heads=8, prefix=8, head_dim=512, head_depth=4),
-    "small": dict(dim=384, encoder=6, decoder=6, heads=6, prefix=16, head_dim=512, head_depth=3),
-    "base": dict(dim=768, encoder=12, decoder=12, heads=12, prefix=64, head_dim=1024, head_depth=6),
-    "large": dict(dim=1024, encoder=16, decoder=16, heads=16, prefix=64, head_dim=1280, head_depth=8),
+    "tiny": dict(dim=256, encoder=1, decoder=5, heads=8, queries=8, head_dim=384, head_depth=3),
+    "mini": dict(dim=256, encoder=1, decoder=5, heads=8, queries=8, head_dim=512, head_depth=4),
+    "small": dict(dim=384, encoder=6, decoder=6, heads=6, queries=16, head_dim=512, head_depth=3),
+    "base": dict(dim=768, encoder=12, decoder=12, heads=12, queries=64, head_dim=1024, head_depth=6),
+    "large": dict(dim=1024, encoder=16, decoder=16, heads=16, queries=64, head_dim=1280, head_depth=8),
 }
 PARTS = 9    # of the tokens; a round resamples one at a time (unmasking_steps)
 DRAWS = 2    # noise draws per masked token and step, which share one MAE pass
@@ -192,14 +192,14 @@ DENOISERS = {"flow": Flow, "ddpm": DDPM}
 # ---------------------------------------------------------------------------- MAE
 
 class Backbone(nn.Module):
-    def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
+    def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, queries, head_dim, head_depth,
                  denoiser="flow"):
         super().__init__()
         self.tokens, self.channels, self.dim, self.denoiser = tokens, channels, dim, DENOISERS[denoiser]
-        self.prefix = Prefix(prefix, dim, heads, widths)
+        self.prefix = Prefix(queries, dim, heads, widths)
         self.token = nn.Linear(channels, dim)
         self.place_in = nn.Parameter(torch.randn(tokens, dim) * .02)              # positional embeddings of encoder
-        self.place_out = nn.Parameter(torch.randn(prefix + tokens, dim) * .02)    # and decoder; of the condition: 0
+        self.place_out = nn.Parameter(torch.randn(queries + tokens, dim) * .02)    # and decoder; of the condition: 0
         self.unknown = nn.Parameter(torch.randn(dim) * .02)                       # the mask token, "?"
         self.encoder = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
         self.decoder = nn.ModuleList(Block(dim, heads) for _ in range(decoder))
@@ -328,7 +328,7 @@ def train(run):
     """Prefix, masked auto-encoder and DenoiseNet, on frozen tokens and frozen encoders."""
     # data
     towers, sizes, draw = encoders.prompted_tokens(run, "backbone", tokenizer.load(run.folder))
-    decoders = heads.load(run.folder, run.joint, run.device)
+    decoders = load_heads(run.folder, run.joint, run.device)
 
     # model
     size = read_stage(run.source, "backbone")["settings"] if run.finetune else SIZES[run.size]

@@ -45,7 +45,7 @@ SMALL = {  # one size below tiny, for every stage; convolutions, which learn the
     text_tower: dict(dim=64, depth=1, heads=4),
     image_tower: dict(dim=64, depth=1, heads=4),
     tokenizer: dict(side=4, channels=8, dim=64, heads=4, conv=4),
-    backbone: dict(dim=64, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2),
+    backbone: dict(dim=64, encoder=1, decoder=2, heads=4, queries=2, head_dim=64, head_depth=2),
     reconstruct: dict(dim=64, depth=1, heads=4),
 }
 CHAIN = ["encoders", "tokenizer", "vision", "backbone", "reconstruct"]     # the sdf head is trained with the tokenizer

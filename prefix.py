@@ -37,10 +37,10 @@ class Conditions(nn.Module):
 
 
 class Prefix(nn.Module):
-    def __init__(self, prefix, dim, heads, widths):
+    def __init__(self, queries, dim, heads, widths):
         super().__init__()
         self.conditions = Conditions(widths, dim)
-        self.query = nn.Parameter(torch.randn(prefix, dim) * .02)                 # q d
+        self.query = nn.Parameter(torch.randn(queries, dim) * .02)                 # q d
         self.cross = Block(dim, heads, context_dim=dim)                           # one cross-attention + feed-forward
 
     def forward(self, condition):                             # unit 4

@@ -277,7 +277,7 @@ def test_a_step_never_waits_and_is_one_graph(flags, count, tmp_path, monkeypatch
     """Every stage: draws, loss, gradients and update never wait for a GPU. torch.compile makes one graph of the loss,
     with the same value, and no second one for other batches; for the backbone at most three, for all numbers of known
     tokens. What a GPU computes differently gives the same value."""
-    small = {"dim": 64, "depth": 1, "heads": 4, "prefix": 2}
+    small = {"dim": 64, "depth": 1, "heads": 4, "queries": 2}
     for sizes in (vat.SIZES, vat.GENERATORS, lost.SIZES, lost.STUDENTS, lost.GENERATORS, prior.SIZES, latte3d.SIZES):
         monkeypatch.setitem(sizes, "tiny", sizes["tiny"] | {key: small[key] for key in small if key in sizes["tiny"]})
     if "tokenizer" in flags:

@@ -77,7 +77,7 @@ def test_vat_tokenizer(quantised, prepared, monkeypatch):
 
 def test_vat_generator():
     model = vat.Generator(side=4, channels=8, codes=64, scales="1 2 3 4", widths=WIDTHS, dim=32, depth=2, heads=4,
-                          prefix=2)
+                          queries=2)
     condition = prompted(B)
     no_waiting(model, torch.randn(B, N, C), lambda model, z: model.loss(model.quantiser.encode(z), condition))
 
@@ -87,7 +87,7 @@ def test_lost():
     codec = lost.Codec(registers=8, width=6, dim=32, heads=4, encoder=1, decoder=1, tokens=N, channels=C)
     no_waiting(codec, tokens, lambda codec, x: codec.loss(x, student))
 
-    generator = lost.Generator(8, 6, WIDTHS, dim=32, depth=2, heads=4, prefix=2, head_dim=32, head_depth=2)
+    generator = lost.Generator(8, 6, WIDTHS, dim=32, depth=2, heads=4, queries=2, head_dim=32, head_depth=2)
     condition = prompted(B)
     no_waiting(generator, torch.randn(B, 8, 6), lambda generator, x: generator.loss(x, condition))
 
@@ -97,7 +97,7 @@ TEXT, ANGLES = {"text": prompted(B)["text"]}, torch.rand(B, 4, 2) * 90
 
 @pytest.fixture
 def teacher():
-    return prior.Prior(patch=8, dim=32, depth=1, heads=4, prefix=2, widths={"text": 32})
+    return prior.Prior(patch=8, dim=32, depth=1, heads=4, queries=2, widths={"text": 32})
 
 
 def test_latte3d_prior(teacher):
@@ -109,7 +109,7 @@ def test_latte3d_prior(teacher):
 
 @pytest.mark.parametrize("stage", ["geometry", "texture"])
 def test_latte3d(stage, teacher):
-    size = dict(tokens=N, channels=C, widths={"text": 32}, dim=32, depth=1, heads=4, prefix=2, side=4)
+    size = dict(tokens=N, channels=C, widths={"text": 32}, dim=32, depth=1, heads=4, queries=2, side=4)
     geometry, texture = latte3d.Geometry(**size), latte3d.Texture(**size)
     nn.init.normal_(geometry.field.out.weight)
     nn.init.normal_(texture.texture.out.weight)

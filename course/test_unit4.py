@@ -9,7 +9,7 @@ from prefix import Prefix
 
 def make():
     torch.manual_seed(0)
-    return Prefix(prefix=4, dim=64, heads=4, widths=WIDTHS).eval()
+    return Prefix(queries=4, dim=64, heads=4, widths=WIDTHS).eval()
 
 
 def test_the_prefix_is_condition_tokens_and_query_outputs():

@@ -41,8 +41,8 @@ from representations.sdf import SdfHead
 from sample import Sampler
 
 REPS = "sdf", "mesh"
-SIZES = {"tiny": dict(dim=160, depth=5, heads=5, prefix=8, side=4),
-         "small": dict(dim=384, depth=10, heads=6, prefix=16, side=6)}
+SIZES = {"tiny": dict(dim=160, depth=5, heads=5, queries=8, side=4),
+         "small": dict(dim=384, depth=10, heads=6, queries=16, side=6)}
 FINER = 32, 24, 16, 12        # features of stage 2, whose finest planes are twice as fine
 CELLS, RADIUS = 32, .5        # along a side of the grid that is rendered; of the sphere at the beginning
 SHARP = .1, .006              # beta of the density, at the beginning and at the end
@@ -59,9 +59,9 @@ EMPTY, REFINE = .002, .01     # mean coverage of pictures: less is a collapse; l
 class Grower(nn.Module):
     """The prompt and tokens, one sequence -> tokens b n d on a grid."""
 
-    def __init__(self, tokens, channels, widths, dim, depth, heads, prefix):
+    def __init__(self, tokens, channels, widths, dim, depth, heads, queries):
         super().__init__()
-        self.prefix, self.token = Prefix(prefix, dim, heads, widths), nn.Linear(channels, dim)
+        self.prefix, self.token = Prefix(queries, dim, heads, widths), nn.Linear(channels, dim)
         self.dummy = nn.Parameter(torch.randn(tokens, channels))                  # the dummy cloud of stage 1
         self.place = nn.Parameter(torch.randn(tokens, dim) * .02)
         self.blocks, self.norm = nn.ModuleList(Block(dim, heads) for _ in range(depth)), nn.LayerNorm(dim)

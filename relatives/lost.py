@@ -44,8 +44,8 @@ REPS = tuple(REPRESENTATIONS)
 SIZES = {"tiny": dict(registers=64, width=64, dim=256, heads=8, encoder=4, decoder=6),    # at most one a token: 27
          "large": dict(registers=512, width=16, dim=768, heads=12, encoder=12, decoder=24)}
 STUDENTS = {"tiny": dict(dim=128, depth=2, heads=4), "large": dict(dim=768, depth=8, heads=12)}
-GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, prefix=8, head_dim=160, head_depth=3),
-              "large": dict(dim=1024, depth=24, heads=16, prefix=64, head_dim=1280, head_depth=8)}
+GENERATORS = {"tiny": dict(dim=160, depth=6, heads=5, queries=8, head_dim=160, head_depth=3),
+              "large": dict(dim=1024, depth=24, heads=16, queries=64, head_dim=1280, head_depth=8)}
 SIZES["mini"], STUDENTS["mini"], GENERATORS["mini"] = SIZES["tiny"], STUDENTS["tiny"], GENERATORS["tiny"]
 
 
@@ -191,8 +191,8 @@ class Codec(nn.Module):
 class Generator(Sequence):
     """[prefix, start, r_1 ... r_(m-1)] -> causal blocks -> context vectors z_1 ... z_m -> DenoiseNet."""
 
-    def __init__(self, registers, width, widths, dim, depth, heads, prefix, head_dim, head_depth):
-        super().__init__(prefix, widths, dim, depth, heads)
+    def __init__(self, registers, width, widths, dim, depth, heads, queries, head_dim, head_depth):
+        super().__init__(queries, widths, dim, depth, heads)
         self.count, self.width, self.token = registers, width, nn.Linear(width, dim)
         self.place = nn.Parameter(torch.randn(registers, dim))                    # of the register that comes next
         self.net = DenoiseNet(width, dim, head_dim, head_depth)

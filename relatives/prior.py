@@ -37,8 +37,8 @@ from geometry.volume import RIM, SIDE
 from prompts.reading import find
 from relatives.sequence import AdaBlock, MeanPrefix
 
-SIZES = {"tiny": dict(patch=8, dim=160, depth=6, heads=5, prefix=8),
-         "small": dict(patch=4, dim=384, depth=12, heads=6, prefix=16)}
+SIZES = {"tiny": dict(patch=8, dim=160, depth=6, heads=5, queries=8),
+         "small": dict(patch=4, dim=384, depth=12, heads=6, queries=16)}
 DEPTH, DROPPED = .5, .1       # shares of training samples: they show their depth; they show no caption
 SHOWN = torch.tensor([[[30. + 90 * i, 20] for i in range(4)]])                    # 1 v 2, cameras of pictures
 DETAILS = 16                  # features of a pixel for the last convolutions
@@ -55,10 +55,10 @@ def angle_features(angles):
 class Prior(nn.Module):
     """Noisy pictures, their time, the prompt, the cameras and, if known, the depth -> the clean pictures."""
 
-    def __init__(self, patch, dim, depth, heads, prefix, widths):
+    def __init__(self, patch, dim, depth, heads, queries, widths):
         super().__init__()
         self.patch, count = patch, (SIDE // patch) ** 2
-        self.prefix = MeanPrefix(prefix, dim, heads, widths)
+        self.prefix = MeanPrefix(queries, dim, heads, widths)
         self.picture, self.depth = nn.Linear(4 * patch ** 2, dim), nn.Linear(2 * patch ** 2, dim)
         self.camera, self.place = nn.Linear(8, dim), nn.Parameter(torch.randn(count, dim) * .02)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))

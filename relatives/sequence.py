@@ -12,8 +12,8 @@ from prefix import Prefix
 class MeanPrefix(Prefix):
     """A prefix, and its mean through a Linear: what modulates blocks."""
 
-    def __init__(self, prefix, dim, heads, widths):
-        super().__init__(prefix, dim, heads, widths)
+    def __init__(self, queries, dim, heads, widths):
+        super().__init__(queries, dim, heads, widths)
         self.pool = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
 
     def forward(self, condition):
@@ -52,9 +52,9 @@ class AdaBlock(nn.Module):
 
 
 class Sequence(nn.Module):
-    def __init__(self, prefix, widths, dim, depth, heads):
+    def __init__(self, queries, widths, dim, depth, heads):
         super().__init__()
-        self.prefix = MeanPrefix(prefix, dim, heads, widths)
+        self.prefix = MeanPrefix(queries, dim, heads, widths)
         self.pooled, self.start = nn.Linear(dim, 6 * dim), nn.Linear(dim, dim)
         self.blocks = nn.ModuleList(AdaBlock(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)

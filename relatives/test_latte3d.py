@@ -168,7 +168,7 @@ def test_the_most_noise_falls():
 def test_words_alone_are_enough_at_the_end():
     """When annealing has ended, the cloud changes nothing, exactly; before, it does."""
     torch.manual_seed(0)
-    grower = latte3d.Grower(27, 8, WIDTHS, dim=32, depth=1, heads=4, prefix=2)
+    grower = latte3d.Grower(27, 8, WIDTHS, dim=32, depth=1, heads=4, queries=2)
     condition, clouds = prompted(), torch.randn(2, 3, 27, 8)
     one, two = (grower(condition, latte3d.faded(cloud, grower.dummy, torch.tensor(.75))) for cloud in clouds)
     assert torch.equal(one, two) and torch.equal(one, grower(condition))
@@ -188,7 +188,7 @@ def test_a_tenth_of_the_combinations_is_held_out():
 
 def small_prior():
     torch.manual_seed(0)
-    model = prior.Prior(patch=8, dim=32, depth=1, heads=4, prefix=2, widths=WIDTHS)
+    model = prior.Prior(patch=8, dim=32, depth=1, heads=4, queries=2, widths=WIDTHS)
     for p in model.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=.1)
@@ -262,8 +262,8 @@ def test_a_shape_comes_back_from_its_pictures():
 def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     """The chain, stopped and resumed = not stopped; a prompt becomes a textured mesh, also refined; pictures of the
     prior, also of a mesh; a table; mistakes are one line."""
-    monkeypatch.setitem(latte3d.SIZES, "tiny", dict(dim=64, depth=1, heads=4, prefix=2, side=4))
-    monkeypatch.setitem(prior.SIZES, "tiny", dict(patch=8, dim=64, depth=1, heads=4, prefix=2))
+    monkeypatch.setitem(latte3d.SIZES, "tiny", dict(dim=64, depth=1, heads=4, queries=2, side=4))
+    monkeypatch.setitem(prior.SIZES, "tiny", dict(patch=8, dim=64, depth=1, heads=4, queries=2))
     whole, cut, out = (tmp_path / name for name in ("whole", "cut", "out"))
     flags = "--model", "latte3d", "--size", "tiny", "--from", "checkpoints/tiny", "--batch", 2, "--steps", 4
     stages = "latte3d-prior", "latte3d-geometry", "latte3d-texture"

@@ -23,7 +23,7 @@ from relatives import lost, relations, search
 
 SIZE = dict(registers=8, width=6, dim=32, heads=4, encoder=2, decoder=2)
 TOKENS = dict(tokens=27, channels=8)
-GENERATOR = dict(dim=32, depth=2, heads=4, prefix=2, head_dim=32, head_depth=2)
+GENERATOR = dict(dim=32, depth=2, heads=4, queries=2, head_dim=32, head_depth=2)
 STUDENT = dict(dim=32, depth=1, heads=4)
 
 

@@ -32,7 +32,7 @@ def tokenizer():
 
 @pytest.fixture
 def generator(tokenizer):
-    model = vat.Generator(**PARTS, widths=WIDTHS, dim=32, depth=2, heads=4, prefix=2).eval()
+    model = vat.Generator(**PARTS, widths=WIDTHS, dim=32, depth=2, heads=4, queries=2).eval()
     nn.init.normal_(model.out.weight)
     model.quantiser.load_state_dict(tokenizer.quantiser.state_dict())
     return model
@@ -187,7 +187,7 @@ def test_all_stages_end_to_end(examined, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vat.Decoder, "decode", lambda self, x, *rest, **more: decode(self, x, {}, None, resolution=32))
     monkeypatch.setattr(grid_iou, "__defaults__", (32,))
     monkeypatch.setitem(vat.SIZES, "tiny", SIZE | {"dim": 64, "scales": "1 4"})
-    monkeypatch.setitem(vat.GENERATORS, "tiny", dict(dim=64, depth=1, heads=4, prefix=2))
+    monkeypatch.setitem(vat.GENERATORS, "tiny", dict(dim=64, depth=1, heads=4, queries=2))
     folder, other, out = tmp_path / "run", tmp_path / "other", tmp_path / "out"
     flags = "--model", "vat", "--size", "tiny", "--batch", 2
     assert train_small(monkeypatch, folder, 2, *flags, "--from", "checkpoints/tiny", "--steps", 12, "--lr", 6e-3) == 0

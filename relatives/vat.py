@@ -45,7 +45,8 @@ LONG = "1 2 3 4 4 5 5 6 7 8 9"       # 2,214 codes of 14 bits: 3.9 KB; the paper
 SIZES = {                # side, features: of two grids, n = side^3 and m = features^3; codes: v
     "tiny": dict(side=4, channels=16, codes=1024, scales="1 2 3 4 4 4", features=6, dim=128, heads=4, depth=3),
     "large": dict(side=9, channels=16, codes=16384, scales=LONG, features=14, dim=768, heads=12, depth=9)}
-GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, prefix=8), "large": dict(dim=1024, depth=24, heads=16, prefix=64)}
+GENERATORS = {"tiny": dict(dim=192, depth=6, heads=6, queries=8),
+              "large": dict(dim=1024, depth=24, heads=16, queries=64)}
 SOFT = 1 / 64           # occupancy falls from 1 to 0 between distances -SOFT and SOFT; 1/128 of the cube's side
 OCCUPANCY = SOFT / (2 * TRUNCATION)     # logit: -y / OCCUPANCY. As a weight: no steeper than the L1 of distances
 LATER = .5              # factor of the temperature after scale 0: codes drawn independently have to agree
@@ -237,8 +238,8 @@ class Generator(Sequence):
     """[prefix, scale 0, scale 1 ...]: a scale attends to the prefix, earlier scales and itself. The first token is the
     pooled prompt, those of scale k > 0 are Down_k(f_k). From its tokens come the logits of all codes of a scale."""
 
-    def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, prefix):
-        super().__init__(prefix, widths, dim, depth, heads)
+    def __init__(self, side, channels, codes, scales, widths, dim, depth, heads, queries):
+        super().__init__(queries, widths, dim, depth, heads)
         self.quantiser = Quantiser(side, channels, codes, scales).requires_grad_(False)           # a copy, for f
         self.scales, self.counts, self.token = self.quantiser.scales, self.quantiser.counts, nn.Linear(channels, dim)
         scale = torch.tensor([k for k, count in enumerate(self.counts, 1) for _ in range(count)])

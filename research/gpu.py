@@ -90,7 +90,7 @@ def bench_attention(args, device, autocast):
     for size in args.sizes:
         settings = backbone.SIZES[size]
         model = random_backbone(SimpleNamespace(place=torch.device("meta")), size)
-        batch, rows = args.batch or BATCHES[size], model.tokens + settings["prefix"] + 20
+        batch, rows = args.batch or BATCHES[size], model.tokens + settings["queries"] + 20
         shape = batch, settings["heads"], rows, settings["dim"] // settings["heads"] + MASKED
         q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
 

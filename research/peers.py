@@ -30,11 +30,11 @@ STEPS = 64    # of denoising all tokens at once
 class Diffusion(nn.Module):
     """[prefix, noisy tokens] -> velocity or noise of all tokens. To a denoiser a shape is one vector: b (n c)."""
 
-    def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
+    def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, queries, head_dim, head_depth,
                  denoiser="flow"):
         super().__init__()
         self.tokens, self.channels, self.dim, self.denoiser = tokens, channels, dim, DENOISERS[denoiser]
-        self.prefix = MeanPrefix(prefix, dim, heads, widths)
+        self.prefix = MeanPrefix(queries, dim, heads, widths)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         nn.init.zeros_(self.time[-1].weight)
         self.token = nn.Linear(channels, dim)
@@ -74,9 +74,9 @@ class Diffusion(nn.Module):
 class Autoregressive(lost.Generator):
     """The generator of LoST, but of shape tokens, in the order of the grid."""
 
-    def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, prefix, head_dim, head_depth,
+    def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, queries, head_dim, head_depth,
                  denoiser="flow"):
-        super().__init__(tokens, channels, widths, dim, encoder + decoder, heads, prefix, head_dim, head_depth)
+        super().__init__(tokens, channels, widths, dim, encoder + decoder, heads, queries, head_dim, head_depth)
         self.tokens, self.dim = tokens, dim
         if denoiser != "flow":
             raise UserError("--variant autoregressive takes no other --denoiser than flow")
@@ -102,9 +102,9 @@ class Queries(Backbone):
             tokens, mask = super().forward(condition)                             # b (t + q) d, b (t + q)
             return tokens[:, -len(self.query):], mask[:, -len(self.query):]
 
-    def __init__(self, *, prefix, dim, heads, widths, **rest):
-        super().__init__(prefix=prefix, dim=dim, heads=heads, widths=widths, **rest)
-        self.prefix = self.Prefix(prefix, dim, heads, widths)
+    def __init__(self, *, queries, dim, heads, widths, **rest):
+        super().__init__(queries=queries, dim=dim, heads=heads, widths=widths, **rest)
+        self.prefix = self.Prefix(queries, dim, heads, widths)
 
 
 PEERS = {"diffusion": Diffusion, "autoregressive": Autoregressive, "queries": Queries}

@@ -24,7 +24,7 @@ def test_peers_are_as_large(size):
 def test_other_generators_learn_what_belongs_to_a_prompt(variant):
     """Two prompts, two sets of tokens: after some steps each prompt gives its own."""
     torch.manual_seed(0)
-    sizes = dict(dim=32, encoder=1, decoder=2, heads=4, prefix=2, head_dim=64, head_depth=2)
+    sizes = dict(dim=32, encoder=1, decoder=2, heads=4, queries=2, head_dim=64, head_depth=2)
     model = BACKBONES[variant](tokens=6, channels=3, widths={"text": 8}, **sizes)
     x = torch.randn(2, 6, 3).repeat(10, 1, 1)                                     # b n c
     text, mask = torch.randn(2, 4, 8).repeat(10, 1, 1), torch.ones(20, 4, dtype=torch.bool)
