@@ -114,14 +114,13 @@ def test_points_arrive_where_the_flow_goes():
     assert (abs(np.bincount(distance.argmin(1)) / 3000 - .25) < .05).all()
 
 
-def test_grids_are_interpolated_and_their_normals_learnt():
-    """A linear function at the centres of cells is linear between them; the loss of normals has second derivatives."""
-    x, y = torch.rand(2, 50, 3, requires_grad=True), (torch.rand(2, 50, 3) * 1.5 - .75)
-    grid = repeat(grid_points(4), "(x y z) i -> b x y z i", b=2, x=4, y=4)
-    assert torch.allclose(interpolate(grid, y), y, atol=1e-6)
-    slope, = torch.autograd.grad(interpolate(grid.clone().requires_grad_() ** 2, x).sum(), x, create_graph=True)
-    slope.square().sum().backward()
-    assert x.grad.isfinite().all()
+def test_grids_are_interpolated():
+    """A linear function at the centres of cells is linear between them, and so is its slope."""
+    x, grid = torch.rand(2, 50, 3) * 1.5 - .75, repeat(grid_points(4), "(x y z) i -> b x y z i", b=2, x=4, y=4)
+    found = interpolate(grid, x.requires_grad_())
+    assert torch.allclose(found, x, atol=1e-6)
+    slope, = torch.autograd.grad(found.sum(), x)
+    assert torch.allclose(slope, torch.ones_like(x), atol=1e-5)
 
 
 def test_every_colour_has_the_same_weight():

@@ -229,6 +229,7 @@ def test_trained_from_texts_alone(overfitted, tmp_path, monkeypatch, capsys):
     flags = "--from", overfitted, "--stage", "backbone", "--steps", 2, "--batch", 2
     assert train_small(monkeypatch, tmp_path / "run", 2, *flags, pictures=False) == 0
     assert set(encoders.load(tmp_path / "run", "backbone").towers) == {"text"}
+    capsys.readouterr()
     assert run(sample.main, "--checkpoint", tmp_path / "run", "--image", HERE / "assets" / "chair.png") == 2
     assert_one_line(capsys.readouterr().err, "learnt from texts alone")
 

@@ -281,14 +281,14 @@ def test_named_colours_are_augmented(prepared):
     assert torch.equal(new[0, 2:], colours[0, 2:]) and torch.equal(new[1], colours[1])
 
 
-def test_captions_are_drawn_by_their_number_of_words():
+def test_captions_are_drawn_by_the_square_of_their_number_of_words():
     """And each is known to be true of the shapes that have it."""
     table = data.Captions([["a", "b c d"], ["b c d"], ["e f", "a"]], "cpu")
     torch.manual_seed(0)
     drawn = table.draw(torch.tensor([0, 2]).repeat_interleave(3000)).view(2, -1)
     share = (drawn == table.texts.index("a")).float().mean(1)
     assert table.draw(torch.tensor([1] * 9)).unique().tolist() == [table.texts.index("b c d")]
-    assert abs(share[0] - 1 / 4) < .03 and abs(share[1] - 1 / 3) < .03
+    assert abs(share[0] - 1 / 10) < .03 and abs(share[1] - 1 / 5) < .03
     true = table.true(torch.tensor([table.texts.index(text) for text in ("a", "b c d")]), torch.arange(3))
     assert true.tolist() == [[True, False, True], [True, True, False]]
 

@@ -61,6 +61,12 @@ def test_the_judge_reads_the_tables_of_evaluate(tmp_path, monkeypatch):
     assert JUDGE(tmp_path, tmp_path) == {"IoU": .1, "R-precision": .2, "right class": .3}
 
 
+def test_a_recipe_that_fails_is_one_line(flags, tmp_path, capsys):
+    (tmp_path / "mine.sh").write_text("exit 3\n")
+    assert run(race.main, *flags) == 2
+    assert_one_line(capsys.readouterr().err, "ended with status 3")
+
+
 def test_another_recipe_needs_another_folder(flags, tmp_path, capsys):
     assert run(race.main, *flags) == 0
     (tmp_path / "mine.sh").write_text(RECIPE + "true\n")
