@@ -11,7 +11,7 @@ from tqdm import tqdm
 import tokenizer
 from data import prepare, seeded
 from engine.commands import UserError
-from engine.files import read_stage, trained_stages
+from engine.files import read_stage, signatures, trained_stages
 from geometry.metrics import chamfer, chamfer_matrix
 from geometry.prepare import name_begins
 from geometry.shapes import CLASSES
@@ -63,8 +63,8 @@ class Memory:
 
     def __init__(self, folder, device, autocast, train):
         self.encoder, self.device, self.autocast = tokenizer.load(folder).to(device), device, autocast
-        path = Path(folder) / "tokenizer.safetensors"
-        self.known = tokenizer.encode_set(self.encoder, train, device, autocast, path).flatten(1)         # t (n c)
+        known = tokenizer.encode_set(self.encoder, train, device, autocast, signatures(folder)["tokenizer"])
+        self.known = known[:len(train)].flatten(1)            # t (n c): of the shapes as they are in their files
 
     @torch.no_grad()
     def vectors(self, cloud):
