@@ -22,7 +22,7 @@ from prompts import image_tower, text_tower
 from prompts.reading import nouns_of, untrained
 
 BUILT_IN = "built-in"
-SHOWN = {  # kinds of prompt: those that are not dropped -> share of training samples
+SHOWN = {  # kinds of prompt: {those that are not dropped: share of training samples}
     ("text",): {(): .1, ("text",): .9},
     ("text", "image"): {(): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}}
 RECOLOURED = .5     # share of pictures beside a caption whose named colours are replaced

@@ -135,8 +135,8 @@ class Sampler:
         """One prompt and a seed for each sample -> the arguments of `tokens`, warnings."""
         warnings, pictures = [] if prompt is None else self.encoders.remarks(prompt), None
         if image is not None and "image" not in self.encoders.towers:
-            raise UserError(f"the {self.LAST} in {self.folder} learnt from texts alone; leave out the image "
-                            "(train.py --image-encoder built-in learns from pictures, too)")
+            raise UserError(f"the {self.LAST} in {self.folder} learnt from texts alone; leave out the image, or "
+                            "name a folder that was trained with --image-encoder")
         if image is not None:
             picture, warning = picture_files.load_picture(image)                  # 3 s s
             pictures = picture.expand(len(seeds), -1, -1, -1)

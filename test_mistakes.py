@@ -4,7 +4,6 @@
 """
 import shlex
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import trimesh
@@ -99,8 +98,7 @@ def test_a_mistake_is_one_line(line, complaint, overfitted, tmp_path, capsys):
     for name, text in {"file": "", "text.sh3f": "no zip", "text.vat": "no codes"}.items():
         (tmp_path / name).write_text(text)
     words = shlex.split(line.format(run=overfitted, tmp=tmp_path, out=tmp_path / "out"))
-    module = words.pop(0) if words[0] != "-m" else words.pop(1)
-    words = words[1:] if words[:1] == ["-m"] else words
-    assert run(import_module(Path(module).stem if module.endswith(".py") else module).main, *words) == 2
+    module, *flags = [word for word in words if word != "-m"]
+    assert run(import_module(module.removesuffix(".py")).main, *flags) == 2
     assert_one_line(capsys.readouterr().err, complaint)
     assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))

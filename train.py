@@ -1,7 +1,7 @@
 """train.py - every stage, chained: encoders -> tokenizer -> vision -> head -> backbone (+ prefix) -> reconstruct.
 
-    python train.py --rep sdf                          # everything, built-in shapes, a quarter of an hour on two cores
-    python train.py --rep sdf --image-encoder built-in # prompts can be pictures, too
+    python train.py --rep sdf                          # everything, built-in shapes, 26 minutes on two cores
+    python train.py --image-encoder built-in           # the same; prompts can be pictures, too
     python train.py --rep pc                           # the stages that pc still lacks: after the line above, one head
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
     python train.py --rep sdf --data path/to/meshes    # your shapes (data.py)
@@ -42,8 +42,8 @@ def stages_of(model):
 
 
 def names_of(args, stages, reps):
-    """The names of all stages that these flags ask for, with a head for each representation. Towers are trained if they
-    are built in; that of texts also aligns that of images."""
+    """The names of all stages that these flags ask for, with a head for each representation. Built-in towers are trained;
+    the image tower learns to agree with the text tower."""
     names = [stage.name for stage in stages if not stage.name.startswith("head-") or stage.name[5:] in reps]
     text, image = (name == encoders.BUILT_IN for name in (args.text_encoder, args.image_encoder))
     left_out = ["vision"] * (not image) + ["encoders"] * (not text and not image and args.model == "ltm3d")
