@@ -42,8 +42,8 @@ def stages_of(model):
 
 
 def names_of(args, stages, reps):
-    """The names of all stages that these flags ask for, with a head for each representation. Built-in towers are trained;
-    the image tower learns to agree with the text tower."""
+    """The names of all stages that these flags ask for, with a head for each representation. Built-in towers are
+    trained; the image tower learns to agree with the text tower."""
     names = [stage.name for stage in stages if not stage.name.startswith("head-") or stage.name[5:] in reps]
     text, image = (name == encoders.BUILT_IN for name in (args.text_encoder, args.image_encoder))
     left_out = ["vision"] * (not image) + ["encoders"] * (not text and not image and args.model == "ltm3d")
