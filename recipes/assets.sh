@@ -15,9 +15,9 @@ cd "$(dirname "$0")/.."
 python data.py --data "$DATA" --kinds surface pictures views
 train() { python train.py --data "$DATA" --size mini --image-encoder built-in --out runs/assets "$@"; }
 train --stage encoders --steps 1200                                    #  11  full caption -> cloud R@1 .455
-train --stage tokenizer --steps 41000 --batch 64 --lr 2e-3           #      on a GPU; n15 .801 on held-out families
+train --stage tokenizer --steps 41000 --batch 64 --lr 2e-3             #      on a GPU; n15 .801 on held-out families
 train --stage vision --steps 2800 --batch 256                          #  51  picture -> cloud R@1 .765
-train --stage backbone --steps 11400 --batch 128 --lr 2e-3           # 198  held_out .692
+train --stage backbone --steps 11400 --batch 128 --lr 2e-3             # 198  held_out .692
 train --stage reconstruct --steps 4500 --batch 128                     #  28
 train --stage head --rep pc --steps 3600 --batch 16                    #  31  Chamfer 1.06 x its floor
 train --stage head --rep gs --steps 2300 --lr 1e-3                     #  73  PSNR 26.8 dB

@@ -51,6 +51,7 @@ def save_samples(args, model, name, jobs, tokens, columns):
 def evaluate_tokenizer(args):
     """Encodes and decodes held-out shapes."""
     (device, autocast, _), tables = pick_device(args.device, args.precision), {}
+    # opened before shapes are prepared: a wrong folder is an error now
     opened = {folder: exam.open_tokenizer(folder, args.rep, device) for folder in labels(args.checkpoint)}
     test = exam.held_out(args, [training_samples.SURFACE, *REPRESENTATIONS[args.rep].kinds])
     for folder, label in labels(args.checkpoint).items():
