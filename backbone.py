@@ -198,9 +198,9 @@ class Backbone(nn.Module):
         self.tokens, self.channels, self.dim, self.denoiser = tokens, channels, dim, DENOISERS[denoiser]
         self.prefix = Prefix(queries, dim, heads, widths)
         self.token = nn.Linear(channels, dim)
-        self.place_in = nn.Parameter(torch.randn(tokens, dim) * .02)              # positional embeddings of encoder
-        self.place_out = nn.Parameter(torch.randn(queries + tokens, dim) * .02)    # and decoder; of the condition: 0
-        self.unknown = nn.Parameter(torch.randn(dim) * .02)                       # the mask token, "?"
+        self.pos_embed_in = nn.Parameter(torch.randn(tokens, dim) * .02)          # of encoder
+        self.pos_embed_out = nn.Parameter(torch.randn(queries + tokens, dim) * .02)  # of decoder; of the condition: 0
+        self.mask_token = nn.Parameter(torch.randn(dim) * .02)                    # unknown tokens, "?"
         self.encoder = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
         self.decoder = nn.ModuleList(Block(dim, heads) for _ in range(decoder))
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -212,17 +212,17 @@ class Backbone(nn.Module):
         (b, p, d), n = prefix.shape, self.tokens
 
         index = repeat(order[:, :known], "b k -> b k d", d=d)                     # b k d
-        y = (self.token(x) + self.place_in).gather(1, index)                      # b k d
+        y = (self.token(x) + self.pos_embed_in).gather(1, index)                  # b k d
         y = torch.cat([prefix, y], 1)                                             # b (p + k) d
         mask_in = F.pad(mask, (0, known), value=True)                             # b (p + k)
         for block in self.encoder:                                                # prefix and known tokens
             y = block(y, mask=mask_in)
         y = self.norm_in(y)
 
-        full = repeat(self.unknown, "d -> b n d", b=b, n=n).to(y.dtype)
+        full = repeat(self.mask_token, "d -> b n d", b=b, n=n).to(y.dtype)
         full = full.scatter(1, index, y[:, p:])                                   # b n d
-        place = F.pad(self.place_out, (0, 0, p + n - len(self.place_out), 0))     # (p + n) d
-        y = torch.cat([y[:, :p], full], 1) + place                                # b (p + n) d
+        position = F.pad(self.pos_embed_out, (0, 0, p + n - len(self.pos_embed_out), 0))    # (p + n) d
+        y = torch.cat([y[:, :p], full], 1) + position                                # b (p + n) d
         mask_out = F.pad(mask, (0, n), value=True)                                # b (p + n)
         for block in self.decoder[:-1]:                                           # prefix, known and mask tokens
             y = block(y, mask=mask_out)

@@ -200,7 +200,7 @@ def train_vision(run):
     settings = image_tower.SIZES[run.size] | {"out": aligner.width}
     _, n, channels = tokens[run.test].shape
     vision = image_tower.ImageTower(**settings)
-    reader = image_tower.Reader(len(vision.place), vision.width, n, channels)
+    reader = image_tower.Reader(len(vision.pos_embed), vision.width, n, channels)
     aligner.freeze_text()
     model = PicturesAndClouds(vision, reader, aligner)
     run.load_to_finetune("vision", {"vision": vision}, settings)

@@ -127,14 +127,14 @@ class QueryDecoder(nn.Module):
         nn.Module.__init__(self)
         self.register_buffer("anchors", grid_points(side), persistent=False)
         self.token = nn.Linear(channels, dim)
-        self.place = nn.Parameter(torch.randn(side ** 3, dim) * .02)
+        self.pos_embed = nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.blocks = nn.ModuleList(NearBlock(dim, heads) for _ in range(3))
         self.point = nn.Linear(3 + 6 * BANDS, dim)
         self.cross = nn.ModuleList(NearBlock(dim, heads, context_dim=dim, expand=2) for _ in range(2))
         self.norm, self.out = nn.LayerNorm(dim), nn.Linear(dim, outputs)
 
     def read(self, tokens):                                   # b n c -> memory b n d
-        x = self.token(tokens) + self.place
+        x = self.token(tokens) + self.pos_embed
         anchors = repeat(self.anchors, "n i -> b n i", b=len(x))
         for block in self.blocks:
             x = block(x, positions=(anchors, anchors))

@@ -26,14 +26,14 @@ class Conditions(nn.Module):
         super().__init__()
         self.norm = nn.ModuleDict({kind: nn.LayerNorm(e) for kind, e in widths.items()})
         self.into = nn.ModuleDict({kind: nn.Linear(e, dim) for kind, e in widths.items()})      # bias: embeds the kind
-        self.nothing = nn.Parameter(torch.randn(dim) * .02)   # null token: no prompt
+        self.null = nn.Parameter(torch.randn(dim) * .02)      # null token: no prompt
 
     def forward(self, condition):
-        """-> tokens b t d, their mask b t. The last token, `nothing`, is unmasked only where all others are masked."""
+        """-> tokens b t d, their mask b t. The last token, `null`, is unmasked only where all others are masked."""
         tokens = [self.into[kind](self.norm[kind](x)) for kind, (x, _) in condition.items()]     # b t d each
         mask = torch.cat([mask for _, mask in condition.values()], 1)             # b t
-        nothing = repeat(self.nothing, "d -> b 1 d", b=len(mask)).to(tokens[0].dtype)
-        return torch.cat([*tokens, nothing], 1), torch.cat([mask, ~mask.any(1, keepdim=True)], 1)
+        null = repeat(self.null, "d -> b 1 d", b=len(mask)).to(tokens[0].dtype)
+        return torch.cat([*tokens, null], 1), torch.cat([mask, ~mask.any(1, keepdim=True)], 1)
 
 
 class Prefix(nn.Module):

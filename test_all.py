@@ -297,7 +297,7 @@ def test_guidance_one_is_conditional_only(denoiser):
     """With cfg = 1 the unconditional branch has no influence; with cfg = 2 it has."""
     model, condition = small_backbone(denoiser)
     other = copy.deepcopy(model)
-    nn.init.normal_(other.prefix.conditions.nothing, std=3.)
+    nn.init.normal_(other.prefix.conditions.null, std=3.)
     sampled = lambda model, cfg: model.generate(condition, keys_of(range(3)), steps=5, denoise_steps=4, cfg=cfg)
     assert torch.equal(sampled(model, 1.), sampled(other, 1.))
     assert not torch.equal(sampled(model, 2.), sampled(other, 2.))

@@ -115,7 +115,7 @@ def test_training_masks_at_every_number_of_known_tokens(overfitted, tmp_path, mo
 
     def loss(self, x, condition, known):
         seen[self.training].append(known)
-        return 0 * self.place_in.sum()
+        return 0 * self.pos_embed_in.sum()
     monkeypatch.setattr(backbone.Backbone, "loss", loss)
     flags = "--stage", "backbone", "--steps", 100, "--batch", 2
     assert train_small(monkeypatch, tmp_path, 2, "--from", overfitted, *flags) == 0

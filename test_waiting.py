@@ -49,7 +49,7 @@ def test_towers(prepared):
     no_waiting(text, text_tower.training_batch(split, words, count), lambda text, batch: text.loss(*batch))
 
     vision = image_tower.ImageTower(text.width, **SMALL[image_tower])
-    reader = image_tower.Reader(len(vision.place), vision.width, N, C)
+    reader = image_tower.Reader(len(vision.pos_embed), vision.width, N, C)
     batch = torch.rand(2 * count, 3, 64, 64), torch.randn(count, text.width), torch.randn(2 * count, N, C)
     loss_of = lambda model, batch: model[0].loss(batch[0], batch[1], model[1], batch[2])
     no_waiting(nn.ModuleList([vision, reader]), batch, loss_of)

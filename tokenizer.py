@@ -47,7 +47,7 @@ class Tokenizer(nn.Module):
         self.side, self.conv, self.patch = side, conv, patch
         self.point = nn.Sequential(nn.Linear(15, 64), nn.GELU(), nn.Linear(64, self.FEATURES))
         self.cells = FromCells(side, conv, self.FEATURES + 1, dim)
-        self.place = nn.Parameter(torch.randn(side, side, side, dim) * .02)
+        self.pos_embed = nn.Parameter(torch.randn(side, side, side, dim) * .02)
         self.block, last = ResConv(dim), nn.LayerNorm(channels, elementwise_affine=False)
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels), last)
         self.register_buffer("mean", torch.zeros(channels))   # of the tokens of the training set,
@@ -61,7 +61,7 @@ class Tokenizer(nn.Module):
         features = self.point(torch.cat([*inside, points, normals, 2 * colours - 1], -1))
         means, count = cell_means(points, features, s)                            # b s^3 f, b s^3 1
         x = self.cells(torch.cat([means, (1 + count).log() / 2], -1))             # b n d
-        x = self.block(rearrange(x, "b (x y z) d -> b x y z d", x=self.side, y=self.side) + self.place)
+        x = self.block(rearrange(x, "b (x y z) d -> b x y z d", x=self.side, y=self.side) + self.pos_embed)
         tokens = rearrange(self.out(x).float() - self.mean, "b x y z c -> b (x y z) c") / self.std
         return to_patches(tokens + NOISE * torch.randn_like(tokens) if self.training else tokens, self.patch)
 

@@ -124,13 +124,13 @@ class TokenGrid(nn.Module):
     def __init__(self, side, channels, dim, heads, conv, patch=1):        # heads: of the mesh head; conv: tokenizer.py
         super().__init__()
         self.side, self.patch, self.token = side, patch, nn.Linear(channels, dim)
-        self.place = nn.Parameter(torch.randn(side, side, side, dim) * .02)
+        self.pos_embed = nn.Parameter(torch.randn(side, side, side, dim) * .02)
         self.blocks = nn.Sequential(ResConv(dim), ResConv(dim))
         nn.init.normal_(self.token.weight, std=channels ** -.5)
 
     def grid(self, tokens):                                   # b n c -> b side side side d
         x = self.token(from_patches(tokens, self.patch))
-        return self.blocks(rearrange(x, "b (x y z) d -> b x y z d", x=self.side, y=self.side) + self.place)
+        return self.blocks(rearrange(x, "b (x y z) d -> b x y z d", x=self.side, y=self.side) + self.pos_embed)
 
 
 class GridDecoder(TokenGrid):

@@ -80,14 +80,14 @@ class ImageTower(nn.Module):
         for channels, wider in itertools.pairwise(widths):
             self.stem.append(Downsample(channels, wider))
             self.stem.extend(ResidualConv(wider) for _ in range(convolutions if wider < dim else 0))
-        self.place = nn.Parameter(torch.randn((SIZE // 16) ** 2, dim) * dim ** -.5)
+        self.pos_embed = nn.Parameter(torch.randn((SIZE // 16) ** 2, dim) * dim ** -.5)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
         self.out = nn.Linear(dim, out, bias=False)
         self.scale = nn.Parameter(torch.tensor(math.log(1 / .07)))                # log(1 / temperature)
 
     def forward(self, pictures):                              # b 3 s s in [0, 1] -> b t e, unit scale
-        x = rearrange(self.stem(pictures), "b e h w -> b (h w) e") + self.place
+        x = rearrange(self.stem(pictures), "b e h w -> b (h w) e") + self.pos_embed
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

@@ -60,7 +60,7 @@ class TextAndCloud(nn.Module):
         self.nouns = dict(nouns)                              # {noun: words of its captions} (reading.nouns_of)
         self.read = lru_cache(4096)(partial(Reading, vocabulary=self.index, nouns=self.nouns))    # a prompt -> Reading
         self.word = nn.Embedding(len(self.vocabulary), dim)
-        self.place = nn.Parameter(torch.randn(LENGTH, dim) * dim ** -.5)
+        self.pos_embed = nn.Parameter(torch.randn(LENGTH, dim) * dim ** -.5)
         nn.init.normal_(self.word.weight, std=dim ** -.5)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, elementwise_affine=False)
@@ -73,7 +73,7 @@ class TextAndCloud(nn.Module):
         self.scale = nn.Parameter(torch.tensor(math.log(1 / .07)))      # log(1 / temperature), starts as in CLIP
 
     def text(self, ids, mask):                                # b t, True = a word -> condition b t e, unit scale
-        x = self.word(ids) + self.place[:ids.shape[1]]                            # b t e
+        x = self.word(ids) + self.pos_embed[:ids.shape[1]]                        # b t e
         for block in self.blocks:
             x = block(x, mask=mask)
         return self.norm(x)

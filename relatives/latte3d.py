@@ -63,12 +63,12 @@ class Grower(nn.Module):
         super().__init__()
         self.prefix, self.token = Prefix(queries, dim, heads, widths), nn.Linear(channels, dim)
         self.dummy = nn.Parameter(torch.randn(tokens, channels))                  # the dummy cloud of stage 1
-        self.place = nn.Parameter(torch.randn(tokens, dim) * .02)
+        self.pos_embed = nn.Parameter(torch.randn(tokens, dim) * .02)
         self.blocks, self.norm = nn.ModuleList(Block(dim, heads) for _ in range(depth)), nn.LayerNorm(dim)
 
     def forward(self, condition, tokens=None):                # b n c, by default those of the dummy cloud
         prefix, mask = self.prefix(condition)                                     # b p d, b p
-        x = self.token(repeat(self.dummy, "n c -> b n c", b=len(mask)) if tokens is None else tokens) + self.place
+        x = self.token(repeat(self.dummy, "n c -> b n c", b=len(mask)) if tokens is None else tokens) + self.pos_embed
         mask = F.pad(mask, (0, x.shape[1]), value=True)
         x = torch.cat([prefix, x], 1)
         for block in self.blocks:

@@ -57,7 +57,7 @@ class Registers(nn.Module):
 
     def __init__(self, tokens, channels, order, width, dim, heads, depth):
         super().__init__()
-        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim))
+        self.token, self.pos_embed = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim))
         self.register = nn.Parameter(torch.randn(len(order), dim) * .02)
         self.register_buffer("order", order, persistent=False)                    # m
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
@@ -66,7 +66,7 @@ class Registers(nn.Module):
         self.register_buffer("mask", ((i < tokens) | (i <= i[:, None]))[None], persistent=False)   # 1 q k: may q see k?
 
     def forward(self, x):                                     # b n c -> b m w
-        y = self.token(x) + self.place                                            # b n d
+        y = self.token(x) + self.pos_embed                                        # b n d
         y = torch.cat([y, y[:, self.order] + self.register], 1)                   # b (n + m) d
         for block in self.blocks:
             y = block(y, mask=self.mask)
@@ -81,8 +81,8 @@ class PrefixDecoder(nn.Module):
     def __init__(self, tokens, channels, order, width, dim, heads, depth):
         super().__init__()
         self.channels, self.dim, self.heads, self.norm = channels, dim, heads, nn.LayerNorm(dim)
-        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim))
-        self.register, self.turn = nn.Linear(width, dim), nn.Parameter(self.place[order].detach().clone())
+        self.token, self.pos_embed = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim))
+        self.register, self.turn = nn.Linear(width, dim), nn.Parameter(self.pos_embed[order].detach().clone())
         self.blocks = nn.ModuleList(AdaBlock(dim, heads) for _ in range(depth))
         self.cross = nn.ModuleList(nn.Linear(dim, 2 * dim, bias=False) for _ in range(depth))      # to keys and values
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
@@ -99,7 +99,7 @@ class PrefixDecoder(nn.Module):
         """Noisy tokens b (n c), time b, a mask of kept registers b k, and their `read` -> b (n c)."""
         y, pairs = memory
         mean = (y * rearrange(kept, "b k -> b k 1")).sum(1) / kept.sum(1, keepdim=True)           # b d
-        x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place
+        x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.pos_embed
         mask = repeat(F.pad(kept, (0, x.shape[1]), value=True), "b k -> b n k", n=x.shape[1])
         time = rearrange(self.time(time_embedding(t, self.dim) + mean), "b (i d) -> b i d", i=6)
         for block, pair in zip(self.blocks, pairs):           # keys and values of the registers come first
@@ -114,12 +114,12 @@ class Student(nn.Module):
 
     def __init__(self, tokens, channels, dim, depth, heads):
         super().__init__()
-        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
+        self.token, self.pos_embed = nn.Linear(channels, dim), nn.Parameter(torch.randn(tokens, dim) * .02)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim))
 
     def forward(self, x):                                     # b n c -> b e
-        x = self.token(x) + self.place
+        x = self.token(x) + self.pos_embed
         for block in self.blocks:
             x = block(x)
         return F.normalize(self.out(reduce(x, "b n d -> b d", "mean")).float(), dim=-1)
@@ -194,14 +194,14 @@ class Generator(Sequence):
     def __init__(self, registers, width, widths, dim, depth, heads, queries, head_dim, head_depth):
         super().__init__(queries, widths, dim, depth, heads)
         self.count, self.width, self.token = registers, width, nn.Linear(width, dim)
-        self.place = nn.Parameter(torch.randn(registers, dim))                    # of the register that comes next
+        self.pos_embed = nn.Parameter(torch.randn(registers, dim))                # of the register that comes next
         self.net = DenoiseNet(width, dim, head_dim, head_depth)
 
     def loss(self, registers, condition):                     # b m w
         prefix, valid, first, modulation = self.begin(condition)
         p = prefix.shape[1]
         before = registers[:, :-1] + self.training * NOISE * torch.randn_like(registers[:, :-1])
-        x = torch.cat([prefix, torch.cat([first, self.token(before)], 1) + self.place], 1)            # b (p + m) d
+        x = torch.cat([prefix, torch.cat([first, self.token(before)], 1) + self.pos_embed], 1)        # b (p + m) d
         i = torch.arange(x.shape[1], device=x.device)
         mask = ((i <= i[:, None]) | (i < p)) & rearrange(F.pad(valid, (0, self.count), value=True), "b k -> b 1 k")
         z = self.read(x, modulation, mask)[:, p:]                                 # b m d
@@ -216,7 +216,7 @@ class Generator(Sequence):
         cache, chosen = KVCache(self, condition, self.count), []
         x = cache.first                                                           # (r b) 1 d
         for i in range(registers or self.count):
-            z = cache.append(x + self.place[i])[:, 0]         # (r b) d
+            z = cache.append(x + self.pos_embed[i])[:, 0]     # (r b) d
             chosen.append(Flow.sample(self.net, z, lambda count: noise[:, i], denoise_steps, strengths,
                                       temperature))           # b w
             x = rearrange(self.token(chosen[-1]), "b d -> b 1 d").repeat(len(strengths) + 1, 1, 1)

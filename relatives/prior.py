@@ -60,7 +60,7 @@ class Prior(nn.Module):
         self.patch, count = patch, (SIDE // patch) ** 2
         self.prefix = MeanPrefix(queries, dim, heads, widths)
         self.picture, self.depth = nn.Linear(4 * patch ** 2, dim), nn.Linear(2 * patch ** 2, dim)
-        self.camera, self.place = nn.Linear(8, dim), nn.Parameter(torch.randn(count, dim) * .02)
+        self.camera, self.pos_embed = nn.Linear(8, dim), nn.Parameter(torch.randn(count, dim) * .02)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.pooled = nn.Linear(dim, 6 * dim)
         self.blocks = nn.ModuleList(AdaBlock(dim, heads) for _ in range(depth))
@@ -76,7 +76,7 @@ class Prior(nn.Module):
         dim = prefix.shape[-1]
         depth = x.new_zeros(*x.shape[:-1], 2) if depth is None else depth         # hidden
         patches = lambda image: rearrange(image, "b v (h i) (w j) c -> b v (h w) (i j c)", i=self.patch, j=self.patch)
-        y = self.picture(patches(x)) + self.depth(patches(depth)) + self.place
+        y = self.picture(patches(x)) + self.depth(patches(depth)) + self.pos_embed
         y = y + rearrange(self.camera(angle_features(angles)), "b v d -> b v 1 d")
         y = torch.cat([prefix, rearrange(y, "b v n d -> b (v n) d")], 1)          # b (p + v n) d
         modulation = self.time(time_embedding(t, dim)) + self.pooled(mean[:, 0])

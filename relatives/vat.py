@@ -244,13 +244,13 @@ class Generator(Sequence):
         self.scales, self.counts, self.token = self.quantiser.scales, self.quantiser.counts, nn.Linear(channels, dim)
         scale = torch.tensor([k for k, count in enumerate(self.counts, 1) for _ in range(count)])
         self.register_buffer("scale", scale, persistent=False)                    # N; 0: the prefix
-        self.place = nn.Parameter(torch.randn(sum(self.counts), dim) * .02)
+        self.pos_embed = nn.Parameter(torch.randn(sum(self.counts), dim) * .02)
         self.out = nn.Linear(dim, codes)
         nn.init.zeros_(self.out.weight)
 
     def tokens(self, k, f, first):                            # f_k b c S S S -> b s^3 d
-        place = self.place.split(self.counts)[k]
-        return place + (self.token(as_rows(down(f, self.scales[k]))) if k else first)
+        position = self.pos_embed.split(self.counts)[k]
+        return position + (self.token(as_rows(down(f, self.scales[k]))) if k else first)
 
     def loss(self, indices, condition):
         """Codes b N and their condition -> cross-entropy, and the accuracy of the predicted codes."""

@@ -85,7 +85,7 @@ class MeshHead(nn.Module, Head):
     def __init__(self, side, channels, dim, heads, conv=0, patch=1):              # conv: of the other heads
         super().__init__()
         self.patch, dim = patch, dim * 3 // 2
-        self.token, self.place = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)
+        self.token, self.pos_embed = nn.Linear(channels, dim), nn.Parameter(torch.randn(side ** 3, dim) * .02)
         self.query = nn.Parameter(torch.randn(side ** 3, dim) * .5)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(6))
         self.norm = nn.LayerNorm(dim)
@@ -94,11 +94,11 @@ class MeshHead(nn.Module, Head):
         self.other = nn.Linear(dim, self.FACES * 4)           # is there a face; its colour
 
     def forward(self, tokens):                                # b n c -> levels b s 9 l, exists b s, colours b s 3
-        x = self.token(from_patches(tokens, self.patch)) + self.place                     # b side^3 d
+        x = self.token(from_patches(tokens, self.patch)) + self.pos_embed                 # b side^3 d
         x = torch.cat([x, repeat(self.query, "q d -> b q d", b=len(x))], 1)
         for block in self.blocks[:-1]:
             x = block(x)
-        queries = torch.arange(len(self.place), x.shape[1], device=x.device).expand(len(x), -1)         # b q
+        queries = torch.arange(len(self.pos_embed), x.shape[1], device=x.device).expand(len(x), -1)     # b q
         x = self.norm(self.blocks[-1](x, rows=queries))
         levels = rearrange(self.coordinate(x), "b q (f i l) -> b (q f) i l", f=self.FACES, l=self.LEVELS)
         other = rearrange(self.other(x).float(), "b q (f i) -> b (q f) i", f=self.FACES)

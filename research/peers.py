@@ -38,14 +38,14 @@ class Diffusion(nn.Module):
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, 6 * dim))
         nn.init.zeros_(self.time[-1].weight)
         self.token = nn.Linear(channels, dim)
-        self.place = nn.Parameter(torch.randn(tokens, dim) * .02)                 # n d
+        self.pos_embed = nn.Parameter(torch.randn(tokens, dim) * .02)             # n d
         spare = (5 * head_depth + 4) * head_dim ** 2 - 8 * dim ** 2               # of a DenoiseNet, less others here
         count = encoder + decoder + round(spare / (12 * dim ** 2))
         self.blocks = nn.ModuleList(AdaBlock(dim, heads) for _ in range(count))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels))
 
     def net(self, x, t, prefix, mask, mean):                  # b (n c), b or 1, b p d, b p, b 1 d -> b (n c)
-        x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.place               # b n d
+        x = self.token(rearrange(x, "b (n c) -> b n c", c=self.channels)) + self.pos_embed           # b n d
         t = time_embedding(t, self.dim) + rearrange(mean, "b 1 d -> b d")
         t = rearrange(self.time(t), "b (i d) -> b i d", i=6)
         y = torch.cat([prefix, x], 1)                                             # b (p + n) d
