@@ -9,8 +9,9 @@ generation starts with all tokens unknown and samples a few at every step.
 Unlike MAR (arXiv 2406.11838), besides the prefix:
 
     training     Muon, a learning rate that falls linearly, no dropout (engine/optimizers.py)
-                 two noise draws a token, not four; the number of known tokens is one of generation's (known_counts)
-    DenoiseNet   a flow, not DDPM with a learnt variance; no LayerNorm on context vectors, no learnt positions on them
+                 the number of known tokens is one of generation's (known_counts)
+    DenoiseNet   a flow, not DDPM with a learnt variance; its noise depends on the number of channels (Flow.loss)
+                 no LayerNorm on context vectors, no learnt positions on them
     generation   guidance reaches its full strength at a quarter of the tokens (ramp); rounds of resampling
 
     python train.py --rep sdf --stage backbone
@@ -44,7 +45,7 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, queries=64, head_dim=1280, head_depth=8),
 }
 PARTS = 9    # of the tokens; a round resamples one at a time (unmasking_steps)
-DRAWS = 2    # noise draws per masked token and step, which share one MAE pass
+DRAWS = 4    # noise draws per masked token and step, which share one MAE pass
 CACHED = 2 ** 20    # tokens x width x guidance branches in one chunk on a CPU (cache_sized)
 
 
@@ -132,8 +133,12 @@ class Flow:
 
     @staticmethod
     def loss(net, x, z):                                      # unit 2
-        """Tokens x: k c, z: k d -> mean squared error of the velocity net(noisy x, t, z), t: k."""
-        t = torch.randn(len(x), device=x.device).sigmoid()    # logit-normal: most samples near t = .5
+        """Tokens x: k c, z: k d -> mean squared error of the velocity net(noisy x, t, z), t: k.
+
+        t is logit-normal: most samples are near t = .5 if c = 16. More channels show a token through stronger noise, so
+        their t are smaller: the shift of Stable Diffusion 3, from 16 numbers to c (Esser et al. 2024, section 5.3.2)."""
+        shift = math.log(16 / x.shape[-1]) / 2
+        t = (torch.randn(len(x), device=x.device) + shift).sigmoid()
         noisy, velocity = flow_pair(x, rearrange(t, "k -> k 1"))                  # k c
         return F.mse_loss(net(noisy, t, z), velocity)
 

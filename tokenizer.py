@@ -197,4 +197,4 @@ def train(run):
     run.finish(loop, loop.average.files(), settings=settings, heads=list(run.joint), metrics=metrics)
 
 
-STAGE = Stage("tokenizer", train, 700, 16, 3e-3, flags=("tokens",))
+STAGE = Stage("tokenizer", train, 750, 16, 3e-3, flags=("tokens",))

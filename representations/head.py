@@ -16,7 +16,7 @@ A shape has vertices or points first, and `suffix`, `title`, save, picture, surf
     python train.py --rep pc --stage head        # trains one on frozen tokens
     python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes
 """
-NOISE = .05      # on the tokens in training: it makes the latent space smooth, and needs no KL weight
+NOISE = .1       # on the tokens in training: it makes the latent space smooth, and needs no KL weight
 
 
 class Head:
