@@ -136,7 +136,7 @@ class Flow:
         """Tokens x: k c, z: k d -> mean squared error of the velocity net(noisy x, t, z), t: k.
 
         t is logit-normal: most samples are near t = .5 if c = 16. More channels show a token through stronger noise, so
-        their t are smaller: the shift of Stable Diffusion 3, from 16 numbers to c (Esser et al. 2024, section 5.3.2)."""
+        t is smaller: the shift of Stable Diffusion 3 (Esser et al. 2024, section 5.3.2), from 16 numbers to c."""
         shift = math.log(16 / x.shape[-1]) / 2
         t = (torch.randn(len(x), device=x.device) + shift).sigmoid()
         noisy, velocity = flow_pair(x, rearrange(t, "k -> k 1"))                  # k c

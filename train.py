@@ -1,6 +1,6 @@
 """train.py - every stage, chained: encoders -> tokenizer -> vision -> head -> backbone (+ prefix) -> reconstruct.
 
-    python train.py --rep sdf                          # everything, built-in shapes, 26 minutes on two cores
+    python train.py --rep sdf                          # everything, built-in shapes, half an hour on two cores
     python train.py --image-encoder built-in           # the same; prompts can be pictures, too
     python train.py --rep pc                           # the stages that pc still lacks: after the line above, one head
     python train.py --rep pc --tokens own              # the paper's setting: encoder, head and backbone for pc alone
