@@ -9,8 +9,8 @@ generation starts with all tokens unknown and samples a few at every step.
 Unlike MAR (arXiv 2406.11838), besides the prefix:
 
     training     Muon, a learning rate that falls linearly, no dropout (engine/optimizers.py)
-                 the number of known tokens is one of generation's (known_counts)
-    DenoiseNet   a flow, not DDPM with a learnt variance; its noise depends on the number of channels (Flow.loss)
+                 two noise draws a token, not four; the number of known tokens is one of generation's (known_counts)
+    DenoiseNet   a flow, not DDPM with a learnt variance; the more channels, the stronger the noise (Flow.loss);
                  no LayerNorm on context vectors, no learnt positions on them
     generation   guidance reaches its full strength at a quarter of the tokens (ramp); rounds of resampling
 
@@ -45,7 +45,7 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, queries=64, head_dim=1280, head_depth=8),
 }
 PARTS = 9    # of the tokens; a round resamples one at a time (unmasking_steps)
-DRAWS = 4    # noise draws per masked token and step, which share one MAE pass
+DRAWS = 2    # noise draws per masked token and step, which share one MAE pass
 CACHED = 2 ** 20    # tokens x width x guidance branches in one chunk on a CPU (cache_sized)
 
 
@@ -135,8 +135,8 @@ class Flow:
     def loss(net, x, z):                                      # unit 2
         """Tokens x: k c, z: k d -> mean squared error of the velocity net(noisy x, t, z), t: k.
 
-        t is logit-normal: most samples are near t = .5 if c = 16. More channels show a token through stronger noise, so
-        t is smaller: the shift of Stable Diffusion 3 (Esser et al. 2024, section 5.3.2), from 16 numbers to c."""
+        t is logit-normal. With 16 channels most t are near .5. The more channels, the more of a token shows through the
+        same noise, so t is smaller: this is Stable Diffusion 3's shift (Esser et al. 2024, section 5.3.2)."""
         shift = math.log(16 / x.shape[-1]) / 2
         t = (torch.randn(len(x), device=x.device) + shift).sigmoid()
         noisy, velocity = flow_pair(x, rearrange(t, "k -> k 1"))                  # k c
@@ -203,9 +203,9 @@ class Backbone(nn.Module):
         self.tokens, self.channels, self.dim, self.denoiser = tokens, channels, dim, DENOISERS[denoiser]
         self.prefix = Prefix(queries, dim, heads, widths)
         self.token = nn.Linear(channels, dim)
-        self.pos_embed_in = nn.Parameter(torch.randn(tokens, dim) * .02)          # of encoder
-        self.pos_embed_out = nn.Parameter(torch.randn(queries + tokens, dim) * .02)  # of decoder; of the condition: 0
-        self.mask_token = nn.Parameter(torch.randn(dim) * .02)                    # unknown tokens, "?"
+        self.pos_embed_in = nn.Parameter(torch.randn(tokens, dim) * .02)          # of the encoder
+        self.pos_embed_out = nn.Parameter(torch.randn(queries + tokens, dim) * .02)         # of the decoder
+        self.mask_token = nn.Parameter(torch.randn(dim) * .02)                    # stands for an unknown token
         self.encoder = nn.ModuleList(Block(dim, heads) for _ in range(encoder))
         self.decoder = nn.ModuleList(Block(dim, heads) for _ in range(decoder))
         self.norm_in, self.norm_out = nn.LayerNorm(dim), nn.LayerNorm(dim)
@@ -226,8 +226,8 @@ class Backbone(nn.Module):
 
         full = repeat(self.mask_token, "d -> b n d", b=b, n=n).to(y.dtype)
         full = full.scatter(1, index, y[:, p:])                                   # b n d
-        position = F.pad(self.pos_embed_out, (0, 0, p + n - len(self.pos_embed_out), 0))    # (p + n) d
-        y = torch.cat([y[:, :p], full], 1) + position                                # b (p + n) d
+        position = F.pad(self.pos_embed_out, (0, 0, p + n - len(self.pos_embed_out), 0))    # (p + n) d; condition: 0
+        y = torch.cat([y[:, :p], full], 1) + position                             # b (p + n) d
         mask_out = F.pad(mask, (0, n), value=True)                                # b (p + n)
         for block in self.decoder[:-1]:                                           # prefix, known and mask tokens
             y = block(y, mask=mask_out)
