@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange, repeat
+from torch.utils.flop_counter import FlopCounterMode
 
 import backbone
 import tokenizer
@@ -73,18 +74,28 @@ def take_turns(args, ways):
     return rows
 
 
-def random_backbone(args, size, denoiser="flow", widths={"text": 128}):
+def random_backbone(place, size, denoiser="flow", widths={"text": 128}, kind=backbone.Backbone, grid=None):
+    """A generator of this size without training, for tokens of a grid: side, channels and patch."""
     torch.manual_seed(0)
-    sizes = tokenizer.SIZES[size]
-    patch = sizes.get("patch", 1) ** 3
-    settings = dict(tokens=sizes["side"] ** 3 // patch, channels=sizes["channels"] * patch, widths=widths,
+    grid = grid or tokenizer.SIZES[size]
+    patch = grid.get("patch", 1) ** 3
+    settings = dict(tokens=grid["side"] ** 3 // patch, channels=grid["channels"] * patch, widths=widths,
                     denoiser=denoiser)
-    return backbone.Backbone(**backbone.SIZES[size] | settings).to(args.place)
+    with torch.device(place):
+        return kind(**backbone.SIZES[size] | settings)
 
 
 def random_condition(b, device):
     """Stands for b captions."""
     return {"text": (torch.randn(b, 20, 128, device=device), torch.ones(b, 20, dtype=torch.bool, device=device))}
+
+
+def training_flops(generator, batch, known):
+    """Floating-point operations of the matrix products of a training step; a generator on the meta device."""
+    x = torch.randn(batch, generator.tokens, generator.channels, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        generator.loss(x, random_condition(batch, "meta"), known).backward()
+    return counter.get_total_flops()
 
 
 # ---------------------------------------------------------------------------- sampling
@@ -124,8 +135,8 @@ def ours(model, condition, keys):
 
 def bench_sample(args):
     """Sampling tokens, as MAR published it and as sample.py does it."""
-    models = {kind: cast_once(random_backbone(args, args.size, kind).eval().requires_grad_(False), args.autocast)
-              for kind in ("ddpm", "flow")}
+    new = lambda kind: random_backbone(args.place, args.size, kind).eval().requires_grad_(False)
+    models = {kind: cast_once(new(kind), args.autocast) for kind in ("ddpm", "flow")}
 
     def sample(way, denoiser, b):
         with args.autocast():
@@ -160,7 +171,7 @@ def bench_train(args):
         "with --recompute": (args.autocast, 1, True), "with --micro-batches 4": (args.autocast, 4, False)}
 
     def trainer(autocast, micro_batches, recompute):
-        model, b = random_backbone(args, args.size), TRAINED // micro_batches
+        model, b = random_backbone(args.place, args.size), TRAINED // micro_batches
         opts = optimizers(model, 1e-4)
         if recompute:
             recompute_blocks(model)

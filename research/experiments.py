@@ -3,6 +3,7 @@
 Variants are trained on the same tokens, prompts and shapes, for the same number of steps (or of FLOPs), with several
 seeds and LTM3D's learning rate. Experiments share what is trained already: `python evaluate.py versus` (VARIANTS).
 """
+import math
 import re
 import sys
 from argparse import Namespace
@@ -12,26 +13,32 @@ import numpy as np
 import torch
 
 import train
+from backbone import BACKBONES, known_counts
 from data import prepare, seeded
 from engine.commands import UserError
 from engine.files import read_config, read_stage, read_weights, signatures
 from engine.stage import RELATIVES
 from geometry.metrics import chamfer, chamfer_matrix
 from research import exam, metrics
+from research.bench import random_backbone, training_flops
 from research.results import interval, write_table
 from research.scores import Exam
 
 GUIDANCE = 1.5, 2., 3., 4.      # for each variant the one with the best prompt score on captions of validation shapes
-VARIANTS = {  # experiment: {variant: (flags of training, share of the steps, options of sampling)}
-    # equal FLOPs: in training a shape costs LTM3D 3.96 GFLOPs at tiny, diffusion 5.03, the autoregressive peer 5.47
+VARIANTS = {  # experiment: {variant: (flags of training, "steps" or "FLOPs" as many as LTM3D, options of sampling)}
     "versus": {
-        "LTM3D": ("", 1, {}), "LTM3D, a token a step": ("", 1, {"steps": 64}),
-        "LTM3D, RGS": ("", 1, {"rgs": "sampled=.1"}), "LTM3D, RGS within 1.5 sigma": ("", 1, {"rgs": "within=1.5"}),
-        "latent diffusion": ("--variant diffusion", 1, {}), "autoregressive": ("--variant autoregressive", 1, {}),
-        "latent diffusion, equal FLOPs": ("--variant diffusion", 3.96 / 5.03, {}),
-        "autoregressive, equal FLOPs": ("--variant autoregressive", 3.96 / 5.47, {}),
-        "LoST": ("--model lost --from checkpoints/lost", 1, {})},
-    "ablate-prefix": {"prefix": ("", 1, {}), "queries alone, the paper's": ("--variant queries", 1, {})}}
+        "LTM3D": ("", "steps", {}),
+        "LTM3D, a token a step": ("", "steps", {"steps": 64}),
+        "LTM3D, RGS": ("", "steps", {"rgs": "sampled=.1"}),
+        "LTM3D, RGS within 1.5 sigma": ("", "steps", {"rgs": "within=1.5"}),
+        "latent diffusion": ("--variant diffusion", "steps", {}),
+        "autoregressive": ("--variant autoregressive", "steps", {}),
+        "latent diffusion, equal FLOPs": ("--variant diffusion", "FLOPs", {}),
+        "autoregressive, equal FLOPs": ("--variant autoregressive", "FLOPs", {}),
+        "LoST": ("--model lost --from checkpoints/lost", "steps", {})},
+    "ablate-prefix": {
+        "prefix": ("", "steps", {}),
+        "queries alone, the paper's": ("--variant queries", "steps", {})}}
 
 
 # ---------------------------------------------------------------------------- training
@@ -64,14 +71,25 @@ def train_stages(args, name, seed, flags, stages):
     return folder
 
 
-def train_variant(args, variant, share, seed):
-    """A generator with the flags of a variant and its share of the steps; -> its folder."""
+def gigaflops(args, variant):
+    """Of the training of one shape, a mean over moments of generation; on the tokens of --checkpoint."""
+    grid = read_stage(args.checkpoint[0], "tokenizer")["settings"]
+    model = random_backbone("meta", "tiny", kind=BACKBONES[variant], grid=grid)
+    return np.mean([training_flops(model, 1, known) for known in known_counts(model.tokens, 4)]) / 1e9
+
+
+def train_variant(args, variant, equal, seed):
+    """A generator with the flags of a variant, for as many steps or FLOPs as LTM3D; -> its folder."""
     words = variant.split()                                   # --flag value --flag value ...
-    flags, steps = dict(zip(words[::2], words[1::2])), -(-args.steps * share // 1)
+    flags, steps = dict(zip(words[::2], words[1::2])), args.steps
     name = re.sub(r"[^\w.]+", "-", variant).strip("-") or "ltm3d"
-    name += f"-{steps:g}-steps" * (share < 1)
+    if equal == "FLOPs":
+        ours, its = gigaflops(args, "mae"), gigaflops(args, flags["--variant"])
+        print(f"training a shape takes LTM3D {ours:.2f} GFLOPs, {flags['--variant']} {its:.2f}")
+        steps = math.ceil(args.steps * ours / its)
+        name += f"-{steps}-steps"
     last = RELATIVES[flags["--model"]] if "--model" in flags else "backbone"
-    return train_stages(args, f"{name}-{seed}", seed, flags | {"--steps": int(steps)}, [last])
+    return train_stages(args, f"{name}-{seed}", seed, flags | {"--steps": steps}, [last])
 
 
 # ---------------------------------------------------------------------------- comparing
@@ -95,8 +113,8 @@ def compare_variants(args):
         read_stage(args.checkpoint[0], "reconstruct")         # a missing one is an error now, not after hours
     benchmark, rows = Exam(args, args.n, args.shapes), []
     validation = Exam(Namespace(**vars(args) | {"split": "validation"}), args.n, args.shapes // 2)
-    folders = {name: [train_variant(args, flags, share, seed) for seed in range(args.seeds)]
-               for name, (flags, share, _) in variants.items()}
+    folders = {name: [train_variant(args, flags, equal, seed) for seed in range(args.seeds)]
+               for name, (flags, equal, _) in variants.items()}
     for name, (*_, options) in variants.items():
         options = options | {"cfg": best_guidance(args, validation, folders[name][0], options)}
         caches = [exam.result_cache(args, folder.name, folder, what="variants", options=options)
@@ -118,7 +136,7 @@ def compare_variants(args):
 
 def overfit(args):
     """Trains on ten chairs: does each longest caption give its shape? (The paper's first experiment.)"""
-    folder = train_variant(args, "--classes chair", 1, 0)
+    folder = train_variant(args, "--classes chair", "steps", 0)
     split = prepare("train", args.train_shapes, args.cache, classes=["chair"])
     captions, model = exam.longest_captions(split, range(len(split))), exam.open_model(args, folder)
     jobs = [exam.Job(f"shape-{row}", text, None, (args.seed, row)) for row, text in enumerate(captions)]

@@ -19,12 +19,10 @@ from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import backbone
@@ -34,7 +32,7 @@ from engine.graphs import ReplayedSampling
 from engine.noise import keys_of
 from geometry.surface import extract
 from research import gpu_checks
-from research.bench import published, random_backbone, random_condition
+from research.bench import published, random_backbone, random_condition, training_flops
 from research.gpu_checks import device_of, run_train
 from research.results import write_table
 from sample import load
@@ -89,7 +87,7 @@ def bench_attention(args, device, autocast):
     switches cuDNN's off; sdpa_kernel switches a kernel on.)"""
     for size in args.sizes:
         settings = backbone.SIZES[size]
-        model = random_backbone(SimpleNamespace(place=torch.device("meta")), size)
+        model = random_backbone("meta", size)
         batch, rows = args.batch or BATCHES[size], model.tokens + settings["queries"] + 20
         shape = batch, settings["heads"], rows, settings["dim"] // settings["heads"] + MASKED
         q, k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
@@ -111,21 +109,13 @@ def bench_attention(args, device, autocast):
 
 # ---------------------------------------------------------------------------- training
 
-def step_flops(size, batch):
-    """Floating-point operations of the matrix products of a step of the backbone, at one moment of generation."""
-    place = torch.device("meta")
-    model = random_backbone(SimpleNamespace(place=place), size)
-    x = torch.randn(batch, model.tokens, model.channels, device=place)
-    with FlopCounterMode(display=False) as counter:
-        model.loss(x, random_condition(batch, place), backbone.known_counts(model.tokens)[8]).backward()
-    return counter.get_total_flops()
-
-
 def bench_train(args, device, autocast):
     """train.py: the backbone, on stages before it that had one step."""
     speed = product_speed(device)
     for size in args.sizes:
         batch, folder = args.batch or BATCHES[size], Path(args.out) / f"run-{size}"
+        model = random_backbone("meta", size)
+        flops = training_flops(model, batch, backbone.known_counts(model.tokens)[8])    # at one moment of generation
         common = ["--size", size, "--cache", args.cache, "--workers", os.cpu_count(), *device_of(args)]
         shutil.rmtree(folder, ignore_errors=True)
         for stage in ("encoders", "tokenizer", "vision"):
@@ -140,7 +130,7 @@ def bench_train(args, device, autocast):
             took = (seconds[last] - seconds[first]) / max(last - first, 1) or float("nan")    # nan: too few steps
             name = f"train {size}, {way}"
             yield f"{name}: ms a step of {batch}", 1000 * took
-            yield f"{name}: model FLOPs over those of a large product", step_flops(size, batch) / took / speed
+            yield f"{name}: model FLOPs over those of a large product", flops / took / speed
             yield f"{name}: seconds of {first} steps, compiling included", seconds[first]
             yield f"{name}: seconds in all", time.perf_counter() - start
             yield f"{name}: GiB reserved", memory / 2 ** 30
@@ -150,11 +140,10 @@ def bench_train(args, device, autocast):
 
 @torch.no_grad()
 def bench_sample(args, device, autocast):
-    args.place = device
     for size in args.sizes:
         took = {}
         for way, denoiser, counts in (("ours", "flow", SAMPLED), ("published", "ddpm", SAMPLED[1:2])):
-            model = cast_once(random_backbone(args, size, denoiser).eval().requires_grad_(False), autocast)
+            model = cast_once(random_backbone(device, size, denoiser).eval().requires_grad_(False), autocast)
             generate = partial(published, model)
             if way == "ours":                                 # as sample.py does it
                 generate = ReplayedSampling(model.generate) if device.type == "cuda" else model.generate

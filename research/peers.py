@@ -77,7 +77,7 @@ class Autoregressive(lost.Generator):
     def __init__(self, tokens, channels, widths, dim, encoder, decoder, heads, queries, head_dim, head_depth,
                  denoiser="flow"):
         super().__init__(tokens, channels, widths, dim, encoder + decoder, heads, queries, head_dim, head_depth)
-        self.tokens, self.dim = tokens, dim
+        self.tokens, self.channels, self.dim = tokens, channels, dim
         if denoiser != "flow":
             raise UserError("--variant autoregressive takes no other --denoiser than flow")
 
