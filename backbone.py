@@ -332,7 +332,7 @@ load = partial(load_stage, stage="backbone", part=Backbone, variants=BACKBONES) 
 def train(run):
     """Prefix, masked auto-encoder and DenoiseNet, on frozen tokens and frozen encoders."""
     # data
-    towers, sizes, draw = encoders.prompted_tokens(run, "backbone", tokenizer.load(run.folder))
+    towers, sizes, draw_batch = encoders.prompted_tokens(run, "backbone", tokenizer.load(run.folder))
     decoders = load_heads(run.folder, run.joint, run.device)
 
     # model
@@ -343,7 +343,7 @@ def train(run):
 
     # training: as many known tokens as at one of 16 steps of generation; the held-out loss is the mean over eight
     counts, held_out_counts = known_counts(model.tokens), known_counts(model.tokens, 8, 1)
-    loop = Loop(run, "backbone", model, draw)
+    loop = Loop(run, "backbone", model, draw_batch)
     for net, (x, prompts) in loop:
         with run.autocast():
             condition = towers.encode_drawn(prompts)

@@ -83,7 +83,7 @@ class Captions:
         tables = flat, ends, high, F.pad(high[:-1], (1, 0)), pairs, colours_named(self.texts)
         self.flat, self.ends, self.high, self.low, self.pairs, self.colours = (x.to(device) for x in tables)
 
-    def draw(self, rows, rng=None):
+    def draw_captions(self, rows, rng=None):
         """One caption of each row; its sampling weight is its number of words, squared: most are full descriptions."""
         share = torch.rand(len(rows), generator=rng, device=rows.device)
         at = self.low[rows] + (share * (self.high - self.low)[rows]).long()
@@ -163,7 +163,7 @@ class Prepared:
         return torch.tensor([self.source.weight(item) for item in self.item[:len(self)].tolist()], dtype=precise,
                             device=self.device)
 
-    def draw(self, count, turned=False, weights=None):
+    def draw_rows(self, count, turned=False, weights=None):
         """Rows of `count` random shapes. weights: of the shapes, other ones than those of the set."""
         weights = self.weights if weights is None else weights
         ends = weights.repeat(self.drawn(turned) // len(self)).cumsum(0)
@@ -181,7 +181,7 @@ class Prepared:
 
     def of_two_classes(self):
         """Booleans of all rows: is its class one of two random ones (those of two random shapes)?"""
-        pair = self.class_of[self.draw(2)]
+        pair = self.class_of[self.draw_rows(2)]
         return (self.class_of == pair[:1]) | (self.class_of == pair[1:])
 
     @functools.cached_property

@@ -45,16 +45,16 @@ class Encoders:
         """The warnings about a text prompt (prompts/reading.py). For the built-in tower an unknown noun is an error."""
         return untrained(prompt, self.nouns) if "text" in self.pretrained else self.towers["text"].remarks(prompt)
 
-    def draw(self, split, rows):
+    def draw_prompts(self, split, rows):
         """One prompt of each kind for each training shape, and which are not dropped, for `encode_drawn`; and the rows
         of these shapes."""
-        captions = split.table.draw(rows)                     # b
+        captions = split.table.draw_captions(rows)            # b
         u, low, shown = torch.rand(len(rows), device=split.device), 0., {kind: False for kind in self.towers}
         for kinds, share in SHOWN[(*self.towers,)].items():
             for kind in kinds:
                 shown[kind] = shown[kind] | (low <= u) & (u < low + share)        # b: not dropped
             low += share
-        drawn = {"text": self.cache("text", split).draw(captions), "shown": shown, "rows": rows % len(split)}
+        drawn = {"text": self.cache("text", split).take(captions), "shown": shown, "rows": rows % len(split)}
         return drawn | (self.draw_pictures(split, rows, captions, shown) if "image" in self.towers else {})
 
     def draw_pictures(self, split, rows, captions, shown):
@@ -67,12 +67,12 @@ class Encoders:
         which = split.random_pictures(len(rows))              # b
         recoloured = shown["text"] & shown["image"] & (torch.rand(len(rows), device=split.device) < RECOLOURED)
         colours = torch.where(recoloured[:, None], split.table.colours[captions], -1)         # b m
-        image = self.cache("image", split).draw(rows * split.source.pictures + which) if "image" in self.pretrained \
+        image = self.cache("image", split).take(rows * split.source.pictures + which) if "image" in self.pretrained \
             else split.pictures(rows, which=which, recoloured=colours)
         return {"image": image, "rows": torch.where(shown["image"], split.as_shown(rows, which), rows % len(split))}
 
     def encode_drawn(self, drawn):
-        """`encode` of the output of `draw`; dropped prompts are masked."""
+        """`encode` of the output of `draw_prompts`; dropped prompts are masked."""
         condition = {}
         for kind, shown in drawn["shown"].items():                                # shown: b
             x, net = drawn[kind], self.towers[kind]
@@ -125,14 +125,14 @@ def prompted_tokens(run, stage, encoder, encoder_stage="tokenizer"):
     tokens = {split: tokenizer.encode(run, encoder, split, stage=encoder_stage) for split in (run.train, run.test)}
     _, n, channels = tokens[run.test].shape
 
-    def draw(split):
-        drawn = towers.draw(split, split.draw(run.micro_batch_size(stage)))
+    def draw_batch(split):
+        drawn = towers.draw_prompts(split, split.draw_rows(run.micro_batch_size(stage)))
         return tokens[split][drawn.pop("rows")], drawn
 
     with torch.random.fork_rng(devices=[]):                   # initial weights are the same wherever the set lies
         for split in (run.train, run.test):
-            draw(split)                                       # fills the caches of towers
-    return towers, {"tokens": n, "channels": channels, "widths": towers.widths}, draw
+            draw_batch(split)                                 # fills the caches of towers
+    return towers, {"tokens": n, "channels": channels, "widths": towers.widths}, draw_batch
 
 
 # ---------------------------------------------------------------------------- stage: data, model, training, save
@@ -144,7 +144,7 @@ def train_text(run):
     known = read_stage(run.source, "encoders")["vocabulary"] if run.finetune else []
     words, nouns = [*dict.fromkeys(known + text_tower.vocabulary(captions))], training_nouns(run.train)
 
-    def draw(split):
+    def draw_batch(split):
         return text_tower.training_batch(split, words_of[split], run.micro_batch_size("encoders"))
 
     # model
@@ -154,7 +154,7 @@ def train_text(run):
     words_of = {split: model.cache(split) for split in (run.train, run.test)}
 
     # training
-    loop = Loop(run, "encoders", model, draw)
+    loop = Loop(run, "encoders", model, draw_batch)
     for net, batch in loop:
         loop.step(*net(*batch))
 
@@ -187,7 +187,7 @@ def train_vision(run):
     tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}    # r n c
     words_of = {split: aligner.cache(split) for split in (run.train, run.test)}
 
-    def draw(split):
+    def draw_batch(split):
         count = -(-run.micro_batch_size("vision") // image_tower.VIEWS)           # k, at least 1
         rows = split.draw_distinct(count)                     # k
         captioned = text_tower.captions_and_clouds(split, words_of[split], rows)
@@ -206,7 +206,7 @@ def train_vision(run):
     run.load_to_finetune("vision", {"vision": vision}, settings)
 
     # training
-    loop = Loop(run, "vision", model, draw)
+    loop = Loop(run, "vision", model, draw_batch)
     for net, batch in loop:
         loop.step(*net(*batch))
 

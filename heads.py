@@ -55,8 +55,8 @@ def train(run, rep):
     tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}       # shapes n c
     held_out = lambda count: tokens[run.test][run.test.spread(count)]
 
-    def draw(split):
-        rows = split.draw(run.micro_batch_size(stage), turned=True)
+    def draw_batch(split):
+        rows = split.draw_rows(run.micro_batch_size(stage), turned=True)
         return tokens[split][rows], head.batch_of(split, rows)
 
     # model: a head that was trained with the tokenizer is fine-tuned
@@ -68,7 +68,7 @@ def train(run, rep):
         run.load_to_finetune(stage, {stage: model}, settings)
 
     # training
-    loop = Loop(run, stage, model, draw)
+    loop = Loop(run, stage, model, draw_batch)
     for net, (x, samples) in loop:
         x = x + NOISE * torch.randn_like(x)
         if "sdf" in head.needs:                               # it is decoded on the surface of the sdf head

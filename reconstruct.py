@@ -123,7 +123,7 @@ load = partial(load_stage, stage="reconstruct", part=Reconstructor)        # of 
 def train(run):
     """The deterministic reconstruction of RGS, on frozen tokens and frozen encoders."""
     # data
-    towers, sizes, draw = encoders.prompted_tokens(run, "reconstruct", tokenizer.load(run.folder))
+    towers, sizes, draw_batch = encoders.prompted_tokens(run, "reconstruct", tokenizer.load(run.folder))
     decoders = heads.load(run.folder, run.joint, run.device)
 
     # model
@@ -132,7 +132,7 @@ def train(run):
     run.load_to_finetune("reconstruct", {"reconstruct": model}, settings)
 
     # training
-    loop = Loop(run, "reconstruct", model, draw)
+    loop = Loop(run, "reconstruct", model, draw_batch)
     for net, (x, prompts) in loop:
         with run.autocast():
             condition = towers.encode_drawn(prompts)

@@ -294,14 +294,14 @@ def test_a_step_never_waits_and_is_one_graph(flags, count, tmp_path, monkeypatch
             return update(*args)
 
     class TestedLoop(Loop):
-        def __init__(self, run, stage, model, draw):
+        def __init__(self, run, stage, model, draw_batch):
             def draw_without_waiting(split):
                 if split is run.test:
-                    return draw(split)
+                    return draw_batch(split)
                 with as_on_a_gpu(), NoWait():
-                    return draw(split)
+                    return draw_batch(split)
 
-            draw(run.train)                                   # fills what is cached
+            draw_batch(run.train)                             # fills what is cached
             super().__init__(run, stage, model, draw_without_waiting)
             graphs, eager = [], self.net
 

@@ -177,11 +177,11 @@ def train(run):
 
     weights = {run.train: shares_of_loss(run, model, samples_of)} if run.finetune else {}
 
-    def draw(split):
-        return samples_of(split, split.draw(run.micro_batch_size("tokenizer"), True, weights.get(split)))
+    def draw_batch(split):
+        return samples_of(split, split.draw_rows(run.micro_batch_size("tokenizer"), True, weights.get(split)))
 
     # training
-    loop = Loop(run, "tokenizer", model, draw)
+    loop = Loop(run, "tokenizer", model, draw_batch)
     for net, (cloud, samples) in loop:
         loop.step(*net(cloud, samples, before(*cloud) if run.finetune else None))
         if path := loop.picture():

@@ -44,13 +44,13 @@ class Split:
 
 def test_a_batch_of_voxels():
     """Centres of random voxels, moved as their shapes are, and what `take` finds at these voxels, the same ones."""
-    draw = lambda seed: BlockHead.batch_of(Split(), torch.tensor([0, 1, 0]), torch.Generator().manual_seed(seed))
-    points, inside = draw(0)["points"], draw(0)["inside"]
+    batch = lambda seed: BlockHead.batch_of(Split(), torch.tensor([0, 1, 0]), torch.Generator().manual_seed(seed))
+    points, inside = batch(0)["points"], batch(0)["inside"]
     assert points.shape == (3, BlockHead.POINTS, 3) and inside.shape == (3, BlockHead.POINTS)
     assert torch.equal(points[1], -points[0])
     assert torch.equal(inside[0], (points[0, :, 0] > 0).float())
     assert torch.equal(inside[1], (points[1, :, 1] < -.5).float())
-    assert torch.equal(draw(0)["points"], points) and not torch.equal(draw(1)["points"], points)
+    assert torch.equal(batch(0)["points"], points) and not torch.equal(batch(1)["points"], points)
     assert len(points[0].unique(dim=0)) > .9 * BlockHead.POINTS
 
 

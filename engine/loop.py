@@ -1,7 +1,7 @@
 """loop.py - the training loop. A stage draws batches from it and gives it their losses; the loop does the rest.
 
-    loop = Loop(run, "backbone", model, draw)                 # a stopped run resumes
-    for net, batch in loop:                                   # batch: what draw(run.train) returns
+    loop = Loop(run, "backbone", model, draw_batch)           # a stopped run resumes
+    for net, batch in loop:                                   # batch: what draw_batch(run.train) returns
         loop.step(net(*batch))                                # net(...) is model.loss(...)
         if path := loop.picture():                            # every few hundred steps
             save_png(path, ...)
@@ -54,10 +54,11 @@ class Loss(nn.Module):
 
 
 class Loop:
-    """run: engine/run.py; model: a module with `loss`; draw: a prepared set (data.py) -> a batch on its device."""
+    """run: engine/run.py; model: a module with `loss`; draw_batch: a prepared set (data.py) -> a batch on its
+        device."""
 
-    def __init__(self, run, stage, model, draw):
-        self.run, self.stage, self.draw = run, stage, draw
+    def __init__(self, run, stage, model, draw_batch):
+        self.run, self.stage, self.draw_batch = run, stage, draw_batch
         self.steps, self.batch, self.lr = run.stages[stage].steps, run.stages[stage].batch, run.stages[stage].lr
         self.model = model.to(run.device).train()
         self.ema = EMA(self.model)
@@ -150,13 +151,13 @@ class Loop:
         if not self.run.train.streamed:
             for item in items:
                 self.seed(*item)
-                yield self.draw(self.run.train)
+                yield self.draw_batch(self.run.train)
             return
-        self.draw(self.run.train)                             # fills the caches of the set, before workers fork
+        self.draw_batch(self.run.train)                       # fills the caches of the set, before workers fork
 
         def draw_item(item):
             self.seed(*item)
-            return self.draw(self.run.train)
+            return self.draw_batch(self.run.train)
 
         items = [*items]
         for item, batch in zip(items, stream(draw_item, items, self.run.device)):
@@ -169,7 +170,7 @@ class Loop:
 
     def held_out_batch(self):                                 # always the same one
         torch.manual_seed(0)
-        return to_device(self.draw(self.run.test), self.run.device)
+        return to_device(self.draw_batch(self.run.test), self.run.device)
 
 
 def to_device(batch, device):

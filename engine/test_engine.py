@@ -136,12 +136,12 @@ def train_line(folder, bad, monkeypatch, steps=12):
     """Trains y = W x for `steps` steps; the data of the steps `bad` are not numbers. -> the moving average."""
     step = iter(range(steps))
 
-    def draw(split):
+    def draw_batch(split):
         return torch.randn(()).expand(4, 64) * (float("nan") if split and next(step) in bad else 1)
 
     run = toy_run(folder, steps, monkeypatch)
     torch.manual_seed(0)
-    training = loop.Loop(run, "line", Line(64, 64), draw)
+    training = loop.Loop(run, "line", Line(64, 64), draw_batch)
     for net, x in training:
         training.step(net(x))
     return training.average
@@ -203,10 +203,10 @@ def test_micro_batches_add_up(tmp_path, monkeypatch):
     """The gradient of a step is the mean over its micro-batches."""
     batches, gradients = [torch.randn(4, 64) for _ in range(4)], []
     for own in ([torch.cat(batches)], batches):
-        run, draw = toy_run(tmp_path / f"{len(own)}", 1, monkeypatch), iter([*own, own[0]])
+        run, batches = toy_run(tmp_path / f"{len(own)}", 1, monkeypatch), iter([*own, own[0]])
         run.micro_batches, run.share = len(own), 1 / len(own)
         torch.manual_seed(0)
-        training = loop.Loop(run, "line", Line(64, 64), lambda split: next(draw))
+        training = loop.Loop(run, "line", Line(64, 64), lambda split: next(batches))
         monkeypatch.setattr(loop, "update", lambda model, opts: (gradients.append(model.weight.grad.clone()),
                                                                  torch.tensor(True))[1])
         for net, x in training:

@@ -11,9 +11,9 @@ ADJECTIVES = {"leg": "legged", "wheel": "wheeled"}
 def write_captions(rng, name, attributes, phrases):
     """Captions from the bare class name to a full description. Each is true of the shape. The draws differ from shape
     to shape: over a data set every attribute is named alone and together with others. phrases: see shapes.py."""
-    draw = lambda options: str(rng.choice(options))
+    pick = lambda options: str(rng.choice(options))
     colour, adjectives, lacks = attributes["colour"], phrases["adjectives"], phrases["lacking"]
-    noun, other = draw(phrases["nouns"] + [name]), draw(phrases["nouns"] + [name])
+    noun, other = pick(phrases["nouns"] + [name]), pick(phrases["nouns"] + [name])
 
     # what it has, without and with its colour, and what it lacks
     has = [phrase.replace("{} ", "") for phrase in phrases["having"]]
@@ -28,17 +28,17 @@ def write_captions(rng, name, attributes, phrases):
     everything = enumeration(has_coloured) if has else ""
     described = " ".join([word for word in adjectives if word not in words(f"{noun} {everything}")] + [colour, noun])
     full = f"a {described}" + f" with {everything}" * bool(has) + f" without {enumeration(lacks)}" * bool(lacks)
-    captions = [name, f"a {name}", f"a {noun}", f"a {colour} {noun}", f"a {name} {draw(with_)}",
-                f"a {colour} {other} {draw(with_)}", f"a {other} that is {colour} and {draw(that)}", full]
+    captions = [name, f"a {name}", f"a {noun}", f"a {colour} {noun}", f"a {name} {pick(with_)}",
+                f"a {colour} {other} {pick(with_)}", f"a {other} that is {colour} and {pick(that)}", full]
     if adjectives:
-        captions.append(f"a {draw(adjectives)} {name}")
+        captions.append(f"a {pick(adjectives)} {name}")
     if coloured:
-        captions += [f"a {colour} {noun} with {draw(coloured)}", f"a {other} with {draw(coloured)}"]
-    listed = [colour, f"with {draw(has_coloured)}" if has else draw(with_)]
+        captions += [f"a {colour} {noun} with {pick(coloured)}", f"a {other} with {pick(coloured)}"]
+    listed = [colour, f"with {pick(has_coloured)}" if has else pick(with_)]
     listed += [word for word in adjectives if word not in other.split()]
     captions.append(", ".join([other, *rng.permutation(listed)]))                 # in any order
     for number, part in re.findall(r"(\w+) (?:wide )?(leg|wheel)s?\b", " ".join(has)):
-        captions.append(f"a {draw([number, NUMBERS[number]])}-{ADJECTIVES[part]} {other}")
+        captions.append(f"a {pick([number, NUMBERS[number]])}-{ADJECTIVES[part]} {other}")
     captions.append(" ".join(NUMBERS.get(word, word) for word in captions[4].split()))          # with digits
 
     # synonyms, except in the first four captions; "an orange cap"

@@ -1,6 +1,6 @@
 """render.py - pictures of meshes, point clouds and 3D Gaussians, without a window and without a GPU.
 
-A z-buffer (geometry/rasterise.py) finds the surface point in each pixel; `draw` lights it (geometry/light.py).
+A z-buffer (geometry/rasterise.py) finds the surface point in each pixel; `shade` lights it (geometry/light.py).
 Letters: f faces, v vertices, k points or Gaussians, p pixels.
 
     python sample.py --text "table"
@@ -42,7 +42,7 @@ def floor(share, height, view, width):
     return 1 - fade[:, None] * (1 - share)
 
 
-def draw(rasterise, cloud, azimuth, elevation, size):
+def shade(rasterise, cloud, azimuth, elevation, size):
     """rasterise(view, width) -> pixels, positions, normals, colours. cloud: points all over the surface (k 3)."""
     view, width = view_rotation(azimuth, elevation), size * SAMPLES
     image = to_linear(torch.tensor(PAPER)).repeat(width * width, 1)
@@ -74,7 +74,7 @@ def render_mesh(vertices, faces, colours, azimuth=35, elevation=25, size=256):
     vertices, faces, colours = as_tensor(vertices), as_tensor(faces, torch.int64), as_tensor(colours)
     cloud = cover(vertices, faces) if len(faces) else vertices[:0]
     rasterise = lambda view, width: rasterise_mesh(vertices, faces, colours, view, width)
-    return draw(rasterise, cloud, azimuth, elevation, size)
+    return shade(rasterise, cloud, azimuth, elevation, size)
 
 
 def render_points(points, colours, radius, azimuth=35, elevation=25, size=256):
@@ -83,7 +83,7 @@ def render_points(points, colours, radius, azimuth=35, elevation=25, size=256):
     offsets = F.normalize(scatter(max(1, COVER // max(1, len(points)))) - .5, dim=1)     # n 3, to points on a ball
     cloud = rearrange(points[:, None] + radius * offsets, "k n c -> (k n) c")
     rasterise = lambda view, width: rasterise_points(points, colours, radius, view, width)
-    return draw(rasterise, cloud, azimuth, elevation, size)
+    return shade(rasterise, cloud, azimuth, elevation, size)
 
 
 def contact_sheet(images, columns, labels=None):

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
 from geometry.camera import EYE, HALF, as_tensor, view_rotations
-from geometry.render import draw
+from geometry.render import shade
 
 TILE = 8                           # pixels along a side of a tile, which blends only the Gaussians that meet it
 BLOCK = 32                         # Gaussians: a tile has as many blocks as it needs, of which the last is padded
@@ -143,6 +143,6 @@ def render_gaussians(means, scales, rotations, opacities, colours, azimuth=35, e
     """3D Gaussians as `splat` takes them, above the same floor, with their shadow."""
     means, scales, rotations, opacities, colours = map(as_tensor, (means, scales, rotations, opacities, colours))
     no_pixels = torch.zeros(0, dtype=torch.int64), *[torch.zeros(0, 3)] * 3
-    ground = draw(lambda view, width: no_pixels, means[opacities > .5], azimuth, elevation, size)
+    ground = shade(lambda view, width: no_pixels, means[opacities > .5], azimuth, elevation, size)
     image = splat(means, scales, rotations, opacities, colours, azimuth, elevation, size, as_tensor(ground) / 255)
     return (image.clamp(0, 1) * 255).round().byte().numpy()

@@ -130,7 +130,7 @@ def test_training_files_are_drawn_in_their_positions(lopsided):
     assert len(test) == 2
     torch.manual_seed(0)
     for split, turned, count in (lopsided, False, 2), (lopsided, True, 8), (test, False, 1), (test, True, 1):
-        for rows in (split.draw(4000, turned), split.draw_distinct(99, turned)):
+        for rows in (split.draw_rows(4000, turned), split.draw_distinct(99, turned)):
             share = split.position[rows].bincount(minlength=8) / len(rows)
             assert (abs(share[:count] - 1 / count) < .03).all() and not share[count:].any()
 
@@ -138,7 +138,7 @@ def test_training_files_are_drawn_in_their_positions(lopsided):
 def test_captions_and_classes_are_those_of_the_shape(lopsided):
     """In all positions."""
     rows = torch.arange(len(lopsided.position))
-    texts = [lopsided.table.texts[i] for i in lopsided.table.draw(rows)]
+    texts = [lopsided.table.texts[i] for i in lopsided.table.draw_captions(rows)]
     assert all(text in lopsided.captions[row % len(lopsided)] for row, text in zip(rows, texts))
     assert all(torch.equal(x, x[:len(lopsided)].repeat(8)) for x in (lopsided.class_of, lopsided.coloured))
 
@@ -165,10 +165,10 @@ def test_a_row_is_its_shape_moved(lopsided, i):
 
 def test_symmetries_are_exact_under_autocast(lopsided):
     """Some clouds are turned under bf16 autocast."""
-    draw = lambda: lopsided.cloud([0, 2], 100, data.seeded(0))[0]
+    points = lambda: lopsided.cloud([0, 2], 100, data.seeded(0))[0]
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = draw()
-    assert torch.equal(rounded, draw())
+        rounded = points()
+    assert torch.equal(rounded, points())
 
 
 @pytest.mark.parametrize("subdivisions", [1, 3])
@@ -214,9 +214,10 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
 
 def test_without_a_picture_a_shape_is_as_in_its_file(lopsided):
     split, tower = copy.copy(lopsided), SimpleNamespace(width=1, cache=lambda split: split.table)
-    split.table.draw, drawn = lambda rows: rows, torch.arange(split.drawn()).repeat(40)       # captions are not read
+    split.table.draw_captions = lambda rows: rows             # captions are not read
+    drawn = torch.arange(split.drawn()).repeat(40)
     torch.manual_seed(0)
-    batch = encoders.Encoders({"text": tower, "image": tower}).draw(split, drawn)
+    batch = encoders.Encoders({"text": tower, "image": tower}).draw_prompts(split, drawn)
     shown, own = batch["shown"]["image"], batch["rows"] == drawn % len(split)
     assert own[~shown].all() and .05 < own[shown].float().mean() < .5             # of eight turns and mirror images
 

@@ -154,6 +154,6 @@ def test_tiles_are_drawn_a_third_as_often(prepared):
     split = copy.copy(prepared[0])
     split.weights = torch.tensor([asset_names.weight(name) for name in ["stone wall", *["tree"] * 12]])
     torch.manual_seed(0)
-    drawn = split.draw(8000), torch.cat([split.draw_distinct(1) for _ in range(4000)])
+    drawn = split.draw_rows(8000), torch.cat([split.draw_distinct(1) for _ in range(4000)])
     assert all((rows == 0).float().mean().item() == pytest.approx(1 / 37, abs=.008) for rows in drawn)
     assert len(split.draw_distinct(99).unique()) == 13

@@ -32,14 +32,14 @@ def recolour(colours, coverage, named, rng=None):
     return colours
 
 
-def ground_shadow(draw, size):
+def ground_shadow(uniform, size):
     """The share of the background's light that a shadow takes, b s s 1: an ellipse near the ground, with a soft or a
     sharp edge. Photos keep such shadows when their background is removed. Half of the pictures have none."""
-    centre, radius = draw(.3, .7, 1, 1), draw(.1, .4, 1, 1)                                             # b 1 1 each
+    centre, radius = uniform(.3, .7, 1, 1), uniform(.1, .4, 1, 1)                                       # b 1 1 each
     y, x = torch.meshgrid(*[torch.linspace(0, 1, size, device=centre.device)] * 2, indexing="ij")       # s s each
-    across, down = (x - centre) / radius, (y - draw(.75, .95, 1, 1)) / draw(.03, .15, 1, 1)
-    inside = torch.sigmoid((1 - across ** 2 - down ** 2) * draw(1, 10, 1, 1))                           # b s s
-    darkness = draw(-.4, .4, 1, 1).clamp(min=0)                                                         # b 1 1
+    across, down = (x - centre) / radius, (y - uniform(.75, .95, 1, 1)) / uniform(.03, .15, 1, 1)
+    inside = torch.sigmoid((1 - across ** 2 - down ** 2) * uniform(1, 10, 1, 1))                        # b s s
+    darkness = uniform(-.4, .4, 1, 1).clamp(min=0)                                                      # b 1 1
     return rearrange(darkness * inside, "b h w -> b h w 1")
 
 
@@ -50,12 +50,12 @@ def relight(colours, normals, coverage, rng=None, vary=True):
     colours, normals, coverage = colours / 255, normals / 127, coverage[..., None] / 255
     b, device = len(colours), colours.device
 
-    def draw(low, high, *shape):                              # uniform: b ...
+    def uniform(low, high, *shape):                           # b ...
         return low + (high - low) * torch.rand(b, *shape, generator=rng, device=device)
 
     if vary:
-        lamp = torch.cat([draw(-1, 1, 1), draw(-.2, 1.2, 1), draw(.3, 1, 1)], 1)                        # b 3
-        ambient, tint = draw(.3, .8, 1, 1, 1), draw(.9, 1.1, 1, 1, 3)
+        lamp = torch.cat([uniform(-1, 1, 1), uniform(-.2, 1.2, 1), uniform(.3, 1, 1)], 1)               # b 3
+        ambient, tint = uniform(.3, .8, 1, 1, 1), uniform(.9, 1.1, 1, 1, 3)
     else:
         lamp, ambient, tint = torch.tensor([[-.5, .9, .7]] * b, device=device), .55, 1
     sun = torch.einsum("b h w i, b i -> b h w", normals, F.normalize(lamp, dim=1)).clamp(min=0)[..., None]
@@ -66,12 +66,12 @@ def relight(colours, normals, coverage, rng=None, vary=True):
     background = torch.ones(b, 1, 1, 3, device=device)        # white, or any colour with a slope from top to bottom
     if vary:
         down = rearrange(torch.linspace(-1, 1, colours.shape[1], device=device), "h -> 1 h 1 1")
-        slope = down * draw(-.15, .15, 1, 1, 3)
-        background = torch.where(draw(0, 1, 1, 1, 1) < .6, background, draw(0, 1, 1, 1, 3) + slope)
-        background = background * (1 - ground_shadow(draw, colours.shape[1]))
+        slope = down * uniform(-.15, .15, 1, 1, 3)
+        background = torch.where(uniform(0, 1, 1, 1, 1) < .6, background, uniform(0, 1, 1, 1, 3) + slope)
+        background = background * (1 - ground_shadow(uniform, colours.shape[1]))
     image = rearrange((colours * shade * tint + (1 - coverage) * background).clamp(0, 1), "b h w i -> b i h w")
 
-    zoom, shift = (draw(.88, 1.06), draw(-.05, .05, 2)) if vary else (draw(1, 1), draw(0, 0, 2))        # b, b 2
+    zoom, shift = (uniform(.88, 1.06), uniform(-.05, .05, 2)) if vary else (uniform(1, 1), uniform(0, 0, 2))  # b, b 2
     theta = torch.cat([torch.diag_embed(zoom[:, None].expand(b, 2)), shift[..., None]], -1)             # b 2 3
     grid = F.affine_grid(theta, (b, 3, SIZE, SIZE), align_corners=False)
     image = F.grid_sample(image, grid, padding_mode="border", align_corners=False)

@@ -151,7 +151,7 @@ class TokenCache:
         self.length = torch.from_numpy(np.load(lengths)).to(split.device)
         self.start, self.longest = self.length.cumsum(0) - self.length, int(self.length.max())
 
-    def draw(self, numbers):
+    def take(self, numbers):
         """Numbers of keys, b -> tokens b t e in half precision, and their mask b t."""
         place = torch.arange(self.longest, device=numbers.device)
         mask = place < self.length[numbers][:, None]                              # b t

@@ -285,9 +285,9 @@ def test_captions_are_drawn_by_the_square_of_their_number_of_words():
     """And each is known to be true of the shapes that have it."""
     table = data.Captions([["a", "b c d"], ["b c d"], ["e f", "a"]], "cpu")
     torch.manual_seed(0)
-    drawn = table.draw(torch.tensor([0, 2]).repeat_interleave(3000)).view(2, -1)
+    drawn = table.draw_captions(torch.tensor([0, 2]).repeat_interleave(3000)).view(2, -1)
     share = (drawn == table.texts.index("a")).float().mean(1)
-    assert table.draw(torch.tensor([1] * 9)).unique().tolist() == [table.texts.index("b c d")]
+    assert table.draw_captions(torch.tensor([1] * 9)).unique().tolist() == [table.texts.index("b c d")]
     assert abs(share[0] - 1 / 10) < .03 and abs(share[1] - 1 / 5) < .03
     true = table.true(torch.tensor([table.texts.index(text) for text in ("a", "b c d")]), torch.arange(3))
     assert true.tolist() == [[True, False, True], [True, True, False]]
@@ -296,7 +296,7 @@ def test_captions_are_drawn_by_the_square_of_their_number_of_words():
 class Plain:
     """A tower whose condition is one constant token."""
     width = 8
-    cache = lambda self, split: SimpleNamespace(draw=lambda captions: [captions, self.tokens(captions)[1]])
+    cache = lambda self, split: SimpleNamespace(take=lambda captions: [captions, self.tokens(captions)[1]])
     text = lambda self, ids, mask: self.tokens(ids)[0]
 
     def tokens(self, x):
@@ -311,7 +311,7 @@ def test_prompts_are_dropped_at_the_given_rates(prepared, monkeypatch):
     monkeypatch.setattr(split, "pictures", lambda *_, recoloured, **__: named.append(recoloured) or black)
     monkeypatch.setattr(split.table, "colours", torch.zeros(len(split.table.texts), 1, dtype=torch.long))
     torch.manual_seed(0)
-    drawn = towers.draw(split, torch.zeros(4000, dtype=torch.long))
+    drawn = towers.draw_prompts(split, torch.zeros(4000, dtype=torch.long))
     condition = towers.encode_drawn(drawn)
     for kinds, share in encoders.SHOWN["text", "image"].items():
         same = torch.stack([mask[:, 0] == (kind in kinds) for kind, (_, mask) in condition.items()]).all(0)

@@ -129,9 +129,9 @@ class TextAndCloud(nn.Module):
         return self.text(ids, mask), mask
 
     def cache(self, split):
-        """A sampler of the word ids of a set's captions: `draw(captions)` -> ids and mask, b t, on its device."""
+        """The word ids of a set's captions: `take(captions)` -> ids and mask, b t, on its device."""
         ids, mask = (x.to(split.device) for x in self.word_ids(split.table.texts))
-        return SimpleNamespace(draw=lambda captions: (ids[captions], mask[captions]))
+        return SimpleNamespace(take=lambda captions: (ids[captions], mask[captions]))
 
 
 # ---------------------------------------------------------------------------- training and evaluation
@@ -144,8 +144,8 @@ def training_batch(prepared, words, batch=128):
 
 def captions_and_clouds(prepared, words, rows):
     """A caption and a cloud of each row -> ids, mask, cloud, true: the input of `loss`."""
-    captions = prepared.table.draw(rows)                                          # b
-    return *words.draw(captions), prepared.cloud(rows, POINTS), prepared.table.true(captions, rows)
+    captions = prepared.table.draw_captions(rows)                                 # b
+    return *words.take(captions), prepared.cloud(rows, POINTS), prepared.table.true(captions, rows)
 
 
 def load(folder):

@@ -233,26 +233,26 @@ def training_data(run, stage):
     seen = torch.tensor([not unseen(record) for record in run.train.records], device=run.train.device)
     encoders, draw_sides = prior_.prompted_sides(run, stage, {run.train: run.train.weights * seen})
 
-    def draw(split):
+    def draw_batch(split):
         rows, captions, sides = draw_sides(split)
         return captions, sides, tokens[split][rows]
 
     _, n, channels = tokens[run.test].shape
     settings = dict(tokens=n, channels=channels, widths={"text": encoders.widths["text"]}, **SIZES[run.size])
-    return encoders, prior, draw, settings
+    return encoders, prior, draw_batch, settings
 
 
 def train_geometry(run):
     """Stage 1."""
     # data
-    encoders, prior, draw, settings = training_data(run, "latte3d-geometry")
+    encoders, prior, draw_batch, settings = training_data(run, "latte3d-geometry")
 
     # model
     model = Geometry(**settings)
     run.load_to_finetune("latte3d-geometry", {"latte3d-geometry": model}, settings)
 
     # training
-    loop = Loop(run, "latte3d-geometry", model, draw)
+    loop = Loop(run, "latte3d-geometry", model, draw_batch)
     generate = lambda condition, keys: loop.average.grower(condition)
     for net, (captions, sides, cloud) in loop:
         with run.autocast():
@@ -271,7 +271,7 @@ def train_geometry(run):
 def train_texture(run):
     """Stage 2."""
     # data
-    encoders, prior, draw, settings = training_data(run, "latte3d-texture")
+    encoders, prior, draw_batch, settings = training_data(run, "latte3d-texture")
     geometry = load_geometry(run.folder).to(run.device)
 
     # model
@@ -279,7 +279,7 @@ def train_texture(run):
     run.load_to_finetune("latte3d-texture", {"latte3d-texture": model}, settings)
 
     # training
-    loop = Loop(run, "latte3d-texture", model, draw)
+    loop = Loop(run, "latte3d-texture", model, draw_batch)
     generate = lambda condition, keys: tokens_of(geometry, loop.average, condition)
     for net, (captions, sides, _) in loop:
         with run.autocast():

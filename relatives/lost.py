@@ -242,7 +242,7 @@ def train_student(run):
     features = {split: x.to(split.device).repeat(split.source.positions, 1)
                 for split, x in zip((run.train, run.test), targets)}
 
-    def draw(split):
+    def draw_batch(split):
         rows = split.draw_distinct(run.micro_batch_size("lost-student"), turned=True)
         return tokens[split][rows], features[split][rows]
 
@@ -252,7 +252,7 @@ def train_student(run):
     run.load_to_finetune("lost-student", {"lost-student": model}, settings)
 
     # training
-    loop = Loop(run, "lost-student", model, draw)
+    loop = Loop(run, "lost-student", model, draw_batch)
     for net, (x, target) in loop:
         loop.step(*net(x, target, low, high))
 
@@ -266,7 +266,9 @@ def train_registers(run):
     tokens, sizes = tokens_of(run)
     heads = heads_.load(run.folder, run.joint, run.device)
     student = load_student(run.folder).to(run.device)
-    draw = lambda split: tokens[split][split.draw(run.micro_batch_size("lost-registers"), turned=True)]
+
+    def draw_batch(split):
+        return tokens[split][split.draw_rows(run.micro_batch_size("lost-registers"), turned=True)]
 
     # model
     settings = SIZES[run.size] | sizes
@@ -280,7 +282,7 @@ def train_registers(run):
             return torch.cat([codec.decode(r[:, :k], keys)[:, None] for k in codec.lengths], 1).flatten(0, 1)
 
     # training
-    loop = Loop(run, "lost-registers", model, draw)
+    loop = Loop(run, "lost-registers", model, draw_batch)
     for net, x in loop:
         loop.step(*net(x, student))
         if path := loop.picture():
@@ -294,7 +296,7 @@ def train_generator(run):
     """On frozen registers and frozen encoders."""
     # data
     codec = load_codec(run.folder).to(run.device)
-    encoders, _, draw = encoders_.prompted_tokens(run, "lost-generator", tokenizer_.load(run.folder))
+    encoders, _, draw_batch = encoders_.prompted_tokens(run, "lost-generator", tokenizer_.load(run.folder))
     heads = heads_.load(run.folder, run.joint, run.device)
 
     # model
@@ -303,7 +305,7 @@ def train_generator(run):
     run.load_to_finetune("lost-generator", {"lost-generator": model}, settings)
 
     # training
-    loop = Loop(run, "lost-generator", model, draw)
+    loop = Loop(run, "lost-generator", model, draw_batch)
     generate = lambda *prompted: generate_tokens(codec, loop.average, *prompted)
     for net, (x, prompts) in loop:
         with run.autocast():

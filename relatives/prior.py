@@ -167,11 +167,11 @@ def prompted_sides(run, stage, weights={}):
     sampling weights of its shapes, where they are others}."""
     encoders = encoders_.make(run.folder, run.encoder_names | {"image": None}, run.device)
 
-    def draw(split):
-        rows = split.draw(run.micro_batch_size(stage), weights=weights.get(split)) % len(split)       # none mirrored
-        return rows, encoders.cache("text", split).draw(split.table.draw(rows)), sides_of(split, rows)
+    def draw_batch(split):
+        rows = split.draw_rows(run.micro_batch_size(stage), weights=weights.get(split)) % len(split)  # none mirrored
+        return rows, encoders.cache("text", split).take(split.table.draw_captions(rows)), sides_of(split, rows)
 
-    return encoders, draw
+    return encoders, draw_batch
 
 
 def condition_of(encoders, captions, dropped=0.):
@@ -184,7 +184,7 @@ def condition_of(encoders, captions, dropped=0.):
 def train(run):
     """On frozen encoders."""
     # data
-    encoders, draw = prompted_sides(run, "latte3d-prior")
+    encoders, draw_batch = prompted_sides(run, "latte3d-prior")
 
     # model
     settings = SIZES[run.size] | {"widths": {"text": encoders.widths["text"]}}
@@ -192,7 +192,7 @@ def train(run):
     run.load_to_finetune("latte3d-prior", {"latte3d-prior": model}, settings)
 
     # training
-    loop = Loop(run, "latte3d-prior", model, draw)
+    loop = Loop(run, "latte3d-prior", model, draw_batch)
     prompts, keys = run.prompts[:8], keys_of(range(len(run.prompts[:8])), run.device)
     for net, (_, captions, sides) in loop:
         x, depth = pictures_of(sides)

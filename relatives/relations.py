@@ -35,7 +35,7 @@ def seen(tower, split, mean=None):
     or a given mean -> r e, of length 1; that mean."""
     tokens, count = tower.cache(split), split.source.pictures
     numbers = torch.arange(len(split) * count, device=split.device).split(count)
-    x = torch.stack([tokens.draw(own)[0].float().mean((0, 1)).cpu() for own in numbers])      # r e
+    x = torch.stack([tokens.take(own)[0].float().mean((0, 1)).cpu() for own in numbers])      # r e
     mean = x.mean(0) if mean is None else mean
     return F.normalize(x - mean, dim=-1), mean
 

@@ -210,9 +210,9 @@ def test_the_prior_sees_all_sides_its_cameras_and_depth():
 def test_a_file_is_not_mirrored(monkeypatch):
     """The pictures of its four sides exist in one position: a mirrored row becomes the shape itself."""
     class Files:
-        table = SimpleNamespace(draw=lambda rows: rows)
+        table = SimpleNamespace(draw_captions=lambda rows: rows)
         __len__ = lambda self: 3
-        draw = lambda self, count, weights: torch.arange(count)
+        draw_rows = lambda self, count, weights: torch.arange(count)
 
     monkeypatch.setattr(prior.encoders_, "make", lambda *_: SimpleNamespace(cache=lambda *_: Files.table))
     monkeypatch.setattr(prior, "sides_of", lambda split, rows: rows)

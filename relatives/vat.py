@@ -295,8 +295,8 @@ def train_tokenizer(run, stage, model, files, held_out_latents):
     """A phase. files: model -> {name of a weights file: module}; held_out_latents: model -> those of held-out shapes.
     """
     # data
-    def draw(split):
-        rows = split.draw(run.micro_batch_size(stage), turned=True)
+    def draw_batch(split):
+        rows = split.draw_rows(run.micro_batch_size(stage), turned=True)
         return split.cloud(rows, Encoder.points // 2), Decoder.batch_of(split, rows)
 
     # model
@@ -304,7 +304,7 @@ def train_tokenizer(run, stage, model, files, held_out_latents):
     run.load_to_finetune(stage, files(model), settings)
 
     # training
-    loop = Loop(run, stage, model, draw)
+    loop = Loop(run, stage, model, draw_batch)
     for net, batch in loop:
         loop.step(*net(*batch))
         if path := loop.picture():
@@ -361,7 +361,7 @@ def train_generator(run):
     """On frozen codes and frozen encoders."""
     # data
     tokenizer, decoder = (part.to(run.device) for part in load_tokenizer(run.folder))
-    encoders, _, draw = encoders_.prompted_tokens(run, "vat-generator", tokenizer.encoder, "vat-codes")
+    encoders, _, draw_batch = encoders_.prompted_tokens(run, "vat-generator", tokenizer.encoder, "vat-codes")
 
     # model
     settings = {key: SIZES[run.size][key] for key in ("side", "channels", "codes", "scales")}
@@ -371,7 +371,7 @@ def train_generator(run):
     run.load_to_finetune("vat-generator", {"vat-generator": model}, settings)
 
     # training: latents are sampled at each step, against memorisation
-    loop = Loop(run, "vat-generator", model, draw)
+    loop = Loop(run, "vat-generator", model, draw_batch)
     for net, (posterior, prompts) in loop:
         with run.autocast():
             codes = tokenizer.quantiser.encode(latents_of(posterior, sampled=net.training))

@@ -132,7 +132,8 @@ def evaluate_images(args):
     test, tables = exam.held_out(args, (training_samples.SURFACE, training_samples.PICTURES)), {}
     references, classes = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))[0], np.array(test.classes)
     rows, rng = torch.arange(min(args.shapes, len(test))), seeded(args.seed)
-    any_caption, longest = [test.table.texts[i] for i in test.table.draw(rows, rng)], exam.longest_captions(test, rows)
+    any_caption = [test.table.texts[i] for i in test.table.draw_captions(rows, rng)]
+    longest = exam.longest_captions(test, rows)
     which = test.random_pictures(len(rows), rng)                                  # r, a picture of each shape
     pictures, as_shown = test.pictures(rows, rng, which), test.as_shown(rows, which)      # r 3 s s; r, turned as in it
     nothing = [None] * len(rows)
