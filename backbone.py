@@ -10,6 +10,7 @@ Unlike MAR (arXiv 2406.11838), besides the prefix:
 
     training     Muon, a learning rate that falls linearly, no dropout (engine/optimizers.py)
                  two noise draws a token, not four; the number of known tokens is one of generation's (known_counts)
+                 each shape has one encoding; MAR samples it, and noise on it gains nothing here (docs/RESULTS.md)
     DenoiseNet   a flow, not DDPM with a learnt variance; the more channels, the stronger the noise (Flow.loss);
                  no LayerNorm on context vectors, no learnt positions on them
     generation   guidance reaches its full strength at a quarter of the tokens (ramp); rounds of resampling
