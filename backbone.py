@@ -2,14 +2,14 @@
 
     p(X | T) = prod_i p(x_i | known tokens, T)          X: all shape tokens, T: the prompt
 
-A masked auto-encoder (MAE) encodes [prefix, known tokens] and gives every unknown token i a context vector z_i; a small
+A masked autoencoder (MAE) encodes [prefix, known tokens] and gives every unknown token i a context vector z_i; a small
 MLP (DenoiseNet) runs a diffusion on that one token, conditioned on z_i. Training masks a random share of the tokens;
 generation starts with all tokens unknown and samples a few at every step.
 
 Unlike MAR (arXiv 2406.11838), besides the prefix:
 
     training     Muon, a learning rate that falls linearly, no dropout (engine/optimizers.py)
-                 two noise draws a token, not four; the number of known tokens is one of generation's (known_counts)
+                 two noise draws a token, not four; numbers of known tokens of the cosine schedule (known_counts)
                  each shape has one encoding; MAR samples it, and noise on it gains nothing here (docs/RESULTS.md)
     DenoiseNet   a flow, not DDPM with a learnt variance; the more channels, the stronger the noise (Flow.loss);
                  no LayerNorm on context vectors, no learnt positions on them
@@ -45,7 +45,7 @@ SIZES = {  # encoder + decoder blocks of the MAE, then the DenoiseNet; base is M
     "base": dict(dim=768, encoder=12, decoder=12, heads=12, queries=64, head_dim=1024, head_depth=6),
     "large": dict(dim=1024, encoder=16, decoder=16, heads=16, queries=64, head_dim=1280, head_depth=8),
 }
-PARTS = 9    # of the tokens; a round resamples one at a time (unmasking_steps)
+GROUPS = 9   # of the tokens; a round resamples one group at a time (unmasking_steps)
 DRAWS = 2    # noise draws per masked token and step, which share one MAE pass
 CACHED = 2 ** 20    # tokens x width x guidance branches in one chunk on a CPU (cache_sized)
 
@@ -253,7 +253,8 @@ class Backbone(nn.Module):
                  rounds=0, cool=1., watch=lambda *_: None):
         """condition (prefix.py) and one key per sample (engine/noise.py) -> shape tokens b n c.
         rgs: a rule of reconstruct.py; in the first `window` of the steps (paper: 30 of 64) the MAE encodes rgs(x).
-        cool: factor of temperature in rounds. watch: a function of what is known after each step."""
+        rounds: none in pictures of training; sample.py has one. cool: factor of their temperature.
+        watch: a function of what is known after each step."""
         b, n, c, denoise_steps = len(keys), self.tokens, self.channels, denoise_steps or self.denoiser.steps
         condition, strengths = split_condition(condition, cfg)
         prefix, mask = self.prefix(condition)                                     # (r b) p d, (r b) p
@@ -306,32 +307,32 @@ def schedule(n, steps):                                       # unit 3
 
 def unmasking_steps(n, keys, steps, rounds):
     """(order b n, known, after): the tokens order[:, known:after] are sampled, given the first `known` ones. After the
-    schedule, each round resamples all tokens, one of PARTS parts at a time, given the others (Gibbs sampling; not in
+    schedule, each round resamples all tokens, one of GROUPS groups at a time, given the others (Gibbs sampling; not in
     the paper): tokens that were sampled early, or in one step, do not agree."""
     order = bits(keys, 0, (n,)).argsort(1)                                        # a permutation for each sample
     for known, after in schedule(n, steps):
         yield order, known, after
 
-    ends = sorted({n * part // PARTS for part in range(PARTS + 1)})               # a set: n may be less than PARTS
+    ends = sorted({n * i // GROUPS for i in range(GROUPS + 1)})                   # a set: n may be less than GROUPS
     for i in range(rounds):
         order = bits(keys, -1 - i, (n,)).argsort(1)
         for start, end in pairwise(ends):
-            yield order.roll(-end, 1), n - (end - start), n   # this part is last
+            yield order.roll(-end, 1), n - (end - start), n   # this group is last
 
 
 def known_counts(n, count=16, power=1.5):                     # unit 3
-    """How many of n tokens are known when a share (i + .5) / count of generation is over; a power above 1: early steps,
+    """How many of n tokens are known at a share ((i + .5) / count)^power of generation. A power above 1: early steps,
     when the prompt decides most, come more often. (MAR's mask ratio is at least .7: it never trains on late steps.)"""
     return [n - math.ceil(n * math.cos(math.pi / 2 * ((i + .5) / count) ** power)) for i in range(count)]
 
 
-load = partial(load_stage, stage="backbone", part=Backbone, variants=BACKBONES)           # frozen
+load = partial(load_stage, stage="backbone", kind=Backbone, variants=BACKBONES)           # frozen
 
 
 # ---------------------------------------------------------------------------- stage: data, model, training, save
 
 def train(run):
-    """Prefix, masked auto-encoder and DenoiseNet, on frozen tokens and frozen encoders."""
+    """Prefix, masked autoencoder and DenoiseNet, on frozen tokens and frozen encoders."""
     # data
     towers, sizes, draw_batch = encoders.prompted_tokens(run, "backbone", tokenizer.load(run.folder))
     decoders = load_heads(run.folder, run.joint, run.device)
@@ -339,10 +340,10 @@ def train(run):
     # model
     size = read_stage(run.source, "backbone")["settings"] if run.finetune else SIZES[run.size]
     settings = size | sizes | {"denoiser": run.denoiser}
-    model = run.part("backbone", Backbone)(**settings)
+    model = run.class_of("backbone", Backbone)(**settings)
     run.load_to_finetune("backbone", {"backbone": model}, settings)
 
-    # training: as many known tokens as at one of 16 steps of generation; the held-out loss is the mean over eight
+    # training: one of 16 numbers of known tokens a step; the held-out loss is the mean over eight
     counts, held_out_counts = known_counts(model.tokens), known_counts(model.tokens, 8, 1)
     loop = Loop(run, "backbone", model, draw_batch)
     for net, (x, prompts) in loop:

@@ -42,7 +42,7 @@ def seeded(seed, device="cpu"):
 
 def prepare(split="train", count=None, out="cache", workers=2, kinds=(SURFACE,), data=None, shard=(0, 1),
             classes=None, device="cpu"):
-    """Prepares the missing samples of built-in shapes, or of the files of `data`. shard (i, n): only share i of n.
+    """Prepares the missing samples of built-in shapes, or of the files of `data`. shard (i, n): only part i of n.
     -> Prepared"""
     if data:
         from geometry.real import Files  # readers of strangers' files, only for --data
@@ -150,12 +150,14 @@ class Prepared:
 
     # ------------------------------------------------------------------------ which rows
 
-    def drawn(self, turned=False):
+    def drawable(self, turned=False):
         """How many rows, the first ones, are drawn from. Training files are drawn as they are and mirrored; turned: in
         all positions, for stages without prompts, as a prompt does not define the front. Held-out files stay as they
         are."""
-        held_out = self.source.files and self.source.split == "test"
-        return len(self) * min(self.source.positions, 1 if held_out else 8 if turned else 2)
+        most = 8 if turned else 2
+        if self.source.files and self.source.split == "test":
+            most = 1
+        return len(self) * min(self.source.positions, most)
 
     @functools.cached_property
     def weights(self):                                        # sampling weights of the shapes
@@ -166,13 +168,13 @@ class Prepared:
     def draw_rows(self, count, turned=False, weights=None):
         """Rows of `count` random shapes. weights: of the shapes, other ones than those of the set."""
         weights = self.weights if weights is None else weights
-        ends = weights.repeat(self.drawn(turned) // len(self)).cumsum(0)
+        ends = weights.repeat(self.drawable(turned) // len(self)).cumsum(0)
         share = torch.rand(count, dtype=ends.dtype, device=self.device)
         return torch.searchsorted(ends, share * ends[-1], right=True).clamp(max=len(ends) - 1)
 
     def draw_distinct(self, count, turned=False, first=None):
         """`count` different random rows, at most all. first: booleans of all rows; these are taken first."""
-        rows = self.drawn(turned)
+        rows = self.drawable(turned)
         weights = self.weights.repeat(rows // len(self))
         keys = torch.rand(rows, device=self.device) ** (1 / weights)              # Efraimidis and Spirakis (2006)
         if first is not None:
@@ -189,7 +191,7 @@ class Prepared:
         return self.rows_of(np.unique(self.classes, return_inverse=True)[1])
 
     def spread(self, count, turned=False):                    # rows from all of the set: files are sorted
-        rows = self.drawn(turned) if turned else len(self)
+        rows = self.drawable(turned) if turned else len(self)
         return np.linspace(0, rows - 1, min(count, rows)).astype(int)
 
     def as_shown(self, rows, which):
@@ -226,7 +228,7 @@ class Prepared:
         return self.rows_of((own != round(255 * GREY)).flatten(1).any(1).float())
 
     def queries(self, rows, k, rng=None):
-        """k points of each row and their signed distance: b k 3, b k."""
+        """k points of each row and their signed distance: {"queries": b k 3, "distance": b k}."""
         columns = torch.rand(QUERIES, generator=rng, device=self.device).argsort()[:k]
         return {"queries": self.moved(self.take("queries", rows, columns), rows),
                 "distance": self.take("distance", rows, columns)}
@@ -255,7 +257,7 @@ class Prepared:
         return relight(colours, normals, coverage, rng, vary)
 
 
-def parse_share(text):
+def parse_shard(text):
     """The type of --shard: "0/4" is the first of four."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not int(match[1]) < int(match[2]):
@@ -273,8 +275,8 @@ def main():
     uses = "; ".join(f"{kind.name}: {rep}" for kind, rep in own)
     flag("--kinds", nargs="+", choices=list(kinds), default=["surface", "pictures"],
          help=f"training samples (surface: all; pictures: image prompts; {uses})")
-    flag("--shard", type=parse_share, default=(0, 1), metavar="i/n",
-         help="only share i of n, from 0: n machines can fill one folder")
+    flag("--shard", type=parse_shard, default=(0, 1), metavar="i/n",
+         help="only part i of n, from 0: n machines can fill one folder")
     flag("--shapes", type=between(1), help=f"number of built-in training shapes (default: {TRAIN_SHAPES})")
     flag("--classes", nargs="+", choices=CLASSES, metavar="CLASS", help="built-in classes (default: all)")
     flag("--out", default="cache", help="folder of the prepared sets")

@@ -22,7 +22,7 @@ from prompts import image_tower, text_tower
 from prompts.reading import nouns_of, untrained
 
 BUILT_IN = "built-in"
-SHOWN = {  # kinds of prompt: {those that are not dropped: share of training samples}
+KEPT = {  # kinds of prompts: {those that are not dropped: share of training samples}
     ("text",): {(): .1, ("text",): .9},
     ("text", "image"): {(): .1, ("text",): .35, ("image",): .3, ("text", "image"): .25}}
 RECOLOURED = .5     # share of pictures beside a caption whose named colours are replaced
@@ -49,15 +49,15 @@ class Encoders:
         """One prompt of each kind for each training shape, and which are not dropped, for `encode_drawn`; and the rows
         of these shapes."""
         captions = split.table.draw_captions(rows)            # b
-        u, low, shown = torch.rand(len(rows), device=split.device), 0., {kind: False for kind in self.towers}
-        for kinds, share in SHOWN[(*self.towers,)].items():
+        u, low, kept = torch.rand(len(rows), device=split.device), 0., {kind: False for kind in self.towers}
+        for kinds, share in KEPT[(*self.towers,)].items():
             for kind in kinds:
-                shown[kind] = shown[kind] | (low <= u) & (u < low + share)        # b: not dropped
+                kept[kind] = kept[kind] | (low <= u) & (u < low + share)          # b
             low += share
-        drawn = {"text": self.cache("text", split).take(captions), "shown": shown, "rows": rows % len(split)}
-        return drawn | (self.draw_pictures(split, rows, captions, shown) if "image" in self.towers else {})
+        drawn = {"text": self.cache("text", split).take(captions), "kept": kept, "rows": rows % len(split)}
+        return drawn | (self.draw_pictures(split, rows, captions, kept) if "image" in self.towers else {})
 
-    def draw_pictures(self, split, rows, captions, shown):
+    def draw_pictures(self, split, rows, captions, kept):
         """One picture of each training shape, and the rows of these shapes: turned as in their pictures; without one,
         as in their files.
 
@@ -65,19 +65,24 @@ class Encoders:
         picture (not for pretrained towers, whose tokens are computed once). So the backbone learns colours from words
         and form from pictures: a picture of a green chair with "a red chair" gives a red chair."""
         which = split.random_pictures(len(rows))              # b
-        recoloured = shown["text"] & shown["image"] & (torch.rand(len(rows), device=split.device) < RECOLOURED)
+        recoloured = kept["text"] & kept["image"] & (torch.rand(len(rows), device=split.device) < RECOLOURED)
         colours = torch.where(recoloured[:, None], split.table.colours[captions], -1)         # b m
         image = self.cache("image", split).take(rows * split.source.pictures + which) if "image" in self.pretrained \
             else split.pictures(rows, which=which, recoloured=colours)
-        return {"image": image, "rows": torch.where(shown["image"], split.as_shown(rows, which), rows % len(split))}
+        return {"image": image, "rows": torch.where(kept["image"], split.as_shown(rows, which), rows % len(split))}
 
     def encode_drawn(self, drawn):
         """`encode` of the output of `draw_prompts`; dropped prompts are masked."""
         condition = {}
-        for kind, shown in drawn["shown"].items():                                # shown: b
-            x, net = drawn[kind], self.towers[kind]
-            tokens, mask = x if kind in self.pretrained else (net.text(*x), x[1]) if kind == "text" else net.tokens(x)
-            condition[kind] = tokens.float(), mask & shown[:, None]               # b t e, b t
+        for kind, kept in drawn["kept"].items():                                  # kept: b
+            x, tower = drawn[kind], self.towers[kind]
+            if kind in self.pretrained:
+                tokens, mask = x
+            elif kind == "text":
+                tokens, mask = tower.text(*x), x[1]
+            else:
+                tokens, mask = tower.tokens(x)
+            condition[kind] = tokens.float(), mask & kept[:, None]                # b t e, b t
         return condition
 
     def cache(self, kind, split):
@@ -118,11 +123,12 @@ def training_nouns(split):
 
 # ---------------------------------------------------------------------------- training data of generators
 
-def prompted_tokens(run, stage, encoder, encoder_stage="tokenizer"):
+def prompted_tokens(run, stage, shape_encoder, encoder_stage="tokenizer"):
     """The training data of a generator: frozen towers, the sizes of tokens, and a function that draws a batch of
-    tokens with captions and pictures. encoder: clouds -> tokens."""
-    towers, encoder = make(run.folder, run.encoder_names, run.device), encoder.to(run.device)
-    tokens = {split: tokenizer.encode(run, encoder, split, stage=encoder_stage) for split in (run.train, run.test)}
+    tokens with captions and pictures. shape_encoder: clouds -> tokens."""
+    towers, shape_encoder = make(run.folder, run.encoder_names, run.device), shape_encoder.to(run.device)
+    tokens = {split: tokenizer.encode(run, shape_encoder, split, stage=encoder_stage)
+              for split in (run.train, run.test)}             # rows n c
     _, n, channels = tokens[run.test].shape
 
     def draw_batch(split):
@@ -183,8 +189,8 @@ class PicturesAndClouds(nn.Module):
 def train_vision(run):
     """The image tower, with the cloud tower."""
     # data: of each shape a cloud and VIEWS pictures
-    aligner, encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
-    tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}    # r n c
+    aligner, shape_encoder = text_tower.load(run.folder).to(run.device), tokenizer.load(run.folder).to(run.device)
+    tokens = {split: tokenizer.encode(run, shape_encoder, split) for split in (run.train, run.test)}        # rows n c
     words_of = {split: aligner.cache(split) for split in (run.train, run.test)}
 
     def draw_batch(split):

@@ -52,7 +52,7 @@ def train(run, rep):
     encoder = tokenizer.load(run.folder).to(run.device)
     others = [*head.needs, *(name for name in head.helpers if name in run.joint)]
     needed = load(run.folder, others, run.device)             # for decoding
-    tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}       # shapes n c
+    tokens = {split: tokenizer.encode(run, encoder, split) for split in (run.train, run.test)}       # rows n c
     held_out = lambda count: tokens[run.test][run.test.spread(count)]
 
     def draw_batch(split):

@@ -115,7 +115,7 @@ def rule_of(model, condition, rgs):
     return lambda x: blend(x, recon, weight)
 
 
-load = partial(load_stage, stage="reconstruct", part=Reconstructor)        # of a checkpoint folder, frozen
+load = partial(load_stage, stage="reconstruct", kind=Reconstructor)        # of a checkpoint folder, frozen
 
 
 # ---------------------------------------------------------------------------- stage: data, model, training, save

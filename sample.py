@@ -46,8 +46,8 @@ LIMITS = {  # option: type, minimum, maximum
     "steps": (int, 1, 10_000), "denoise_steps": (int, 1, 1000), "rounds": (int, 0, 1000), "cool": (float, 0, 10),
     "cfg": (float, 0, 100), "cfg_image": (float, 0, 100), "temperature": (float, 0, 10), "window": (float, 0, 1),
     "registers": (int, 1, MAX_INT), "refine": (int, 0, 10_000), "top_k": (int, 1, 10 ** 6), "top_p": (float, 1e-6, 1)}
-OPTIONS = ("steps", "denoise_steps", "rounds", "cfg", "cfg_image", "temperature", "cool", "rgs", "window", "registers",
-           "top_k", "top_p", "refine")
+SAMPLING_FLAGS = ("steps", "denoise_steps", "rounds", "cfg", "cfg_image", "temperature", "cool", "rgs", "window",
+                  "registers", "top_k", "top_p", "refine")
 
 
 def check_numbers(**values):
@@ -95,8 +95,8 @@ class Sampler:
 
     @torch.no_grad()
     def tokens(self, prompts, seeds, pictures=None, watch=None, **options):
-        """b prompts, pictures b 3 s s, or both, and a seed each -> shape tokens b n c. options: of OPTIONS, or None.
-        watch: of `steps`."""
+        """b prompts, pictures b 3 s s, or both, and a seed each -> shape tokens b n c. options: those of
+        self.OPTIONS, or None. watch: of `steps`."""
         options = {option: value for option, value in options.items() if value is not None}
         if unknown := options.keys() - self.OPTIONS.keys():
             flags = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(unknown))
@@ -316,7 +316,7 @@ def main():
             models[folder].encoders.remarks(text)
     laps.end("load")
 
-    options = {option: value for option in OPTIONS if (value := getattr(args, option)) is not None}
+    options = {option: value for option in SAMPLING_FLAGS if (value := getattr(args, option)) is not None}
     for text, folder in zip(args.texts, folders):
         write_samples(models[folder], text, args, options, laps)
     print("seconds: " + ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in laps.items()))

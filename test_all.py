@@ -322,7 +322,7 @@ def test_rounds_are_cooler(monkeypatch):
     monkeypatch.setattr(backbone.Flow, "sample", lambda net, z, noise, steps, strength, temperature:
                         temperatures.append(temperature) or noise(1)[:, 0])
     model.generate(condition, keys_of(range(3)), steps=5, temperature=.8, rounds=1, cool=.5)
-    assert temperatures == [.8] * 5 + [.4] * backbone.PARTS
+    assert temperatures == [.8] * 5 + [.4] * backbone.GROUPS
 
 
 def test_branches_in_one_batch_are_three_passes():

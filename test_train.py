@@ -238,13 +238,13 @@ def test_files_are_augmented_in_eight_positions(tmp_path, monkeypatch):
     """Tokenizer and heads learn from files in all positions, the text tower only from files and their mirror images."""
     for i in range(3):
         trimesh.creation.box((1, .5, .2 + .2 * i)).export(tmp_path / f"box{i}x.obj")
-    positions, drawn = {}, data.Prepared.drawn
+    positions, drawable = {}, data.Prepared.drawable
 
     def counted(split, turned=False):
-        positions[stage].add(drawn(split, turned) // len(split))
-        return drawn(split, turned)
+        positions[stage].add(drawable(split, turned) // len(split))
+        return drawable(split, turned)
 
-    monkeypatch.setattr(data.Prepared, "drawn", counted)
+    monkeypatch.setattr(data.Prepared, "drawable", counted)
     flags = "--data", tmp_path, "--steps", 1, "--batch", 2, "--rep", "sdf", "pc", "--stage"
     for stage in ("encoders", "tokenizer", "head"):
         positions[stage] = set()

@@ -1,4 +1,4 @@
-"""tokenizer.py - stage 1: coloured oriented surface points -> n shape tokens of c channels. Heads decode them.
+"""tokenizer.py - coloured oriented surface points -> n shape tokens of c channels. Heads decode them.
 
 In LTM3D (section 3.1) the shape encoder and decoder are frozen; the backbone generates tokens.
 paper: tokens have no order, queries cross-attend to points; here: shape token i belongs to a cube of [-1, 1]^3, the
@@ -51,7 +51,7 @@ class Tokenizer(nn.Module):
         self.block, last = ResConv(dim), nn.LayerNorm(channels, elementwise_affine=False)
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, channels), last)
         self.register_buffer("mean", torch.zeros(channels))   # of the tokens of the training set,
-        self.register_buffer("std", torch.ones(channels))     # measured at the end of stage 1 (standardise)
+        self.register_buffer("std", torch.ones(channels))     # measured after training (standardise)
         for layer in (*self.point[::2], self.cells.into):
             nn.init.normal_(layer.weight, std=2 * layer.in_features ** -.5)
 
@@ -136,7 +136,8 @@ class Autoencoder(nn.Module):
 
     def loss(self, cloud, samples, before=None):
         """cloud: points, normals, colours; samples: {rep: those of its head}; before: with --finetune, the tokens of
-        the weights at the start. Their drift is penalised: heads and backbone need few steps to adapt."""
+        the weights at the start. Their drift is penalised: heads and backbone need few steps to adapt. (NOISE^2 of it
+        is the noise.)"""
         tokens = self.tokenizer(*cloud)                                           # b n c
         loss, logs = head_losses(self.heads, tokens, samples, self.share)
         drift = tokens.new_zeros(()) if before is None else F.mse_loss(tokens, before)
@@ -166,7 +167,7 @@ def train(run):
     heads = {rep: choose(rep, REPRESENTATIONS[rep], settings)(**settings) for rep in run.joint}
     model = Autoencoder(choose("tokenizer", Tokenizer, settings)(**settings), heads, run.share)
     run.load_to_finetune("tokenizer", model.files(), settings)
-    before = load(run.source).to(run.device) if run.finetune else None
+    start = load(run.source).to(run.device) if run.finetune else None
 
     # data: with --finetune, training shapes are drawn in proportion to their loss at the start
     points = model.tokenizer.points // 2
@@ -183,7 +184,9 @@ def train(run):
     # training
     loop = Loop(run, "tokenizer", model, draw_batch)
     for net, (cloud, samples) in loop:
-        loop.step(*net(cloud, samples, before(*cloud) if run.finetune else None))
+        with run.autocast():
+            before = start(*cloud) if run.finetune else None
+        loop.step(*net(cloud, samples, before))
         if path := loop.picture():
             tokens = encode(run, loop.average.tokenizer, run.test, run.test.spread(14))
             judge.save_picture(path, judge.reconstructions(run, loop.average.heads, tokens, run.joint[-1]))

@@ -226,13 +226,13 @@ def read_stage(folder, stage):
     return entry
 
 
-def load_stage(folder, stage, part, variants={}):
-    """The model of a trained stage, frozen: a `part` or, if the stage is a variant, its class in `variants`."""
+def load_stage(folder, stage, kind, variants={}):
+    """The model of a trained stage, frozen: of class `kind` or, if the stage is a variant, its class in `variants`."""
     entry = read_stage(folder, stage)
     name = entry["flags"].get("variant")
     if name not in (None, *variants):
         raise UserError(f"the {stage} in {folder} is a variant, {name}; evaluate.py loads those, other commands do not")
-    return load_model(variants.get(name, part), f"{folder}/{stage}.safetensors", **entry["settings"])
+    return load_model(variants.get(name, kind), f"{folder}/{stage}.safetensors", **entry["settings"])
 
 
 def joint_heads(config):

@@ -3,7 +3,7 @@
 A decoder that looks up features of each token's own cells shows their borders as dimples. Here features are refined by
 convolutions on the way to a grid of 4 times the tokens' side, and interpolated: no seam lies between tokens.
 
-Letters, beside those of engine/networks.py: f features, s cells along the cube. Grids are channels last, b x y z f.
+Letters, beside those of CONTRIBUTING.md: f features, s cells along the cube. Grids are channels last, b x y z f.
 
     python -m pytest -q engine        # its tests
 """

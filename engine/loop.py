@@ -1,9 +1,9 @@
 """loop.py - the training loop. A stage draws batches from it and gives it their losses; the loop does the rest.
 
-    loop = Loop(run, "backbone", model, draw_batch)           # a stopped run resumes
+    loop = Loop(run, "encoders", model, draw_batch)           # a stopped run resumes
     for net, batch in loop:                                   # batch: what draw_batch(run.train) returns
-        loop.step(net(*batch))                                # net(...) is model.loss(...)
-        if path := loop.picture():                            # every few hundred steps
+        loop.step(*net(*batch))                               # net(...) is model.loss(...) -> loss, logs
+        if path := loop.picture():                            # about three times
             save_png(path, ...)
     loop.average                                              # the moving average of the weights, frozen
 
@@ -37,12 +37,12 @@ from engine.state import Log, load_state, save_state, stop_after_step
 from engine.streamed import stream
 
 SAVE, CHECK = 200, 100                       # steps between saves and held-out losses
-SHOW, PICTURES = 500, 3                      # steps between pictures, at least; about how many
+SHOW, PICTURES = 500, 3                      # at least so many steps between pictures; about so many pictures
 MOST_SKIPPED = 10                            # steps in a row
 
 
 class Loss(nn.Module):
-    """net(...) = model.loss(...) -> loss, logs. DistributedDataParallel and torch.compile want a forward pass."""
+    """net(...) = model.loss(...). DistributedDataParallel and torch.compile want a forward pass."""
 
     def __init__(self, model, autocast):
         super().__init__()

@@ -1,7 +1,6 @@
 """networks.py - components of every network: attention, blocks, embeddings. Those on grids: engine/grids.py.
 
-Letters in every file: b batch, n shape tokens, c channels of a shape token, p prefix tokens, t condition tokens,
-d model width, h heads, q queries, k keys or points.
+Letters of shape comments: CONTRIBUTING.md.
 
     python -m pytest -q engine        # its tests
 """

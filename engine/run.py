@@ -84,7 +84,7 @@ class Run:
         self.device, self.autocast, self.reason = pick_device(processes.own_device(args.device), args.precision)
         self.compile = self.device.type == "cuda" and not args.no_compile
 
-    def part(self, stage, default):
+    def class_of(self, stage, default):
         """The class that a stage trains: the default, or that of --variant."""
         return self.stages[stage].variants.get(self.variant, default)
 

@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 
 class Stage(NamedTuple):
-    """Each stage file has one, STAGE. train.py chains LTM3D's; a relative lists its own (relatives/)."""
+    """A stage file describes its stages below their functions. train.py chains LTM3D's; a relative (relatives/) lists
+    its own."""
     name: str
-    train: Callable             # of a Run (engine/run.py), in four paragraphs: data, model, training, save
+    train: Callable             # of a Run (engine/run.py), in paragraphs: data, model, training, save
     steps: int                  # defaults, tuned at size tiny
     batch: int
     lr: float                   # peak learning rate

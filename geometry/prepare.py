@@ -104,10 +104,10 @@ def prepare_chunk(folder, source, chunk, kinds):
     return len(records)
 
 
-def fill(folder, source, kinds, workers=2, share=(0, 1)):
-    """Prepare the missing chunks that have shapes of the split; share (i, n): only chunks i, i + n, i + 2 n ..."""
+def fill(folder, source, kinds, workers=2, shard=(0, 1)):
+    """Prepare the missing chunks that have shapes of the split; shard (i, n): only chunks i, i + n, i + 2 n ..."""
     todo = {}                                                 # {chunk: kinds of samples that it lacks}
-    for chunk in range(share[0], -(-source.count // CHUNK), share[1]):
+    for chunk in range(shard[0], -(-source.count // CHUNK), shard[1]):
         rows = range(chunk * CHUNK, min((chunk + 1) * CHUNK, source.count))
         if not any(map(source.in_split, rows)):
             continue

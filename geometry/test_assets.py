@@ -200,8 +200,8 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
     for name in "ab":
         cube.export(tmp_path / f"{name}.ply")
     train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=(PICTURES,))
-    which = torch.arange(8).repeat_interleave(train.drawn())
-    rows = torch.arange(train.drawn()).repeat(8)              # as in the files, and mirrored
+    which = torch.arange(8).repeat_interleave(train.drawable())
+    rows = torch.arange(train.drawable()).repeat(8)              # as in the files, and mirrored
     shown = train.arrays["picture_colours"][train.item[rows], which].reshape(len(rows), -1, 3).numpy().astype(int)
     alike = (abs(shown[:, :, None] - rainbow[:4, :3]).sum(3) < 60).sum(1)         # pictures, 4 colours: pixels
     moves = SYMMETRIES[train.position[train.as_shown(rows, which)].numpy()]
@@ -215,11 +215,11 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
 def test_without_a_picture_a_shape_is_as_in_its_file(lopsided):
     split, tower = copy.copy(lopsided), SimpleNamespace(width=1, cache=lambda split: split.table)
     split.table.draw_captions = lambda rows: rows             # captions are not read
-    drawn = torch.arange(split.drawn()).repeat(40)
+    drawn = torch.arange(split.drawable()).repeat(40)
     torch.manual_seed(0)
     batch = encoders.Encoders({"text": tower, "image": tower}).draw_prompts(split, drawn)
-    shown, own = batch["shown"]["image"], batch["rows"] == drawn % len(split)
-    assert own[~shown].all() and .05 < own[shown].float().mean() < .5             # of eight turns and mirror images
+    kept, own = batch["kept"]["image"], batch["rows"] == drawn % len(split)
+    assert own[~kept].all() and .05 < own[kept].float().mean() < .5             # of eight turns and mirror images
 
 
 def test_draco_without_its_package_is_named(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""image_tower.py - stage 2: a picture prompt becomes condition tokens. The tower learns which shape a picture shows.
+"""image_tower.py - a picture prompt becomes condition tokens. The tower learns which shape a picture shows.
 
 LTM3D section 4 conditions on a frozen CLIP or DINOv2. Here the tower is trained from nothing in minutes, on pictures of
 the prepared shapes from many sides, in varied light, on varied ground (geometry/training_pictures.py). A picture has to
@@ -128,4 +128,4 @@ class Reader(nn.Module):
         return rearrange(x, "b (n c) -> b n c", c=self.channels)
 
 
-load = partial(load_stage, stage="vision", part=ImageTower)      # of a checkpoint folder, frozen
+load = partial(load_stage, stage="vision", kind=ImageTower)      # of a checkpoint folder, frozen

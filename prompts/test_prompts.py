@@ -304,7 +304,7 @@ class Plain:
 
 
 def test_prompts_are_dropped_at_the_given_rates(prepared, monkeypatch):
-    """Each combination of prompts is drawn as often as SHOWN says. About half of the pictures beside a caption, and no
+    """Each combination of prompts is drawn as often as KEPT says. About half of the pictures beside a caption, and no
     picture alone, get other colours."""
     towers, split, named = encoders.Encoders({"text": Plain(), "image": Plain()}), prepared[0], []
     black = torch.zeros(4000, 3, 8, 8)
@@ -313,8 +313,8 @@ def test_prompts_are_dropped_at_the_given_rates(prepared, monkeypatch):
     torch.manual_seed(0)
     drawn = towers.draw_prompts(split, torch.zeros(4000, dtype=torch.long))
     condition = towers.encode_drawn(drawn)
-    for kinds, share in encoders.SHOWN["text", "image"].items():
+    for kinds, share in encoders.KEPT["text", "image"].items():
         same = torch.stack([mask[:, 0] == (kind in kinds) for kind, (_, mask) in condition.items()]).all(0)
         assert abs(same.float().mean() - share) < .03
-    both, recoloured = drawn["shown"]["text"] & drawn["shown"]["image"], named[0][:, 0] == 0
+    both, recoloured = drawn["kept"]["text"] & drawn["kept"]["image"], named[0][:, 0] == 0
     assert not recoloured[~both].any() and .45 < recoloured[both].float().mean() < .55

@@ -1,4 +1,4 @@
-"""text_tower.py - stage 0: a text prompt becomes condition tokens. A text tower and a cloud tower learn to agree.
+"""text_tower.py - a text prompt becomes condition tokens. A text tower and a cloud tower learn to agree.
 
 LTM3D section 4 conditions on a frozen CLIP. Here both towers are trained in minutes on prepared shapes.
 The text tower is frozen then; it conditions the backbone. The cloud tower scores shapes against texts, and goes on

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import encoders  # noqa: E402 - this file is a folder below
 import train  # noqa: E402
 
-encoders.SHOWN["text", "image"] = {(): .1, ("text",): .6, ("image",): .15, ("text", "image"): .15}
+encoders.KEPT["text", "image"] = {(): .1, ("text",): .6, ("image",): .15, ("text", "image"): .15}
 
 if __name__ == "__main__":
     train.command(train.main)

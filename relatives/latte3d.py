@@ -306,8 +306,8 @@ def stages(ltm3d):
 
 # ---------------------------------------------------------------------------- generate: a checkpoint folder, opened
 
-load_geometry = partial(load_stage, stage="latte3d-geometry", part=Geometry)
-load_texture = partial(load_stage, stage="latte3d-texture", part=Texture)
+load_geometry = partial(load_stage, stage="latte3d-geometry", kind=Geometry)
+load_texture = partial(load_stage, stage="latte3d-texture", kind=Texture)
 
 
 def tokens_of(geometry, texture, condition):                  # -> of both stages, b 2n d

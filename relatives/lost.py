@@ -347,8 +347,8 @@ class Autoencoder(nn.Module):
         return self.codec.decode(self.codec.encoder(self.tokenizer(*cloud)), keys)
 
 
-load_student = partial(load_stage, stage="lost-student", part=Student)
-load_codec = partial(load_stage, stage="lost-registers", part=Codec)
+load_student = partial(load_stage, stage="lost-student", kind=Student)
+load_codec = partial(load_stage, stage="lost-registers", kind=Codec)
 
 
 def open_tokenizer(folder, reps, device):

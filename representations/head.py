@@ -12,9 +12,6 @@ generates the tokens, is independent of the head. A head is an nn.Module, and ha
                 decoded shape with the true one. points: of surfaces; 0 skips what takes many, which saves time
 
 A shape has vertices or points first, and `suffix`, `title`, save, picture, surface (geometry/export.py: Shape).
-
-    python train.py --rep pc --stage head        # trains one on frozen tokens
-    python evaluate.py tokenizer --rep pc        # how well it reconstructs held-out shapes
 """
 NOISE = .1       # on the tokens in training: it makes the latent space smooth, and needs no KL weight
 

@@ -112,7 +112,7 @@ def grid_iou(head, tokens, shape, autocast, resolution=64):
 
 
 def onto_surface(field, x, normals):
-    """Points near the surface of a field, and their normals, ... 3 each -> points on it, and its colours there."""
+    """Points near the surface of a field, and their normals, ... 3 each -> points on it, their colours one step before."""
     for _ in range(2):
         y = field(x)                                          # ... 4
         x = x - TRUNCATION * y[..., :1] * normals

@@ -34,7 +34,8 @@ def evaluate_names(args):
     if args.words:
         return show_words(args)
     train, test = (prepare(split, None, args.cache, data=args.data) for split in ("train", "test"))
-    names, classes = np.unique(train.classes), np.tile(train.classes, train.drawn() // len(train))   # and mirror images
+    names = np.unique(train.classes)
+    classes = np.tile(train.classes, train.drawable() // len(train))              # and mirror images
     names, rows = names[np.linspace(0, len(names) - 1, min(200, len(names))).astype(int)].tolist(), []
     jobs = [exam.Job(f"name-{name}", name, None, (args.seed, i)) for i, name in enumerate(names)]
     new = test.cloud(range(len(test)), exam.POINTS, seeded(args.seed))                     # h k 3 each
