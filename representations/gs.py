@@ -67,8 +67,8 @@ class GaussianHead(GridDecoder, Head):
     def __init__(self, **size):
         super().__init__(**size, outputs=11)
 
-    def attributes(self, memory, x):                          # x b k 3 -> means, scales, rotations, opacities
-        offset, scale, rotation, opacity = self.evaluate(memory, x).split([3, 3, 4, 1], -1)
+    def attributes(self, grids, x):                           # x b k 3 -> means, scales, rotations, opacities
+        offset, scale, rotation, opacity = self.evaluate(grids, x).split([3, 3, 4, 1], -1)
         factor = (self.POINTS / x.shape[1]) ** (1 / 3)        # more Gaussians are smaller, less opaque: as many overlap
         identity = torch.eye(1, 4, device=x.device)                                       # 1 0 0 0, as a quaternion
         scale = self.DEVIATION * factor * scale.clamp(-3, 2).exp()

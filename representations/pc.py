@@ -40,9 +40,9 @@ class PointHead(GridDecoder, Head):
         super().__init__(dim=dim, **size, outputs=9)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def velocity(self, memory, x, t):                         # b k 3, b k -> b k 9
+    def velocity(self, grids, x, t):                          # b k 3, b k -> b k 9
         time = self.time(time_embedding(rearrange(t, "b k -> (b k)"), self.time[0].in_features))
-        return self.evaluate(memory, x, rearrange(time, "(b k) d -> b k d", b=len(x)))
+        return self.evaluate(grids, x, rearrange(time, "(b k) d -> b k d", b=len(x)))
 
     # ------------------------------------------------------------------------ training
 
@@ -71,11 +71,11 @@ class PointHead(GridDecoder, Head):
     def decode(self, tokens, heads, rng, autocast=nullcontext, points=4096):
         x = torch.from_numpy(rng.standard_normal((points * 3 // 2, 3), np.float32)).to(tokens.device)  # k 3
         with autocast():
-            memory = self.read(tokens[None])                                              # of one shape
+            grids = self.read(tokens[None])                                               # of one shape
 
         def outputs(x, t):                                    # k 3, a time -> k 9
             with autocast():
-                return in_chunks(lambda part: self.velocity(memory, part[None], t.expand(1, len(part)))[0], x)
+                return in_chunks(lambda part: self.velocity(grids, part[None], t.expand(1, len(part)))[0], x)
 
         times = 1 - torch.linspace(1, 0, self.STEPS + 1, device=x.device) ** 1.5
         for t, then in zip(times[:-1], times[1:]):

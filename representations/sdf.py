@@ -48,8 +48,8 @@ class SdfHead(TokenGrid, Head):
         x = self.grid(tokens)
         return self.form_grids(x), self.colour_grids(x)
 
-    def evaluate(self, memory, x):                            # memory, points b k 3 -> b k 4: distance, colour
-        return torch.cat([self.form(memory[0], x), self.colour(memory[1], x)], -1)
+    def evaluate(self, grids, x):                             # grids, points b k 3 -> b k 4: distance, colour
+        return torch.cat([self.form(grids[0], x), self.colour(grids[1], x)], -1)
 
     # ------------------------------------------------------------------------ training
 
@@ -68,16 +68,17 @@ class SdfHead(TokenGrid, Head):
 
         T is TRUNCATION, h is STEP.
         """
-        memory, x, n = self.read(tokens), batch["points"], batch["normals"][:, :self.STENCILS]         # b k 3
+        form_grids, colour_grids = self.read(tokens)
+        x, n = batch["points"], batch["normals"][:, :self.STENCILS]                                    # b k 3
         near = rearrange(x[:, :self.STENCILS, None] + STEP * self.corners, "b k v i -> b (k v) i")
-        y = self.form(memory[0], torch.cat([x, batch["queries"], near], 1))[..., 0]                # b k
-        y, near = y.split([y.shape[1] - near.shape[1], near.shape[1]], 1)
+        y = self.form(form_grids, torch.cat([x, batch["queries"], near], 1))[..., 0]                   # b k
+        y, near_y = y.split([y.shape[1] - near.shape[1], near.shape[1]], 1)
         target = F.pad((batch["distance"] / TRUNCATION).clamp(-1, 1), (x.shape[1], 0))             # 0 on the surface
         distance = F.l1_loss(y, target)
-        near = rearrange(near, "b (k v) -> b k v 1", v=4)
-        gradient = 3 * TRUNCATION / (4 * STEP) * reduce(near * self.corners, "b k v i -> b k i", "sum")
+        near_y = rearrange(near_y, "b (k v) -> b k v 1", v=4)
+        gradient = 3 * TRUNCATION / (4 * STEP) * reduce(near_y * self.corners, "b k v i -> b k i", "sum")
         normal = ((gradient - n).square().sum(-1) + 1e-8).sqrt().mean()
-        error = (self.colour(memory[1], x) - batch["colours"]).square().mean(-1)                       # b k
+        error = (self.colour(colour_grids, x) - batch["colours"]).square().mean(-1)                    # b k
         weight = rarity(batch["colours"]) * batch["coloured"][:, None]                                 # b k
         colour = (weight * ((error + 1e-4).sqrt() - .01)).mean() / 2
         logs = {"distance": distance.detach(), "normal": normal.detach(), "colour": colour.detach()}
@@ -112,7 +113,7 @@ def grid_iou(head, tokens, shape, autocast, resolution=64):
 
 
 def onto_surface(field, x, normals):
-    """Points near the surface of a field, and their normals, ... 3 each -> points on it, their colours one step before."""
+    """Points near the surface of a field, and their normals, ... 3 each -> points on it; colours of one step before."""
     for _ in range(2):
         y = field(x)                                          # ... 4
         x = x - TRUNCATION * y[..., :1] * normals
