@@ -214,7 +214,7 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
 
 def test_without_a_picture_a_shape_is_as_in_its_file(lopsided):
     split, tower = copy.copy(lopsided), SimpleNamespace(width=1, cache=lambda split: split.table)
-    split.table.draw_captions = lambda rows: rows             # captions are not read
+    split.table.draw_captions = split.table.take = lambda rows: rows              # captions are not read
     drawn = torch.arange(split.drawable()).repeat(40)
     torch.manual_seed(0)
     batch = encoders.Encoders({"text": tower, "image": tower}).draw_prompts(split, drawn)

@@ -123,7 +123,7 @@ class Image(Pretrained):
             keys, rng = torch.tensor(keys, device=split.device), torch.Generator(split.device).manual_seed(keys[0])
             return split.pictures(keys // count, rng, keys % count)
 
-        return TokenCache(self, split, "pictures", range(split.drawn() * count), inputs)
+        return TokenCache(self, split, "pictures", range(split.drawable() * count), inputs)
 
 
 # ---------------------------------------------------------------------------- tokens of a prepared set, computed once

@@ -210,7 +210,7 @@ def test_the_prior_sees_all_sides_its_cameras_and_depth():
 def test_a_file_is_not_mirrored(monkeypatch):
     """The pictures of its four sides exist in one position: a mirrored row becomes the shape itself."""
     class Files:
-        table = SimpleNamespace(draw_captions=lambda rows: rows)
+        table = SimpleNamespace(draw_captions=lambda rows: rows, take=lambda captions: captions)
         __len__ = lambda self: 3
         draw_rows = lambda self, count, weights: torch.arange(count)
 
