@@ -201,7 +201,7 @@ def test_the_side_in_the_picture_becomes_the_front(tmp_path):
         cube.export(tmp_path / f"{name}.ply")
     train = data.prepare(out=tmp_path / "cache", data=tmp_path, workers=1, kinds=(PICTURES,))
     which = torch.arange(8).repeat_interleave(train.drawable())
-    rows = torch.arange(train.drawable()).repeat(8)              # as in the files, and mirrored
+    rows = torch.arange(train.drawable()).repeat(8)           # as in the files, and mirrored
     shown = train.arrays["picture_colours"][train.item[rows], which].reshape(len(rows), -1, 3).numpy().astype(int)
     alike = (abs(shown[:, :, None] - rainbow[:4, :3]).sum(3) < 60).sum(1)         # pictures, 4 colours: pixels
     moves = SYMMETRIES[train.position[train.as_shown(rows, which)].numpy()]
@@ -219,7 +219,7 @@ def test_without_a_picture_a_shape_is_as_in_its_file(lopsided):
     torch.manual_seed(0)
     batch = encoders.Encoders({"text": tower, "image": tower}).draw_prompts(split, drawn)
     kept, own = batch["kept"]["image"], batch["rows"] == drawn % len(split)
-    assert own[~kept].all() and .05 < own[kept].float().mean() < .5             # of eight turns and mirror images
+    assert own[~kept].all() and .05 < own[kept].float().mean() < .5               # of eight turns and mirror images
 
 
 def test_draco_without_its_package_is_named(tmp_path, monkeypatch):

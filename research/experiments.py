@@ -3,6 +3,7 @@
 Variants are trained on the same tokens, prompts and shapes, for the same number of steps (or of FLOPs), with several
 seeds and LTM3D's learning rate. Experiments share what is trained already: `python evaluate.py versus` (VARIANTS).
 """
+import functools
 import math
 import re
 import sys
@@ -71,9 +72,10 @@ def train_stages(args, name, seed, flags, stages):
     return folder
 
 
-def gigaflops(args, variant):
-    """Of the training of one shape, a mean over moments of generation; on the tokens of --checkpoint."""
-    grid = read_stage(args.checkpoint[0], "tokenizer")["settings"]
+@functools.cache
+def gigaflops(checkpoint, variant):
+    """Of the training of one shape of the tokens of a checkpoint: a mean over numbers of known tokens."""
+    grid = read_stage(checkpoint, "tokenizer")["settings"]
     model = random_backbone("meta", "tiny", kind=BACKBONES[variant], grid=grid)
     return np.mean([training_flops(model, 1, known) for known in known_counts(model.tokens, 4)]) / 1e9
 
@@ -84,7 +86,7 @@ def train_variant(args, variant, equal, seed):
     flags, steps = dict(zip(words[::2], words[1::2])), args.steps
     name = re.sub(r"[^\w.]+", "-", variant).strip("-") or "ltm3d"
     if equal == "FLOPs":
-        ours, its = gigaflops(args, "mae"), gigaflops(args, flags["--variant"])
+        ours, its = (gigaflops(args.checkpoint[0], name) for name in ("mae", flags["--variant"]))
         print(f"training a shape takes LTM3D {ours:.2f} GFLOPs, {flags['--variant']} {its:.2f}")
         steps = math.ceil(args.steps * ours / its)
         name += f"-{steps}-steps"

@@ -35,7 +35,7 @@ def experiment(overfitted, tmp_path, examined, monkeypatch):
 def test_experiments_train_what_they_compare(experiment, overfitted, tmp_path, monkeypatch, capsys):
     """versus: a second run trains nothing, other settings are an error."""
     variants = {"few": ("", "steps", {"steps": 4}), "half": ("--variant queries", "FLOPs", {"steps": 2})}
-    monkeypatch.setattr(experiments, "gigaflops", lambda args, variant: {"mae": 1, "queries": 2}[variant])
+    monkeypatch.setattr(experiments, "gigaflops", lambda checkpoint, variant: {"mae": 1, "queries": 2}[variant])
     monkeypatch.setitem(experiments.VARIANTS, "versus", variants)
     monkeypatch.setattr(experiments, "GUIDANCE", (1, 3))
     small = "--seeds", 1, "--n", 2, "--shapes", 4, "--scorer", overfitted

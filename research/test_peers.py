@@ -6,7 +6,7 @@ import backbone
 from backbone import BACKBONES
 from conftest import WIDTHS, small_backbone
 from engine.noise import keys_of
-from research import peers
+from research import bench, peers
 
 
 @pytest.mark.parametrize("size", backbone.SIZES)
@@ -37,6 +37,17 @@ def test_other_generators_learn_what_belongs_to_a_prompt(variant):
     distance = ((samples[:, None] - x[None, :2]) ** 2).mean((2, 3)).sqrt()        # 2 2
     assert distance.diag().max() < .35
     assert min(distance[0, 1], distance[1, 0]) > .7
+
+
+def test_flops_are_those_of_the_products():
+    """Of y = A x: the product itself, and the one of the gradient of A."""
+    class Line(torch.nn.Linear):
+        tokens, channels = 6, 8
+
+        def loss(self, x, condition, known):                  # b n c
+            return self(x).sum()
+
+    assert bench.training_flops(Line(8, 3, device="meta"), 5, 0) == 2 * (2 * 5 * 6 * 8 * 3)
 
 
 @pytest.mark.parametrize("variant", peers.PEERS)
